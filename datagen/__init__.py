@@ -1,0 +1,1 @@
+"""Training data for LLM-QAT: the teacher writes it."""

@@ -1,0 +1,45 @@
+"""What the entry points share: dataclasses from flags and YAML, and errors without tracebacks."""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from qat import cpu
+from qat.errors import UserError
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Call an entry point's ``main``; a UserError is printed as one sentence, by rank 0, with exit code 2."""
+    # The launchers put this folder first on sys.path, where its evaluate.py would hide other packages'.
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).parent]
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's calls
+    cpu.keep_freed_memory()
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"error: {error}" if is_first_rank() else 2)
+
+
+def is_first_rank() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def parse(description: str, *configs: type) -> list[Any]:
+    """One instance of each dataclass, its fields set by flags, a YAML recipe (``--config``), or their defaults.
+
+    Flags beat the recipe where they come after it. The fields' help is the ``Args`` of their docstrings.
+    """
+    parser = ArgumentParser(description=description.strip(), prog=Path(sys.argv[0]).name, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML recipe with any of the flags below")
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
+    for config in configs:
+        parser.add_class_arguments(config)
+    values = parser.parse_args()
+    return [config(**{field.name: values[field.name] for field in fields(config)}) for config in configs]

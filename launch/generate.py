@@ -1,0 +1,70 @@
+"""Let a model write training sequences into a folder of Parquet shards.
+
+python launch/generate.py --model DIR --output DIR; under a launcher, the ranks share the shards. A folder
+that is there already is gone on with.
+"""
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from datagen.generate import GenerateConfig, Vocabulary, write_sequences
+from datagen.shards import ShardFolder
+from launch import cli
+from qat import models
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where things are.
+
+    Args:
+        model: the model that writes: a Hugging Face directory or hub name
+        output: folder of the shards
+    """
+
+    model: str
+    output: Path
+
+
+def main() -> None:
+    paths, config = cli.parse(__doc__, Paths, GenerateConfig)
+    name = models.resolve(paths.model)
+    tokenizer = models.load_tokenizer(name)
+    folder = ShardFolder(paths.output)
+    folder.claim(
+        {
+            **asdict(config),
+            "teacher": models.weights_fingerprint(name),
+            "tokenizer": models.tokenizer_fingerprint(tokenizer),
+        }
+    )
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    missing = [i for i in range(rank, config.shards, ranks) if not folder.path(i).exists()]
+    if not missing:
+        print(f"{paths.output} is complete: {config.sequences} sequences.")
+        return
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
+    model = models.load(name, torch.bfloat16 if on_gpu else torch.float32).to(device)
+    vocabulary = Vocabulary.of(tokenizer, model)
+
+    total = sum(len(config.shard_range(i)) for i in missing)
+    tokens_done = 0
+    with tqdm(desc="generate", total=total, unit="seq", dynamic_ncols=True, disable=rank > 0) as bar:
+
+        def progress(sequences: int, tokens: int) -> None:
+            nonlocal tokens_done
+            tokens_done += tokens
+            bar.set_postfix(tok_s=f"{tokens_done / bar.format_dict['elapsed']:.0f}", refresh=False)
+            bar.update(sequences)
+
+        for index in missing:
+            folder.write(index, write_sequences(model, vocabulary, config, config.shard_range(index), progress))
+
+
+if __name__ == "__main__":
+    cli.run(main)

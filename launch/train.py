@@ -1,0 +1,74 @@
+"""Train a low-bit student to predict what its full-precision teacher predicts.
+
+deepspeed launch/train.py --deepspeed ds_configs/zero3.json --model DIR --data DIR --output DIR
+"""
+
+import dataclasses
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from launch import cli
+from qat import engines, models
+from qat.data import TrainingData
+from qat.preemption import RESUMABLE_EXIT
+from qat.prepare import QuantConfig
+from qat.training import FINAL, TrainConfig, train
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where things are.
+
+    Args:
+        model: the pretrained model, teacher and starting point: a Hugging Face directory or hub name
+        data: folder of training shards, made by launch/generate.py
+        output: folder of this run: checkpoints, log.jsonl, and the trained student in final/
+        deepspeed: DeepSpeed configuration of the student
+        teacher_deepspeed: DeepSpeed configuration of the teacher; by default the student's, without optimizer
+    """
+
+    model: str
+    data: Path
+    output: Path
+    deepspeed: Path = Path("ds_configs/zero3.json")
+    teacher_deepspeed: Path | None = None
+
+
+def main() -> int:
+    paths, quant, config = cli.parse(__doc__, Paths, QuantConfig, TrainConfig)
+    final = paths.output / FINAL
+    if final.exists():
+        print(f"{final} is there already: the run is complete.")
+        return 0
+    model = models.resolve(paths.model)
+    tokenizer = models.load_tokenizer(model)
+    data = TrainingData(paths.data, tokenizer, config.seed)
+    student_json = engines.resolve_ds_config(paths.deepspeed, config.ds_settings())
+    teacher_json = (
+        engines.read_ds_config(paths.teacher_deepspeed)
+        if paths.teacher_deepspeed
+        else engines.teacher_ds_config(student_json)
+    )
+
+    engines.init_distributed()
+    sequences_per_step = dist.get_world_size() * config.gradient_accumulation_steps
+    config = dataclasses.replace(config, steps=config.steps or len(data) // sequences_per_step)
+    if dist.get_rank() == 0:
+        paths.output.mkdir(parents=True, exist_ok=True)
+        settings = {"paths": asdict(paths), "quant": asdict(quant), "train": asdict(config), "deepspeed": student_json}
+        (paths.output / "settings.json").write_text(json.dumps(settings, indent=2, default=str) + "\n")
+        print(f"{quant} student of {model}: {config.steps} steps of {sequences_per_step} sequences", flush=True)
+
+    teacher = engines.Teacher(model, teacher_json)
+    student = engines.student_engine(model, quant, student_json, config.lr_factor, config.gradient_checkpointing)
+    if not train(student, teacher, data, config, paths.output):
+        return RESUMABLE_EXIT
+    engines.save_student(student, final, quant, tokenizer)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,43 @@
+"""Training sequences from shards, in an order that depends on the seed and the sample's number alone."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from datagen.shards import ShardFolder
+from qat.errors import UserError
+from qat.models import tokenizer_fingerprint
+
+
+class TrainingData:
+    """The sequences of a shard folder, shuffled anew for every pass.
+
+    Sample n of a run is the same sequence on any number of ranks, so a run may resume on fewer or more.
+    """
+
+    def __init__(self, directory: Path, tokenizer: Tokenizer, seed: int):
+        """Raises UserError for an empty folder, and for shards made with another tokenizer."""
+        folder = ShardFolder(directory)
+        made_with, ours = folder.manifest().get("tokenizer"), tokenizer_fingerprint(tokenizer)
+        if made_with != ours:
+            raise UserError(
+                f"The shards in {directory} were made with another tokenizer ({made_with}) than the model's "
+                f"({ours}): generate the data with the model that is trained, or give the folder made with it."
+            )
+        self._sequences = folder.sequences()
+        self._seed = seed
+        self._order: tuple[int, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def sample(self, number: int) -> Tensor:
+        """Token ids [1, tokens] of the run's sample ``number``, counted over all ranks and passes."""
+        epoch, position = divmod(number, len(self))
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self._seed + epoch)
+            self._order = epoch, torch.randperm(len(self), generator=generator)
+        sequence = self._sequences[int(self._order[1][position])]
+        return torch.tensor([sequence.as_py()])

@@ -1,0 +1,201 @@
+"""Two DeepSpeed engines: the student, which learns, and the teacher, which only runs forward.
+
+Under ZeRO-3 both are partitioned while they are read from disk, and both are sharded over all ranks.
+"""
+
+import copy
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers.integrations import HfDeepSpeedConfig
+
+from qat import models
+from qat.distill import Distiller, TeacherTargets, predicting
+from qat.errors import UserError
+from qat.prepare import QuantConfig, prepare
+
+_REFUSED = {
+    "tensor_parallel": "AutoTP replaces the quantized layers by its own",
+    "zero_optimization.zero_quantized_weights": "it would quantize the teacher and the student a second time",
+    "zero_optimization.zero_quantized_nontrainable_weights": "it would quantize the teacher",
+    "scheduler": "the learning rate is set by --lr, --warmup_steps and --min_lr_ratio",
+}
+
+
+def init_distributed() -> None:
+    """Join the other ranks that the launcher started; without a launcher, be the only one.
+
+    DeepSpeed's shared-memory op is switched off: on CPU it wants a compiler at start-up and breaks under
+    torchrun. Without a GPU the ranks share the cores.
+    """
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update(alone)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    deepspeed.init_distributed()
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def read_ds_config(path: Path) -> dict[str, Any]:
+    """The DeepSpeed JSON at ``path``; raises UserError if it cannot be used."""
+    try:
+        ds_config = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"There is no DeepSpeed configuration at {path}: see ds_configs/.") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error}.") from error
+    for key, reason in _REFUSED.items():
+        if _get(ds_config, key):
+            raise UserError(f"{path} sets {key}, which is refused: {reason}. Remove it.")
+    return ds_config
+
+
+def resolve_ds_config(path: Path, learning: dict[str, Any]) -> dict[str, Any]:
+    """The JSON at ``path`` with the flags filled in.
+
+    The JSON says how to run; the flags say what is learned. ``learning`` maps dotted keys of the JSON to the
+    flags' values. A key that the JSON leaves out, or calls "auto", takes the flag's value; raises UserError
+    if it holds another one.
+    """
+    ds_config = read_ds_config(path)
+    for key, value in learning.items():
+        there = _get(ds_config, key)
+        if there not in (None, "auto", value):
+            raise UserError(
+                f"{path} says {key} = {there}, the flags say {value}: change one, or write \"auto\" in the JSON."
+            )
+        _set(ds_config, key, value)
+    return ds_config
+
+
+def student_engine(
+    model: str,
+    quant: QuantConfig,
+    ds_config: dict[str, Any],
+    lr_factor: Callable[[int], float],
+    gradient_checkpointing: bool,
+) -> deepspeed.DeepSpeedEngine:
+    """The quantized student, with its optimizer: ``engine(input_ids, targets)`` gives (cross-entropy, KL).
+
+    Args:
+        lr_factor: what the learning rate is multiplied with at each step
+    """
+    with _partitioned_reading(ds_config):
+        student = models.load(model, _dtype(ds_config))
+    prepare(student, quant)
+    student.train()
+    if gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    distiller = Distiller(student)
+    engine, *_ = deepspeed.initialize(
+        model=distiller,
+        model_parameters=distiller.parameters(),
+        config=ds_config,
+        lr_scheduler=lambda optimizer: LambdaLR(optimizer, lr_factor),
+    )
+    return engine
+
+
+class Teacher:
+    """The full-precision teacher in an engine without an optimizer: token ids in, targets out."""
+
+    def __init__(self, model: str, ds_config: dict[str, Any]):
+        with _partitioned_reading(ds_config):
+            language_model = models.load(model, _dtype(ds_config)).requires_grad_(False)
+        self._engine, *_ = deepspeed.initialize(model=_HiddenStates(language_model), config=ds_config)
+        self._engine.eval()
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor) -> TeacherTargets:
+        """input_ids [1, tokens] -> what the teacher predicts after each of the first tokens - 1."""
+        return TeacherTargets(self._engine(input_ids), self._head)
+
+    @contextmanager
+    def _head(self) -> Iterator[Tensor]:
+        weight = self._engine.module.language_model.lm_head.weight
+        with deepspeed.zero.GatheredParameters([weight]):
+            yield weight
+
+
+def teacher_ds_config(student: dict[str, Any]) -> dict[str, Any]:
+    """The student's way of running, without anything that learns: the teacher is sharded like the student."""
+    config = copy.deepcopy(student)
+    for key in ("optimizer", "gradient_clipping", "gradient_accumulation_steps", "tensorboard", "wandb"):
+        config.pop(key, None)
+    config.get("zero_optimization", {}).pop("offload_optimizer", None)
+    return config
+
+
+def save_student(
+    engine: deepspeed.DeepSpeedEngine, directory: Path, quant: QuantConfig, tokenizer: models.Tokenizer
+) -> None:
+    """Write the student as a Hugging Face directory, gathered from all ranks' shards.
+
+    Its weights are the trained ones, not yet rounded, in the dtype that the student computes in;
+    ``quant_config.json`` beside them says how to round. The directory appears whole.
+    """
+    weights = engine._consolidated_16bit_state_dict()
+    if dist.get_rank() == 0:
+        partial = directory.with_name(directory.name + ".partial")
+        own = {name.removeprefix("student."): weight for name, weight in weights.items()}
+        engine.module.student.save_pretrained(partial, state_dict=own)
+        tokenizer.save_pretrained(partial)
+        quant.save(partial)
+        partial.rename(directory)
+    dist.barrier()
+
+
+class _HiddenStates(nn.Module):
+    def __init__(self, language_model: nn.Module):
+        super().__init__()
+        self.language_model = language_model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return predicting(self.language_model, input_ids)
+
+
+@contextmanager
+def _partitioned_reading(ds_config: dict[str, Any]) -> Iterator[None]:
+    """Within it, ``from_pretrained`` partitions under ZeRO-3. transformers holds the object weakly: keep it."""
+    keep = HfDeepSpeedConfig(copy.deepcopy(ds_config))
+    yield
+    del keep
+
+
+def _dtype(ds_config: dict[str, Any]) -> torch.dtype:
+    return torch.bfloat16 if _get(ds_config, "bf16.enabled") else torch.float32
+
+
+def _get(config: dict[str, Any], dotted: str) -> Any:
+    value: Any = config
+    for key in dotted.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _set(config: dict[str, Any], dotted: str, value: Any) -> None:
+    *path, last = dotted.split(".")
+    for key in path:
+        config = config.setdefault(key, {})
+    config[last] = value

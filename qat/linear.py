@@ -1,0 +1,115 @@
+"""QuantLinear: a Linear that keeps its Parameter and quantizes it, and its input, on the way.
+
+The class of an existing ``nn.Linear`` is swapped (``QuantLinear.convert``), so names, Parameters and
+state dicts stay what they were, and DeepSpeed ZeRO-3 partitions the layer like any other. No
+dequantized weight outlives the call: backward quantizes the Parameter again, which ZeRO-3 has
+gathered again anyway. What a layer saves is its input's int8 codes and scales.
+"""
+
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from qat.quantizers import FULL_PRECISION, dequantize, quantize, round_to_grid
+
+
+class QuantizedInput(NamedTuple):
+    """An activation on its integer grid: codes int8 [..., n], scale fp32 [..., 1], values [..., n]."""
+
+    codes: Tensor
+    scale: Tensor
+    values: Tensor
+
+
+class InputQuantizer:
+    """Per-token quantization of one activation, done once for all the layers that read it.
+
+    q, k and v share one InputQuantizer, gate and up another. The result is kept until the last of
+    them has read it, and only for the very tensor it came from.
+    """
+
+    def __init__(self, bits: int, readers: int):
+        self.bits = bits
+        self.readers = readers
+        self._forget()
+
+    def __call__(self, x: Tensor) -> QuantizedInput:
+        if self._result is None or self._source is None or self._source() is not x or self._version != x._version:
+            codes, scale = quantize(x, self.bits)
+            self._result = QuantizedInput(codes, scale, dequantize(codes, scale, x.dtype))
+            self._source, self._version, self._reads = weakref.ref(x), x._version, 0
+        result = self._result
+        self._reads += 1
+        if self._reads == self.readers:
+            self._forget()
+        return result
+
+    def _forget(self) -> None:
+        self._result: QuantizedInput | None = None
+        self._source: weakref.ref[Tensor] | None = None
+        self._version = self._reads = 0
+
+
+class QuantLinear(nn.Linear):
+    """``y = x_hat @ w_hat.T + bias``: x per token at ``a_bits``, w per output channel at ``w_bits``."""
+
+    w_bits: int
+    input_quantizer: InputQuantizer | None
+
+    @classmethod
+    def convert(cls, linear: nn.Linear, w_bits: int, input_quantizer: InputQuantizer | None) -> "QuantLinear":
+        """Turn ``linear`` into a QuantLinear in place; None as ``input_quantizer`` leaves x as it is."""
+        linear.__class__ = cls
+        assert isinstance(linear, cls)
+        linear.w_bits = w_bits
+        linear.input_quantizer = input_quantizer
+        return linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        quantized = None if self.input_quantizer is None else self.input_quantizer(x)
+        return _QuantLinear.apply(x, self.weight, self.bias, self.w_bits, quantized)
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Put the quantized weight in the Parameter's place, so that evaluation quantizes it once."""
+        self.weight.copy_(quantized_weight(self.weight, self.w_bits))
+        self.w_bits = FULL_PRECISION
+
+    def extra_repr(self) -> str:
+        a_bits = FULL_PRECISION if self.input_quantizer is None else self.input_quantizer.bits
+        return f"{super().extra_repr()}, w_bits={self.w_bits}, a_bits={a_bits}"
+
+
+def quantized_weight(weight: Tensor, bits: int) -> Tensor:
+    """The weight that the layer multiplies with, [out, in], no gradient."""
+    return weight.detach() if bits == FULL_PRECISION else round_to_grid(weight, bits)
+
+
+class _QuantLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, w_bits: int, quantized: QuantizedInput | None):
+        ctx.w_bits = w_bits
+        ctx.input_dtype = x.dtype
+        ctx.input_quantized = quantized is not None
+        if quantized is None:
+            ctx.save_for_backward(weight, x)
+        else:
+            ctx.save_for_backward(weight, quantized.codes, quantized.scale)
+            x = quantized.values
+        y = x @ quantized_weight(weight, w_bits).t()
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        weight, *saved = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        grad_x = grad @ quantized_weight(weight, ctx.w_bits) if needs_x else None
+        rows = grad.flatten(0, -2)
+        grad_weight = None
+        if needs_weight:
+            x = dequantize(*saved, ctx.input_dtype) if ctx.input_quantized else saved[0]
+            grad_weight = rows.t() @ x.flatten(0, -2)
+        grad_bias = rows.sum(0) if needs_bias else None
+        return grad_x, grad_weight, grad_bias, None, None

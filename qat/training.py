@@ -1,0 +1,136 @@
+"""The training loop."""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from qat import checkpoint
+from qat.checkpoint import TrainState
+from qat.data import TrainingData
+from qat.engines import Teacher, device
+from qat.errors import UserError
+from qat.preemption import StopSignal
+
+CHECKPOINTS, LOG, FINAL = "checkpoints", "log.jsonl", "final"
+"""What a run's folder holds: DeepSpeed checkpoints, one JSON line a step, the trained student."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the student learns. The defaults are the paper's recipe: AdamW without weight decay, batch size 1 per GPU.
+
+    Args:
+        steps: optimizer steps; 0 for one pass over the data
+        lr: peak learning rate
+        warmup_steps: steps of linear warm-up before the cosine
+        min_lr_ratio: the cosine ends at this fraction of lr
+        gradient_accumulation_steps: sequences per rank and optimizer step
+        gradient_clipping: largest global gradient norm; 0 clips nothing
+        gradient_checkpointing: recompute activations in backward: less memory, a third more time
+        save_every: steps between checkpoints
+        keep: how many checkpoints to keep
+        seed: of the order of the data
+    """
+
+    steps: int = 0
+    lr: float = 2e-5
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.0
+    gradient_accumulation_steps: int = 1
+    gradient_clipping: float = 1.0
+    gradient_checkpointing: bool = True
+    save_every: int = 500
+    keep: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "warmup_steps", "min_lr_ratio", "gradient_clipping"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)} is not possible: give 0 or more.")
+        for name in ("gradient_accumulation_steps", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} is not possible: give 1 or more.")
+        if not 0 < self.lr < 1:
+            raise UserError(f"lr={self.lr} is not possible: give a learning rate above 0 and below 1, say 2e-5.")
+
+    def lr_factor(self, step: int) -> float:
+        """Learning rate of optimizer step ``step`` (from 0) over ``lr``: linear warm-up, then a cosine."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+
+    def ds_settings(self) -> dict[str, object]:
+        """What a DeepSpeed JSON must not contradict, by its dotted keys."""
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "gradient_clipping": self.gradient_clipping,
+            "optimizer.type": "AdamW",
+            "optimizer.params.lr": self.lr,
+            "optimizer.params.weight_decay": 0.0,
+        }
+
+
+def train(
+    student: deepspeed.DeepSpeedEngine, teacher: Teacher, data: TrainingData, config: TrainConfig, run: Path
+) -> bool:
+    """Train to ``config.steps``, resuming from the run's latest checkpoint; False if a signal stopped it before."""
+    rank, ranks, stop = dist.get_rank(), dist.get_world_size(), StopSignal()
+    state = checkpoint.resume(student, run / CHECKPOINTS)
+    log = _Log(run / LOG, state, config.steps) if rank == 0 else None
+    stopped = False
+    while state.step < config.steps and not stopped:
+        began, lr = time.monotonic(), student.get_lr()[0]
+        sums = torch.zeros(4, device=device())  # cross-entropy, KL, tokens, ranks told to stop
+        for _ in range(config.gradient_accumulation_steps):
+            input_ids = data.sample(state.samples + rank).to(device())
+            cross_entropy, kl = student(input_ids, teacher(input_ids))
+            student.backward(cross_entropy)
+            student.step()
+            sums[:3] += torch.stack([cross_entropy.detach(), kl, torch.tensor(input_ids.shape[1] - 1.0)])
+            state.samples += ranks
+        sums[3] = stop.received
+        dist.all_reduce(sums)
+        cross_entropy_sum, kl_sum, tokens, told_to_stop = sums.tolist()
+        stopped = told_to_stop > 0
+        state.step += 1
+        state.tokens += int(tokens)
+        state.seconds += time.monotonic() - began
+        if log is not None:
+            sequences = ranks * config.gradient_accumulation_steps
+            log.step(state, cross_entropy_sum / sequences, kl_sum / sequences, lr, student.get_global_grad_norm())
+        if state.step % config.save_every == 0 or state.step == config.steps or stopped:
+            checkpoint.save(student, run / CHECKPOINTS, state, config.keep)
+    return state.step == config.steps
+
+
+class _Log:
+    """One JSON line a step, and a progress bar with rate and ETA."""
+
+    def __init__(self, path: Path, state: TrainState, steps: int):
+        lines = path.read_text().splitlines() if path.exists() else []
+        path.write_text("".join(line + "\n" for line in lines[: state.step]))  # steps after it will be taken again
+        self._file = path.open("a", buffering=1)
+        self._bar = tqdm(desc="train", total=steps, initial=state.step, unit="step", dynamic_ncols=True)
+
+    def step(self, state: TrainState, cross_entropy: float, kl: float, lr: float, grad_norm: float) -> None:
+        record = {
+            "step": state.step,
+            "loss": cross_entropy,
+            "kl": kl,
+            "lr": lr,
+            "grad_norm": float(grad_norm),
+            "tokens": state.tokens,
+            "seconds": round(state.seconds, 2),
+        }
+        self._file.write(json.dumps(record) + "\n")
+        self._bar.set_postfix(loss=f"{cross_entropy:.3f}", kl=f"{kl:.3f}", tok_s=f"{state.tokens / state.seconds:.0f}")
+        self._bar.update()

@@ -44,7 +44,12 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if self.strategy not in sampling.STRATEGIES:
             raise UserError(f"strategy={self.strategy!r} is not possible: give {', '.join(sampling.STRATEGIES)}.")
-        for name, least in {"sequences": 1, "max_length": 8, "batch_size": 1, "sequences_per_shard": 1}.items():
+        for name, least in {
+            "sequences": 1,
+            "max_length": 8,
+            "batch_size": 1,
+            "sequences_per_shard": 1,
+        }.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)} is not possible: give {least} or more.")
         if not 0 <= self.seed < 2**31:
@@ -92,7 +97,7 @@ def write_sequences(
     vocabulary: Vocabulary,
     config: GenerateConfig,
     indices: range,
-    progress: Callable[[int, int], None] = lambda sequences, tokens: None,
+    progress: Callable[[int, int], None] = lambda tokens, spared: None,
 ) -> list[Sequence]:
     """Decode the sequences numbered ``indices``, in order.
 
@@ -100,7 +105,8 @@ def write_sequences(
     every time, and a random number belongs to a sequence and a position.
 
     Args:
-        progress: called once a step with the numbers of sequences ended and of tokens decoded in it
+        progress: called once a step with the numbers of tokens decoded in it, and of tokens that sequences
+            which ended in it stayed short of max_length
     """
     starts = sampling.start_tokens(vocabulary.start, config.seed, indices.start, len(indices))
     numbers = torch.arange(indices.start, indices.stop, device=model.device)
@@ -130,7 +136,7 @@ def write_sequences(
         ended = (torch.isin(chosen, stop) & (chosen_at >= first_choice)) | (chosen_at + 1 == config.max_length)
         position = chosen_at
         ended_slots = ended.nonzero()[:, 0].tolist()
-        progress(len(ended_slots), len(row))
+        progress(len(row), sum(config.max_length - 1 - int(position[slot]) for slot in ended_slots))
         idle = []
         for slot in ended_slots:
             lengths[int(row[slot])] = int(position[slot]) + 1
@@ -166,8 +172,8 @@ class _SlotDecoder:
         config = model.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (slots, config.num_key_value_heads, max_length, head_dim)
-        layers = [_SlotLayer(shape, model, self.batch) for _ in range(config.num_hidden_layers)]
-        self.cache = Cache(layers=layers)
+        self.layers = [_SlotLayer(shape, model, self.batch) for _ in range(config.num_hidden_layers)]
+        self.cache = Cache(layers=list(self.layers))
 
     def step(self, tokens: Tensor, position: Tensor) -> Tensor:
         """Tokens [slots] at their positions [slots] -> fp32 logits [slots, vocabulary] of the next ones."""
@@ -191,7 +197,7 @@ class _SlotDecoder:
 
     def keep(self, slots: list[int]) -> None:
         """Drop all slots but these."""
-        for layer in self.cache.layers:
+        for layer in self.layers:
             layer.keys, layer.values = layer.keys[slots], layer.values[slots]
 
 
@@ -209,6 +215,8 @@ class _SlotLayer(CacheLayerMixin):
     """Keys and values [slots, kv_heads, max_length, head_dim] of one layer, written at each slot's position."""
 
     is_sliding = False
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, shape: tuple[int, ...], model: PreTrainedModel, batch: _Batch):
         super().__init__()
@@ -221,8 +229,6 @@ class _SlotLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         at, columns = (self.batch.rows, slice(None), self.batch.position), self.batch.columns
-        assert self.keys is not None
-        assert self.values is not None
         self.keys[at], self.values[at] = key_states[:, :, 0], value_states[:, :, 0]
         return self.keys[:, :, :columns], self.values[:, :, :columns]
 
@@ -233,7 +239,6 @@ class _SlotLayer(CacheLayerMixin):
         return self.batch.columns
 
     def get_max_length(self) -> int:
-        assert self.keys is not None
         return self.keys.shape[2]
 
 

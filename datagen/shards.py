@@ -67,14 +67,16 @@ class ShardFolder:
         if differing:
             listed = ", ".join(f"{key} was {there.get(key)!r}, now {settings.get(key)!r}" for key in differing)
             raise UserError(
-                f"{self.directory} was made with other settings ({listed}): give another folder, or the same settings."
+                f"{self.directory} was made with other settings ({listed}): give the same, or another folder."
             )
 
     def manifest(self) -> dict[str, Any]:
         """The settings that made the shards; raises UserError if there are none."""
         path = self.directory / MANIFEST
         if not path.is_file():
-            raise UserError(f"There is no training data at {self.directory}: run launch/generate.py --output there.")
+            raise UserError(
+                f"There is no training data at {self.directory}: run launch/generate.py --output there."
+            )
         try:
             return json.loads(path.read_text())
         except json.JSONDecodeError as error:

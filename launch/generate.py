@@ -8,7 +8,6 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from datagen.generate import GenerateConfig, Vocabulary, write_sequences
@@ -47,20 +46,16 @@ def main() -> None:
     if not missing:
         print(f"{paths.output} is complete: {config.sequences} sequences.")
         return
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
-    model = models.load(name, torch.bfloat16 if on_gpu else torch.float32).to(device)
+    model = models.load(name, models.inference_dtype())
+    models.place(model)
     vocabulary = Vocabulary.of(tokenizer, model)
 
-    total = sum(len(config.shard_range(i)) for i in missing)
-    tokens_done = 0
-    with tqdm(desc="generate", total=total, unit="seq", dynamic_ncols=True, disable=rank > 0) as bar:
+    longest = sum(len(config.shard_range(i)) for i in missing) * config.max_length
+    with tqdm(desc="generate", total=longest, unit="tok", dynamic_ncols=True, disable=rank > 0) as bar:
 
-        def progress(sequences: int, tokens: int) -> None:
-            nonlocal tokens_done
-            tokens_done += tokens
-            bar.set_postfix(tok_s=f"{tokens_done / bar.format_dict['elapsed']:.0f}", refresh=False)
-            bar.update(sequences)
+        def progress(tokens: int, spared: int) -> None:
+            bar.total -= spared  # sequences that ended early
+            bar.update(tokens)
 
         for index in missing:
             folder.write(index, write_sequences(model, vocabulary, config, config.shard_range(index), progress))

@@ -58,7 +58,12 @@ def main() -> int:
     config = dataclasses.replace(config, steps=config.steps or len(data) // sequences_per_step)
     if dist.get_rank() == 0:
         paths.output.mkdir(parents=True, exist_ok=True)
-        settings = {"paths": asdict(paths), "quant": asdict(quant), "train": asdict(config), "deepspeed": student_json}
+        settings = {
+            "paths": asdict(paths),
+            "quant": asdict(quant),
+            "train": asdict(config),
+            "deepspeed": student_json,
+        }
         (paths.output / "settings.json").write_text(json.dumps(settings, indent=2, default=str) + "\n")
         print(f"{quant} student of {model}: {config.steps} steps of {sequences_per_step} sequences", flush=True)
 

@@ -49,7 +49,7 @@ class DistillationHead(nn.Linear):
         assert isinstance(linear, cls)
         return linear
 
-    def forward(self, hidden: Tensor, targets: TeacherTargets | None = None):  # type: ignore[override]
+    def forward(self, hidden: Tensor, targets: TeacherTargets | None = None):
         """hidden [tokens, hidden] and targets -> (cross-entropy, KL), both scalars; without targets: logits."""
         if targets is None:
             return super().forward(hidden)
@@ -71,7 +71,7 @@ class Distiller(nn.Module):
 
 def predicting(model: nn.Module, input_ids: Tensor) -> Tensor:
     """Final hidden states [tokens - 1, hidden] of one sequence [1, tokens]: those that predict a token of it."""
-    return model.model(input_ids=input_ids, use_cache=False).last_hidden_state[0, :-1]  # type: ignore[operator,union-attr]
+    return model.model(input_ids=input_ids, use_cache=False).last_hidden_state[0, :-1]  # type: ignore[operator]
 
 
 class _DistillationLoss(torch.autograd.Function):
@@ -80,7 +80,7 @@ class _DistillationLoss(torch.autograd.Function):
         needs_grad = any(ctx.needs_input_grad)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight) if needs_grad else None
-        cross_entropy = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        cross_entropy = torch.zeros((), dtype=_at_least_fp32(hidden.dtype), device=hidden.device)
         kl = torch.zeros_like(cross_entropy)
         start = 0
         for teacher_logits in targets.logits(CHUNK_TOKENS):
@@ -100,16 +100,20 @@ class _DistillationLoss(torch.autograd.Function):
         return cross_entropy, kl
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _):  # type: ignore[override]
+    def backward(ctx, grad: Tensor, _):
         grad_hidden, grad_weight = ctx.grads
         return grad_hidden * grad, grad_weight * grad, None
 
 
 def _chunk_loss(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over a chunk [tokens, vocabulary], in fp32: cross-entropy, KL; and p_student - p_teacher."""
-    log_student = torch.log_softmax(student_logits.float(), -1)
-    log_teacher = torch.log_softmax(teacher_logits.float(), -1)
+    """Sums over a chunk [tokens, vocabulary]: cross-entropy, KL; and p_student - p_teacher. In fp32 at least."""
+    log_student = torch.log_softmax(student_logits, -1, dtype=_at_least_fp32(student_logits.dtype))
+    log_teacher = torch.log_softmax(teacher_logits, -1, dtype=log_student.dtype)
     teacher = log_teacher.exp()
     cross_entropy = -(teacher * log_student).sum()
     kl = (teacher * log_teacher.sub_(log_student)).sum()
     return cross_entropy, kl, log_student.exp_().sub_(teacher)
+
+
+def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

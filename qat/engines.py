@@ -42,7 +42,13 @@ def init_distributed() -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        alone = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         os.environ.update(alone)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -83,7 +89,7 @@ def resolve_ds_config(path: Path, learning: dict[str, Any]) -> dict[str, Any]:
         there = _get(ds_config, key)
         if there not in (None, "auto", value):
             raise UserError(
-                f"{path} says {key} = {there}, the flags say {value}: change one, or write \"auto\" in the JSON."
+                f'{path} says {key} = {there}, the flags say {value}: change one, or write "auto" in the JSON.'
             )
         _set(ds_config, key, value)
     return ds_config

@@ -7,6 +7,7 @@ gathered again anyway. What a layer saves is its input's int8 codes and scales.
 """
 
 import weakref
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -33,23 +34,34 @@ class InputQuantizer:
     def __init__(self, bits: int, readers: int):
         self.bits = bits
         self.readers = readers
-        self._forget()
+        self._last: _LastInput | None = None
 
     def __call__(self, x: Tensor) -> QuantizedInput:
-        if self._result is None or self._source is None or self._source() is not x or self._version != x._version:
+        last = self._last
+        if last is None or not last.is_of(x):
             codes, scale = quantize(x, self.bits)
-            self._result = QuantizedInput(codes, scale, dequantize(codes, scale, x.dtype))
-            self._source, self._version, self._reads = weakref.ref(x), x._version, 0
-        result = self._result
-        self._reads += 1
-        if self._reads == self.readers:
-            self._forget()
-        return result
+            result = QuantizedInput(codes, scale, dequantize(codes, scale, x.dtype))
+            last = self._last = _LastInput(weakref.ref(x), _version(x), result)
+        last.reads += 1
+        if last.reads == self.readers:
+            self._last = None
+        return last.result
 
-    def _forget(self) -> None:
-        self._result: QuantizedInput | None = None
-        self._source: weakref.ref[Tensor] | None = None
-        self._version = self._reads = 0
+
+@dataclass
+class _LastInput:
+    source: weakref.ref[Tensor]
+    version: int
+    result: QuantizedInput
+    reads: int = 0
+
+    def is_of(self, x: Tensor) -> bool:
+        return self.source() is x and self.version == _version(x)
+
+
+def _version(x: Tensor) -> int:
+    """Counts the in-place changes to x; inference tensors do not count them."""
+    return 0 if x.is_inference() else x._version
 
 
 class QuantLinear(nn.Linear):
@@ -89,7 +101,9 @@ def quantized_weight(weight: Tensor, bits: int) -> Tensor:
 
 class _QuantLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, w_bits: int, quantized: QuantizedInput | None):
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, w_bits: int, quantized: QuantizedInput | None
+    ):
         ctx.w_bits = w_bits
         ctx.input_dtype = x.dtype
         ctx.input_quantized = quantized is not None
@@ -102,14 +116,14 @@ class _QuantLinear(torch.autograd.Function):
         return y if bias is None else y.add_(bias)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         weight, *saved = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         grad_x = grad @ quantized_weight(weight, ctx.w_bits) if needs_x else None
         rows = grad.flatten(0, -2)
         grad_weight = None
         if needs_weight:
-            x = dequantize(*saved, ctx.input_dtype) if ctx.input_quantized else saved[0]
+            x = dequantize(saved[0], saved[1], ctx.input_dtype) if ctx.input_quantized else saved[0]
             grad_weight = rows.t() @ x.flatten(0, -2)
         grad_bias = rows.sum(0) if needs_bias else None
         return grad_x, grad_weight, grad_bias, None, None

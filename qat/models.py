@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -45,8 +46,19 @@ def resolve(name: str) -> str:
 
 
 def load(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The full-precision causal LM at ``name`` in eval mode, with weights of ``dtype``."""
+    """The full-precision causal LM at ``name`` in eval mode, with weights of ``dtype``, on the CPU."""
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa").eval()
+
+
+def place(model: torch.nn.Module) -> None:
+    """Move a model to this process's GPU, if there is one."""
+    if torch.cuda.is_available():
+        model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
+
+
+def inference_dtype() -> torch.dtype:
+    """bf16 on a GPU; fp32 on a CPU, where it is faster."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
 def load_tokenizer(name: str) -> Tokenizer:

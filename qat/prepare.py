@@ -144,9 +144,10 @@ def _quantize_linears(linears: list[nn.Linear], config: QuantConfig) -> None:
 def _quantize_kv(attention: nn.Module, config: QuantConfig) -> None:
     quantizer = kv_cache.KVQuantizer(config.kv_bits, config.kv_granularity, config.kv_rotation)
     if config.kv_site == "post_rope":
-        attention.kv_quantizer = quantizer
+        attention.kv_quantizer = quantizer  # type: ignore[assignment]
         return
+    head_dim: int = attention.head_dim  # type: ignore[assignment]
     for name in ("k_proj", "v_proj"):
         attention.get_submodule(name).register_forward_hook(
-            lambda module, inputs, output: quantizer.projection(output, attention.head_dim)
+            lambda module, inputs, output: quantizer.projection(output, head_dim)
         )

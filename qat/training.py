@@ -24,7 +24,7 @@ CHECKPOINTS, LOG, FINAL = "checkpoints", "log.jsonl", "final"
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How the student learns. The defaults are the paper's recipe: AdamW without weight decay, batch size 1 per GPU.
+    """How the student learns: AdamW without weight decay, one sequence per rank. The defaults are the paper's.
 
     Args:
         steps: optimizer steps; 0 for one pass over the data
@@ -82,7 +82,7 @@ class TrainConfig:
 def train(
     student: deepspeed.DeepSpeedEngine, teacher: Teacher, data: TrainingData, config: TrainConfig, run: Path
 ) -> bool:
-    """Train to ``config.steps``, resuming from the run's latest checkpoint; False if a signal stopped it before."""
+    """Train to ``config.steps`` from the run's latest checkpoint; False if a signal stopped it before."""
     rank, ranks, stop = dist.get_rank(), dist.get_world_size(), StopSignal()
     state = checkpoint.resume(student, run / CHECKPOINTS)
     log = _Log(run / LOG, state, config.steps) if rank == 0 else None
@@ -132,5 +132,7 @@ class _Log:
             "seconds": round(state.seconds, 2),
         }
         self._file.write(json.dumps(record) + "\n")
-        self._bar.set_postfix(loss=f"{cross_entropy:.3f}", kl=f"{kl:.3f}", tok_s=f"{state.tokens / state.seconds:.0f}")
+        self._bar.set_postfix(
+            loss=f"{cross_entropy:.3f}", kl=f"{kl:.3f}", tok_s=f"{state.tokens / state.seconds:.0f}"
+        )
         self._bar.update()

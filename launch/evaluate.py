@@ -1,0 +1,82 @@
+"""Measure perplexity of a model directory: full precision, trained student or export.
+
+python launch/evaluate.py --model DIR; with --method rtn, a full-precision model is rounded first.
+"""
+
+import importlib.metadata
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from launch import cli
+from qat import export, models
+from qat.errors import UserError
+from qat.evaluate import ENCYCLOPEDIA, perplexity, text_windows
+from qat.prepare import CONFIG_FILE, QuantConfig, freeze, prepare
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What to evaluate, on what.
+
+    Args:
+        model: a Hugging Face directory or hub name, the final/ of a training run, or an export
+        method: "as_is", or "rtn" to round a full-precision model to the bits below, untrained
+        text: "encyclopedia" (built in, needs no hub) or a text file
+        window: tokens per window; windows do not overlap
+        windows: how many windows; 0 for the whole text
+        output: JSON file for the result; if it holds the result of the same evaluation, nothing is computed
+    """
+
+    model: str
+    method: str = "as_is"
+    text: str = ENCYCLOPEDIA
+    window: int = 2048
+    windows: int = 0
+    output: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in ("as_is", "rtn"):
+            raise UserError(f"method={self.method!r} is not possible: give as_is or rtn.")
+        if self.window < 2 or self.windows < 0:
+            raise UserError("window must be 2 or more, and windows 0 or more.")
+
+
+def main() -> None:
+    evaluation, quant = cli.parse(__doc__, Evaluation, QuantConfig)
+    name = models.resolve(evaluation.model)
+    quantized = (Path(name) / CONFIG_FILE).is_file()
+    if evaluation.method == "rtn" and quantized:
+        raise UserError(f"{name} is quantized already: give the full-precision model for method=rtn.")
+    settings = {
+        **{key: value for key, value in asdict(evaluation).items() if key != "output"},
+        "quant": asdict(quant) if evaluation.method == "rtn" else None,
+        "weights": models.weights_fingerprint(name),
+    }
+    output = evaluation.output
+    if output and output.is_file() and json.loads(output.read_text())["settings"] == settings:
+        print(f"{output} is there already.")
+        return
+
+    began = time.monotonic()
+    windows = text_windows(evaluation.text, models.load_tokenizer(name), evaluation.window, evaluation.windows)
+    model = export.load(name, models.inference_dtype())
+    models.place(model)
+    if evaluation.method == "rtn":
+        freeze(prepare(model, quant))
+    measured = perplexity(model, windows)
+    print(f"perplexity {measured.perplexity:.3f} on {measured.tokens} tokens of {evaluation.text}")
+    if output:
+        result = {
+            "settings": settings,
+            **asdict(measured),
+            "seconds": round(time.monotonic() - began, 1),
+            "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers")},
+        }
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main)

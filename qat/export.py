@@ -1,0 +1,161 @@
+"""Integer checkpoints: a Hugging Face directory in the compressed-tensors format.
+
+``int-quantized``: each quantized Linear is stored as ``weight`` (int8 codes, [out, in]) and ``weight_scale``
+(fp32, [out, 1]), codes and scales exactly as training simulated them; everything else as it was trained.
+Activations are described as dynamic and per token, so an engine quantizes them as the student did.
+``quant_config.json`` beside it keeps what the format has no words for: the KV cache.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from qat import models
+from qat.errors import UserError
+from qat.prepare import CONFIG_FILE, QuantConfig, freeze, prepare, quant_linears
+from qat.quantizers import FULL_PRECISION, dequantize, quantize
+
+FORMAT = "int-quantized"
+
+_COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
+_SCALE = "weight_scale"
+
+
+def export(checkpoint: Path, output: Path) -> None:
+    """Write the trained student at ``checkpoint`` as an integer checkpoint; ``output`` appears whole.
+
+    One weight file is in memory at a time. Raises UserError if the checkpoint is not one of ours.
+    """
+    quant = _quant_config(checkpoint)
+    if quant.w_bits == FULL_PRECISION:
+        raise UserError(f"{checkpoint} has w_bits=16: there are no integer weights to export.")
+    if quant.a_bits == FULL_PRECISION:
+        raise UserError(f"{checkpoint} has a_bits=16: the format {FORMAT} is for quantized activations.")
+    if output.exists():
+        raise UserError(f"{output} is there already: give another folder.")
+    quantized = {f"{name}.weight" for name in quant_linears(prepare(_skeleton(checkpoint), quant))}
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for file in (f for pattern in _COPIED for f in checkpoint.glob(pattern)):
+        shutil.copy(file, partial)
+    places: dict[str, str] = {}
+    for file in _weight_files(checkpoint):
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in _tensors(file):
+            if name in quantized:
+                codes, scale = quantize(tensor, quant.w_bits)
+                tensors |= {name: codes, _scale_name(name): scale}
+            else:
+                tensors[name] = tensor
+        save_file(tensors, partial / file.name, metadata={"format": "pt"})
+        places |= dict.fromkeys(tensors, file.name)
+    if missing := quantized - places.keys():
+        raise UserError(
+            f"{checkpoint} is incomplete: it lacks {min(missing)} and {len(missing) - 1} other weights."
+        )
+    if len(set(places.values())) > 1:
+        index = {"metadata": {}, "weight_map": places}
+        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    config = json.loads((partial / "config.json").read_text())
+    config["quantization_config"] = quantization_config(quant)
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    partial.rename(output)
+
+
+def quantization_config(quant: QuantConfig) -> dict[str, Any]:
+    """What compressed-tensors, hence transformers and vLLM, read in ``config.json``."""
+    weights = {
+        "num_bits": quant.w_bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "channel",
+        "dynamic": False,
+    }
+    activations = {
+        "num_bits": quant.a_bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "token",
+        "dynamic": True,
+    }
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+
+
+def load(directory: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model at ``directory``, ready for inference: full precision, a trained student, or an export.
+
+    Weights are quantized once, here; activations and KV cache as ``quant_config.json`` says.
+    """
+    path = Path(directory)
+    if not (path / CONFIG_FILE).is_file():
+        return models.load(directory, dtype)
+    quant = _quant_config(path)
+    if "quantization_config" in json.loads((path / "config.json").read_text()):
+        return prepare(_load_integers(path, dtype), replace(quant, w_bits=FULL_PRECISION)).eval()
+    model = prepare(models.load(directory, dtype), quant)
+    freeze(model)
+    return model
+
+
+def _load_integers(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+    stored = {name: tensor for file in _weight_files(directory) for name, tensor in _tensors(file)}
+    weights = {}
+    for name, tensor in stored.items():
+        if tensor.dtype == torch.int8:
+            weights[name] = dequantize(tensor, stored[_scale_name(name)], dtype)
+        elif not name.endswith(_SCALE):
+            weights[name] = tensor
+    config = AutoConfig.from_pretrained(directory)
+    del config.quantization_config
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return model_class.from_pretrained(  # type: ignore[attr-defined]
+        None, config=config, state_dict=weights, dtype=dtype, attn_implementation="sdpa"
+    )
+
+
+def _quant_config(directory: Path) -> QuantConfig:
+    if not (directory / CONFIG_FILE).is_file():
+        raise UserError(
+            f"{directory} holds no trained student: it has no {CONFIG_FILE}. Give the final/ of a run."
+        )
+    return QuantConfig.load(directory)
+
+
+def _skeleton(directory: Path) -> PreTrainedModel:
+    """The model without memory for its weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{directory} has no weights (*.safetensors).")
+    return files
+
+
+def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    with safe_open(file, framework="pt") as opened:
+        for name in opened.keys():  # noqa: SIM118  (not a dict)
+            yield name, opened.get_tensor(name)
+
+
+def _scale_name(weight_name: str) -> str:
+    return weight_name.removesuffix("weight") + _SCALE

@@ -1,0 +1,116 @@
+"""A tiny random LLaMA with a tokenizer of its own, and a way to start real training runs."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+from qat.models import load_tokenizer
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "LICENSE").read_text()
+CONFIG = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "tie_word_embeddings": True,
+}
+
+
+def tiny_model(config_class=LlamaConfig, **changes):
+    """A random model in eval mode. Weights larger than at usual initialisation make its predictions sharp."""
+    torch.manual_seed(0)
+    config = config_class(**(CONFIG | {"initializer_range": 0.15} | changes))
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+
+def tiny_tokenizer(text: str = TEXT) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=CONFIG["vocab_size"],
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def tiny_directory(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("tiny") / "model"
+    tiny_model().save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_directory):
+    return load_tokenizer(str(tiny_directory))
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tiny_directory, tmp_path_factory) -> Path:
+    """Sequences that the tiny model wrote."""
+    directory = tmp_path_factory.mktemp("data") / "shards"
+    run_python("generate", *generate_flags(tiny_directory, directory))
+    return directory
+
+
+def generate_flags(model: Path, output: Path) -> list[str]:
+    sizes = ["--sequences=12", "--max_length=24", "--batch_size=3", "--sequences_per_shard=4"]
+    return [f"--model={model}", f"--output={output}", *sizes]
+
+
+def run_python(script: str, *flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "launch" / f"{script}.py"), *flags]
+    return subprocess.run(command, check=True, text=True, capture_output=True, cwd=ROOT)
+
+
+def start_training(ranks: int, *flags: str) -> subprocess.Popen:
+    """``deepspeed launch/train.py`` on CPU ranks, in a process group of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [
+        str(Path(sys.executable).parent / "deepspeed"),
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        str(port),
+    ]
+    command = [*launcher, str(ROOT / "launch" / "train.py"), *flags]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen) -> str:
+    """Wait for the run; its output, which is also the message if it failed."""
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL to the launcher and all its ranks: nothing gets a chance to clean up."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

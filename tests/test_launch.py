@@ -1,0 +1,138 @@
+"""The command lines: wrong inputs give one clear sentence, and imports run one way."""
+
+import json
+import re
+import sys
+from importlib import import_module
+
+import pytest
+from conftest import ROOT, generate_flags, tiny_model, tiny_tokenizer
+from transformers import GPTNeoXConfig
+
+from launch import cli
+
+JSON = ROOT / "ds_configs" / "zero3_cpu.json"
+
+
+def error_of(monkeypatch, script: str, *flags) -> str:
+    """Run an entry point in this process, expecting it to refuse; its sentence."""
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(import_module(f"launch.{script}").main)
+    message = str(stop.value)
+    assert message.startswith("error: ")
+    assert "\n" not in message
+    return message
+
+
+def train_flags(model, data, output, deepspeed=JSON) -> list[str]:
+    return [f"--model={model}", f"--data={data}", f"--output={output}", f"--deepspeed={deepspeed}"]
+
+
+@pytest.mark.parametrize("script", ["train", "generate", "evaluate"])
+def test_wrong_model_path(script, monkeypatch, tmp_path):
+    places = {"evaluate": []}.get(
+        script, [f"--output={tmp_path}/o", *([f"--data={tmp_path}"] * (script == "train"))]
+    )
+    assert "no model at '/nowhere'" in error_of(monkeypatch, script, "--model=/nowhere", *places)
+
+
+def test_directory_that_is_no_model(monkeypatch, tmp_path):
+    assert "no config.json" in error_of(monkeypatch, "evaluate", f"--model={tmp_path}")
+
+
+def test_unsupported_architecture(monkeypatch, tmp_path, tiny_data):
+    tiny_model(GPTNeoXConfig).save_pretrained(tmp_path / "neox")
+    message = error_of(monkeypatch, "train", *train_flags(tmp_path / "neox", tiny_data, tmp_path / "out"))
+    assert "gpt_neox" in message
+    assert "llama" in message
+
+
+def test_impossible_bits(monkeypatch, tiny_directory, tiny_data, tmp_path):
+    flags = train_flags(tiny_directory, tiny_data, tmp_path / "out")
+    assert "w_bits=1 is not possible: give 2 to 8, or 16" in error_of(monkeypatch, "train", *flags, "--w_bits=1")
+
+
+def test_empty_data_folder(monkeypatch, tiny_directory, tmp_path):
+    (tmp_path / "empty").mkdir()
+    message = error_of(monkeypatch, "train", *train_flags(tiny_directory, tmp_path / "empty", tmp_path / "out"))
+    assert "no training data" in message
+    assert "launch/generate.py" in message
+
+
+def test_shards_of_another_tokenizer(monkeypatch, tiny_directory, tiny_data, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "other")
+    tiny_tokenizer("quite another text, of a few words only").save_pretrained(tmp_path / "other")
+    message = error_of(monkeypatch, "train", *train_flags(tmp_path / "other", tiny_data, tmp_path / "out"))
+    assert "another tokenizer" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (
+            {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}},
+            "optimizer.params.lr = 0.001, the flags say 2e-05",
+        ),
+        ({"train_micro_batch_size_per_gpu": 4}, "train_micro_batch_size_per_gpu = 4, the flags say 1"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps = 2, the flags say 1"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "AutoTP"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_quantized_weights"),
+    ],
+)
+def test_deepspeed_json_that_contradicts_the_flags(
+    change, named, monkeypatch, tiny_directory, tiny_data, tmp_path
+):
+    contradicting = tmp_path / "ds.json"
+    contradicting.write_text(json.dumps(json.loads(JSON.read_text()) | change))
+    flags = train_flags(tiny_directory, tiny_data, tmp_path / "out", contradicting)
+    assert named in error_of(monkeypatch, "train", *flags)
+
+
+def test_missing_or_broken_deepspeed_json(monkeypatch, tiny_directory, tiny_data, tmp_path):
+    flags = train_flags(tiny_directory, tiny_data, tmp_path / "out", tmp_path / "none.json")
+    assert "no DeepSpeed configuration" in error_of(monkeypatch, "train", *flags)
+    (tmp_path / "broken.json").write_text("{")
+    flags = train_flags(tiny_directory, tiny_data, tmp_path / "out", tmp_path / "broken.json")
+    assert "is not JSON" in error_of(monkeypatch, "train", *flags)
+
+
+def test_data_of_other_settings(monkeypatch, tiny_directory, tiny_data):
+    flags = [*generate_flags(tiny_directory, tiny_data), "--seed=5"]
+    assert "seed was 0, now 5" in error_of(monkeypatch, "generate", *flags)
+
+
+def test_recipe_and_flags_set_the_same_fields(monkeypatch, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("w_bits: 3\nlr: 1.0e-4\n")
+    train = import_module("launch.train")
+    flags = [*train_flags("m", "d", "o"), f"--config={recipe}", "--lr=5e-4"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    _, quant, config = cli.parse("", train.Paths, train.QuantConfig, train.TrainConfig)
+    assert (quant.w_bits, config.lr) == (3, 5e-4)
+
+
+@pytest.mark.parametrize("script", ["train", "generate", "evaluate", "export", "quickstart"])
+def test_help_names_every_flag_with_its_meaning(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
+    with pytest.raises(SystemExit):
+        import_module(f"launch.{script}").main()
+    text = capsys.readouterr().out
+    flags = re.findall(r"^  --(\w+)(.*(?:\n {10,}.*)*)", text, re.MULTILINE)
+    assert len(flags) > 3
+    assert all(meaning.strip() for _, meaning in flags)
+
+
+def test_imports_run_one_way():
+    allowed = {"datagen": {"datagen", "qat.errors"}, "qat": {"qat", "datagen"}}
+    for package, names in allowed.items():
+        for file in (ROOT / package).rglob("*.py"):
+            imported = re.findall(
+                r"^\s*(?:from|import) ((?:qat|datagen|launch)[\w.]*)", file.read_text(), re.MULTILINE
+            )
+            for name in imported:
+                assert name in names or name.split(".")[0] in names, f"{file} imports {name}"
+    quantizers = (ROOT / "qat" / "quantizers.py").read_text()
+    assert set(re.findall(r"^(?:from|import) (\w+)", quantizers, re.MULTILINE)) == {"torch"}
+    for name in ("export", "evaluate"):
+        assert "qat.training" not in (ROOT / "qat" / f"{name}.py").read_text()

@@ -25,6 +25,8 @@ def run(main: Callable[[], int | None]) -> None:
         sys.exit(main())
     except UserError as error:
         sys.exit(f"error: {error}" if is_first_rank() else 2)
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command goes on from here" if is_first_rank() else 130)
 
 
 def is_first_rank() -> bool:

@@ -50,7 +50,7 @@ def main() -> None:
     models.place(model)
     vocabulary = Vocabulary.of(tokenizer, model)
 
-    longest = sum(len(config.shard_range(i)) for i in missing) * config.max_length
+    longest = sum(len(config.shard_range(i)) for i in missing) * (config.max_length - 1)
     with tqdm(desc="generate", total=longest, unit="tok", dynamic_ncols=True, disable=rank > 0) as bar:
 
         def progress(tokens: int, spared: int) -> None:

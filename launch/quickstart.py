@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,8 +78,6 @@ def main() -> None:
         ],
         ["--model", model, "--data", out / "data", "--output", run],
     )
-    if not (run / FINAL).exists():
-        raise UserError("The training was interrupted: start the quickstart again to go on.")
     quant = yaml.safe_load((_RECIPES / "quickstart_train.yaml").read_text())
     bits = [f"--{key}={value}" for key, value in quant.items() if key.startswith(("w_", "a_", "kv_"))]
     evaluate = [python, _LAUNCH / "evaluate.py", "--window", "512", "--windows", str(settings.windows)]
@@ -101,7 +99,7 @@ class _Stages:
         self.path = out / "stages.json"
         self.seconds: dict[str, float] = json.loads(self.path.read_text()) if self.path.exists() else {}
 
-    def run(self, name: str, *parts: Sequence[str | Path]) -> None:
+    def run(self, name: str, *parts: Iterable[object]) -> None:
         command = [str(argument) for part in parts for argument in part]
         print(f"\n[{name}] $ {shlex.join(command)}", flush=True)
         began = time.monotonic()
@@ -111,8 +109,15 @@ class _Stages:
             "DS_ACCELERATOR": "cpu",
             "OMP_WAIT_POLICY": "PASSIVE",
         }
-        code = subprocess.run(command, env=environment, check=False).returncode
-        if code not in (0, RESUMABLE_EXIT):
+        process = subprocess.Popen(command, env=environment)
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.wait()  # it got the signal too, and saves
+            raise
+        if code == RESUMABLE_EXIT:
+            raise KeyboardInterrupt
+        if code != 0:
             raise UserError(f"The stage {name!r} failed (exit code {code}); its message is above.")
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
         self.path.write_text(json.dumps(self.seconds, indent=2) + "\n")

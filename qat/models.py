@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -19,30 +20,35 @@ EMBEDDED = "smollm2-135m-instruct"
 
 
 def resolve(name: str) -> str:
-    """Check that ``name`` is a Hugging Face directory or hub name of a supported architecture.
+    """The directory of the model ``name``: a Hugging Face directory, a hub name, or EMBEDDED.
 
-    Raises UserError, before anything heavy is loaded, if it is not.
+    Raises UserError, before anything heavy is loaded, if it is not there or of an unsupported architecture.
     """
     if name == EMBEDDED:
         return str(extract_embedded(Path("runs/models") / EMBEDDED))
-    path = Path(name)
-    if path.exists() and not (path / "config.json").is_file():
+    directory = name if Path(name).exists() else _download(name)
+    if not (Path(directory) / "config.json").is_file():
         raise UserError(f"{name} is not a model directory: it has no config.json. Give a Hugging Face directory.")
-    if not path.exists() and (name.count("/") != 1 or name.startswith(("/", "."))):
-        raise UserError(
-            f"There is no model at {name!r}: give a Hugging Face directory, a hub name (owner/model) "
-            f"or {EMBEDDED!r}, which needs no download."
-        )
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(directory)
     except (OSError, ValueError) as error:
-        raise UserError(f"The model {name!r} cannot be read: {_first_line(error)}") from error
+        raise UserError(f"The model {name} cannot be read: {_first_line(error)}") from error
     if config.model_type not in SUPPORTED_MODEL_TYPES:
         raise UserError(
             f"{name} is of the architecture {config.model_type!r}, which is not supported: give one of "
             f"{', '.join(SUPPORTED_MODEL_TYPES)}."
         )
-    return name
+    return directory
+
+
+def _download(name: str) -> str:
+    try:
+        return snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"])
+    except (OSError, ValueError) as error:  # no such name, no such model, or no way to the hub
+        raise UserError(
+            f"There is no model at {name!r}, and the hub gives none: give a Hugging Face directory, a hub name "
+            f"(owner/model) or {EMBEDDED!r}, which needs no download."
+        ) from error
 
 
 def load(name: str, dtype: torch.dtype) -> PreTrainedModel:

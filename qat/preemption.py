@@ -8,11 +8,11 @@ RESUMABLE_EXIT = 85
 
 
 class StopSignal:
-    """True once SIGTERM or SIGUSR1 (what SLURM sends before it preempts) has come to this rank."""
+    """Remembers whether this rank was told to stop: by SIGTERM, by Ctrl-C, or by SLURM's SIGUSR1."""
 
     def __init__(self) -> None:
         self.received = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

@@ -37,6 +37,11 @@ def test_wrong_model_path(script, monkeypatch, tmp_path):
     assert "no model at '/nowhere'" in error_of(monkeypatch, script, "--model=/nowhere", *places)
 
 
+def test_model_that_the_hub_does_not_give(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "no model at 'nobody/nothing'" in error_of(monkeypatch, "evaluate", "--model=nobody/nothing")
+
+
 def test_directory_that_is_no_model(monkeypatch, tmp_path):
     assert "no config.json" in error_of(monkeypatch, "evaluate", f"--model={tmp_path}")
 

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from qat.errors import UserError
+from qat.errors import UserError, differences
 
 MANIFEST = "manifest.json"
 
@@ -62,10 +62,7 @@ class ShardFolder:
                 raise UserError(f"{self.directory} holds shards but no {MANIFEST}: give an empty folder.")
             _write_atomically(self.directory / MANIFEST, json.dumps(settings, indent=2) + "\n")
             return
-        there = self.manifest()
-        differing = sorted(key for key in there.keys() | settings.keys() if there.get(key) != settings.get(key))
-        if differing:
-            listed = ", ".join(f"{key} was {there.get(key)!r}, now {settings.get(key)!r}" for key in differing)
+        if listed := differences(self.manifest(), settings):
             raise UserError(
                 f"{self.directory} was made with other settings ({listed}): give the same, or another folder."
             )
@@ -96,12 +93,15 @@ class ShardFolder:
         partial.replace(self.path(index))
 
     def sequences(self) -> pa.ChunkedArray:
-        """All sequences' token ids, in order; raises UserError for an empty folder or a damaged shard."""
-        self.manifest()
-        files = self.shards()
-        if not files:
-            raise UserError(f"{self.directory} holds no shards yet: run launch/generate.py to the end.")
-        return pa.chunked_array([chunk for file in files for chunk in _read_ids(file).chunks])
+        """All sequences' token ids, in order; raises UserError if one is missing, or a shard is damaged."""
+        expected = self.manifest()["sequences"]
+        chunks = [chunk for file in self.shards() for chunk in _read_ids(file).chunks]
+        sequences = pa.chunked_array(chunks, type=SCHEMA.field("input_ids").type)
+        if len(sequences) != expected:
+            raise UserError(
+                f"{self.directory} holds {len(sequences)} of its {expected} sequences: run launch/generate.py to the end."
+            )
+        return sequences
 
 
 def _read_ids(file: Path) -> pa.ChunkedArray:

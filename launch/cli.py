@@ -29,8 +29,18 @@ def run(main: Callable[[], int | None]) -> None:
         sys.exit("interrupted: the same command goes on from here" if is_first_rank() else 130)
 
 
+def rank() -> int:
+    """This process's number among those that the launcher started; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def ranks() -> int:
+    """How many processes the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def is_first_rank() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
+    return rank() == 0
 
 
 def parse(description: str, *configs: type) -> list[Any]:

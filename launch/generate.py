@@ -4,7 +4,6 @@ python launch/generate.py --model DIR --output DIR; under a launcher, the ranks 
 that is there already is gone on with.
 """
 
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -41,8 +40,7 @@ def main() -> None:
             "tokenizer": models.tokenizer_fingerprint(tokenizer),
         }
     )
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    missing = [i for i in range(rank, config.shards, ranks) if not folder.path(i).exists()]
+    missing = [i for i in range(cli.rank(), config.shards, cli.ranks()) if not folder.path(i).exists()]
     if not missing:
         print(f"{paths.output} is complete: {config.sequences} sequences.")
         return
@@ -51,7 +49,9 @@ def main() -> None:
     vocabulary = Vocabulary.of(tokenizer, model)
 
     longest = sum(len(config.shard_range(i)) for i in missing) * (config.max_length - 1)
-    with tqdm(desc="generate", total=longest, unit="tok", dynamic_ncols=True, disable=rank > 0) as bar:
+    with tqdm(
+        desc="generate", total=longest, unit="tok", dynamic_ncols=True, disable=not cli.is_first_rank()
+    ) as bar:
 
         def progress(tokens: int, spared: int) -> None:
             bar.total -= spared  # sequences that ended early

@@ -16,7 +16,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -25,7 +24,8 @@ from qat import export, models, report
 from qat.errors import UserError
 from qat.evaluate import ENCYCLOPEDIA
 from qat.preemption import RESUMABLE_EXIT
-from qat.training import FINAL, LOG
+from qat.prepare import CONFIG_FILE, QuantConfig
+from qat.training import FINAL, LOG, SETTINGS
 
 _LAUNCH = Path(__file__).parent
 _ROOT = _LAUNCH.parent
@@ -54,7 +54,7 @@ def main() -> None:
     model = models.resolve(settings.model)
     run, exported = out / "train", out / "export"
 
-    python = sys.executable
+    python, deepspeed = sys.executable, Path(sys.executable).parent / "deepspeed"
     stages.run(
         "generate",
         [python, _LAUNCH / "generate.py", "--config", _RECIPES / "quickstart_generate.yaml"],
@@ -62,37 +62,26 @@ def main() -> None:
     )
     stages.run(
         "train",
+        [deepspeed, "--num_gpus=2", f"--master_port={_free_port()}", _LAUNCH / "train.py"],
         [
-            Path(python).parent / "deepspeed",
-            "--num_gpus",
-            "2",
-            "--master_port",
-            _free_port(),
-            _LAUNCH / "train.py",
-        ],
-        [
-            "--deepspeed",
-            _ROOT / "ds_configs" / "zero3_cpu.json",
-            "--config",
-            _RECIPES / "quickstart_train.yaml",
+            f"--deepspeed={_ROOT / 'ds_configs' / 'zero3_cpu.json'}",
+            f"--config={_RECIPES / 'quickstart_train.yaml'}",
         ],
         ["--model", model, "--data", out / "data", "--output", run],
     )
-    quant = yaml.safe_load((_RECIPES / "quickstart_train.yaml").read_text())
-    bits = [f"--{key}={value}" for key, value in quant.items() if key.startswith(("w_", "a_", "kv_"))]
+    bits = [f"--{key}={value}" for key, value in json.loads((run / FINAL / CONFIG_FILE).read_text()).items()]
     evaluate = [python, _LAUNCH / "evaluate.py", "--window", "512", "--windows", str(settings.windows)]
     stages.run("evaluate teacher", evaluate, ["--model", model, "--output", out / "teacher.json"])
-    stages.run(
-        "evaluate RTN", evaluate, ["--model", model, "--method", "rtn", *bits, "--output", out / "rtn.json"]
-    )
+    rtn = ["--method", "rtn", *bits]
+    stages.run("evaluate RTN", evaluate, ["--model", model, *rtn, "--output", out / "rtn.json"])
     stages.run("evaluate LLM-QAT", evaluate, ["--model", run / FINAL, "--output", out / "qat.json"])
-    if not exported.exists():
+    if not exported.exists():  # it appears when it is whole and verified
         stages.run("export", [python, _LAUNCH / "export.py", "--checkpoint", run / FINAL, "--output", exported])
     _report(settings, model, stages)
 
 
 class _Stages:
-    """Runs the commands, and keeps the seconds of those that ended in ``stages.json``."""
+    """Runs the commands, and keeps the seconds that each took, over all starts, in ``stages.json``."""
 
     def __init__(self, out: Path):
         out.mkdir(parents=True, exist_ok=True)
@@ -104,23 +93,20 @@ class _Stages:
         print(f"\n[{name}] $ {shlex.join(command)}", flush=True)
         began = time.monotonic()
         # Two CPU ranks, also where there is a GPU: the quickstart is the same everywhere.
-        environment = os.environ | {
-            "CUDA_VISIBLE_DEVICES": "",
-            "DS_ACCELERATOR": "cpu",
-            "OMP_WAIT_POLICY": "PASSIVE",
-        }
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
         process = subprocess.Popen(command, env=environment)
         try:
             code = process.wait()
         except KeyboardInterrupt:
             process.wait()  # it got the signal too, and saves
             raise
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+            self.path.write_text(json.dumps(self.seconds, indent=2) + "\n")
         if code == RESUMABLE_EXIT:
             raise KeyboardInterrupt
         if code != 0:
             raise UserError(f"The stage {name!r} failed (exit code {code}); its message is above.")
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
-        self.path.write_text(json.dumps(self.seconds, indent=2) + "\n")
 
     @property
     def minutes(self) -> float:
@@ -133,10 +119,11 @@ def _report(settings: Quickstart, model: str, stages: _Stages) -> None:
     log = [json.loads(line) for line in (out / "train" / LOG).read_text().splitlines()]
     teacher, rtn, qat = (measured[name]["nll"] for name in ("teacher", "rtn", "qat"))
     full_size, low_size = report.weights_size(Path(model)), report.weights_size(out / "export")
-    train = json.loads((out / "train" / "settings.json").read_text())
+    train = json.loads((out / "train" / SETTINGS).read_text())["settings"]
+    quant = {key: train[key] for key in QuantConfig.__dataclass_fields__}
     results = {
         "model": settings.model,
-        "quant": train["quant"],
+        "quant": quant,
         "text": ENCYCLOPEDIA,
         "evaluated_tokens": measured["qat"]["tokens"],
         "teacher_ppl": measured["teacher"]["perplexity"],
@@ -151,15 +138,14 @@ def _report(settings: Quickstart, model: str, stages: _Stages) -> None:
         "export_bytes": low_size,
         "export_format": export.FORMAT,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")},
-        "seed": train["train"]["seed"],
+        "seed": train["seed"],
     }
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     report.plot_training(log, out / "training.png")
     labels = {"teacher": "teacher\n(full precision)", "rtn": "RTN\n(untrained)", "qat": "LLM-QAT"}
     report.plot_comparison({labels[n]: measured[n]["perplexity"] for n in labels}, out / "comparison.png")
 
-    bits = "{w_bits}-{a_bits}-{kv_bits}".format(**train["quant"])
-    table = Table(title=f"{settings.model}, W-A-KV {bits}")
+    table = Table(title=f"{settings.model}, W-A-KV {QuantConfig(**quant)}")
     for column in ("", "perplexity", "weights on disk"):
         table.add_column(column, justify="left" if not column else "right")
     table.add_row("teacher", f"{results['teacher_ppl']:.2f}", f"{full_size / 1e6:.0f} MB")

@@ -7,15 +7,15 @@ import dataclasses
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import torch.distributed as dist
+from typing import Any
 
 from launch import cli
 from qat import engines, models
 from qat.data import TrainingData
+from qat.errors import UserError, differences
 from qat.preemption import RESUMABLE_EXIT
 from qat.prepare import QuantConfig
-from qat.training import FINAL, TrainConfig, train
+from qat.training import FINAL, SETTINGS, TrainConfig, train
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,6 @@ class Paths:
 
 def main() -> int:
     paths, quant, config = cli.parse(__doc__, Paths, QuantConfig, TrainConfig)
-    final = paths.output / FINAL
-    if final.exists():
-        print(f"{final} is there already: the run is complete.")
-        return 0
     model = models.resolve(paths.model)
     tokenizer = models.load_tokenizer(model)
     data = TrainingData(paths.data, tokenizer, config.seed)
@@ -52,27 +48,44 @@ def main() -> int:
         if paths.teacher_deepspeed
         else engines.teacher_ds_config(student_json)
     )
-
-    engines.init_distributed()
-    sequences_per_step = dist.get_world_size() * config.gradient_accumulation_steps
+    sequences_per_step = cli.ranks() * config.gradient_accumulation_steps
     config = dataclasses.replace(config, steps=config.steps or len(data) // sequences_per_step)
-    if dist.get_rank() == 0:
-        paths.output.mkdir(parents=True, exist_ok=True)
-        settings = {
-            "paths": asdict(paths),
-            "quant": asdict(quant),
-            "train": asdict(config),
-            "deepspeed": student_json,
-        }
-        (paths.output / "settings.json").write_text(json.dumps(settings, indent=2, default=str) + "\n")
+    if config.steps == 0:
+        raise UserError(
+            f"{paths.data} has {len(data)} sequences, a step takes {sequences_per_step}: generate more."
+        )
+    claim(paths.output, {"model": model, "data": str(paths.data), **asdict(quant), **asdict(config)}, student_json)
+    final = paths.output / FINAL
+    if final.exists():
+        print(f"{final} is there already: the run is complete.")
+        return 0
+    if cli.is_first_rank():
         print(f"{quant} student of {model}: {config.steps} steps of {sequences_per_step} sequences", flush=True)
 
+    engines.init_distributed()
     teacher = engines.Teacher(model, teacher_json)
     student = engines.student_engine(model, quant, student_json, config.lr_factor, config.gradient_checkpointing)
     if not train(student, teacher, data, config, paths.output):
         return RESUMABLE_EXIT
     engines.save_student(student, final, quant, tokenizer)
     return 0
+
+
+def claim(output: Path, settings: dict[str, Any], ds_config: dict[str, Any]) -> None:
+    """Write down what the run is, or check that it is resumed with the settings that it was started with."""
+    path = output / SETTINGS
+    if path.exists():
+        started = json.loads(path.read_text())["settings"]
+        free = {"save_every": settings["save_every"], "keep": settings["keep"]}  # they change no result
+        if listed := differences(started | free, settings):
+            raise UserError(
+                f"{output} was started with other settings ({listed}): give the same, or another --output."
+            )
+    elif cli.is_first_rank():
+        output.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps({"settings": settings, "deepspeed": ds_config}, indent=2) + "\n")
+        partial.replace(path)
 
 
 if __name__ == "__main__":

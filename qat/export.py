@@ -30,10 +30,13 @@ _COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
 _SCALE = "weight_scale"
 
 
-def export(checkpoint: Path, output: Path) -> None:
+def export(checkpoint: Path, output: Path, check: bool = True) -> None:
     """Write the trained student at ``checkpoint`` as an integer checkpoint; ``output`` appears whole.
 
     One weight file is in memory at a time. Raises UserError if the checkpoint is not one of ours.
+
+    Args:
+        check: load both before ``output`` appears, and compare their logits
     """
     quant = _quant_config(checkpoint)
     if quant.w_bits == FULL_PRECISION:
@@ -69,7 +72,21 @@ def export(checkpoint: Path, output: Path) -> None:
     config = json.loads((partial / "config.json").read_text())
     config["quantization_config"] = quantization_config(quant)
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if check:
+        verify(checkpoint, partial)
     partial.rename(output)
+
+
+@torch.inference_mode()
+def verify(checkpoint: Path, exported: Path) -> None:
+    """Raise UserError unless both give the same logits, bit for bit, on a sequence of random tokens."""
+    in_memory = load(str(checkpoint), torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(in_memory.config.vocab_size, (1, 128), generator=generator)
+    expected = in_memory(input_ids).logits
+    got = load(str(exported), torch.float32)(input_ids).logits
+    if not torch.equal(got, expected):
+        raise UserError(f"{exported} is wrong: its logits differ by up to {(got - expected).abs().max():.3g}.")
 
 
 def quantization_config(quant: QuantConfig) -> dict[str, Any]:

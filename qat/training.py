@@ -18,8 +18,8 @@ from qat.engines import Teacher, device
 from qat.errors import UserError
 from qat.preemption import StopSignal
 
-CHECKPOINTS, LOG, FINAL = "checkpoints", "log.jsonl", "final"
-"""What a run's folder holds: DeepSpeed checkpoints, one JSON line a step, the trained student."""
+SETTINGS, CHECKPOINTS, LOG, FINAL = "settings.json", "checkpoints", "log.jsonl", "final"
+"""What a run's folder holds: what it is, DeepSpeed checkpoints, one JSON line a step, the trained student."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ def train(
             cross_entropy, kl = student(input_ids, teacher(input_ids))
             student.backward(cross_entropy)
             student.step()
-            sums[:3] += torch.stack([cross_entropy.detach(), kl, torch.tensor(input_ids.shape[1] - 1.0)])
+            sums[:2] += torch.stack([cross_entropy.detach(), kl])
+            sums[2] += input_ids.shape[1] - 1
             state.samples += ranks
         sums[3] = stop.received
         dist.all_reduce(sums)

@@ -79,6 +79,13 @@ def test_a_truncated_shard_is_named(tiny_data, tmp_path):
         folder.sequences()
 
 
+def test_an_unfinished_folder_is_named(tiny_data, tmp_path):
+    folder = ShardFolder(shutil.copytree(tiny_data, tmp_path / "data"))
+    folder.path(1).unlink()
+    with pytest.raises(UserError, match="8 of its 12 sequences"):
+        folder.sequences()
+
+
 def test_a_folder_of_other_settings_is_refused(tmp_path):
     ShardFolder(tmp_path).claim({"seed": 0, "strategy": "hybrid"})
     ShardFolder(tmp_path).claim({"seed": 0, "strategy": "hybrid"})

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, finish, kill, start_training
 from safetensors.torch import load_file
+from test_launch import error_of
 
 from qat import export, models
 from qat.data import TrainingData
@@ -120,7 +121,7 @@ def test_a_signal_saves_and_the_run_goes_on(run, weights, tiny_directory, tiny_d
 
 
 def test_the_trained_student_exports_and_reloads_bit_for_bit(run, tmp_path):
-    export.export(run / "final", tmp_path / "export")
+    export.export(run / "final", tmp_path / "export", check=False)
     ids = torch.arange(2, 50)[None]
     in_memory = export.load(str(run / "final"), torch.float32)
     reloaded = export.load(str(tmp_path / "export"), torch.float32)
@@ -131,6 +132,11 @@ def test_a_finished_run_is_left_alone(run, tiny_directory, tiny_data):
     before = (run / "final" / "model.safetensors").stat().st_mtime_ns
     finish(start_training(1, *flags(tiny_directory, tiny_data, run)))
     assert (run / "final" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_run_is_not_gone_on_with_under_other_settings(run, tiny_directory, tiny_data, monkeypatch):
+    message = error_of(monkeypatch, "train", *flags(tiny_directory, tiny_data, run), "--lr=5e-4", "--a_bits=6")
+    assert "a_bits was 8, now 6, lr was 0.001, now 0.0005" in message
 
 
 def test_only_so_many_checkpoints_are_kept(run):

@@ -99,7 +99,7 @@ class ShardFolder:
         sequences = pa.chunked_array(chunks, type=SCHEMA.field("input_ids").type)
         if len(sequences) != expected:
             raise UserError(
-                f"{self.directory} holds {len(sequences)} of its {expected} sequences: run launch/generate.py to the end."
+                f"{self.directory} holds {len(sequences)} of its {expected} sequences: let launch/generate.py finish."
             )
         return sequences
 

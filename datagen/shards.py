@@ -71,9 +71,7 @@ class ShardFolder:
         """The settings that made the shards; raises UserError if there are none."""
         path = self.directory / MANIFEST
         if not path.is_file():
-            raise UserError(
-                f"There is no training data at {self.directory}: run launch/generate.py --output there."
-            )
+            raise UserError(f"There is no training data at {self.directory}: run launch/generate.py --output there.")
         try:
             return json.loads(path.read_text())
         except json.JSONDecodeError as error:

@@ -49,9 +49,7 @@ def main() -> None:
     vocabulary = Vocabulary.of(tokenizer, model)
 
     longest = sum(len(config.shard_range(i)) for i in missing) * (config.max_length - 1)
-    with tqdm(
-        desc="generate", total=longest, unit="tok", dynamic_ncols=True, disable=not cli.is_first_rank()
-    ) as bar:
+    with tqdm(desc="generate", total=longest, unit="tok", dynamic_ncols=True, disable=not cli.is_first_rank()) as bar:
 
         def progress(tokens: int, spared: int) -> None:
             bar.total -= spared  # sequences that ended early

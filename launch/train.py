@@ -51,9 +51,7 @@ def main() -> int:
     sequences_per_step = cli.ranks() * config.gradient_accumulation_steps
     config = dataclasses.replace(config, steps=config.steps or len(data) // sequences_per_step)
     if config.steps == 0:
-        raise UserError(
-            f"{paths.data} has {len(data)} sequences, a step takes {sequences_per_step}: generate more."
-        )
+        raise UserError(f"{paths.data} has {len(data)} sequences, a step takes {sequences_per_step}: generate more.")
     claim(paths.output, {"model": model, "data": str(paths.data), **asdict(quant), **asdict(config)}, student_json)
     final = paths.output / FINAL
     if final.exists():
@@ -78,9 +76,7 @@ def claim(output: Path, settings: dict[str, Any], ds_config: dict[str, Any]) -> 
         started = json.loads(path.read_text())["settings"]
         free = {"save_every": settings["save_every"], "keep": settings["keep"]}  # they change no result
         if listed := differences(started | free, settings):
-            raise UserError(
-                f"{output} was started with other settings ({listed}): give the same, or another --output."
-            )
+            raise UserError(f"{output} was started with other settings ({listed}): give the same, or another --output.")
     elif cli.is_first_rank():
         output.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")

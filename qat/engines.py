@@ -25,6 +25,7 @@ from qat.errors import UserError
 from qat.prepare import QuantConfig, prepare
 
 _REFUSED = {
+    "fp16": "the student computes in bf16 on GPUs and in fp32 on CPUs",
     "tensor_parallel": "AutoTP replaces the quantized layers by its own",
     "zero_optimization.zero_quantized_weights": "it would quantize the teacher and the student a second time",
     "zero_optimization.zero_quantized_nontrainable_weights": "it would quantize the teacher",

@@ -42,9 +42,7 @@ def text_windows(text: str, tokenizer: Tokenizer, window: int, most: int) -> Ten
     elif Path(text).is_file():
         paragraphs = [Path(text).read_text()]
     else:
-        raise UserError(
-            f"There is no text at {text!r}: give a text file, or {ENCYCLOPEDIA!r} for the built-in prose."
-        )
+        raise UserError(f"There is no text at {text!r}: give a text file, or {ENCYCLOPEDIA!r} for the built-in prose.")
     ids: list[int] = []
     for paragraph in paragraphs:
         ids += tokenizer(paragraph + "\n\n", add_special_tokens=False, verbose=False).input_ids

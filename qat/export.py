@@ -63,9 +63,7 @@ def export(checkpoint: Path, output: Path, check: bool = True) -> None:
         save_file(tensors, partial / file.name, metadata={"format": "pt"})
         places |= dict.fromkeys(tensors, file.name)
     if missing := quantized - places.keys():
-        raise UserError(
-            f"{checkpoint} is incomplete: it lacks {min(missing)} and {len(missing) - 1} other weights."
-        )
+        raise UserError(f"{checkpoint} is incomplete: it lacks {min(missing)} and {len(missing) - 1} other weights.")
     if len(set(places.values())) > 1:
         index = {"metadata": {}, "weight_map": places}
         (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
@@ -149,9 +147,7 @@ def _load_integers(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 def _quant_config(directory: Path) -> QuantConfig:
     if not (directory / CONFIG_FILE).is_file():
-        raise UserError(
-            f"{directory} holds no trained student: it has no {CONFIG_FILE}. Give the final/ of a run."
-        )
+        raise UserError(f"{directory} holds no trained student: it has no {CONFIG_FILE}. Give the final/ of a run.")
     return QuantConfig.load(directory)
 
 

@@ -101,9 +101,7 @@ def quantized_weight(weight: Tensor, bits: int) -> Tensor:
 
 class _QuantLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, w_bits: int, quantized: QuantizedInput | None
-    ):
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, w_bits: int, quantized: QuantizedInput | None):
         ctx.w_bits = w_bits
         ctx.input_dtype = x.dtype
         ctx.input_quantized = quantized is not None

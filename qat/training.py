@@ -133,7 +133,5 @@ class _Log:
             "seconds": round(state.seconds, 2),
         }
         self._file.write(json.dumps(record) + "\n")
-        self._bar.set_postfix(
-            loss=f"{cross_entropy:.3f}", kl=f"{kl:.3f}", tok_s=f"{state.tokens / state.seconds:.0f}"
-        )
+        self._bar.set_postfix(loss=f"{cross_entropy:.3f}", kl=f"{kl:.3f}", tok_s=f"{state.tokens / state.seconds:.0f}")
         self._bar.update()

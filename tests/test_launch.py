@@ -31,9 +31,7 @@ def train_flags(model, data, output, deepspeed=JSON) -> list[str]:
 
 @pytest.mark.parametrize("script", ["train", "generate", "evaluate"])
 def test_wrong_model_path(script, monkeypatch, tmp_path):
-    places = {"evaluate": []}.get(
-        script, [f"--output={tmp_path}/o", *([f"--data={tmp_path}"] * (script == "train"))]
-    )
+    places = {"evaluate": []}.get(script, [f"--output={tmp_path}/o", *([f"--data={tmp_path}"] * (script == "train"))])
     assert "no model at '/nowhere'" in error_of(monkeypatch, script, "--model=/nowhere", *places)
 
 
@@ -85,9 +83,7 @@ def test_shards_of_another_tokenizer(monkeypatch, tiny_directory, tiny_data, tmp
         ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_quantized_weights"),
     ],
 )
-def test_deepspeed_json_that_contradicts_the_flags(
-    change, named, monkeypatch, tiny_directory, tiny_data, tmp_path
-):
+def test_deepspeed_json_that_contradicts_the_flags(change, named, monkeypatch, tiny_directory, tiny_data, tmp_path):
     contradicting = tmp_path / "ds.json"
     contradicting.write_text(json.dumps(json.loads(JSON.read_text()) | change))
     flags = train_flags(tiny_directory, tiny_data, tmp_path / "out", contradicting)
@@ -132,9 +128,7 @@ def test_imports_run_one_way():
     allowed = {"datagen": {"datagen", "qat.errors"}, "qat": {"qat", "datagen"}}
     for package, names in allowed.items():
         for file in (ROOT / package).rglob("*.py"):
-            imported = re.findall(
-                r"^\s*(?:from|import) ((?:qat|datagen|launch)[\w.]*)", file.read_text(), re.MULTILINE
-            )
+            imported = re.findall(r"^\s*(?:from|import) ((?:qat|datagen|launch)[\w.]*)", file.read_text(), re.MULTILINE)
             for name in imported:
                 assert name in names or name.split(".")[0] in names, f"{file} imports {name}"
     quantizers = (ROOT / "qat" / "quantizers.py").read_text()

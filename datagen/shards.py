@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qat.errors import UserError, differences
+from qat.files import write_atomically
 
 MANIFEST = "manifest.json"
 
@@ -60,7 +61,7 @@ class ShardFolder:
         if not (self.directory / MANIFEST).exists():
             if self.shards():
                 raise UserError(f"{self.directory} holds shards but no {MANIFEST}: give an empty folder.")
-            _write_atomically(self.directory / MANIFEST, json.dumps(settings, indent=2) + "\n")
+            write_atomically(self.directory / MANIFEST, json.dumps(settings, indent=2) + "\n")
             return
         if listed := differences(self.manifest(), settings):
             raise UserError(
@@ -107,9 +108,3 @@ def _read_ids(file: Path) -> pa.ChunkedArray:
         return pq.read_table(file, columns=["input_ids"], schema=SCHEMA).column("input_ids")
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file} is damaged ({error}): delete it and run launch/generate.py again.") from error
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_suffix(f".partial-{os.getpid()}")
-    partial.write_text(text)
-    partial.replace(path)

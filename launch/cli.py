@@ -2,12 +2,14 @@
 
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from jsonargparse import ArgumentParser
 
 from qat import cpu
@@ -15,18 +17,27 @@ from qat.errors import UserError
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Call an entry point's ``main``; a UserError is printed as one sentence, by rank 0, with exit code 2."""
+    """Call an entry point's ``main``. A UserError is one sentence on stderr, from rank 0, and exit code 2."""
     # The launchers put this folder first on sys.path, where its evaluate.py would hide other packages'.
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).parent]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's calls
-    cpu.keep_freed_memory()
+    if not torch.cuda.is_available():
+        cpu.keep_freed_memory()
     try:
         sys.exit(main())
     except UserError as error:
-        sys.exit(f"error: {error}" if is_first_rank() else 2)
+        _end(f"error: {error}", code=2)
     except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on from here" if is_first_rank() else 130)
+        _end("interrupted: the same command goes on from here", code=130)
+
+
+def _end(message: str, code: int) -> NoReturn:
+    if not is_first_rank():
+        time.sleep(10)  # the launchers kill all ranks when one has failed: let the first one speak before
+        sys.exit(code)
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 def rank() -> int:

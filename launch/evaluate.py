@@ -3,6 +3,7 @@
 python launch/evaluate.py --model DIR; with --method rtn, a full-precision model is rounded first.
 """
 
+import hashlib
 import importlib.metadata
 import json
 import time
@@ -13,6 +14,7 @@ from launch import cli
 from qat import export, models
 from qat.errors import UserError
 from qat.evaluate import ENCYCLOPEDIA, perplexity, text_windows
+from qat.files import write_atomically
 from qat.prepare import CONFIG_FILE, QuantConfig, freeze, prepare
 
 
@@ -49,10 +51,13 @@ def main() -> None:
     quantized = (Path(name) / CONFIG_FILE).is_file()
     if evaluation.method == "rtn" and quantized:
         raise UserError(f"{name} is quantized already: give the full-precision model for method=rtn.")
+    windows = text_windows(evaluation.text, models.load_tokenizer(name), evaluation.window, evaluation.windows)
+    rounded = quant if evaluation.method == "rtn" else QuantConfig.load(Path(name)) if quantized else None
     settings = {
         **{key: value for key, value in asdict(evaluation).items() if key != "output"},
-        "quant": asdict(quant) if evaluation.method == "rtn" else None,
+        "quant": asdict(rounded) if rounded else None,
         "weights": models.weights_fingerprint(name),
+        "tokens": hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16],
     }
     output = evaluation.output
     if output and output.is_file() and json.loads(output.read_text())["settings"] == settings:
@@ -60,9 +65,9 @@ def main() -> None:
         return
 
     began = time.monotonic()
-    windows = text_windows(evaluation.text, models.load_tokenizer(name), evaluation.window, evaluation.windows)
     model = export.load(name, models.inference_dtype())
     models.place(model)
+    models.check_length(model, evaluation.window, "window")
     if evaluation.method == "rtn":
         freeze(prepare(model, quant))
     measured = perplexity(model, windows)
@@ -75,7 +80,7 @@ def main() -> None:
             "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers")},
         }
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=2) + "\n")
+        write_atomically(output, json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from datagen.generate import GenerateConfig, Vocabulary, write_sequences
 from datagen.shards import ShardFolder
 from launch import cli
 from qat import models
+from qat.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Paths:
 
 def main() -> None:
     paths, config = cli.parse(__doc__, Paths, GenerateConfig)
-    name = models.resolve(paths.model)
+    name = models.resolve_full_precision(paths.model)
     tokenizer = models.load_tokenizer(name)
     folder = ShardFolder(paths.output)
     folder.claim(
@@ -46,6 +47,12 @@ def main() -> None:
         return
     model = models.load(name, models.inference_dtype())
     models.place(model)
+    models.check_length(model, config.max_length, "max_length")
+    sliding_window = getattr(model.config, "sliding_window", None)
+    if sliding_window and config.max_length > sliding_window:
+        raise UserError(
+            f"max_length={config.max_length} is longer than the model's sliding window: give {sliding_window}."
+        )
     vocabulary = Vocabulary.of(tokenizer, model)
 
     longest = sum(len(config.shard_range(i)) for i in missing) * (config.max_length - 1)

@@ -4,10 +4,12 @@ Every stage is one of the real commands, printed before it runs. Interrupt it an
 it goes on from where it was.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from rich.console import Console
 from rich.table import Table
@@ -23,6 +26,7 @@ from launch import cli
 from qat import export, models, report
 from qat.errors import UserError
 from qat.evaluate import ENCYCLOPEDIA
+from qat.files import lock, write_atomically
 from qat.preemption import RESUMABLE_EXIT
 from qat.prepare import CONFIG_FILE, QuantConfig
 from qat.training import FINAL, LOG, SETTINGS
@@ -30,6 +34,7 @@ from qat.training import FINAL, LOG, SETTINGS
 _LAUNCH = Path(__file__).parent
 _ROOT = _LAUNCH.parent
 _RECIPES = _LAUNCH / "recipes"
+_STOP_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -49,9 +54,12 @@ class Quickstart:
 
 def main() -> None:
     (settings,) = cli.parse(__doc__, Quickstart)
+    signal.signal(signal.SIGTERM, _interrupt)
     out: Path = settings.output
+    out.mkdir(parents=True, exist_ok=True)
+    lock(out)
     stages = _Stages(out)
-    model = models.resolve(settings.model)
+    model = models.resolve_full_precision(settings.model)
     run, exported = out / "train", out / "export"
 
     python, deepspeed = sys.executable, Path(sys.executable).parent / "deepspeed"
@@ -84,7 +92,6 @@ class _Stages:
     """Runs the commands, and keeps the seconds that each took, over all starts, in ``stages.json``."""
 
     def __init__(self, out: Path):
-        out.mkdir(parents=True, exist_ok=True)
         self.path = out / "stages.json"
         self.seconds: dict[str, float] = json.loads(self.path.read_text()) if self.path.exists() else {}
 
@@ -94,15 +101,15 @@ class _Stages:
         began = time.monotonic()
         # Two CPU ranks, also where there is a GPU: the quickstart is the same everywhere.
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-        process = subprocess.Popen(command, env=environment)
+        process = subprocess.Popen(command, env=environment, start_new_session=True)
         try:
             code = process.wait()
         except KeyboardInterrupt:
-            process.wait()  # it got the signal too, and saves
+            _stop(process)
             raise
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
-            self.path.write_text(json.dumps(self.seconds, indent=2) + "\n")
+            write_atomically(self.path, json.dumps(self.seconds, indent=2) + "\n")
         if code == RESUMABLE_EXIT:
             raise KeyboardInterrupt
         if code != 0:
@@ -140,7 +147,7 @@ def _report(settings: Quickstart, model: str, stages: _Stages) -> None:
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")},
         "seed": train["seed"],
     }
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_atomically(out / "results.json", json.dumps(results, indent=2) + "\n")
     report.plot_training(log, out / "training.png")
     labels = {"teacher": "teacher\n(full precision)", "rtn": "RTN\n(untrained)", "qat": "LLM-QAT"}
     report.plot_comparison({labels[n]: measured[n]["perplexity"] for n in labels}, out / "comparison.png")
@@ -157,6 +164,21 @@ def _report(settings: Quickstart, model: str, stages: _Stages) -> None:
         f"{results['steps']} steps on {results['train_tokens']} tokens; {results['minutes']} minutes in all.\n"
         f"{out}/: results.json, training.png, comparison.png, and the integer checkpoint in export/"
     )
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """Tell the stage and all that it started to stop, and wait until they have: a training run saves first."""
+    print("\nstopping ...", flush=True)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        for _ in range(_STOP_SECONDS * 5):
+            process.poll()
+            os.killpg(process.pid, 0)  # fails when the last of them has ended
+            time.sleep(0.2)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def _free_port() -> str:

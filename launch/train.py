@@ -13,6 +13,7 @@ from launch import cli
 from qat import engines, models
 from qat.data import TrainingData
 from qat.errors import UserError, differences
+from qat.files import lock, write_atomically
 from qat.preemption import RESUMABLE_EXIT
 from qat.prepare import QuantConfig
 from qat.training import FINAL, SETTINGS, TrainConfig, train
@@ -39,20 +40,26 @@ class Paths:
 
 def main() -> int:
     paths, quant, config = cli.parse(__doc__, Paths, QuantConfig, TrainConfig)
-    model = models.resolve(paths.model)
+    model = models.resolve_full_precision(paths.model)
     tokenizer = models.load_tokenizer(model)
     data = TrainingData(paths.data, tokenizer, config.seed)
-    student_json = engines.resolve_ds_config(paths.deepspeed, config.ds_settings())
-    teacher_json = (
-        engines.read_ds_config(paths.teacher_deepspeed)
-        if paths.teacher_deepspeed
-        else engines.teacher_ds_config(student_json)
-    )
+    ds_settings = config.ds_settings(cli.ranks())
+    student_json = engines.resolve_ds_config(paths.deepspeed, ds_settings)
+    teacher_json = engines.resolve_ds_config(paths.teacher_deepspeed or paths.deepspeed, ds_settings)
     sequences_per_step = cli.ranks() * config.gradient_accumulation_steps
     config = dataclasses.replace(config, steps=config.steps or len(data) // sequences_per_step)
     if config.steps == 0:
         raise UserError(f"{paths.data} has {len(data)} sequences, a step takes {sequences_per_step}: generate more.")
-    claim(paths.output, {"model": model, "data": str(paths.data), **asdict(quant), **asdict(config)}, student_json)
+    identity = {
+        **asdict(quant),
+        **asdict(config),
+        "model": models.weights_fingerprint(model),
+        "data": data.fingerprint,
+        "ranks": cli.ranks(),
+        "optimizer": student_json["optimizer"],
+        "bf16": student_json.get("bf16"),
+    }
+    claim(paths.output, identity, student_json)
     final = paths.output / FINAL
     if final.exists():
         print(f"{final} is there already: the run is complete.")
@@ -61,7 +68,7 @@ def main() -> int:
         print(f"{quant} student of {model}: {config.steps} steps of {sequences_per_step} sequences", flush=True)
 
     engines.init_distributed()
-    teacher = engines.Teacher(model, teacher_json)
+    teacher = engines.Teacher(model, engines.teacher_ds_config(teacher_json))
     student = engines.student_engine(model, quant, student_json, config.lr_factor, config.gradient_checkpointing)
     if not train(student, teacher, data, config, paths.output):
         return RESUMABLE_EXIT
@@ -70,18 +77,21 @@ def main() -> int:
 
 
 def claim(output: Path, settings: dict[str, Any], ds_config: dict[str, Any]) -> None:
-    """Write down what the run is, or check that it is resumed with the settings that it was started with."""
+    """Write down what the run is, or check that it is resumed with the settings that it was started with.
+
+    The first rank holds a lock on the folder until it ends, so that no two runs work in one.
+    """
     path = output / SETTINGS
+    if cli.is_first_rank():
+        output.mkdir(parents=True, exist_ok=True)
+        lock(output)
     if path.exists():
         started = json.loads(path.read_text())["settings"]
         free = {"save_every": settings["save_every"], "keep": settings["keep"]}  # they change no result
         if listed := differences(started | free, settings):
             raise UserError(f"{output} was started with other settings ({listed}): give the same, or another --output.")
     elif cli.is_first_rank():
-        output.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({"settings": settings, "deepspeed": ds_config}, indent=2) + "\n")
-        partial.replace(path)
+        write_atomically(path, json.dumps({"settings": settings, "deepspeed": ds_config}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ from pathlib import Path
 import deepspeed
 import torch.distributed as dist
 
+from qat.errors import UserError
+from qat.files import write_atomically
+
 LATEST = "latest"
 
 
@@ -37,11 +40,9 @@ def save(engine: deepspeed.DeepSpeedEngine, directory: Path, state: TrainState, 
     engine.save_checkpoint(str(directory), tag=tag, client_state=asdict(state), save_latest=False)
     dist.barrier()
     if dist.get_rank() == 0:
-        pointer = directory / f"{LATEST}.partial"
-        pointer.write_text(tag)
-        pointer.replace(directory / LATEST)
-        for old in sorted(directory.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
+        write_atomically(directory / LATEST, tag)
+        for superseded in _superseded(sorted(directory.glob("step-*")), directory / tag, keep):
+            shutil.rmtree(superseded)
     dist.barrier()
 
 
@@ -50,5 +51,14 @@ def resume(engine: deepspeed.DeepSpeedEngine, directory: Path) -> TrainState:
     pointer = directory / LATEST
     if not pointer.is_file():
         return TrainState()
-    _, client_state = engine.load_checkpoint(str(directory), tag=pointer.read_text())
+    tag = pointer.read_text()
+    path, client_state = engine.load_checkpoint(str(directory), tag=tag)
+    if path is None:
+        raise UserError(f"The checkpoint {directory / tag} is not there: give another --output, or put it back.")
     return TrainState(**{name: client_state[name] for name in TrainState.__dataclass_fields__})
+
+
+def _superseded(checkpoints: list[Path], newest: Path, keep: int) -> list[Path]:
+    """All but the last ``keep`` up to ``newest``; what is later was left broken by a killed run."""
+    whole = [path for path in checkpoints if path <= newest]
+    return [path for path in checkpoints if path > newest] + whole[:-keep]

@@ -1,5 +1,7 @@
 """Training sequences from shards, in an order that depends on the seed and the sample's number alone."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ from qat.models import tokenizer_fingerprint
 class TrainingData:
     """The sequences of a shard folder, shuffled anew for every pass.
 
-    Sample n of a run is the same sequence on any number of ranks, so a run may resume on fewer or more.
+    Sample n of a run is the same sequence on any number of ranks.
     """
 
     def __init__(self, directory: Path, tokenizer: Tokenizer, seed: int):
@@ -27,6 +29,8 @@ class TrainingData:
                 f"({ours}): generate the data with the model that is trained, or give the folder made with it."
             )
         self._sequences = folder.sequences()
+        self.fingerprint = hashlib.sha256(json.dumps(folder.manifest(), sort_keys=True).encode()).hexdigest()[:16]
+        """Equal for folders made from the same settings, teacher and tokenizer."""
         self._seed = seed
         self._order: tuple[int, Tensor] | None = None
 

@@ -14,8 +14,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-CHUNK_TOKENS = 128
-"""Tokens whose logits exist at one time. On a GPU, a thousand and more keep the GEMMs large."""
+CHUNK_TOKENS = {"cpu": 128, "cuda": 1024}
+"""Tokens whose logits exist at one time: few keep the memory small, a GPU needs many to keep its GEMMs large."""
 
 
 class TeacherTargets:
@@ -83,7 +83,7 @@ class _DistillationLoss(torch.autograd.Function):
         cross_entropy = torch.zeros((), dtype=_at_least_fp32(hidden.dtype), device=hidden.device)
         kl = torch.zeros_like(cross_entropy)
         start = 0
-        for teacher_logits in targets.logits(CHUNK_TOKENS):
+        for teacher_logits in targets.logits(CHUNK_TOKENS[hidden.device.type]):
             rows = slice(start, start + len(teacher_logits))
             start = rows.stop
             chunk_ce, chunk_kl, grad_logits = _chunk_loss(hidden[rows] @ weight.t(), teacher_logits)

@@ -6,6 +6,7 @@ Under ZeRO-3 both are partitioned while they are read from disk, and both are sh
 import copy
 import json
 import os
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from qat.errors import UserError
 from qat.prepare import QuantConfig, prepare
 
 _REFUSED = {
-    "fp16": "the student computes in bf16 on GPUs and in fp32 on CPUs",
+    "fp16.enabled": "the student computes in bf16 on GPUs and in fp32 on CPUs",
     "tensor_parallel": "AutoTP replaces the quantized layers by its own",
     "zero_optimization.zero_quantized_weights": "it would quantize the teacher and the student a second time",
     "zero_optimization.zero_quantized_nontrainable_weights": "it would quantize the teacher",
@@ -65,13 +66,15 @@ def device() -> torch.device:
 
 
 def read_ds_config(path: Path) -> dict[str, Any]:
-    """The DeepSpeed JSON at ``path``; raises UserError if it cannot be used."""
+    """The DeepSpeed JSON at ``path``; raises UserError if it cannot be used here."""
     try:
         ds_config = json.loads(path.read_text())
-    except FileNotFoundError as error:
+    except OSError as error:
         raise UserError(f"There is no DeepSpeed configuration at {path}: see ds_configs/.") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON: {error}.") from error
+    if _get(ds_config, "zero_optimization.stage") != 3:
+        raise UserError(f"{path} must set zero_optimization.stage to 3: teacher and student are sharded.")
     for key, reason in _REFUSED.items():
         if _get(ds_config, key):
             raise UserError(f"{path} sets {key}, which is refused: {reason}. Remove it.")
@@ -93,6 +96,8 @@ def resolve_ds_config(path: Path, learning: dict[str, Any]) -> dict[str, Any]:
                 f'{path} says {key} = {there}, the flags say {value}: change one, or write "auto" in the JSON.'
             )
         _set(ds_config, key, value)
+    if unresolved := _autos(ds_config):
+        raise UserError(f'{path} says {unresolved[0]} = "auto", but no flag sets it: give a value.')
     return ds_config
 
 
@@ -165,6 +170,7 @@ def save_student(
     weights = engine._consolidated_16bit_state_dict()
     if dist.get_rank() == 0:
         partial = directory.with_name(directory.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
         own = {name.removeprefix("student."): weight for name, weight in weights.items()}
         engine.module.student.save_pretrained(partial, state_dict=own)
         tokenizer.save_pretrained(partial)
@@ -199,6 +205,17 @@ def _get(config: dict[str, Any], dotted: str) -> Any:
     for key in dotted.split("."):
         value = value.get(key) if isinstance(value, dict) else None
     return value
+
+
+def _autos(config: dict[str, Any], prefix: str = "") -> list[str]:
+    """The dotted keys that are still "auto"."""
+    found = []
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found += _autos(value, f"{prefix}{key}.")
+        elif value == "auto":
+            found.append(prefix + key)
+    return found
 
 
 def _set(config: dict[str, Any], dotted: str, value: Any) -> None:

@@ -33,7 +33,8 @@ _SCALE = "weight_scale"
 def export(checkpoint: Path, output: Path, check: bool = True) -> None:
     """Write the trained student at ``checkpoint`` as an integer checkpoint; ``output`` appears whole.
 
-    One weight file is in memory at a time. Raises UserError if the checkpoint is not one of ours.
+    One weight file is in memory at a time; ``check`` loads the whole model, once each. Raises UserError if the
+    checkpoint is not one of ours.
 
     Args:
         check: load both before ``output`` appears, and compare their logits
@@ -82,6 +83,7 @@ def verify(checkpoint: Path, exported: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(in_memory.config.vocab_size, (1, 128), generator=generator)
     expected = in_memory(input_ids).logits
+    del in_memory
     got = load(str(exported), torch.float32)(input_ids).logits
     if not torch.equal(got, expected):
         raise UserError(f"{exported} is wrong: its logits differ by up to {(got - expected).abs().max():.3g}.")
@@ -124,25 +126,28 @@ def load(directory: str, dtype: torch.dtype) -> PreTrainedModel:
     quant = _quant_config(path)
     if "quantization_config" in json.loads((path / "config.json").read_text()):
         return prepare(_load_integers(path, dtype), replace(quant, w_bits=FULL_PRECISION)).eval()
-    model = prepare(models.load(directory, dtype), quant)
-    freeze(model)
+    model = prepare(models.load(directory, "auto"), quant)
+    freeze(model)  # in the dtype that was trained: another one would give other codes
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     return model
 
 
 def _load_integers(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
-    stored = {name: tensor for file in _weight_files(directory) for name, tensor in _tensors(file)}
-    weights = {}
-    for name, tensor in stored.items():
-        if tensor.dtype == torch.int8:
-            weights[name] = dequantize(tensor, stored[_scale_name(name)], dtype)
-        elif not name.endswith(_SCALE):
-            weights[name] = tensor
     config = AutoConfig.from_pretrained(directory)
     del config.quantization_config
+    stored = {name: tensor for file in _weight_files(directory) for name, tensor in _tensors(file)}
+    weights = {}
+    for name in [name for name in stored if not name.endswith(_SCALE)]:
+        tensor, scale = stored.pop(name), stored.pop(_scale_name(name), None)
+        weights[name] = tensor if scale is None else dequantize(tensor, scale, config.dtype)  # as it was trained
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return model_class.from_pretrained(  # type: ignore[attr-defined]
-        None, config=config, state_dict=weights, dtype=dtype, attn_implementation="sdpa"
+    model, report = model_class.from_pretrained(  # type: ignore[attr-defined]
+        None, config=config, state_dict=weights, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
     )
+    if missing := report["missing_keys"]:
+        raise UserError(f"{directory} is incomplete: it lacks {min(missing)} and {len(missing) - 1} other weights.")
+    return model
 
 
 def _quant_config(directory: Path) -> QuantConfig:

@@ -66,6 +66,7 @@ def quantized_attention(
 
 
 @cache
+@torch.inference_mode(False)  # it is kept: what evaluation builds must serve training too
 def hadamard_matrix(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Sylvester's Hadamard matrix over sqrt(size): symmetric and orthogonal; size is a power of two."""
     matrix = torch.ones(1, 1, dtype=torch.float64)

@@ -6,7 +6,6 @@ dequantized weight outlives the call: backward quantizes the Parameter again, wh
 gathered again anyway. What a layer saves is its input's int8 codes and scales.
 """
 
-import weakref
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ class InputQuantizer:
     """Per-token quantization of one activation, done once for all the layers that read it.
 
     q, k and v share one InputQuantizer, gate and up another. The result is kept until the last of
-    them has read it, and only for the very tensor it came from.
+    them has read it, and only for the very values it came from.
     """
 
     def __init__(self, bits: int, readers: int):
@@ -41,7 +40,7 @@ class InputQuantizer:
         if last is None or not last.is_of(x):
             codes, scale = quantize(x, self.bits)
             result = QuantizedInput(codes, scale, dequantize(codes, scale, x.dtype))
-            last = self._last = _LastInput(weakref.ref(x), _version(x), result)
+            last = self._last = _LastInput(x.detach(), _version(x), result)
         last.reads += 1
         if last.reads == self.readers:
             self._last = None
@@ -50,13 +49,21 @@ class InputQuantizer:
 
 @dataclass
 class _LastInput:
-    source: weakref.ref[Tensor]
+    """What was quantized last. It is known by its memory, not by its tensor object: DeepSpeed's hooks give each
+    layer a view of its own. Held here, the memory cannot become another tensor's meanwhile."""
+
+    source: Tensor
     version: int
     result: QuantizedInput
     reads: int = 0
 
     def is_of(self, x: Tensor) -> bool:
-        return self.source() is x and self.version == _version(x)
+        return (
+            self.source.data_ptr() == x.data_ptr()
+            and self.source.shape == x.shape
+            and self.source.stride() == x.stride()
+            and self.version == _version(x)
+        )
 
 
 def _version(x: Tensor) -> int:

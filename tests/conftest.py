@@ -1,4 +1,4 @@
-"""A tiny random LLaMA with a tokenizer of its own, and a way to start real training runs."""
+"""A tiny random LLaMA with a tokenizer that puts BOS first, as LLaMA's does, and a way to start real runs."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from qat.models import load_tokenizer
@@ -49,13 +49,14 @@ def tiny_tokenizer(text: str = TEXT) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator([text], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
 @pytest.fixture(scope="session")
 def tiny_directory(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("tiny") / "model"
-    tiny_model().save_pretrained(directory)
+    tiny_model(tie_word_embeddings=False).save_pretrained(directory, max_shard_size="200KB")
     tiny_tokenizer().save_pretrained(directory)
     return directory
 

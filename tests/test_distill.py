@@ -18,7 +18,7 @@ def targets(teacher, tokens):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("chunk", [4, 7, 1000])
 def test_fused_loss_and_gradients_equal_the_naive_formula(tied, chunk, monkeypatch):
-    monkeypatch.setattr(distill, "CHUNK_TOKENS", chunk)
+    monkeypatch.setitem(distill.CHUNK_TOKENS, "cpu", chunk)
     teacher = tiny_model(tie_word_embeddings=tied).double()
     student, naive = (prepare(tiny_model(tie_word_embeddings=tied), QuantConfig()).double() for _ in range(2))
     tokens = ids(teacher)

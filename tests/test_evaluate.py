@@ -22,7 +22,7 @@ def test_windows_are_the_text_in_order(tokenizer, tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("one two three four five six seven eight nine ten " * 5)
     windows = text_windows(str(file), tokenizer, window=8, most=0)
-    ids = tokenizer(file.read_text() + "\n\n").input_ids
+    ids = tokenizer(file.read_text() + "\n\n", add_special_tokens=False).input_ids
     assert windows.flatten().tolist() == ids[: windows.numel()]
     assert len(ids) - windows.numel() < 8
     assert torch.equal(text_windows(str(file), tokenizer, 8, most=2), windows[:2])

@@ -68,7 +68,7 @@ def test_a_missing_shard_is_made_again_with_the_same_bytes(tiny_directory, tiny_
 def test_shards_are_plain_parquet(tiny_data):
     rows = [row for file in ShardFolder(tiny_data).shards() for row in pq.read_table(file).to_pylist()]
     assert len(rows) == 12
-    assert all(row["input_ids"][0] == row["start_token"] for row in rows)
+    assert all(row["input_ids"][:2] == [0, row["start_token"]] for row in rows)
 
 
 def test_a_truncated_shard_is_named(tiny_data, tmp_path):

@@ -2,14 +2,21 @@
 
 import json
 import re
+import shutil
+import subprocess
 import sys
+from contextlib import redirect_stderr
 from importlib import import_module
+from io import StringIO
 
 import pytest
 from conftest import ROOT, generate_flags, tiny_model, tiny_tokenizer
 from transformers import GPTNeoXConfig
 
 from launch import cli
+from qat.errors import UserError
+from qat.files import lock
+from qat.prepare import QuantConfig
 
 JSON = ROOT / "ds_configs" / "zero3_cpu.json"
 
@@ -17,11 +24,11 @@ JSON = ROOT / "ds_configs" / "zero3_cpu.json"
 def error_of(monkeypatch, script: str, *flags) -> str:
     """Run an entry point in this process, expecting it to refuse; its sentence."""
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit) as stop, redirect_stderr(StringIO()) as printed:
         cli.run(import_module(f"launch.{script}").main)
-    message = str(stop.value)
+    assert stop.value.code == 2
+    *_, message = printed.getvalue().strip().splitlines()
     assert message.startswith("error: ")
-    assert "\n" not in message
     return message
 
 
@@ -79,6 +86,9 @@ def test_shards_of_another_tokenizer(monkeypatch, tiny_directory, tiny_data, tmp
         ),
         ({"train_micro_batch_size_per_gpu": 4}, "train_micro_batch_size_per_gpu = 4, the flags say 1"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps = 2, the flags say 1"),
+        ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage to 3"),
+        ({"train_batch_size": 8}, "train_batch_size = 8, the flags say 1"),
+        ({"bf16": {"enabled": "auto"}}, 'bf16.enabled = "auto", but no flag sets it'),
         ({"tensor_parallel": {"autotp_size": 2}}, "AutoTP"),
         ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_quantized_weights"),
     ],
@@ -103,6 +113,23 @@ def test_data_of_other_settings(monkeypatch, tiny_directory, tiny_data):
     assert "seed was 0, now 5" in error_of(monkeypatch, "generate", *flags)
 
 
+def test_two_runs_in_one_folder(tmp_path):
+    held = "import sys; from pathlib import Path; from qat.files import lock; lock(Path(sys.argv[1])); print(); input()"
+    other = subprocess.Popen([sys.executable, "-c", held, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    with pytest.raises(UserError, match="Another run is at work"):
+        lock(tmp_path)
+    other.communicate(b"\n")
+    lock(tmp_path)  # it has ended: the folder is free
+
+
+def test_quantized_model_as_teacher(monkeypatch, tiny_directory, tiny_data, tmp_path):
+    student = shutil.copytree(tiny_directory, tmp_path / "student")
+    QuantConfig().save(student)
+    message = error_of(monkeypatch, "train", *train_flags(student, tiny_data, tmp_path / "out"))
+    assert "quantized already" in message
+
+
 def test_recipe_and_flags_set_the_same_fields(monkeypatch, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("w_bits: 3\nlr: 1.0e-4\n")
@@ -125,7 +152,7 @@ def test_help_names_every_flag_with_its_meaning(script, monkeypatch, capsys):
 
 
 def test_imports_run_one_way():
-    allowed = {"datagen": {"datagen", "qat.errors"}, "qat": {"qat", "datagen"}}
+    allowed = {"datagen": {"datagen", "qat.errors", "qat.files"}, "qat": {"qat", "datagen"}}
     for package, names in allowed.items():
         for file in (ROOT / package).rglob("*.py"):
             imported = re.findall(r"^\s*(?:from|import) ((?:qat|datagen|launch)[\w.]*)", file.read_text(), re.MULTILINE)

@@ -46,8 +46,10 @@ def test_siblings_quantize_their_input_once(monkeypatch):
     q = make(4, 8, readers=2)
     k = QuantLinear.convert(nn.Linear(48, 24), 4, q.input_quantizer)
     x = torch.randn(3, 48)
-    q(x), k(x)
+    q(x.detach()), k(x.detach())  # each layer its own view of the input, as DeepSpeed's hooks give it
     assert calls == [8]
+    q(x), k(x.clone())
+    assert calls == [8, 8, 8]
     with torch.no_grad():
         x.mul_(2)  # the same tensor, other values: must not be mistaken for what was quantized before
     alone = make(4, 8)

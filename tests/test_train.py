@@ -97,6 +97,7 @@ def test_killed_and_resumed_equals_uninterrupted(run, weights, tiny_directory, t
     process = start_training(2, *flags(tiny_directory, tiny_data, output))
     while process.poll() is None and not (output / "checkpoints" / "latest").exists():
         time.sleep(0.02)
+    assert process.poll() is None, process.communicate()[0]
     kill(process)
     assert not (output / "final").exists(), "the run must be killed before its end for this test to say anything"
     finish(start_training(2, *flags(tiny_directory, tiny_data, output)))
@@ -110,6 +111,7 @@ def test_a_signal_saves_and_the_run_goes_on(run, weights, tiny_directory, tiny_d
     process = start_training(1, *flags(tiny_directory, tiny_data, output), "--gradient_accumulation_steps=2")
     while process.poll() is None and not (output / "log.jsonl").exists():
         time.sleep(0.02)
+    assert process.poll() is None, process.communicate()[0]
     os.killpg(process.pid, signal.SIGTERM)
     process.communicate(timeout=120)
     saved = (output / "checkpoints" / "latest").read_text()
@@ -130,7 +132,7 @@ def test_the_trained_student_exports_and_reloads_bit_for_bit(run, tmp_path):
 
 def test_a_finished_run_is_left_alone(run, tiny_directory, tiny_data):
     before = (run / "final" / "model.safetensors").stat().st_mtime_ns
-    finish(start_training(1, *flags(tiny_directory, tiny_data, run)))
+    finish(start_training(2, *flags(tiny_directory, tiny_data, run)))
     assert (run / "final" / "model.safetensors").stat().st_mtime_ns == before
 
 

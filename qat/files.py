@@ -1,0 +1,26 @@
+"""Files that are whole or not there, and folders that one process works in."""
+
+import fcntl
+import os
+from pathlib import Path
+
+from qat.errors import UserError
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write ``text`` beside ``path``, then rename: a reader, or a kill, never meets half a file."""
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def lock(directory: Path) -> None:
+    """Keep other processes out of ``directory`` until this one ends, however it ends.
+
+    Raises UserError if another one is in it.
+    """
+    handle = os.open(directory / "lock", os.O_CREAT | os.O_RDWR)  # closed with the process: that frees the lock
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"Another run is at work in {directory}: wait until it has ended, or stop it.") from error

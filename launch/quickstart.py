@@ -26,7 +26,7 @@ from launch import cli
 from qat import export, models, report
 from qat.errors import UserError
 from qat.evaluate import ENCYCLOPEDIA
-from qat.files import lock, write_atomically
+from qat.files import lock, wait_until_free, write_atomically
 from qat.preemption import RESUMABLE_EXIT
 from qat.prepare import CONFIG_FILE, QuantConfig
 from qat.training import FINAL, LOG, SETTINGS
@@ -56,7 +56,6 @@ def main() -> None:
     (settings,) = cli.parse(__doc__, Quickstart)
     signal.signal(signal.SIGTERM, _interrupt)
     out: Path = settings.output
-    out.mkdir(parents=True, exist_ok=True)
     lock(out)
     stages = _Stages(out)
     model = models.resolve_full_precision(settings.model)
@@ -68,6 +67,7 @@ def main() -> None:
         [python, _LAUNCH / "generate.py", "--config", _RECIPES / "quickstart_generate.yaml"],
         ["--model", model, "--output", out / "data"],
     )
+    wait_until_free(run)  # a quickstart that was killed outright leaves its training behind, which ends well
     stages.run(
         "train",
         [deepspeed, "--num_gpus=2", f"--master_port={_free_port()}", _LAUNCH / "train.py"],

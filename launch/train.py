@@ -83,7 +83,6 @@ def claim(output: Path, settings: dict[str, Any], ds_config: dict[str, Any]) -> 
     """
     path = output / SETTINGS
     if cli.is_first_rank():
-        output.mkdir(parents=True, exist_ok=True)
         lock(output)
     if path.exists():
         started = json.loads(path.read_text())["settings"]

@@ -19,8 +19,24 @@ def lock(directory: Path) -> None:
 
     Raises UserError if another one is in it.
     """
-    handle = os.open(directory / "lock", os.O_CREAT | os.O_RDWR)  # closed with the process: that frees the lock
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(_lock_file(directory), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise UserError(f"Another run is at work in {directory}: wait until it has ended, or stop it.") from error
+
+
+def wait_until_free(directory: Path) -> None:
+    """Return when no other process has locked ``directory``; say so if that takes waiting."""
+    handle = _lock_file(directory)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"An earlier run is still at work in {directory}: waiting until it has ended ...", flush=True)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    os.close(handle)
+
+
+def _lock_file(directory: Path) -> int:
+    """A descriptor that closes with the process, which frees what it locks."""
+    directory.mkdir(parents=True, exist_ok=True)
+    return os.open(directory / "lock", os.O_CREAT | os.O_RDWR)

@@ -24,9 +24,9 @@ CONFIG = TrainConfig(steps=STEPS, lr=1e-3, warmup_steps=2)
 QUANT = QuantConfig(w_bits=3)  # coarse: much to learn in few steps
 
 
-def flags(model: Path, data: Path, output: Path) -> list[str]:
+def flags(model: Path, data: Path, output: Path, ds_config: str = "zero3_cpu.json") -> list[str]:
     places = [f"--model={model}", f"--data={data}", f"--output={output}"]
-    json_file = f"--deepspeed={ROOT / 'ds_configs' / 'zero3_cpu.json'}"
+    json_file = f"--deepspeed={ROOT / 'ds_configs' / ds_config}"
     return [
         *places,
         json_file,
@@ -128,6 +128,15 @@ def test_the_trained_student_exports_and_reloads_bit_for_bit(run, tmp_path):
     in_memory = export.load(str(run / "final"), torch.float32)
     reloaded = export.load(str(tmp_path / "export"), torch.float32)
     assert torch.equal(in_memory(ids).logits, reloaded(ids).logits)
+
+
+def test_the_gpu_configuration_computes_in_bf16(run, tiny_directory, tiny_data, tmp_path):
+    """Same JSON as on GPUs, here on two CPU ranks: bf16 compute, fp32 master weights."""
+    output = tmp_path / "bf16"
+    finish(start_training(2, *flags(tiny_directory, tiny_data, output, "zero3.json")))
+    assert all(weight.dtype == torch.bfloat16 for weight in load_file(output / "final" / "model.safetensors").values())
+    for bf16, fp32 in zip(losses(output), losses(run), strict=True):
+        assert bf16[0] == pytest.approx(fp32[0], rel=0.02)
 
 
 def test_a_finished_run_is_left_alone(run, tiny_directory, tiny_data):

@@ -47,12 +47,11 @@ class Evaluation:
 
 def main() -> None:
     evaluation, quant = cli.parse(__doc__, Evaluation, QuantConfig)
-    name = models.resolve(evaluation.model)
-    quantized = (Path(name) / CONFIG_FILE).is_file()
-    if evaluation.method == "rtn" and quantized:
-        raise UserError(f"{name} is quantized already: give the full-precision model for method=rtn.")
+    rtn = evaluation.method == "rtn"
+    name = models.resolve_full_precision(evaluation.model) if rtn else models.resolve(evaluation.model)
+    stored = QuantConfig.load(Path(name)) if (Path(name) / CONFIG_FILE).is_file() else None
+    rounded = quant if rtn else stored
     windows = text_windows(evaluation.text, models.load_tokenizer(name), evaluation.window, evaluation.windows)
-    rounded = quant if evaluation.method == "rtn" else QuantConfig.load(Path(name)) if quantized else None
     settings = {
         **{key: value for key, value in asdict(evaluation).items() if key != "output"},
         "quant": asdict(rounded) if rounded else None,
@@ -68,7 +67,7 @@ def main() -> None:
     model = export.load(name, models.inference_dtype())
     models.place(model)
     models.check_length(model, evaluation.window, "window")
-    if evaluation.method == "rtn":
+    if rtn:
         freeze(prepare(model, quant))
     measured = perplexity(model, windows)
     print(f"perplexity {measured.perplexity:.3f} on {measured.tokens} tokens of {evaluation.text}")

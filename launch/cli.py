@@ -1,5 +1,6 @@
 """What the entry points share: dataclasses from flags and YAML, and errors without tracebacks."""
 
+import logging
 import os
 import sys
 import time
@@ -22,6 +23,9 @@ def run(main: Callable[[], int | None]) -> None:
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).parent]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's calls
+    if is_first_rank():
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("qat").setLevel(logging.INFO)
     if not torch.cuda.is_available():
         cpu.keep_freed_memory()
     try:

@@ -51,6 +51,8 @@ def main() -> None:
     name = models.resolve_full_precision(evaluation.model) if rtn else models.resolve(evaluation.model)
     stored = QuantConfig.load(Path(name)) if (Path(name) / CONFIG_FILE).is_file() else None
     rounded = quant if rtn else stored
+    if rtn and quant.activations.learned:
+        raise UserError("method=rtn rounds without training, and a_quantizer=lsq has learned steps: give minmax.")
     windows = text_windows(evaluation.text, models.load_tokenizer(name), evaluation.window, evaluation.windows)
     settings = {
         **{key: value for key, value in asdict(evaluation).items() if key != "output"},

@@ -5,17 +5,20 @@ deepspeed launch/train.py --deepspeed ds_configs/zero3.json --model DIR --data D
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from launch import cli
 from qat import engines, models
-from qat.data import TrainingData
+from qat.data import Sample, TrainingData
+from qat.distill import Targets
 from qat.errors import UserError, differences
 from qat.files import lock, write_atomically
 from qat.preemption import RESUMABLE_EXIT
 from qat.prepare import QuantConfig
+from qat.teacher_cache import TeacherCache
 from qat.training import FINAL, SETTINGS, TrainConfig, train
 
 
@@ -29,6 +32,7 @@ class Paths:
         output: folder of this run: checkpoints, log.jsonl, and the trained student in final/
         deepspeed: DeepSpeed configuration of the student
         teacher_deepspeed: DeepSpeed configuration of the teacher; by default the student's, without optimizer
+        teacher_cache: folder made by launch/cache_teacher.py: then no teacher is loaded
     """
 
     model: str
@@ -36,6 +40,7 @@ class Paths:
     output: Path
     deepspeed: Path = Path("ds_configs/zero3.json")
     teacher_deepspeed: Path | None = None
+    teacher_cache: Path | None = None
 
 
 def main() -> int:
@@ -47,6 +52,11 @@ def main() -> int:
     student_json = engines.resolve_ds_config(paths.deepspeed, ds_settings)
     teacher_json = engines.resolve_ds_config(paths.teacher_deepspeed or paths.deepspeed, ds_settings)
     sequences_per_step = cli.ranks() * config.gradient_accumulation_steps
+    check_teacher(paths.teacher_cache, quant, config)
+    cache = None
+    if paths.teacher_cache:
+        cache = TeacherCache(paths.teacher_cache)
+        cache.check({"teacher": models.weights_fingerprint(model), "data": data.fingerprint})
     config = dataclasses.replace(config, steps=config.steps or len(data) // sequences_per_step)
     if config.steps == 0:
         raise UserError(f"{paths.data} has {len(data)} sequences, a step takes {sequences_per_step}: generate more.")
@@ -55,6 +65,7 @@ def main() -> int:
         **asdict(config),
         "model": models.weights_fingerprint(model),
         "data": data.fingerprint,
+        "teacher_cache": cache.fingerprint() if cache else None,
         "ranks": cli.ranks(),
         "optimizer": student_json["optimizer"],
         "bf16": student_json.get("bf16"),
@@ -68,12 +79,33 @@ def main() -> int:
         print(f"{quant} student of {model}: {config.steps} steps of {sequences_per_step} sequences", flush=True)
 
     engines.init_distributed()
-    teacher = engines.Teacher(model, engines.teacher_ds_config(teacher_json))
-    student = engines.student_engine(model, quant, student_json, config.lr_factor, config.gradient_checkpointing)
-    if not train(student, teacher, data, config, paths.output):
+    magnitudes = None
+    if cache or config.loss == "label":
+        targets: Callable[[Sample], Targets] = cache or engines.labels
+    else:
+        targets = teacher = engines.Teacher(model, engines.teacher_ds_config(teacher_json), config.loss)
+        if quant.activations.learned:
+            magnitudes = teacher.input_magnitudes(data.sample(cli.rank()).to(engines.device()))
+    student = engines.student_engine(
+        model, quant, student_json, config.lr_factor, config.gradient_checkpointing, config.loss, magnitudes
+    )
+    if not train(student, targets, data, config, paths.output):
         return RESUMABLE_EXIT
     engines.save_student(student, final, quant, tokenizer)
     return 0
+
+
+def check_teacher(cache: Path | None, quant: QuantConfig, config: TrainConfig) -> None:
+    """Raise UserError for settings that need a teacher, and have none."""
+    if cache and config.loss != "logits":
+        raise UserError(
+            f"loss={config.loss} cannot use --teacher_cache, which holds what loss=logits needs: leave it out."
+        )
+    if quant.activations.learned and (cache or config.loss == "label"):
+        raise UserError(
+            "a_quantizer=lsq takes its first steps from the teacher's activations: give a loss that runs the teacher, "
+            "and no --teacher_cache."
+        )
 
 
 def claim(output: Path, settings: dict[str, Any], ds_config: dict[str, Any]) -> None:

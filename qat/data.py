@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,16 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from datagen.shards import ShardFolder
 from qat.errors import UserError
 from qat.models import tokenizer_fingerprint
+
+
+class Sample(NamedTuple):
+    """One training sequence: its number in the shard folder, and its token ids [1, tokens]."""
+
+    sequence: int
+    input_ids: Tensor
+
+    def to(self, device: torch.device) -> "Sample":
+        return Sample(self.sequence, self.input_ids.to(device))
 
 
 class TrainingData:
@@ -37,11 +48,14 @@ class TrainingData:
     def __len__(self) -> int:
         return len(self._sequences)
 
-    def sample(self, number: int) -> Tensor:
-        """Token ids [1, tokens] of the run's sample ``number``, counted over all ranks and passes."""
+    def sample(self, number: int) -> Sample:
+        """The run's sample ``number``, counted over all ranks and passes."""
         epoch, position = divmod(number, len(self))
         if self._order is None or self._order[0] != epoch:
             generator = torch.Generator().manual_seed(self._seed + epoch)
             self._order = epoch, torch.randperm(len(self), generator=generator)
-        sequence = self._sequences[int(self._order[1][position])]
-        return torch.tensor([sequence.as_py()])
+        return self.sequence(int(self._order[1][position]))
+
+    def sequence(self, index: int) -> Sample:
+        """Sequence ``index`` of the folder, in the order that it was written in."""
+        return Sample(index, torch.tensor([self._sequences[index].as_py()]))

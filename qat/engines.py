@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.integrations import HfDeepSpeedConfig
 
-from qat import models
-from qat.distill import Distiller, TeacherTargets, predicting
+from qat import integer, kv_cache, models, prepare
+from qat.data import Sample
+from qat.distill import Distiller, LabelTargets, TeacherTargets, run
 from qat.errors import UserError
-from qat.prepare import QuantConfig, prepare
+from qat.kv_cache import AttentionRecord
+from qat.prepare import QuantConfig
 
 _REFUSED = {
     "fp16.enabled": "the student computes in bf16 on GPUs and in fp32 on CPUs",
@@ -107,19 +109,27 @@ def student_engine(
     ds_config: dict[str, Any],
     lr_factor: Callable[[int], float],
     gradient_checkpointing: bool,
+    loss: str,
+    input_magnitudes: dict[str, Tensor] | None = None,
 ) -> deepspeed.DeepSpeedEngine:
-    """The quantized student, with its optimizer: ``engine(input_ids, targets)`` gives (cross-entropy, KL).
+    """The quantized student, with its optimizer: ``engine(input_ids, targets)`` gives (loss, KL).
 
     Args:
         lr_factor: what the learning rate is multiplied with at each step
+        loss: one of distill.LOSSES
+        input_magnitudes: ``Teacher.input_magnitudes``, where activations have a learned step
     """
     with _partitioned_reading(ds_config):
         student = models.load(model, _dtype(ds_config))
-    prepare(student, quant)
+    prepare.prepare(student, quant)
+    if input_magnitudes is not None:
+        prepare.initialise_steps(student, input_magnitudes)
+    if _first_ranks(integer.pays(device(), _dtype(ds_config))):
+        prepare.multiply_integers(student)
     student.train()
     if gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
-    distiller = Distiller(student)
+    distiller = Distiller(student, loss)
     engine, *_ = deepspeed.initialize(
         model=distiller,
         model_parameters=distiller.parameters(),
@@ -130,24 +140,58 @@ def student_engine(
 
 
 class Teacher:
-    """The full-precision teacher in an engine without an optimizer: token ids in, targets out."""
+    """The full-precision teacher in an engine without an optimizer: a sample in, targets out.
 
-    def __init__(self, model: str, ds_config: dict[str, Any]):
+    Args:
+        loss: one of distill.LOSSES; it says what the targets hold
+    """
+
+    def __init__(self, model: str, ds_config: dict[str, Any], loss: str = "logits"):
         with _partitioned_reading(ds_config):
             language_model = models.load(model, _dtype(ds_config)).requires_grad_(False)
+        if loss == "logits+attention":
+            kv_cache.attend(language_model)
+        self._loss = loss
         self._engine, *_ = deepspeed.initialize(model=_HiddenStates(language_model), config=ds_config)
         self._engine.eval()
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor) -> TeacherTargets:
-        """input_ids [1, tokens] -> what the teacher predicts after each of the first tokens - 1."""
-        return TeacherTargets(self._engine(input_ids), self._head)
+    def __call__(self, sample: Sample) -> TeacherTargets:
+        """What the teacher predicts after each of the sample's tokens but the last."""
+        record = AttentionRecord() if self._loss == "logits+attention" else None
+        all_layers = self._loss == "logits+hidden"
+        hidden, hidden_states = self._engine(sample.input_ids, record, all_layers)
+        return TeacherTargets(hidden, self.head, hidden_states if all_layers else None, record)
+
+    @torch.no_grad()
+    def input_magnitudes(self, sample: Sample) -> dict[str, Tensor]:
+        """Mean |x| of the input of every layer that ``prepare`` quantizes, by name, over all ranks' samples."""
+        means: dict[str, Tensor] = {}
+        language_model = self._engine.module.language_model
+        hooks = [
+            linear.register_forward_pre_hook(
+                lambda _, inputs, name=name: means.__setitem__(name, inputs[0].float().abs().mean())
+            )
+            for name, linear in prepare.quantizable_linears(language_model).items()
+        ]
+        self(sample)
+        for hook in hooks:
+            hook.remove()
+        together = torch.stack([means[name] for name in sorted(means)])
+        dist.all_reduce(together)
+        return dict(zip(sorted(means), together / dist.get_world_size(), strict=True))
 
     @contextmanager
-    def _head(self) -> Iterator[Tensor]:
+    def head(self) -> Iterator[Tensor]:
+        """The output weight [vocabulary, hidden], whole; all ranks must ask for it together."""
         weight = self._engine.module.language_model.lm_head.weight
         with deepspeed.zero.GatheredParameters([weight]):
             yield weight
+
+
+def labels(sample: Sample) -> LabelTargets:
+    """In a teacher's place: the sample's own next tokens."""
+    return LabelTargets(sample.input_ids[0, 1:])
 
 
 def teacher_ds_config(student: dict[str, Any]) -> dict[str, Any]:
@@ -172,9 +216,11 @@ def save_student(
         partial = directory.with_name(directory.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         own = {name.removeprefix("student."): weight for name, weight in weights.items()}
+        steps = {name: own.pop(name) for name in list(own) if name.endswith(prepare.STEP_SUFFIX)}
         engine.module.student.save_pretrained(partial, state_dict=own)
         tokenizer.save_pretrained(partial)
         quant.save(partial)
+        prepare.save_steps(steps, partial)
         partial.rename(directory)
     dist.barrier()
 
@@ -184,8 +230,15 @@ class _HiddenStates(nn.Module):
         super().__init__()
         self.language_model = language_model
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return predicting(self.language_model, input_ids)
+    def forward(self, input_ids: Tensor, record: AttentionRecord | None, all_layers: bool):
+        return run(self.language_model, input_ids, record, all_layers)
+
+
+def _first_ranks(verdict: bool) -> bool:
+    """The first rank's verdict, for all."""
+    agreed = torch.tensor([verdict], dtype=torch.int32, device=device())
+    dist.broadcast(agreed, 0)
+    return bool(agreed.item())
 
 
 @contextmanager

@@ -21,8 +21,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 
 from qat import models
 from qat.errors import UserError
-from qat.prepare import CONFIG_FILE, QuantConfig, freeze, prepare, quant_linears
-from qat.quantizers import FULL_PRECISION, dequantize, quantize
+from qat.prepare import CONFIG_FILE, QuantConfig, freeze, load_steps, prepare, quant_linears
+from qat.quantizers import FULL_PRECISION, Grid, Quantized, dequantize, quantize
 
 FORMAT = "int-quantized"
 
@@ -44,6 +44,12 @@ def export(checkpoint: Path, output: Path, check: bool = True) -> None:
         raise UserError(f"{checkpoint} has w_bits=16: there are no integer weights to export.")
     if quant.a_bits == FULL_PRECISION:
         raise UserError(f"{checkpoint} has a_bits=16: the format {FORMAT} is for quantized activations.")
+    if not quant.weights.symmetric or quant.w_group_size or quant.a_quantizer != "minmax":
+        raise UserError(
+            f"{checkpoint} was trained with w_quantizer={quant.w_quantizer}, w_group_size={quant.w_group_size}, "
+            f"a_quantizer={quant.a_quantizer}: the export knows symmetric weights with one scale per output channel, "
+            "and minmax activations."
+        )
     if output.exists():
         raise UserError(f"{output} is there already: give another folder.")
     quantized = {f"{name}.weight" for name in quant_linears(prepare(_skeleton(checkpoint), quant))}
@@ -57,8 +63,8 @@ def export(checkpoint: Path, output: Path, check: bool = True) -> None:
         tensors: dict[str, Tensor] = {}
         for name, tensor in _tensors(file):
             if name in quantized:
-                codes, scale = quantize(tensor, quant.w_bits)
-                tensors |= {name: codes, _scale_name(name): scale}
+                codes, grid = quantize(tensor, quant.weights)
+                tensors |= {name: codes, _scale_name(name): grid.scale}
             else:
                 tensors[name] = tensor
         save_file(tensors, partial / file.name, metadata={"format": "pt"})
@@ -127,6 +133,7 @@ def load(directory: str, dtype: torch.dtype) -> PreTrainedModel:
     if "quantization_config" in json.loads((path / "config.json").read_text()):
         return prepare(_load_integers(path, dtype), replace(quant, w_bits=FULL_PRECISION)).eval()
     model = prepare(models.load(directory, "auto"), quant)
+    load_steps(model, path)
     freeze(model)  # in the dtype that was trained: another one would give other codes
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -140,7 +147,10 @@ def _load_integers(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     weights = {}
     for name in [name for name in stored if not name.endswith(_SCALE)]:
         tensor, scale = stored.pop(name), stored.pop(_scale_name(name), None)
-        weights[name] = tensor if scale is None else dequantize(tensor, scale, config.dtype)  # as it was trained
+        values = (
+            None if scale is None else dequantize(Quantized(tensor, Grid(scale)), config.dtype)
+        )  # as it was trained
+        weights[name] = tensor if values is None else values
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model, report = model_class.from_pretrained(  # type: ignore[attr-defined]
         None, config=config, state_dict=weights, dtype=dtype, attn_implementation="sdpa", output_loading_info=True

@@ -8,17 +8,19 @@ The keys and values that a cache would store are rounded per token before they a
 * rotation ``hadamard``: Q and K after RoPE, and V, are multiplied by an orthogonal Hadamard matrix
   over head_dim, which spreads the outlier channels of K. Attention scores and outputs are unchanged
   in exact arithmetic, and no data is needed. The stored codes are those of the rotated K and V.
+
+``qat.integer_cache`` stores for real what is simulated here.
 """
 
 from functools import cache
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qat.quantizers import fake_quantize
+from qat.quantizers import Format, fake_quantize
 
 ATTENTION = "qat_sdpa"
 """The name under which ``quantized_attention`` is registered with transformers."""
@@ -27,42 +29,86 @@ ATTENTION = "qat_sdpa"
 class KVQuantizer:
     """The KV format of one attention layer."""
 
-    def __init__(self, bits: int, granularity: str, rotation: str):
-        self.bits, self.granularity, self.rotation = bits, granularity, rotation
+    def __init__(self, form: Format, granularity: str, rotation: str):
+        self.form, self.granularity, self.rotation = form, granularity, rotation
 
     def heads(self, x: Tensor) -> Tensor:
         """Round keys or values [batch, kv_heads, tokens, head_dim]."""
-        if self.granularity == "token_head":
-            return fake_quantize(x, self.bits)
-        tokens_first = x.transpose(1, 2)
-        return fake_quantize(tokens_first.flatten(2), self.bits).view_as(tokens_first).transpose(1, 2)
+        return self.split(fake_quantize(self.groups(x), self.form), x.shape[1])
 
     def projection(self, x: Tensor, head_dim: int) -> Tensor:
         """Round the output of k_proj or v_proj [batch, tokens, kv_heads * head_dim]."""
         if self.granularity == "token":
-            return fake_quantize(x, self.bits)
-        return fake_quantize(x.unflatten(-1, (-1, head_dim)), self.bits).flatten(-2)
+            return fake_quantize(x, self.form)
+        return fake_quantize(x.unflatten(-1, (-1, head_dim)), self.form).flatten(-2)
+
+    def groups(self, x: Tensor) -> Tensor:
+        """[batch, kv_heads, tokens, head_dim] -> the same with what shares a scale in the last dimension:
+        for ``token`` [batch, 1, tokens, kv_heads * head_dim]."""
+        return x if self.granularity == "token_head" else x.transpose(1, 2).flatten(2)[:, None]
+
+    def split(self, groups: Tensor, kv_heads: int) -> Tensor:
+        """The inverse of ``groups``."""
+        return (
+            groups if self.granularity == "token_head" else groups[:, 0].unflatten(-1, (kv_heads, -1)).transpose(1, 2)
+        )
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Queries, keys, values or attention outputs [..., head_dim]; rotating twice changes nothing."""
+        return x if self.rotation == "none" else x @ hadamard_matrix(x.shape[-1], x.device, x.dtype)
 
 
-def register() -> None:
-    """Make the attention known to transformers; its mask goes with it, or it would be dropped."""
+class AttentionRecord:
+    """Collects (query, key, scaling) of each layer's attention, as its scores are computed from them.
+
+    Queries are [batch, heads, tokens, head_dim], keys [batch, kv_heads, tokens, head_dim].
+    """
+
+    def __init__(self) -> None:
+        self.layers: dict[int, tuple[Tensor, Tensor, float]] = {}
+
+
+def attend(model: PreTrainedModel) -> None:
+    """Let ``model`` attend by ``quantized_attention``. Its mask goes with it, or it would be dropped."""
     AttentionInterface.register(ATTENTION, quantized_attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    model.set_attn_implementation(ATTENTION)
 
 
 def quantized_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    attention_record: AttentionRecord | None = None,
+    **kwargs,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention over quantized keys and values, in transformers' attention signature."""
-    kv: KVQuantizer = module.kv_quantizer  # type: ignore[assignment]
-    if kv.rotation == "none":
-        key, value = kv.heads(key), kv.heads(value)
-    else:
-        hadamard = hadamard_matrix(key.shape[-1], key.device, key.dtype)
-        query = query @ hadamard
-        key = kv.heads(key @ hadamard)
-        value = kv.heads(value @ hadamard) @ hadamard  # symmetric and orthogonal: its own inverse
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    """Scaled dot-product attention over quantized keys and values, in transformers' attention signature.
+
+    A layer without ``kv_quantizer`` attends in full precision. Keys and values that come out of an IntegerCache
+    are rotated and on their grid already.
+    """
+    kv: KVQuantizer | None = getattr(module, "kv_quantizer", None)
+    if kv is not None:
+        query = kv.rotate(query)
+        if not is_stored(key):
+            key, value = kv.heads(kv.rotate(key)), kv.heads(kv.rotate(value))
+    if attention_record is not None:
+        attention_record.layers[module.layer_idx] = query, key, scaling  # type: ignore[index]
+    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    return output if kv is None else kv.rotate(output), None
+
+
+def mark_stored(x: Tensor) -> Tensor:
+    """Say of keys or values that they come from an IntegerCache; transformers hands them on as they are."""
+    x.stored_on_grid = True  # type: ignore[attr-defined]
+    return x
+
+
+def is_stored(x: Tensor) -> bool:
+    return getattr(x, "stored_on_grid", False)
 
 
 @cache

@@ -2,25 +2,27 @@
 
 The class of an existing ``nn.Linear`` is swapped (``QuantLinear.convert``), so names, Parameters and
 state dicts stay what they were, and DeepSpeed ZeRO-3 partitions the layer like any other. No
-dequantized weight outlives the call: backward quantizes the Parameter again, which ZeRO-3 has
-gathered again anyway. What a layer saves is its input's int8 codes and scales.
+dequantized weight outlives the call: backward quantizes the Parameter again, on the grid that forward found,
+which ZeRO-3 has gathered again anyway. What a layer saves is its input's int8 codes, and scales.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from qat.quantizers import FULL_PRECISION, dequantize, quantize, round_to_grid
-
-
-class QuantizedInput(NamedTuple):
-    """An activation on its integer grid: codes int8 [..., n], scale fp32 [..., 1], values [..., n]."""
-
-    codes: Tensor
-    scale: Tensor
-    values: Tensor
+from qat import integer
+from qat.quantizers import (
+    FULL_PRECISION,
+    Format,
+    Grid,
+    Quantized,
+    dequantize,
+    inside,
+    lsq,
+    quantize,
+    round_to_grid,
+)
 
 
 class InputQuantizer:
@@ -30,21 +32,32 @@ class InputQuantizer:
     them has read it, and only for the very values it came from.
     """
 
-    def __init__(self, bits: int, readers: int):
-        self.bits = bits
+    def __init__(self, form: Format, readers: int):
+        self.form = form
         self.readers = readers
         self._last: _LastInput | None = None
 
-    def __call__(self, x: Tensor) -> QuantizedInput:
+    def __call__(self, x: Tensor) -> "SharedInput":
         last = self._last
         if last is None or not last.is_of(x):
-            codes, scale = quantize(x, self.bits)
-            result = QuantizedInput(codes, scale, dequantize(codes, scale, x.dtype))
-            last = self._last = _LastInput(x.detach(), _version(x), result)
+            last = self._last = _LastInput(x.detach(), _version(x), SharedInput(quantize(x, self.form), x.dtype))
         last.reads += 1
         if last.reads == self.readers:
             self._last = None
         return last.result
+
+
+class SharedInput:
+    """A quantized activation [..., n], and its values for those who multiply in floats."""
+
+    def __init__(self, quantized: Quantized, dtype: torch.dtype):
+        self.quantized, self.dtype = quantized, dtype
+        self._values: Tensor | None = None
+
+    def values(self) -> Tensor:
+        if self._values is None:
+            self._values = dequantize(self.quantized, self.dtype)
+        return self._values
 
 
 @dataclass
@@ -54,7 +67,7 @@ class _LastInput:
 
     source: Tensor
     version: int
-    result: QuantizedInput
+    result: SharedInput
     reads: int = 0
 
     def is_of(self, x: Tensor) -> bool:
@@ -72,63 +85,100 @@ def _version(x: Tensor) -> int:
 
 
 class QuantLinear(nn.Linear):
-    """``y = x_hat @ w_hat.T + bias``: x per token at ``a_bits``, w per output channel at ``w_bits``."""
+    """``y = x_hat @ w_hat.T + bias``: x on the grid of its tokens, w on the grid of its output channels.
 
-    w_bits: int
+    Attributes:
+        weight_format: how the weight is quantized
+        input_quantizer: quantizes x per token; None where x stays as it is, or has a learned step
+        input_format: how x is quantized
+        input_step: LSQ's learned step, [1]; None for the other methods
+        integer_forward: multiply codes, not values, in forward
+    """
+
+    weight_format: Format
+    input_format: Format
     input_quantizer: InputQuantizer | None
+    input_step: nn.Parameter | None
+    integer_forward: bool
 
     @classmethod
-    def convert(cls, linear: nn.Linear, w_bits: int, input_quantizer: InputQuantizer | None) -> "QuantLinear":
-        """Turn ``linear`` into a QuantLinear in place; None as ``input_quantizer`` leaves x as it is."""
+    def convert(cls, linear: nn.Linear, weight: Format, inputs: Format, shared: InputQuantizer | None) -> "QuantLinear":
+        """Turn ``linear`` into a QuantLinear in place; ``shared`` quantizes its input with its siblings'."""
         linear.__class__ = cls
         assert isinstance(linear, cls)
-        linear.w_bits = w_bits
-        linear.input_quantizer = input_quantizer
+        linear.weight_format, linear.input_format = weight, inputs
+        linear.input_quantizer = shared
+        linear.integer_forward = False
+        step = nn.Parameter(torch.full((1,), torch.nan)) if inputs.learned else None  # NaN until it is initialised
+        linear.register_parameter("input_step", step)
         return linear
 
     def forward(self, x: Tensor) -> Tensor:
-        quantized = None if self.input_quantizer is None else self.input_quantizer(x)
-        return _QuantLinear.apply(x, self.weight, self.bias, self.w_bits, quantized)
+        if self.input_step is not None:
+            x = lsq(x, self.input_step, self.input_format)
+        shared = None if self.input_quantizer is None else self.input_quantizer(x)
+        return _QuantLinear.apply(x, self.weight, self.bias, self, shared)
+
+    def multiplies_integers(self, x: Tensor) -> bool:
+        """Whether the product of x [..., in] and the weight is one of integer codes: exact, then scaled."""
+        return (
+            self.integer_forward
+            and self.input_quantizer is not None
+            and self.weight_format.quantizes
+            and integer.fits(x.numel() // x.shape[-1], self.in_features, self.out_features, x.device)
+        )
 
     @torch.no_grad()
     def freeze(self) -> None:
         """Put the quantized weight in the Parameter's place, so that evaluation quantizes it once."""
-        self.weight.copy_(quantized_weight(self.weight, self.w_bits))
-        self.w_bits = FULL_PRECISION
+        if self.weight_format.quantizes:
+            self.weight.copy_(round_to_grid(self.weight, self.weight_format)[0])
+            self.weight_format = Format(FULL_PRECISION)
 
     def extra_repr(self) -> str:
-        a_bits = FULL_PRECISION if self.input_quantizer is None else self.input_quantizer.bits
-        return f"{super().extra_repr()}, w_bits={self.w_bits}, a_bits={a_bits}"
+        return f"{super().extra_repr()}, weight={self.weight_format}, input={self.input_format}"
 
 
-def quantized_weight(weight: Tensor, bits: int) -> Tensor:
-    """The weight that the layer multiplies with, [out, in], no gradient."""
-    return weight.detach() if bits == FULL_PRECISION else round_to_grid(weight, bits)
+def can_multiply_integers(weight: Format, inputs: Format) -> bool:
+    """Whether both have one scale per row and no zero point, so that their scales come out of the product."""
+    whole_rows = weight.group_size == 0 and inputs.group_size == 0
+    return whole_rows and weight.symmetric and inputs.symmetric and not inputs.learned
 
 
 class _QuantLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, w_bits: int, quantized: QuantizedInput | None):
-        ctx.w_bits = w_bits
-        ctx.input_dtype = x.dtype
-        ctx.input_quantized = quantized is not None
-        if quantized is None:
-            ctx.save_for_backward(weight, x)
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, layer: QuantLinear, shared: SharedInput | None
+    ) -> Tensor:
+        form = layer.weight_format
+        grid = Grid(None, None)  # type: ignore[arg-type]
+        if shared is not None and layer.multiplies_integers(x):
+            quantized = quantize(weight, form)
+            grid = quantized.grid
+            y = integer.matmul(shared.quantized, quantized, x.dtype)
         else:
-            ctx.save_for_backward(weight, quantized.codes, quantized.scale)
-            x = quantized.values
-        y = x @ quantized_weight(weight, w_bits).t()
+            values = weight.detach()
+            if form.quantizes:
+                values, grid = round_to_grid(weight, form)
+            y = (x if shared is None else shared.values()) @ values.t()
+        ctx.weight_format, ctx.input_dtype = form, x.dtype
+        inputs = (x,) if shared is None else (shared.quantized.codes, *shared.quantized.grid)
+        ctx.save_for_backward(weight, *grid, *inputs)
         return y if bias is None else y.add_(bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        weight, *saved = ctx.saved_tensors
+        weight, scale, zero_point, *inputs = ctx.saved_tensors
+        form, grid = ctx.weight_format, Grid(scale, zero_point)
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        grad_x = grad @ quantized_weight(weight, ctx.w_bits) if needs_x else None
+        grad_x = grad_weight = None
+        if needs_x:
+            grad_x = grad @ (round_to_grid(weight, form, grid)[0] if form.quantizes else weight)
         rows = grad.flatten(0, -2)
-        grad_weight = None
         if needs_weight:
-            x = dequantize(saved[0], saved[1], ctx.input_dtype) if ctx.input_quantized else saved[0]
+            x = inputs[0] if len(inputs) == 1 else dequantize(Quantized(inputs[0], Grid(*inputs[1:])), ctx.input_dtype)
             grad_weight = rows.t() @ x.flatten(0, -2)
+            if form.quantizes and form.clips:
+                grad_weight *= inside(weight, form, grid)
         grad_bias = rows.sum(0) if needs_bias else None
         return grad_x, grad_weight, grad_bias, None, None

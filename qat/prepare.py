@@ -4,20 +4,30 @@ import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from torch import nn
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qat import kv_cache
 from qat.errors import UserError
-from qat.linear import InputQuantizer, QuantLinear
-from qat.quantizers import FULL_PRECISION
+from qat.linear import InputQuantizer, QuantLinear, can_multiply_integers
+from qat.quantizers import FULL_PRECISION, Format, lsq_initial_step
 
 CONFIG_FILE = "quant_config.json"
 """Lies beside the weights of every quantized model directory."""
 
+STEPS_FILE = "activation_steps.safetensors"
+"""Beside them too, where activations have learned steps: they are no weights of the architecture."""
+
+STEP_SUFFIX = ".input_step"
+
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 _CHOICES = {
+    "w_quantizer": ("minmax", "minmax_asymmetric", "statsq"),
+    "a_quantizer": ("minmax", "minmax_asymmetric", "lsq"),
+    "kv_quantizer": ("minmax", "minmax_asymmetric"),
     "kv_site": ("post_rope", "pre_rope"),
     "kv_granularity": ("token_head", "token"),
     "kv_rotation": ("none", "hadamard"),
@@ -36,9 +46,14 @@ class QuantConfig:
     """What is quantized, and how. Embedding, norms and lm_head stay in full precision (the paper's choice).
 
     Args:
-        w_bits: weights, one scale per output channel: 2 to 8, or 16 for full precision
-        a_bits: inputs of the linear layers, one scale per token: 2 to 8, or 16
+        w_bits: weights: 2 to 8, or 16 for full precision
+        a_bits: inputs of the linear layers: 2 to 8, or 16
         kv_bits: KV cache: 2 to 8, or 16
+        w_quantizer: minmax (symmetric, no clipping: the paper), minmax_asymmetric, or statsq (clips; the paper's
+            comparison), with one scale per output channel
+        a_quantizer: minmax, minmax_asymmetric (one scale per token), or lsq (one learned step per layer; clips)
+        kv_quantizer: minmax or minmax_asymmetric
+        w_group_size: weights share a scale in groups of so many input channels; 0 for one scale per output channel
         kv_site: post_rope (what a cache stores) or pre_rope (the paper's released code)
         kv_granularity: token_head (one scale per token and KV head) or token (one per token, the paper)
         kv_rotation: none (the paper) or hadamard (rotates Q, K and V over head_dim; needs post_rope)
@@ -47,6 +62,10 @@ class QuantConfig:
     w_bits: int = 4
     a_bits: int = 8
     kv_bits: int = 4
+    w_quantizer: str = "minmax"
+    a_quantizer: str = "minmax"
+    kv_quantizer: str = "minmax"
+    w_group_size: int = 0
     kv_site: str = "post_rope"
     kv_granularity: str = "token_head"
     kv_rotation: str = "none"
@@ -59,6 +78,8 @@ class QuantConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"{name}={getattr(self, name)!r} is not possible: give {' or '.join(choices)}.")
+        if self.w_group_size < 0:
+            raise UserError(f"w_group_size={self.w_group_size} is not possible: give 0, or 32, 64, 128.")
         if self.kv_rotation == "hadamard" and self.kv_site == "pre_rope":
             raise UserError(
                 "kv_rotation=hadamard needs kv_site=post_rope: a rotation before RoPE would change the "
@@ -68,6 +89,18 @@ class QuantConfig:
     def __str__(self) -> str:
         """The field's short form, W-A-KV: 4-8-4."""
         return f"{self.w_bits}-{self.a_bits}-{self.kv_bits}"
+
+    @property
+    def weights(self) -> Format:
+        return Format(self.w_bits, self.w_quantizer, self.w_group_size)
+
+    @property
+    def activations(self) -> Format:
+        return Format(self.a_bits, self.a_quantizer)
+
+    @property
+    def kv(self) -> Format:
+        return Format(self.kv_bits, self.kv_quantizer)
 
     def save(self, directory: Path) -> None:
         (directory / CONFIG_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
@@ -90,22 +123,65 @@ def prepare(model: PreTrainedModel, config: QuantConfig) -> PreTrainedModel:
     check_supported(model)
     if config.kv_rotation == "hadamard":
         _check_rotatable(model)
-    kv_bits = config.kv_bits < FULL_PRECISION
     for layer in model.base_model.layers:  # type: ignore[union-attr]
-        if config.w_bits < FULL_PRECISION or config.a_bits < FULL_PRECISION:
+        if config.weights.quantizes or config.activations.quantizes:
             for block_name, names in _SHARED_INPUTS:
                 _quantize_linears([getattr(getattr(layer, block_name), name) for name in names], config)
-        if kv_bits:
+        if config.kv.quantizes:
             _quantize_kv(layer.self_attn, config)
-    if kv_bits and config.kv_site == "post_rope":
-        kv_cache.register()
-        model.set_attn_implementation(kv_cache.ATTENTION)
+    if config.kv.quantizes and config.kv_site == "post_rope":
+        kv_cache.attend(model)
     return model
 
 
 def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
     """The quantized layers of a prepared model, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def quantizable_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The layers of a model that ``prepare`` quantizes, by name."""
+    names = [
+        f"model.layers.{number}.{block_name}.{name}"
+        for number in range(len(model.base_model.layers))  # type: ignore[arg-type]
+        for block_name, layer_names in _SHARED_INPUTS
+        for name in layer_names
+    ]
+    return {name: model.get_submodule(name) for name in names}
+
+
+@torch.no_grad()
+def initialise_steps(model: nn.Module, magnitudes: dict[str, Tensor]) -> None:
+    """Set LSQ's steps from the mean magnitude of each layer's input, by name."""
+    for name, linear in quant_linears(model).items():
+        if linear.input_step is not None:
+            linear.input_step.fill_(lsq_initial_step(magnitudes[name], linear.input_format))
+
+
+def save_steps(steps: dict[str, Tensor], directory: Path) -> None:
+    if steps:
+        save_file(steps, directory / STEPS_FILE)
+
+
+@torch.no_grad()
+def load_steps(model: nn.Module, directory: Path) -> None:
+    """Set the learned steps of a prepared model; raises UserError if they are missing."""
+    linears = {name: linear for name, linear in quant_linears(model).items() if linear.input_step is not None}
+    if not linears:
+        return
+    if not (directory / STEPS_FILE).is_file():
+        raise UserError(f"{directory} is incomplete: a_quantizer=lsq has learned steps, and {STEPS_FILE} is missing.")
+    steps = load_file(directory / STEPS_FILE)
+    for name, linear in linears.items():
+        linear.input_step.copy_(steps[name + STEP_SUFFIX])  # type: ignore[union-attr]
+
+
+def multiply_integers(model: nn.Module) -> bool:
+    """Let the quantized layers multiply integer codes in forward, where their formats allow it; False if none does."""
+    linears = list(quant_linears(model).values())
+    for linear in linears:
+        linear.integer_forward = can_multiply_integers(linear.weight_format, linear.input_format)
+    return any(linear.integer_forward for linear in linears)
 
 
 def freeze(model: nn.Module) -> None:
@@ -136,13 +212,20 @@ def _check_rotatable(model: PreTrainedModel) -> None:
 
 
 def _quantize_linears(linears: list[nn.Linear], config: QuantConfig) -> None:
-    shared = None if config.a_bits == FULL_PRECISION else InputQuantizer(config.a_bits, readers=len(linears))
+    inputs, shared = config.activations, None
+    if inputs.quantizes and not inputs.learned:
+        shared = InputQuantizer(inputs, readers=len(linears))
     for linear in linears:
-        QuantLinear.convert(linear, config.w_bits, shared)
+        if config.w_group_size and linear.in_features % config.w_group_size:
+            raise UserError(
+                f"w_group_size={config.w_group_size} does not divide the model's {linear.in_features} input channels: "
+                "give a divisor of all its layers' widths, say 32 or 64."
+            )
+        QuantLinear.convert(linear, config.weights, inputs, shared)
 
 
 def _quantize_kv(attention: nn.Module, config: QuantConfig) -> None:
-    quantizer = kv_cache.KVQuantizer(config.kv_bits, config.kv_granularity, config.kv_rotation)
+    quantizer = kv_cache.KVQuantizer(config.kv, config.kv_granularity, config.kv_rotation)
     if config.kv_site == "post_rope":
         attention.kv_quantizer = quantizer  # type: ignore[assignment]
         return

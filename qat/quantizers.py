@@ -1,75 +1,260 @@
-"""The number format: symmetric MinMax integers with one fp32 scale per group.
+"""The number formats: integers with a scale, and for the asymmetric one a zero point, per group.
 
-A group is always the last dimension of the tensor given here: a weight row (per channel), the
-features of one token (per token), the ``head_dim`` of one token and KV head.
+A group is the last dimension of the tensor given here, or ``group_size`` consecutive elements of it: a
+weight row (per channel), the features of one token (per token), the ``head_dim`` of one token and KV head.
 
-    qmax  = 2**(bits-1) - 1            narrow range: codes in [-qmax, qmax]
-    scale = max|x| / qmax              fp32, whatever the dtype of x
-    code  = round(x / scale)           half to even, in fp32
-    x_hat = code * scale               rounded once, to the dtype of x
+    qmax  = 2**(bits-1) - 1              the largest code: 7 for 4 bits
+    code  = round(x / scale) + zero      half to even, in fp32, whatever the dtype of x
+    x_hat = (code - zero) * scale        rounded once, to the dtype of x
 
-Nothing is clipped (LLM-QAT, arXiv 2305.17888, section 2.2: outliers carry the model), so the
-straight-through gradient needs no mask. ``fake_quantize`` is ``dequantize(quantize(x))`` with that
-gradient: training simulates exactly what the integer export stores.
+Methods, which differ in the grid that they lay over a group:
+
+``minmax``             scale = max|x| / qmax; codes in [-qmax, qmax]. Nothing is clipped: outliers carry the
+                       model (LLM-QAT, arXiv 2305.17888, section 2.2). The default, and the paper's choice
+``minmax_asymmetric``  scale = (max - min) / (2 qmax + 1) over the range that holds 0; codes in [-qmax-1, qmax]
+``statsq``             scale = 2 mean|x| / qmax; what is larger is clipped (OFQ, arXiv 2302.02210, section 4.1)
+``lsq``                scale is learned, one for a whole tensor; what is larger is clipped (arXiv 1902.08153)
+
+The gradient is straight-through, and 0 where a value was clipped. ``round_to_grid`` is
+``dequantize(quantize(x))`` without the integers in between: training simulates exactly what is exported.
 """
+
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from qat.fused import fused
+
 FULL_PRECISION = 16
 """``bits=16`` means "not quantized" everywhere."""
+
+METHODS = ("minmax", "minmax_asymmetric", "statsq", "lsq")
 
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
-def qmax(bits: int) -> int:
-    """The largest code of the narrow symmetric range, 7 for 4 bits."""
-    return 2 ** (bits - 1) - 1
+@dataclass(frozen=True)
+class Format:
+    """A number format: how many bits, which grid, over how many consecutive elements (0: the whole last dimension)."""
+
+    bits: int
+    method: str = "minmax"
+    group_size: int = 0
+
+    @property
+    def quantizes(self) -> bool:
+        return self.bits != FULL_PRECISION
+
+    @property
+    def qmax(self) -> int:
+        """The largest code."""
+        return 2 ** (self.bits - 1) - 1
+
+    @property
+    def symmetric(self) -> bool:
+        return self.method != "minmax_asymmetric"
+
+    @property
+    def learned(self) -> bool:
+        """Whether the scale is a Parameter."""
+        return self.quantizes and self.method == "lsq"
+
+    @property
+    def clips(self) -> bool:
+        """Whether values beyond the largest code are cut off, and get no gradient."""
+        return self.method in ("statsq", "lsq")
 
 
-def minmax_scale(x: Tensor, bits: int) -> Tensor:
-    """One fp32 scale per group: [..., n] -> [..., 1].
+class Grid(NamedTuple):
+    """Where the codes lie: fp32 scale [..., groups], and zero point of the same shape where there is one."""
 
-    A group whose scale would be denormal (all zeros, above all) gets scale 1, hence zero codes: a
-    denormal scale has too few bits left to keep the codes in range. NaN stays NaN.
+    scale: Tensor
+    zero_point: Tensor | None = None
+
+
+class Quantized(NamedTuple):
+    """A tensor as integers: int8 codes [..., n], and the grid [..., groups] that gives them their values."""
+
+    codes: Tensor
+    grid: Grid
+
+
+def grid_of(x: Tensor, form: Format) -> Grid:
+    """The grid that ``form`` lays over x [..., n].
+
+    A group whose scale would be denormal (all zeros, above all) gets scale 1, hence zero codes: a denormal scale
+    has too few bits left to keep the codes in range. NaN stays NaN.
     """
-    scale = x.detach().abs().amax(-1, keepdim=True).float() / qmax(bits)
+    return _unrow(_grid(_rows(x, form), form), x, form)
+
+
+def quantize(x: Tensor, form: Format, grid: Grid | None = None) -> Quantized:
+    """x [..., n] -> int8 codes and grid; on the ``grid`` given, if one is."""
+    rows = _rows(x, form)
+    if grid is None and form.method != "statsq":
+        codes, *found = _fused_quantize(rows, form.qmax, form.symmetric)
+    else:
+        found = _rowed(grid) if grid is not None else _grid(rows, form)
+        codes = _fused_quantize_on(rows, *found, form.qmax)
+    return Quantized(codes.view(x.shape), _unrow(Grid(*found), x, form))
+
+
+def dequantize(quantized: Quantized, dtype: torch.dtype) -> Tensor:
+    """Codes and grid -> values [..., n] of ``dtype``."""
+    codes, (scale, _) = quantized
+    rows = codes.reshape(-1, codes.shape[-1] // scale.shape[-1])
+    return _fused_dequantize(rows, *_rowed(quantized.grid), dtype).view(codes.shape)
+
+
+def round_to_grid(x: Tensor, form: Format, grid: Grid | None = None) -> tuple[Tensor, Grid]:
+    """``dequantize(quantize(x))`` in one pass and without a gradient: values of x's dtype [..., n], and their grid."""
+    rows = _rows(x, form)
+    if grid is None and form.method != "statsq":
+        values, *found = _fused_round(rows, form.qmax, form.symmetric)
+    else:
+        found = _rowed(grid) if grid is not None else _grid(rows, form)
+        values = _fused_round_on(rows, *found, form.qmax)
+    return values.view(x.shape), _unrow(Grid(*found), x, form)
+
+
+def fake_quantize(x: Tensor, form: Format) -> Tensor:
+    """x rounded to its grid, with the straight-through gradient of a format that does not clip; 16 bits: x itself."""
+    if not form.quantizes:
+        return x
+    assert not form.clips
+    return _StraightThrough.apply(x, form)
+
+
+def inside(x: Tensor, form: Format, grid: Grid) -> Tensor:
+    """True where x [..., n] was not clipped: where the gradient passes."""
+    limit = _rowed(grid)[0] * form.qmax
+    return (_rows(x, form).abs() <= limit).view(x.shape)
+
+
+def lsq(x: Tensor, step: Tensor, form: Format) -> Tensor:
+    """x rounded to codes times the learned ``step`` [1], with LSQ's gradients for both."""
+    return _LearnedStep.apply(x, step, form)
+
+
+def lsq_initial_step(mean: Tensor, form: Format) -> Tensor:
+    """LSQ's first step for values whose mean magnitude is ``mean``: 2 mean|x| / sqrt(qmax) (section 2.1 there)."""
+    return 2 * mean / form.qmax**0.5
+
+
+# All arithmetic happens below, on rows: [groups of x, elements of a group]. Only exact operations (abs, max, round)
+# and elementwise ones are fused, so that the compiled functions and the eager ones give the same bits.
+
+
+def _rows(x: Tensor, form: Format) -> Tensor:
+    return x.detach().reshape(-1, form.group_size or x.shape[-1])
+
+
+def _unrow(grid: Grid, x: Tensor, form: Format) -> Grid:
+    """[rows, 1] -> [..., groups]."""
+    shape = (*x.shape[:-1], x.shape[-1] // form.group_size if form.group_size else 1)
+    return Grid(*(None if part is None else part.view(shape) for part in grid))  # type: ignore[arg-type]
+
+
+def _rowed(grid: Grid) -> Grid:
+    """[..., groups] -> [rows, 1]."""
+    return Grid(*(None if part is None else part.reshape(-1, 1) for part in grid))  # type: ignore[arg-type]
+
+
+def _grid(rows: Tensor, form: Format) -> Grid:
+    if form.method == "statsq":  # never fused: a compiled sum adds in another order
+        return Grid(_usable(rows.abs().float().mean(-1, keepdim=True) * (2 / form.qmax)))
+    return _minmax(rows, form.qmax, form.symmetric)
+
+
+def _minmax(rows: Tensor, qmax: int, symmetric: bool) -> Grid:
+    if symmetric:
+        return Grid(_usable(rows.abs().amax(-1, keepdim=True).float() / qmax))
+    low = rows.amin(-1, keepdim=True).float().clamp(max=0)
+    high = rows.amax(-1, keepdim=True).float().clamp(min=0)
+    levels = 2 * qmax + 1
+    scale = _usable(high / levels - low / levels)
+    return Grid(scale, torch.round(-low / scale) - (qmax + 1))
+
+
+def _usable(scale: Tensor) -> Tensor:
     return torch.where(scale < _SMALLEST_SCALE, 1.0, scale)
 
 
-def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """x [..., n] -> int8 codes [..., n] and fp32 scale [..., 1]."""
-    scale = minmax_scale(x, bits)
-    return _codes(x, scale).to(torch.int8), scale
+def _codes(rows: Tensor, grid: Grid, qmax: int) -> Tensor:
+    """In fp32. Clamping changes nothing under ``minmax``, whose largest element has the largest code."""
+    codes = torch.round(rows.float() / grid.scale)
+    if grid.zero_point is None:
+        return codes.clamp_(-qmax, qmax)
+    return codes.add_(grid.zero_point).clamp_(-qmax - 1, qmax)
 
 
-def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Codes [..., n] and fp32 scale [..., 1] -> values [..., n] of ``dtype``."""
-    return (codes * scale).to(dtype)
+def _values(codes: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+    if grid.zero_point is not None:
+        codes = codes - grid.zero_point
+    return (codes * grid.scale).to(dtype)
 
 
-def round_to_grid(x: Tensor, bits: int) -> Tensor:
-    """``dequantize(*quantize(x))`` without the integers in between, and without a gradient."""
-    scale = minmax_scale(x, bits)
-    return _codes(x, scale).mul_(scale).to(x.dtype)
+@fused
+def _fused_quantize(rows: Tensor, qmax: int, symmetric: bool):
+    grid = _minmax(rows, qmax, symmetric)
+    return _codes(rows, grid, qmax).to(torch.int8), *grid
 
 
-def fake_quantize(x: Tensor, bits: int) -> Tensor:
-    """x rounded to the grid of ``bits``, with the straight-through gradient; 16 returns x itself."""
-    if bits == FULL_PRECISION:
-        return x
-    return _StraightThrough.apply(x, bits)
+@fused
+def _fused_quantize_on(rows: Tensor, scale: Tensor, zero_point: Tensor | None, qmax: int):
+    return _codes(rows, Grid(scale, zero_point), qmax).to(torch.int8)
 
 
-def _codes(x: Tensor, scale: Tensor) -> Tensor:
-    return torch.div(x.detach(), scale).round_()
+@fused
+def _fused_round(rows: Tensor, qmax: int, symmetric: bool):
+    grid = _minmax(rows, qmax, symmetric)
+    return _values(_codes(rows, grid, qmax), grid, rows.dtype), *grid
+
+
+@fused
+def _fused_round_on(rows: Tensor, scale: Tensor, zero_point: Tensor | None, qmax: int):
+    grid = Grid(scale, zero_point)
+    return _values(_codes(rows, grid, qmax), grid, rows.dtype)
+
+
+@fused
+def _fused_dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype):
+    return _values(codes, Grid(scale, zero_point), dtype)
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, bits: int) -> Tensor:
-        return round_to_grid(x, bits)
+    def forward(ctx, x: Tensor, form: Format) -> Tensor:
+        return round_to_grid(x, form)[0]
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
+
+
+class _LearnedStep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, step: Tensor, form: Format) -> Tensor:
+        ctx.save_for_backward(x, step)
+        ctx.form = form
+        rows = x.detach().reshape(-1, x.shape[-1])
+        scale = _usable(step.detach().float()).expand(len(rows), 1)
+        return _fused_round_on(rows, scale, None, form.qmax).view(x.shape)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, step = ctx.saved_tensors
+        grad_x, slope = _learned_step_gradients(grad, x, _usable(step.float()), ctx.form.qmax)
+        # LSQ's gradient scale (section 2.2 there) keeps the step's updates as large as the weights'.
+        return grad_x, (slope.sum() / (x.numel() * ctx.form.qmax) ** 0.5).to(step.dtype).view(step.shape), None
+
+
+@fused
+def _learned_step_gradients(grad: Tensor, x: Tensor, step: Tensor, qmax: int) -> tuple[Tensor, Tensor]:
+    """Gradient of x, and the step's before it is summed: round(v) - v inside, the largest code outside."""
+    scaled = x / step
+    codes = torch.round(scaled).clamp(-qmax, qmax)
+    passes = scaled.abs() <= qmax
+    return torch.where(passes, grad, 0.0), grad.float() * torch.where(passes, codes - scaled, codes)

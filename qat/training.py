@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from tqdm import tqdm
 
 from qat import checkpoint
 from qat.checkpoint import TrainState
-from qat.data import TrainingData
-from qat.engines import Teacher, device
+from qat.data import Sample, TrainingData
+from qat.distill import LOSSES, Targets
+from qat.engines import device
 from qat.errors import UserError
 from qat.files import write_atomically
 from qat.preemption import StopSignal
@@ -28,6 +30,8 @@ class TrainConfig:
     """How the student learns: AdamW without weight decay, one sequence per rank. The defaults are the paper's.
 
     Args:
+        loss: logits (cross-entropy with the teacher's distribution: the paper's choice), label (with the next token),
+            logits+hidden or logits+attention (its comparison: hidden states or attention maps are matched too)
         steps: optimizer steps; 0 for one pass over the data
         lr: peak learning rate
         warmup_steps: steps of linear warm-up before the cosine
@@ -40,6 +44,7 @@ class TrainConfig:
         seed: of the order of the data
     """
 
+    loss: str = "logits"
     steps: int = 0
     lr: float = 2e-5
     warmup_steps: int = 0
@@ -52,6 +57,8 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise UserError(f"loss={self.loss!r} is not possible: give {', '.join(LOSSES)}.")
         for name in ("steps", "warmup_steps", "min_lr_ratio", "gradient_clipping"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} is not possible: give 0 or more.")
@@ -82,7 +89,11 @@ class TrainConfig:
 
 
 def train(
-    student: deepspeed.DeepSpeedEngine, teacher: Teacher, data: TrainingData, config: TrainConfig, run: Path
+    student: deepspeed.DeepSpeedEngine,
+    teacher: Callable[[Sample], Targets],
+    data: TrainingData,
+    config: TrainConfig,
+    run: Path,
 ) -> bool:
     """Train to ``config.steps`` from the run's latest checkpoint; False if a signal stopped it before."""
     rank, ranks, stop = dist.get_rank(), dist.get_world_size(), StopSignal()
@@ -91,25 +102,25 @@ def train(
     stopped = False
     while state.step < config.steps and not stopped:
         began, lr = time.monotonic(), student.get_lr()[0]
-        sums = torch.zeros(4, device=device())  # cross-entropy, KL, tokens, ranks told to stop
+        sums = torch.zeros(4, device=device())  # loss, KL, tokens, ranks told to stop
         for _ in range(config.gradient_accumulation_steps):
-            input_ids = data.sample(state.samples + rank).to(device())
-            cross_entropy, kl = student(input_ids, teacher(input_ids))
-            student.backward(cross_entropy)
+            sample = data.sample(state.samples + rank).to(device())
+            loss, kl = student(sample.input_ids, teacher(sample))
+            student.backward(loss)
             student.step()
-            sums[:2] += torch.stack([cross_entropy.detach(), kl])
-            sums[2] += input_ids.shape[1] - 1
+            sums[:2] += torch.stack([loss.detach(), kl])
+            sums[2] += sample.input_ids.shape[1] - 1
             state.samples += ranks
         sums[3] = stop.received
         dist.all_reduce(sums)
-        cross_entropy_sum, kl_sum, tokens, told_to_stop = sums.tolist()
+        loss_sum, kl_sum, tokens, told_to_stop = sums.tolist()
         stopped = told_to_stop > 0
         state.step += 1
         state.tokens += int(tokens)
         state.seconds += time.monotonic() - began
         if log is not None:
             sequences = ranks * config.gradient_accumulation_steps
-            log.step(state, cross_entropy_sum / sequences, kl_sum / sequences, lr, student.get_global_grad_norm())
+            log.step(state, loss_sum / sequences, kl_sum / sequences, lr, student.get_global_grad_norm())
         if state.step % config.save_every == 0 or state.step == config.steps or stopped:
             checkpoint.save(student, run / CHECKPOINTS, state, config.keep)
     return state.step == config.steps
@@ -125,10 +136,10 @@ class _Log:
         self._file = path.open("a", buffering=1)
         self._bar = tqdm(desc="train", total=steps, initial=state.step, unit="step", dynamic_ncols=True)
 
-    def step(self, state: TrainState, cross_entropy: float, kl: float, lr: float, grad_norm: float) -> None:
+    def step(self, state: TrainState, loss: float, kl: float, lr: float, grad_norm: float) -> None:
         record = {
             "step": state.step,
-            "loss": cross_entropy,
+            "loss": loss,
             "kl": kl,
             "lr": lr,
             "grad_norm": float(grad_norm),
@@ -136,5 +147,5 @@ class _Log:
             "seconds": round(state.seconds, 2),
         }
         self._file.write(json.dumps(record) + "\n")
-        self._bar.set_postfix(loss=f"{cross_entropy:.3f}", kl=f"{kl:.3f}", tok_s=f"{state.tokens / state.seconds:.0f}")
+        self._bar.set_postfix(loss=f"{loss:.3f}", kl=f"{kl:.3f}", tok_s=f"{state.tokens / state.seconds:.0f}")
         self._bar.update()

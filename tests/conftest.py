@@ -13,10 +13,13 @@ from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from qat import fused
 from qat.models import load_tokenizer
 
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
+
+fused.compiles = lambda: False  # compiling takes longer than any test; those that want it do it themselves
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "LICENSE").read_text()
@@ -85,10 +88,16 @@ def generate_flags(model: Path, output: Path) -> list[str]:
 
 def run_python(script: str, *flags: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "launch" / f"{script}.py"), *flags]
-    return subprocess.run(command, check=True, text=True, capture_output=True, cwd=ROOT)
+    return subprocess.run(command, check=True, text=True, capture_output=True, cwd=ROOT, env=environment())
 
 
-def start_training(ranks: int, *flags: str) -> subprocess.Popen:
+def environment(compiled: bool = False) -> dict[str, str]:
+    """Of the processes that tests start."""
+    fixed = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return os.environ | fixed | ({} if compiled else {"TORCHDYNAMO_DISABLE": "1"})
+
+
+def start_training(ranks: int, *flags: str, script: str = "train", compiled: bool = False) -> subprocess.Popen:
     """``deepspeed launch/train.py`` on CPU ranks, in a process group of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -100,10 +109,9 @@ def start_training(ranks: int, *flags: str) -> subprocess.Popen:
         "--master_port",
         str(port),
     ]
-    command = [*launcher, str(ROOT / "launch" / "train.py"), *flags]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [*launcher, str(ROOT / "launch" / f"{script}.py"), *flags]
     return subprocess.Popen(
-        command, env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        command, env=environment(compiled), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         start_new_session=True,
     )  # fmt: skip
 

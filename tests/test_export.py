@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from qat import export, models
 from qat.errors import UserError
 from qat.prepare import QuantConfig, prepare
-from qat.quantizers import quantize
+from qat.quantizers import Format, quantize
 
 SETTINGS = [QuantConfig(4, 8, 4), QuantConfig(8, 8, 16), QuantConfig(3, 6, 8, kv_rotation="hadamard")]
 
@@ -43,7 +43,7 @@ def test_stores_our_codes_and_scales(save, tmp_path):
     export.export(save(QuantConfig(4, 8, 4)), tmp_path / "export")
     stored = load_file(tmp_path / "export" / "model.safetensors")
     name = "model.layers.0.mlp.up_proj"
-    codes, scale = quantize(tiny_model().get_parameter(f"{name}.weight"), 4)
+    codes, (scale, _) = quantize(tiny_model().get_parameter(f"{name}.weight"), Format(4))
     assert torch.equal(stored[f"{name}.weight"], codes)
     assert torch.equal(stored[f"{name}.weight_scale"], scale)
     assert stored["model.embed_tokens.weight"].dtype == torch.float32

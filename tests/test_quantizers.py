@@ -6,11 +6,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from qat.quantizers import dequantize, fake_quantize, qmax, quantize
+from qat import fused, quantizers
+from qat.quantizers import (
+    METHODS,
+    Format,
+    dequantize,
+    fake_quantize,
+    grid_of,
+    inside,
+    lsq,
+    lsq_initial_step,
+    quantize,
+    round_to_grid,
+)
 
 BITS = st.integers(2, 8)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)  # denormals and huge outliers included
+FIXED = [method for method in METHODS if method != "lsq"]  # those whose grid is a function of the tensor
+FORMATS = st.builds(Format, BITS, st.sampled_from(FIXED))
 
 
 @st.composite
@@ -19,59 +33,153 @@ def tensors(draw):
     return torch.from_numpy(values).to(draw(DTYPES)).nan_to_num(0.0, 0.0, 0.0)  # what overflows fp16 counts as 0
 
 
-@given(tensors(), BITS)
-def test_fake_equals_integer_bit_for_bit(x, bits):
-    codes, scale = quantize(x, bits)
-    assert codes.dtype == torch.int8
-    assert scale.dtype == torch.float32
-    assert codes.abs().max() <= qmax(bits)
-    fake = fake_quantize(x, bits)
-    assert fake.dtype == x.dtype
-    torch.testing.assert_close(fake, dequantize(codes, scale, x.dtype), rtol=0, atol=0, equal_nan=True)
+def same(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@given(tensors(), FORMATS)
+def test_fake_equals_integer_bit_for_bit(x, form):
+    quantized = quantize(x, form)
+    lowest = -form.qmax - (not form.symmetric)
+    assert quantized.codes.dtype == torch.int8
+    assert lowest <= quantized.codes.min()
+    assert quantized.codes.max() <= form.qmax
+    assert quantized.grid.scale.dtype == torch.float32
+    values, grid = round_to_grid(x, form)
+    assert values.dtype == x.dtype
+    same(values, dequantize(quantized, x.dtype))
+    same(values, round_to_grid(x, form, grid)[0])  # on the grid that was found: what backward does
+    same(quantized.codes, quantize(x, form, grid).codes)
+    if not form.clips:
+        same(values, fake_quantize(x, form))
+
+
+@given(tensors(), st.sampled_from([f for f in FIXED if f != "statsq"]), BITS)
+def test_minmax_clips_nothing_and_errs_by_half_a_step(x, method, bits):
+    x, form = x.float().clamp(-1e30, 1e30), Format(bits, method)
+    quantized = quantize(x, form)
+    error = (dequantize(quantized, x.dtype) - x).abs()
+    rounding = x.abs().amax(-1, keepdim=True) * 2**-20  # of the fp32 divisions and products
+    assert (error <= quantized.grid.scale / 2 + rounding).all()
 
 
 @given(tensors(), BITS)
-def test_error_is_at_most_half_a_step_and_nothing_is_clipped(x, bits):
-    x = x.float().clamp(-1e30, 1e30)
-    codes, scale = quantize(x, bits)
-    error = (dequantize(codes, scale, x.dtype) - x).abs()
-    rounding = x.abs() * 2**-22  # of the fp32 division and product
-    assert (error <= scale / 2 + rounding).all()
-    largest = x.abs().amax(-1)
-    reached = codes.abs().amax(-1) == qmax(bits)
-    assert (reached | (largest < 1e-35)).all(), "the largest element has the largest code"
+def test_the_largest_element_has_the_largest_code(x, bits):
+    codes = quantize(x, Format(bits)).codes
+    reached = codes.abs().amax(-1) == Format(bits).qmax
+    assert (reached | (x.float().abs().amax(-1) < 1e-35)).all()
 
 
-@given(st.integers(1, 40), BITS)
-def test_zero_rows_give_zeros_and_a_finite_scale(n, bits):
-    codes, scale = quantize(torch.zeros(3, n), bits)
-    assert not codes.any()
-    assert scale.isfinite().all()
+@given(st.integers(1, 40), FORMATS)
+def test_zero_rows_give_zeros_and_a_finite_scale(n, form):
+    quantized = quantize(torch.zeros(3, n), form)
+    assert not dequantize(quantized, torch.float32).any()
+    assert quantized.grid.scale.isfinite().all()
 
 
-def test_nan_stays_in_its_own_group():
+@given(FORMATS, st.sampled_from([1, 2, 4]))
+def test_a_group_is_quantized_like_a_row_of_its_own(form, groups):
+    x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(form.bits))
+    grouped = Format(form.bits, form.method, 8 // groups)
+    values, grid = round_to_grid(x, grouped)
+    assert grid.scale.shape == (3, 5, groups)
+    alone = round_to_grid(x.view(3, 5, groups, -1), form)[0]
+    same(values, alone.view_as(x))
+    same(dequantize(quantize(x, grouped), x.dtype), values)
+
+
+def test_asymmetric_spends_its_codes_on_the_range_that_is_there():
+    x = torch.linspace(0, 1, 16)[None]
+    torch.testing.assert_close(round_to_grid(x, Format(4, "minmax_asymmetric"))[0], x)
+    assert (round_to_grid(x, Format(4))[0] - x).abs().max() > 0.05
+
+
+def test_statsq_clips_outliers_and_stops_their_gradient():
+    x = torch.tensor([[1.0, -1.0, 1.0, 50.0]])
+    form = Format(8, "statsq")
+    grid = grid_of(x, form)
+    torch.testing.assert_close(grid.scale * form.qmax, 2 * x.abs().mean(-1, keepdim=True))
+    assert round_to_grid(x, form)[0].max() == grid.scale * form.qmax
+    assert inside(x, form, grid).tolist() == [[True, True, True, False]]
+
+
+def test_lsq_gradients_are_the_papers():
+    """Against autograd over its definition: round as identity, clip by clamp."""
+    form = Format(4, "lsq")
+    x = torch.randn(7, 33, dtype=torch.float64).requires_grad_()
+    step = (lsq_initial_step(x.detach().abs().mean(), form) / 3).float().view(1).requires_grad_()  # some clipping
+    grad = torch.randn(7, 33, dtype=torch.float64)
+    y = lsq(x, step, form)
+    y.backward(grad)
+    x2, step2 = x.detach().requires_grad_(), step.detach().requires_grad_()
+    clipped = (x2 / step2).clamp(-form.qmax, form.qmax)
+    expected = (clipped + (clipped.round() - clipped).detach()) * step2
+    expected.backward(grad)
+    assert (clipped.abs() == form.qmax).any(), "something must be clipped for this test to say anything"
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(x.grad, x2.grad)
+    torch.testing.assert_close(step.grad * (x.numel() * form.qmax) ** 0.5, step2.grad)
+
+
+@pytest.mark.parametrize("method", FIXED)
+def test_nan_stays_in_its_own_group(method):
     x = torch.tensor([[1.0, math.nan], [1.0, 2.0]])
-    fake = fake_quantize(x, 4)
-    assert fake[0].isnan().all()
-    assert fake[1].isfinite().all()
-    assert dequantize(*quantize(x, 4), x.dtype)[0].isnan().all()
+    values = round_to_grid(x, Format(4, method))[0]
+    assert values[0].isnan().all()
+    assert values[1].isfinite().all()
+    assert dequantize(quantize(x, Format(4, method)), x.dtype)[0].isnan().all()
 
 
 def test_sixteen_bits_is_identity():
     x = torch.randn(3, 5)
-    assert fake_quantize(x, 16) is x
+    assert fake_quantize(x, Format(16)) is x
 
 
 def test_bf16_is_quantized_in_fp32_arithmetic():
     x = torch.randn(64, 256).bfloat16()
-    codes, _ = quantize(x, 8)
-    expected, _ = quantize(x.float(), 8)
-    assert torch.equal(codes, expected)
+    same(quantize(x, Format(8)).codes, quantize(x.float(), Format(8)).codes)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_gradient_is_straight_through_for_outliers_too(bits):
     x = torch.tensor([[0.1, -3.0, 50.0]], requires_grad=True)
     grad = torch.tensor([[1.0, 2.0, 3.0]])
-    fake_quantize(x, bits).backward(grad)
-    assert torch.equal(x.grad, grad)
+    fake_quantize(x, Format(bits)).backward(grad)
+    same(x.grad, grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_equals_eager_bit_for_bit(dtype, monkeypatch):
+    """The fused functions themselves, on what makes rounding hard: halves, outliers, zero rows, denormals, NaN."""
+    x = torch.randn(65, 96, generator=torch.Generator().manual_seed(0))
+    x[1], x[2, 3], x[3] = 0, 1e30, torch.arange(96) / 2 - 20
+    x[4], x[5, 5] = 1e-42, math.nan
+    x = x.to(dtype)
+    zero_point = torch.arange(65.0)[:, None] % 5
+    scale = grid_of(x, Format(4)).scale
+    codes = torch.randint(-7, 8, (65, 96), dtype=torch.int8)
+    calls = [
+        ("_fused_quantize", (x, 7, True)),
+        ("_fused_quantize", (x, 127, False)),
+        ("_fused_round", (x, 7, True)),
+        ("_fused_round", (x, 7, False)),
+        ("_fused_quantize_on", (x, scale, None, 7)),
+        ("_fused_round_on", (x, scale, zero_point, 7)),
+        ("_fused_dequantize", (codes, scale, zero_point, dtype)),
+    ]
+    for name, arguments in calls:
+        eager = getattr(quantizers, name).__wrapped__
+        compiled = torch.compile(eager, dynamic=True, options=fused._OPTIONS)
+        outputs = zip(_tuple(compiled(*arguments)), _tuple(eager(*arguments)), strict=True)
+        assert all(_equal(a, b) for a, b in outputs), name
+
+
+def _tuple(output):
+    return output if isinstance(output, tuple) else (output,)
+
+
+def _equal(a, b):
+    """NaN codes are whatever the processor makes of them."""
+    if a is None or a.dtype == torch.int8:
+        return a is b or torch.equal(a[torch.arange(65) != 5], b[torch.arange(65) != 5])
+    return torch.equal(a.nan_to_num(123.0), b.nan_to_num(123.0))

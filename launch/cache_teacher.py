@@ -1,0 +1,100 @@
+"""Write down once what the teacher predicts on the training data, so that training runs without a teacher.
+
+deepspeed launch/cache_teacher.py --model DIR --data DIR --output DIR, then launch/train.py --teacher_cache DIR.
+A folder that is there already is gone on with.
+"""
+
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from launch import cli
+from qat import engines, models
+from qat.data import Sample, TrainingData
+from qat.errors import UserError
+from qat.files import lock
+from qat.teacher_cache import SEQUENCES_PER_FILE, TeacherCache, entry_of
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """What is written down, of what, where.
+
+    Args:
+        model: the teacher: a Hugging Face directory or hub name
+        data: folder of training shards, made by launch/generate.py
+        output: folder of the cache
+        top_k: how many of the most likely tokens to keep of every position (6 bytes each); 0 for the final hidden
+            states, which lose nothing
+        deepspeed: DeepSpeed configuration of the teacher
+    """
+
+    model: str
+    data: Path
+    output: Path
+    top_k: int = 64
+    deepspeed: Path = Path("ds_configs/zero3.json")
+
+    def __post_init__(self) -> None:
+        if self.top_k < 0:
+            raise UserError(f"top_k={self.top_k} is not possible: give 0, or as many tokens as are to be kept, say 64.")
+
+
+def main() -> None:
+    (config,) = cli.parse(__doc__, CacheConfig)
+    model = models.resolve_full_precision(config.model)
+    data = TrainingData(config.data, models.load_tokenizer(model), seed=0)
+    ds_config = engines.read_ds_config(config.deepspeed)
+    cache = TeacherCache(config.output)
+    if cli.is_first_rank():
+        cache.claim(settings(model, data) | {"top_k": config.top_k})
+        lock(config.output)
+
+    engines.init_distributed()
+    missing = [cache.missing(len(data))]
+    dist.broadcast_object_list(missing, 0)
+    teacher = engines.Teacher(model, engines.teacher_ds_config(ds_config))
+    if config.top_k == 0:
+        with teacher.head() as weight:
+            if cli.is_first_rank():
+                cache.write_head(weight)
+    turns = list(zip_longest(*(missing[0][rank :: cli.ranks()] for rank in range(cli.ranks()))))
+    total = sum(steps_of(turn, len(data)) for turn in turns)
+    with tqdm(desc="teacher", total=total, unit="seq", dynamic_ncols=True, disable=not cli.is_first_rank()) as bar:
+        for turn in turns:
+            number = turn[cli.rank()]
+            sequences = range(0) if number is None else sequences_of(number, len(data))
+            entries = []
+            for place in range(steps_of(turn, len(data))):  # in step with the other ranks, which share the teacher
+                busy = place < len(sequences)
+                sample = data.sequence(sequences[place]) if busy else Sample(-1, torch.zeros(1, 2, dtype=torch.long))
+                entry = entry_of(teacher(sample.to(engines.device())), config.top_k)
+                if busy:
+                    entries.append(entry)
+                bar.update()
+            if entries:
+                cache.write(number, entries)
+    dist.barrier()
+
+
+def settings(model: str, data: TrainingData) -> dict[str, object]:
+    """What a cache must have been made with to serve a training run."""
+    return {"teacher": models.weights_fingerprint(model), "data": data.fingerprint}
+
+
+def sequences_of(number: int, sequences: int) -> range:
+    """The sequences of file ``number``."""
+    return range(number * SEQUENCES_PER_FILE, min((number + 1) * SEQUENCES_PER_FILE, sequences))
+
+
+def steps_of(turn: tuple[int | None, ...], sequences: int) -> int:
+    """How many sequences the longest file has that the ranks write at the same time."""
+    return max(len(sequences_of(number, sequences)) for number in turn if number is not None)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,60 @@
+"""What the benchmarks share: the machine's name, fair timing, and the file of figures."""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+
+def machine() -> str:
+    """The hardware that the figures are of: processor or GPU, cores, memory, threads."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    cores = len(os.sched_getaffinity(0))
+    host = f"{_processor()}, {cores} cores, {memory:.0f} GiB, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()} on {host}"
+    return host
+
+
+def median_seconds(alternatives: Mapping[str, Callable[[], object]], repeats: int = 5) -> dict[str, float]:
+    """Median seconds of one call of each alternative.
+
+    The calls take turns, so that a machine that slows down slows all of them. One call of each comes
+    first and is not counted: compilation and warm caches are not what is compared.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in alternatives}
+    for turn in range(repeats + 1):
+        for name, call in alternatives.items():
+            _synchronize()
+            began = time.perf_counter()
+            call()
+            _synchronize()
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def write(path: Path | None, figures: Mapping[str, float]) -> None:
+    """Print the figures and, if a path is given (``--json``), write them there with the machine's name."""
+    for name, value in figures.items():
+        print(f"{name}: {value:.4g}")
+    if path:
+        path.write_text(json.dumps({"machine": machine(), "figures": dict(figures)}, indent=2) + "\n")
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    isa = "AVX512" if any("avx512f" in line for line in lines) else "AVX2" if any("avx2" in x for x in lines) else ""
+    return " ".join(filter(None, [names[0] if names else platform.machine(), isa]))

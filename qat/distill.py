@@ -21,14 +21,19 @@ from torch import Tensor, nn
 
 from qat.fused import fused
 from qat.kv_cache import AttentionRecord, attend
+from qat.products import matmul
 
 LOSSES = ("logits", "label", "logits+hidden", "logits+attention")
 
-CHUNK_TOKENS = {"cpu": 128, "cuda": 1024}
+CHUNK_TOKENS = {"cpu": 256, "cuda": 1024}
 """Tokens whose logits exist at one time: few keep the memory small, a GPU needs many to keep its GEMMs large."""
 
-ChunkLoss = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
-"""Student logits [tokens, vocabulary] -> cross-entropy and KL, summed over the tokens, and the logits' gradient."""
+VOCABULARY_BLOCK = 8192
+"""Rows of the output weight whose gradient is added at one time."""
+
+ChunkLoss = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+"""N, and a chunk of student logits [tokens, vocabulary] -> cross-entropy and KL, summed over the chunk's tokens. The
+logits are overwritten by the gradient of cross-entropy / N: no other tensor of their size is needed."""
 
 
 class Targets(ABC):
@@ -69,7 +74,7 @@ class TeacherTargets(Targets):
         """The teacher's logits [up to ``tokens``, vocabulary], chunk by chunk."""
         with self.head() as weight:
             for hidden in self.hidden.split(tokens):
-                yield hidden @ weight.t()
+                yield matmul(hidden, weight.t())
 
     def chunks(self, tokens: int) -> Iterator[ChunkLoss]:
         for teacher_logits in self.logits(tokens):
@@ -203,13 +208,17 @@ class _DistillationLoss(torch.autograd.Function):
         chunk = CHUNK_TOKENS[hidden.device.type]
         for number, loss in enumerate(targets.chunks(chunk)):
             rows = slice(number * chunk, (number + 1) * chunk)
-            chunk_ce, chunk_kl, grad_logits = loss(hidden[rows] @ weight.t())
+            logits = matmul(hidden[rows], weight.t())
+            chunk_ce, chunk_kl = loss(len(hidden), logits)
             cross_entropy += chunk_ce
             kl += chunk_kl
             if grad_hidden is not None and grad_weight is not None:
-                grad_logits = grad_logits.div_(len(hidden)).to(hidden.dtype)
-                torch.mm(grad_logits, weight, out=grad_hidden[rows])
-                grad_weight.addmm_(grad_logits.t(), hidden[rows])
+                grad_hidden[rows] = matmul(logits, weight)
+                for some, grad in zip(
+                    logits.split(VOCABULARY_BLOCK, 1), grad_weight.split(VOCABULARY_BLOCK), strict=True
+                ):
+                    grad += matmul(some.t(), hidden[rows])
+            del logits  # before the next ones are made
         ctx.grads = grad_hidden, grad_weight
         cross_entropy /= len(hidden)
         kl /= len(hidden)
@@ -222,32 +231,38 @@ class _DistillationLoss(torch.autograd.Function):
         return grad_hidden.mul_(grad), grad_weight.mul_(grad), None
 
 
-# Each over a chunk of logits [tokens, vocabulary], in fp32 at least: the sums of the cross-entropy and of KL, and the
-# gradient of the first.
+# Each over a chunk of logits [tokens, vocabulary], in fp32 at least; see ChunkLoss.
 
 
 @fused
-def _logit_loss(teacher_logits: Tensor, student_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    log_student = torch.log_softmax(student_logits, -1, dtype=_at_least_fp32(student_logits.dtype))
-    log_teacher = torch.log_softmax(teacher_logits, -1, dtype=_at_least_fp32(student_logits.dtype))
+def _logit_loss(teacher_logits: Tensor, tokens: int, student_logits: Tensor) -> tuple[Tensor, Tensor]:
+    log_student, log_teacher = _log_softmax(student_logits), _log_softmax(teacher_logits)
     teacher = log_teacher.exp()
     cross_entropy = -(teacher * log_student).sum()
     kl = (teacher * (log_teacher - log_student)).sum()
-    return cross_entropy, kl, log_student.exp() - teacher
+    student_logits.copy_((log_student.exp() - teacher) / tokens)
+    return cross_entropy, kl
 
 
 @fused
-def _label_loss(labels: Tensor, student_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    log_student = torch.log_softmax(student_logits, -1, dtype=_at_least_fp32(student_logits.dtype))
+def _label_loss(labels: Tensor, tokens: int, student_logits: Tensor) -> tuple[Tensor, Tensor]:
+    log_student = _log_softmax(student_logits)
     cross_entropy = -log_student.gather(1, labels[:, None]).sum()
     columns = torch.arange(student_logits.shape[1], device=labels.device)
-    return cross_entropy, cross_entropy, log_student.exp() - (columns == labels[:, None]).float()
+    student_logits.copy_((log_student.exp() - (columns == labels[:, None]).to(log_student.dtype)) / tokens)
+    return cross_entropy, cross_entropy.clone()
 
 
-def _top_k_loss(ids: Tensor, log_teacher: Tensor, student_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _log_softmax(logits: Tensor) -> Tensor:
+    """By its definition: fused, only the sums need a pass of their own, and nothing large is stored."""
+    logits = logits.to(_at_least_fp32(logits.dtype))
+    return logits - torch.logsumexp(logits, -1, keepdim=True)
+
+
+def _top_k_loss(ids: Tensor, log_teacher: Tensor, tokens: int, student_logits: Tensor) -> tuple[Tensor, Tensor]:
     """With r the mass that the teacher leaves to the rest and s what the student leaves to it, the gradient is
     p_student - p_teacher on the k tokens, and p_student (1 - r / s) on all others."""
-    log_student = torch.log_softmax(student_logits, -1, dtype=_at_least_fp32(student_logits.dtype))
+    log_student = _log_softmax(student_logits)
     log_teacher = log_teacher.to(log_student.dtype)
     ids = ids.long()
     log_top = log_student.gather(1, ids)
@@ -260,7 +275,8 @@ def _top_k_loss(ids: Tensor, log_teacher: Tensor, student_logits: Tensor) -> tup
     student = log_student.exp_()
     on_top = student.gather(1, ids) - teacher
     gradient = student.mul_(1 - rest_teacher / rest_student).scatter_(1, ids, on_top)
-    return cross_entropy, cross_entropy - entropy, gradient
+    student_logits.copy_(gradient.div_(tokens))
+    return cross_entropy, cross_entropy - entropy
 
 
 def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.integrations import HfDeepSpeedConfig
 
-from qat import integer, kv_cache, models, prepare
+from qat import kv_cache, models, prepare, products
 from qat.data import Sample
 from qat.distill import Distiller, LabelTargets, TeacherTargets, run
 from qat.errors import UserError
@@ -124,7 +124,7 @@ def student_engine(
     prepare.prepare(student, quant)
     if input_magnitudes is not None:
         prepare.initialise_steps(student, input_magnitudes)
-    if _first_ranks(integer.pays(device(), _dtype(ds_config))):
+    if _first_ranks(products.integers_pay(device(), _dtype(ds_config))):
         prepare.multiply_integers(student)
     student.train()
     if gradient_checkpointing:
@@ -149,6 +149,7 @@ class Teacher:
     def __init__(self, model: str, ds_config: dict[str, Any], loss: str = "logits"):
         with _partitioned_reading(ds_config):
             language_model = models.load(model, _dtype(ds_config)).requires_grad_(False)
+        products.speed_up(language_model)
         if loss == "logits+attention":
             kv_cache.attend(language_model)
         self._loss = loss

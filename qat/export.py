@@ -22,6 +22,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from qat import models
 from qat.errors import UserError
 from qat.prepare import CONFIG_FILE, QuantConfig, freeze, load_steps, prepare, quant_linears
+from qat.products import speed_up
 from qat.quantizers import FULL_PRECISION, Grid, Quantized, dequantize, quantize
 
 FORMAT = "int-quantized"
@@ -128,7 +129,9 @@ def load(directory: str, dtype: torch.dtype) -> PreTrainedModel:
     """
     path = Path(directory)
     if not (path / CONFIG_FILE).is_file():
-        return models.load(directory, dtype)
+        model = models.load(directory, dtype)
+        speed_up(model)
+        return model
     quant = _quant_config(path)
     if "quantization_config" in json.loads((path / "config.json").read_text()):
         return prepare(_load_integers(path, dtype), replace(quant, w_bits=FULL_PRECISION)).eval()

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qat import integer
+from qat import products
+from qat.products import matmul
 from qat.quantizers import (
     FULL_PRECISION,
     Format,
@@ -125,7 +126,7 @@ class QuantLinear(nn.Linear):
             self.integer_forward
             and self.input_quantizer is not None
             and self.weight_format.quantizes
-            and integer.fits(x.numel() // x.shape[-1], self.in_features, self.out_features, x.device)
+            and products.codes_fit(x.numel() // x.shape[-1], self.in_features, self.out_features, x.device)
         )
 
     @torch.no_grad()
@@ -155,29 +156,31 @@ class _QuantLinear(torch.autograd.Function):
         if shared is not None and layer.multiplies_integers(x):
             quantized = quantize(weight, form)
             grid = quantized.grid
-            y = integer.matmul(shared.quantized, quantized, x.dtype)
+            y = products.matmul_codes(shared.quantized, quantized, x.dtype)
         else:
             values = weight.detach()
             if form.quantizes:
                 values, grid = round_to_grid(weight, form)
-            y = (x if shared is None else shared.values()) @ values.t()
+            inputs = x if shared is None else shared.values()
+            y = matmul(inputs.flatten(0, -2), values.t()).view(*x.shape[:-1], -1)
         ctx.weight_format, ctx.input_dtype = form, x.dtype
-        inputs = (x,) if shared is None else (shared.quantized.codes, *shared.quantized.grid)
-        ctx.save_for_backward(weight, *grid, *inputs)
+        kept = (x,) if shared is None else (shared.quantized.codes, *shared.quantized.grid)
+        ctx.save_for_backward(weight, *grid, *kept)
         return y if bias is None else y.add_(bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        weight, scale, zero_point, *inputs = ctx.saved_tensors
+        weight, scale, zero_point, *kept = ctx.saved_tensors
         form, grid = ctx.weight_format, Grid(scale, zero_point)
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         grad_x = grad_weight = None
-        if needs_x:
-            grad_x = grad @ (round_to_grid(weight, form, grid)[0] if form.quantizes else weight)
         rows = grad.flatten(0, -2)
+        if needs_x:
+            values = round_to_grid(weight, form, grid)[0] if form.quantizes else weight
+            grad_x = matmul(rows, values).view(*grad.shape[:-1], -1)
         if needs_weight:
-            x = inputs[0] if len(inputs) == 1 else dequantize(Quantized(inputs[0], Grid(*inputs[1:])), ctx.input_dtype)
-            grad_weight = rows.t() @ x.flatten(0, -2)
+            x = kept[0] if len(kept) == 1 else dequantize(Quantized(kept[0], Grid(*kept[1:])), ctx.input_dtype)
+            grad_weight = matmul(rows.t(), x.flatten(0, -2))
             if form.quantizes and form.clips:
                 grad_weight *= inside(weight, form, grid)
         grad_bias = rows.sum(0) if needs_bias else None

@@ -116,6 +116,11 @@ def start_training(ranks: int, *flags: str, script: str = "train", compiled: boo
     )  # fmt: skip
 
 
+def run_ranks(script: str, *flags: object) -> str:
+    """An entry point on two ranks, to its end; its output."""
+    return finish(start_training(2, *map(str, flags), script=script))
+
+
 def finish(process: subprocess.Popen) -> str:
     """Wait for the run; its output, which is also the message if it failed."""
     output, _ = process.communicate(timeout=300)

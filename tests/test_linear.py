@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from qat import integer
+from qat import products
 from qat.linear import InputQuantizer, QuantLinear, can_multiply_integers
 from qat.quantizers import Format, fake_quantize, grid_of, inside, quantize, round_to_grid
 
@@ -68,7 +68,7 @@ def test_integer_forward_is_the_exact_product_of_the_codes(w_bits):
 def test_integer_products_are_tried_before_they_are_used():
     """Whatever this machine's verdict is: where it is yes, the largest codes must not have saturated."""
     largest = torch.full((64, 1024), 127, dtype=torch.int8)
-    if integer.pays(torch.device("cpu"), torch.float32):
+    if products.integers_pay(torch.device("cpu"), torch.float32):
         assert (torch._int_mm(largest, largest.t()) == 127 * 127 * 1024).all()
 
 

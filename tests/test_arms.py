@@ -1,0 +1,119 @@
+"""Every quantizer and every distillation variant trains: 20 real ZeRO-3 steps on two CPU ranks, and its loss falls."""
+
+import pytest
+import torch
+from conftest import ROOT, finish, run_ranks, start_training
+from safetensors.torch import load_file
+from test_launch import error_of
+from test_train import log_of
+
+from qat import export, models
+from qat.data import TrainingData
+from qat.prepare import STEPS_FILE, QuantConfig
+from qat.teacher_cache import TeacherCache
+from qat.training import TrainConfig
+
+JSON = f"--deepspeed={ROOT / 'ds_configs' / 'zero3_cpu.json'}"
+ARMS = {
+    "asymmetric": [
+        "--w_quantizer=minmax_asymmetric",
+        "--a_quantizer=minmax_asymmetric",
+        "--kv_quantizer=minmax_asymmetric",
+    ],
+    "groups": ["--w_group_size=16", "--kv_rotation=hadamard"],
+    "statsq": ["--w_quantizer=statsq"],
+    "statsq and lsq": ["--w_quantizer=statsq", "--a_quantizer=lsq"],
+    "lsq": ["--a_quantizer=lsq", "--kv_granularity=token", "--kv_site=pre_rope"],
+    "label": ["--loss=label"],
+    "hidden": ["--loss=logits+hidden"],
+    "attention": ["--loss=logits+attention", "--kv_rotation=hadamard"],
+    "attention of an unquantized cache": ["--loss=logits+attention", "--kv_bits=16"],
+}
+
+
+def flags(model, data, output) -> list[str]:
+    return [f"--model={model}", f"--data={data}", f"--output={output}", JSON, "--steps=20", "--lr=1e-3", "--w_bits=3"]
+
+
+def falls(run) -> bool:
+    loss = [record["loss"] for record in log_of(run)]
+    assert len(loss) == 20
+    return sum(loss[14:]) < sum(loss[:6])  # six steps are one pass over the data
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_arm_trains(arm, tiny_directory, tiny_data, tmp_path):
+    finish(start_training(2, *flags(tiny_directory, tiny_data, tmp_path / "run"), *ARMS[arm]))
+    assert falls(tmp_path / "run")
+
+
+def test_learned_steps_are_saved_and_loaded(tiny_directory, tiny_data, tmp_path):
+    run = tmp_path / "run"
+    finish(
+        start_training(1, *flags(tiny_directory, tiny_data, run)[:-3], "--steps=3", "--lr=1e-2", "--a_quantizer=lsq")
+    )
+    steps = load_file(run / "final" / STEPS_FILE)
+    assert len(steps) == 2 * 7
+    values = torch.cat(list(steps.values()))
+    assert (values > 0).all()
+    assert len(values.unique()) == len(values), "each layer starts from its own input and learns"
+    model = export.load(str(run / "final"), torch.float32)
+    assert model(torch.arange(2, 30)[None]).logits.isfinite().all()
+    (run / "final" / STEPS_FILE).unlink()
+    with pytest.raises(models.UserError, match=STEPS_FILE):
+        export.load(str(run / "final"), torch.float32)
+
+
+@pytest.mark.parametrize("top_k", [0, 300, 8])
+def test_a_cached_teacher(top_k, tiny_directory, tiny_data, tmp_path):
+    """With the final hidden states, or all of the vocabulary, it says what the teacher says; with less, nearly."""
+    cache = ["--model", tiny_directory, "--data", tiny_data, "--output", tmp_path / "cache", JSON, f"--top_k={top_k}"]
+    run_ranks("cache_teacher", *cache)
+    run_ranks("cache_teacher", *cache)  # all is there: nothing to do
+    common = flags(tiny_directory, tiny_data, tmp_path / "run")
+    finish(start_training(2, *common, f"--teacher_cache={tmp_path / 'cache'}"))
+    finish(start_training(2, *flags(tiny_directory, tiny_data, tmp_path / "live")))
+    assert falls(tmp_path / "run")
+    tolerance = {0: 1e-5, 300: 2e-3, 8: 0.5}[top_k]
+    for cached, live in zip(log_of(tmp_path / "run"), log_of(tmp_path / "live"), strict=True):
+        assert cached["kl"] == pytest.approx(live["kl"], rel=tolerance)
+
+
+def test_a_cache_of_other_data_is_refused(monkeypatch, tiny_directory, tiny_data, tmp_path):
+    data = TrainingData(tiny_data, models.load_tokenizer(str(tiny_directory)), TrainConfig().seed)
+    TeacherCache(tmp_path).claim({"teacher": "another", "data": data.fingerprint, "top_k": 4})
+    run = flags(tiny_directory, tiny_data, tmp_path / "run")
+    assert "teacher was another" in error_of(monkeypatch, "train", *run, f"--teacher_cache={tmp_path}")
+    assert "no teacher cache" in error_of(monkeypatch, "train", *run, f"--teacher_cache={tmp_path / 'none'}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (["--a_quantizer=statsq"], "a_quantizer='statsq' is not possible: give minmax or minmax_asymmetric or lsq"),
+        (["--loss=mse"], "loss='mse' is not possible"),
+        (["--a_quantizer=lsq", "--loss=label"], "takes its first steps from the teacher's activations"),
+    ],
+)
+def test_impossible_arms_are_refused(settings, named, monkeypatch, tiny_directory, tiny_data, tmp_path):
+    run = flags(tiny_directory, tiny_data, tmp_path / "run")
+    assert named in error_of(monkeypatch, "train", *run, *settings)
+
+
+def test_groups_that_do_not_divide_the_layers_are_refused():
+    from conftest import tiny_model
+
+    from qat.prepare import prepare
+
+    with pytest.raises(models.UserError, match="w_group_size=48 does not divide"):
+        prepare(tiny_model(), QuantConfig(w_group_size=48))
+
+
+def test_compiled_training_equals_eager(tiny_directory, tiny_data, tmp_path):
+    """The quantizers give the same bits; the loss is summed in another order. Without a compiler, both are eager."""
+    runs = {}
+    for compiled in (True, False):
+        output = tmp_path / f"compiled-{compiled}"
+        finish(start_training(1, *flags(tiny_directory, tiny_data, output)[:-3], "--steps=4", compiled=compiled))
+        runs[compiled] = [record["loss"] for record in log_of(output)]
+    assert runs[True] == pytest.approx(runs[False], rel=1e-5)

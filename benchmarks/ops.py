@@ -89,22 +89,15 @@ def compare_products(rows: int, columns: int, out: int, device: torch.device, dt
         "torch.mm, full precision": lambda: values @ weight.t(),
         "ours, full precision": lambda: products.matmul(values, weight.t()),
         "ours, rounded floats": lambda: products.matmul(values, fake_quantize(weight, Format(4)).t()),
-        "ours, integers": lambda: products.matmul_codes(x, quantize(weight, Format(4)), dtype),
+        **{
+            f"ours, integers by {product.__name__}": lambda p=product: products.matmul_codes(
+                p, x, quantize(weight, Format(4)), dtype
+            )
+            for product in ([products.int_mm, products.qlinear] if device.type == "cpu" else [products.int_mm])
+        },
     }
-    if device.type == "cpu":
-        ways["onednn.qlinear, packed anew"] = lambda: qlinear(x.codes, quantize(weight, Format(4)).codes)
     seconds = common.median_seconds(ways, repeats)
     print(f"W4A8 {rows} x {columns} -> {out}:  " + "  ".join(f"{name} {s * 1e3:.3f} ms" for name, s in seconds.items()))
-
-
-def qlinear(codes: Tensor, weight_codes: Tensor) -> Tensor:
-    """The same product by the operator that wants unsigned inputs and packed weights."""
-    packed = torch.ops.onednn.qlinear_prepack(weight_codes, None)
-    unsigned = (codes.short() + 128).to(torch.uint8)
-    ones, zeros = torch.ones(len(weight_codes)), torch.zeros(len(weight_codes), dtype=torch.int64)
-    return torch.ops.onednn.qlinear_pointwise(
-        unsigned, 1.0, 128, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
-    )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from jsonargparse import ArgumentParser
 
 from qat import cpu
@@ -29,11 +30,14 @@ def run(main: Callable[[], int | None]) -> None:
     if not torch.cuda.is_available():
         cpu.keep_freed_memory()
     try:
-        sys.exit(main())
+        code = main()
     except UserError as error:
         _end(f"error: {error}", code=2)
     except KeyboardInterrupt:
         _end("interrupted: the same command goes on from here", code=130)
+    if dist.is_initialized():  # or its threads may outlive the interpreter, which aborts then
+        dist.destroy_process_group()
+    sys.exit(code)
 
 
 def _end(message: str, code: int) -> NoReturn:

@@ -124,8 +124,9 @@ def student_engine(
     prepare.prepare(student, quant)
     if input_magnitudes is not None:
         prepare.initialise_steps(student, input_magnitudes)
-    if _first_ranks(products.integers_pay(device(), _dtype(ds_config))):
-        prepare.multiply_integers(student)
+    product = prepare.integer_product(quant, device(), _dtype(ds_config))
+    if _all_ranks(product is not None) and product is not None:
+        prepare.multiply_integers(student, product)
     student.train()
     if gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
@@ -235,10 +236,10 @@ class _HiddenStates(nn.Module):
         return run(self.language_model, input_ids, record, all_layers)
 
 
-def _first_ranks(verdict: bool) -> bool:
-    """The first rank's verdict, for all."""
+def _all_ranks(verdict: bool) -> bool:
+    """Whether every rank says so."""
     agreed = torch.tensor([verdict], dtype=torch.int32, device=device())
-    dist.broadcast(agreed, 0)
+    dist.all_reduce(agreed, dist.ReduceOp.MIN)
     return bool(agreed.item())
 
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qat import products
-from qat.products import matmul
+from qat.products import IntegerProduct, codes_fit, matmul, matmul_codes
 from qat.quantizers import (
     FULL_PRECISION,
     Format,
@@ -93,14 +92,14 @@ class QuantLinear(nn.Linear):
         input_quantizer: quantizes x per token; None where x stays as it is, or has a learned step
         input_format: how x is quantized
         input_step: LSQ's learned step, [1]; None for the other methods
-        integer_forward: multiply codes, not values, in forward
+        integer_product: multiplies codes, not values, in forward; None for values
     """
 
     weight_format: Format
     input_format: Format
     input_quantizer: InputQuantizer | None
     input_step: nn.Parameter | None
-    integer_forward: bool
+    integer_product: IntegerProduct | None
 
     @classmethod
     def convert(cls, linear: nn.Linear, weight: Format, inputs: Format, shared: InputQuantizer | None) -> "QuantLinear":
@@ -109,7 +108,7 @@ class QuantLinear(nn.Linear):
         assert isinstance(linear, cls)
         linear.weight_format, linear.input_format = weight, inputs
         linear.input_quantizer = shared
-        linear.integer_forward = False
+        linear.integer_product = None
         step = nn.Parameter(torch.full((1,), torch.nan)) if inputs.learned else None  # NaN until it is initialised
         linear.register_parameter("input_step", step)
         return linear
@@ -119,15 +118,6 @@ class QuantLinear(nn.Linear):
             x = lsq(x, self.input_step, self.input_format)
         shared = None if self.input_quantizer is None else self.input_quantizer(x)
         return _QuantLinear.apply(x, self.weight, self.bias, self, shared)
-
-    def multiplies_integers(self, x: Tensor) -> bool:
-        """Whether the product of x [..., in] and the weight is one of integer codes: exact, then scaled."""
-        return (
-            self.integer_forward
-            and self.input_quantizer is not None
-            and self.weight_format.quantizes
-            and products.codes_fit(x.numel() // x.shape[-1], self.in_features, self.out_features, x.device)
-        )
 
     @torch.no_grad()
     def freeze(self) -> None:
@@ -141,7 +131,10 @@ class QuantLinear(nn.Linear):
 
 
 def can_multiply_integers(weight: Format, inputs: Format) -> bool:
-    """Whether both have one scale per row and no zero point, so that their scales come out of the product."""
+    """Whether both are integers with one scale per row and no zero point, so that their scales come out of the
+    product."""
+    if not weight.quantizes or not inputs.quantizes:
+        return False
     whole_rows = weight.group_size == 0 and inputs.group_size == 0
     return whole_rows and weight.symmetric and inputs.symmetric and not inputs.learned
 
@@ -153,10 +146,12 @@ class _QuantLinear(torch.autograd.Function):
     ) -> Tensor:
         form = layer.weight_format
         grid = Grid(None, None)  # type: ignore[arg-type]
-        if shared is not None and layer.multiplies_integers(x):
+        rows = x.numel() // x.shape[-1]
+        product = layer.integer_product if codes_fit(rows, layer.in_features, layer.out_features, x.device) else None
+        if product is not None and shared is not None and form.quantizes:
             quantized = quantize(weight, form)
             grid = quantized.grid
-            y = products.matmul_codes(shared.quantized, quantized, x.dtype)
+            y = matmul_codes(product, shared.quantized, quantized, x.dtype)
         else:
             values = weight.detach()
             if form.quantizes:

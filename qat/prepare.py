@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qat import kv_cache
+from qat import kv_cache, products
 from qat.errors import UserError
 from qat.linear import InputQuantizer, QuantLinear, can_multiply_integers
+from qat.products import IntegerProduct
 from qat.quantizers import FULL_PRECISION, Format, lsq_initial_step
 
 CONFIG_FILE = "quant_config.json"
@@ -176,12 +177,17 @@ def load_steps(model: nn.Module, directory: Path) -> None:
         linear.input_step.copy_(steps[name + STEP_SUFFIX])  # type: ignore[union-attr]
 
 
-def multiply_integers(model: nn.Module) -> bool:
-    """Let the quantized layers multiply integer codes in forward, where their formats allow it; False if none does."""
-    linears = list(quant_linears(model).values())
-    for linear in linears:
-        linear.integer_forward = can_multiply_integers(linear.weight_format, linear.input_format)
-    return any(linear.integer_forward for linear in linears)
+def integer_product(config: QuantConfig, device: torch.device, dtype: torch.dtype) -> IntegerProduct | None:
+    """What multiplies integer codes in forward; None where the formats do not allow it or it does not pay."""
+    if not can_multiply_integers(config.weights, config.activations):
+        return None
+    return products.integer_product(device, dtype, config.weights.qmax)
+
+
+def multiply_integers(model: nn.Module, product: IntegerProduct) -> None:
+    """Let the quantized layers multiply integer codes in forward."""
+    for linear in quant_linears(model).values():
+        linear.integer_product = product
 
 
 def freeze(model: nn.Module) -> None:

@@ -24,6 +24,13 @@ _logger = logging.getLogger(__name__)
 
 _TEST_SIZE = 512
 
+_WORTH_IT = 1.2
+"""Times the speed of floats from which integers are used: scaling their products takes a pass of its own."""
+
+IntegerProduct = Callable[[Tensor, Tensor], Tensor]
+"""Codes [rows, in] and weight codes [out, in], both int8 -> their exact product [rows, out], in int32 or, rounded
+once from it, in fp32."""
+
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a [rows, inner] @ b [inner, columns], without a gradient; either may be a transposed view."""
@@ -49,12 +56,12 @@ def speed_up(model: nn.Module) -> None:
             module.__class__ = Linear
 
 
-def matmul_codes(x: Quantized, weight: Quantized, dtype: torch.dtype) -> Tensor:
+def matmul_codes(product: IntegerProduct, x: Quantized, weight: Quantized, dtype: torch.dtype) -> Tensor:
     """x [..., in], one scale per row, times weight [out, in], one scale per row -> [..., out] of ``dtype``.
 
     Both must be symmetric; see ``codes_fit``.
     """
-    products = torch._int_mm(x.codes.flatten(0, -2), weight.codes.t())
+    products = product(x.codes.flatten(0, -2), weight.codes)
     y = _scaled(products, x.grid.scale.view(-1, 1), weight.grid.scale.view(1, -1), dtype)
     return y.view(*x.codes.shape[:-1], -1)
 
@@ -64,30 +71,58 @@ def codes_fit(rows: int, columns: int, out: int, device: torch.device) -> bool:
     return device.type == "cpu" or (rows > 16 and columns % 8 == 0 and out % 8 == 0)
 
 
-@functools.cache
-def integers_pay(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether integer products are exact here, and at least half as fast again as those of ``dtype``.
+def int_mm(codes: Tensor, weight: Tensor) -> Tensor:
+    """An IntegerProduct on GPUs, and on CPUs that multiply bytes (VNNI); elsewhere a plain loop."""
+    return torch._int_mm(codes, weight.t())
 
-    The worst case for exactness is the one that saturates where a processor adds pairs in 16 bits.
+
+def qlinear(codes: Tensor, weight: Tensor) -> Tensor:
+    """An IntegerProduct on CPUs, of inputs shifted to be unsigned.
+
+    Without VNNI it adds pairs of products in 16 bits: exact up to 255 * 2 * 64, hence for weights of 7 bits at most.
     """
+    packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    unsigned = codes.bitwise_xor(-128).view(torch.uint8)  # code + 128
+    ones, zeros = torch.ones(len(weight)), torch.zeros(len(weight), dtype=torch.int64)
+    return torch.ops.onednn.qlinear_pointwise(
+        unsigned, 1.0, 128, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+
+
+@functools.cache
+def integer_product(device: torch.device, dtype: torch.dtype, qmax: int) -> IntegerProduct | None:
+    """The fastest product that is exact here for weight codes up to ``qmax``; None if products of ``dtype`` beat it."""
     generator = torch.Generator().manual_seed(0)
     shape = (_TEST_SIZE, _TEST_SIZE)
-    largest = torch.full(shape, 127, dtype=torch.int8, device=device)
-    random = torch.randint(-127, 128, shape, generator=generator).to(device, torch.int8)
+    codes = torch.randint(-127, 128, shape, generator=generator).to(device, torch.int8)
+    weight = torch.randint(-qmax, qmax + 1, shape, generator=generator).to(device, torch.int8)
+    exact = [product for product in (int_mm, qlinear) if _is_exact(product, codes, weight, qmax)]
+    floats, weight_floats = codes.to(dtype), weight.to(dtype)
+    speeds = {
+        product: _speed(lambda p=product: p(codes, weight), lambda: matmul(floats, weight_floats.t()), device)  # type: ignore[misc]
+        for product in exact
+    }
+    product = max(speeds, key=speeds.__getitem__, default=None)
+    if product is None:
+        _logger.info("no integer product is exact on this %s: floats are used", device.type)
+        return None
+    pays = speeds[product] >= _WORTH_IT
+    verdict = "forward passes use them" if pays else "floats are used"
+    _logger.info(
+        "integer products (%s) are exact, at %.1f times the speed of %s: %s",
+        product.__name__, speeds[product], dtype, verdict,
+    )  # fmt: skip
+    return product if pays else None
+
+
+def _is_exact(product: IntegerProduct, codes: Tensor, weight: Tensor, qmax: int) -> bool:
+    """The worst case is the one that saturates where a processor adds pairs in 16 bits."""
+    largest, heaviest = torch.full_like(codes, 127), torch.full_like(weight, qmax)
+    cases = ((largest, heaviest), (largest, -heaviest), (codes, heaviest), (largest, weight), (codes, weight))
     try:
-        for a, b in ((largest, largest), (largest, -largest), (random, largest), (random, random)):
-            if not torch.equal(torch._int_mm(a, b.t()).double(), a.double() @ b.double().t()):
-                _logger.warning("integer products are not exact on this %s: floats are used", device.type)
-                return False
-    except RuntimeError as error:
-        _logger.warning("no integer products on this %s (%s): floats are used", device.type, error)
+        return all(torch.equal(product(a, b).double(), a.double() @ b.double().t()) for a, b in cases)
+    except (AttributeError, NotImplementedError, RuntimeError):  # there is no such operator here
         return False
-    floats = random.to(dtype)
-    ratio = _speed(lambda: torch._int_mm(random, random.t()), lambda: matmul(floats, floats.t()), device)
-    usable = ratio >= 1.5
-    verdict = "forward passes use them" if usable else "floats are used"
-    _logger.info("integer products are exact, at %.1f times the speed of %s: %s", ratio, dtype, verdict)
-    return usable
 
 
 @functools.cache

@@ -5,7 +5,7 @@ import torch
 from conftest import ROOT, finish, run_ranks, start_training
 from safetensors.torch import load_file
 from test_launch import error_of
-from test_train import log_of
+from test_train import log_of, losses
 
 from qat import export, models
 from qat.data import TrainingData
@@ -64,26 +64,47 @@ def test_learned_steps_are_saved_and_loaded(tiny_directory, tiny_data, tmp_path)
         export.load(str(run / "final"), torch.float32)
 
 
+@pytest.fixture(scope="module")
+def live(tiny_directory, tiny_data, tmp_path_factory):
+    """A run with a teacher."""
+    output = tmp_path_factory.mktemp("live") / "run"
+    finish(start_training(2, *flags(tiny_directory, tiny_data, output)))
+    return output
+
+
 @pytest.mark.parametrize("top_k", [0, 300, 8])
-def test_a_cached_teacher(top_k, tiny_directory, tiny_data, tmp_path):
-    """With the final hidden states, or all of the vocabulary, it says what the teacher says; with less, nearly."""
+def test_a_cached_teacher(top_k, live, tiny_directory, tiny_data, tmp_path):
+    """With the final hidden states, or all of the vocabulary, it says what the teacher says; with less, less."""
     cache = ["--model", tiny_directory, "--data", tiny_data, "--output", tmp_path / "cache", JSON, f"--top_k={top_k}"]
     run_ranks("cache_teacher", *cache)
-    run_ranks("cache_teacher", *cache)  # all is there: nothing to do
-    common = flags(tiny_directory, tiny_data, tmp_path / "run")
-    finish(start_training(2, *common, f"--teacher_cache={tmp_path / 'cache'}"))
-    finish(start_training(2, *flags(tiny_directory, tiny_data, tmp_path / "live")))
+    finish(
+        start_training(2, *flags(tiny_directory, tiny_data, tmp_path / "run"), f"--teacher_cache={tmp_path / 'cache'}")
+    )
     assert falls(tmp_path / "run")
-    tolerance = {0: 1e-5, 300: 2e-3, 8: 0.5}[top_k]
-    for cached, live in zip(log_of(tmp_path / "run"), log_of(tmp_path / "live"), strict=True):
-        assert cached["kl"] == pytest.approx(live["kl"], rel=tolerance)
+    first, first_live = log_of(tmp_path / "run")[0]["kl"], log_of(live)[0]["kl"]
+    if top_k == 0:  # the same numbers, so the same run
+        for cached, alive in zip(losses(tmp_path / "run"), losses(live), strict=True):
+            assert cached == pytest.approx(alive, rel=1e-5)
+    elif top_k == 300:  # rounded to fp16
+        assert first == pytest.approx(first_live, rel=2e-3)
+    else:  # the rest counts as one token: what the student confuses within it is not seen
+        assert 0 < first < first_live
+
+
+def test_a_whole_cache_is_left_alone(tiny_directory, tiny_data, tmp_path):
+    cache = ["--model", tiny_directory, "--data", tiny_data, "--output", tmp_path, JSON, "--top_k=4"]
+    run_ranks("cache_teacher", *cache)
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("targets-*")}
+    assert before
+    run_ranks("cache_teacher", *cache)
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("targets-*")} == before
 
 
 def test_a_cache_of_other_data_is_refused(monkeypatch, tiny_directory, tiny_data, tmp_path):
     data = TrainingData(tiny_data, models.load_tokenizer(str(tiny_directory)), TrainConfig().seed)
     TeacherCache(tmp_path).claim({"teacher": "another", "data": data.fingerprint, "top_k": 4})
     run = flags(tiny_directory, tiny_data, tmp_path / "run")
-    assert "teacher was another" in error_of(monkeypatch, "train", *run, f"--teacher_cache={tmp_path}")
+    assert "teacher was 'another'" in error_of(monkeypatch, "train", *run, f"--teacher_cache={tmp_path}")
     assert "no teacher cache" in error_of(monkeypatch, "train", *run, f"--teacher_cache={tmp_path / 'none'}")
 
 

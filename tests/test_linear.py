@@ -24,7 +24,8 @@ def make(weight=W4, inputs=A8, bias=True, readers=1, integers=False):
     torch.manual_seed(0)
     shared = InputQuantizer(inputs, readers) if inputs.quantizes else None
     layer = QuantLinear.convert(nn.Linear(48, 24, bias=bias), weight, inputs, shared)
-    layer.integer_forward = integers and can_multiply_integers(weight, inputs)
+    if integers and can_multiply_integers(weight, inputs):
+        layer.integer_product = products.int_mm
     return layer
 
 
@@ -56,20 +57,37 @@ def test_a_clipped_weight_gets_no_gradient():
     assert layer.weight.grad[passes].all()
 
 
-@pytest.mark.parametrize("w_bits", [4, 8])
-def test_integer_forward_is_the_exact_product_of_the_codes(w_bits):
-    layer = make(Format(w_bits), bias=False, integers=True)
+@pytest.mark.parametrize("product", [products.int_mm, products.qlinear])
+@pytest.mark.parametrize("w_bits", [2, 4, 7])
+def test_integer_forward_is_the_exact_product_of_the_codes(w_bits, product):
+    layer = make(Format(w_bits), bias=False)
+    layer.integer_product = product
     x = torch.randn(7, 48)
     (x_codes, (x_scale, _)), (w_codes, (w_scale, _)) = quantize(x, A8), quantize(layer.weight, Format(w_bits))
-    products = (x_codes.double() @ w_codes.double().t()).float()
-    assert torch.equal(layer(x), products * x_scale * w_scale.t())
+    exact = (x_codes.double() @ w_codes.double().t()).float()
+    assert torch.equal(layer(x), exact * x_scale * w_scale.t())
 
 
-def test_integer_products_are_tried_before_they_are_used():
+@pytest.mark.parametrize("w_bits", [4, 8])
+def test_integer_products_are_tried_before_they_are_used(w_bits):
     """Whatever this machine's verdict is: where it is yes, the largest codes must not have saturated."""
-    largest = torch.full((64, 1024), 127, dtype=torch.int8)
-    if products.integers_pay(torch.device("cpu"), torch.float32):
-        assert (torch._int_mm(largest, largest.t()) == 127 * 127 * 1024).all()
+    qmax = 2 ** (w_bits - 1) - 1
+    inputs, weight = torch.full((64, 1024), 127, dtype=torch.int8), torch.full((64, 1024), qmax, dtype=torch.int8)
+    if product := products.integer_product(torch.device("cpu"), torch.float32, qmax):
+        assert (product(inputs, weight) == 127 * qmax * 1024).all()
+        assert (product(-inputs, weight) == -127 * qmax * 1024).all()
+
+
+def test_a_product_that_saturates_is_not_exact():
+    """A processor without VNNI adds pairs of products, of unsigned inputs, in 16 bits."""
+
+    def saturating(codes, weight):
+        pairs = ((codes.int()[:, None] + 128) * weight.int()).unflatten(-1, (-1, 2)).sum(-1)
+        return pairs.clamp(-(2**15), 2**15 - 1).sum(-1) - 128 * weight.int().sum(-1)
+
+    codes = torch.randint(-127, 128, (16, 32), dtype=torch.int8)
+    assert products._is_exact(saturating, codes, codes.clamp(-63, 63), 63)
+    assert not products._is_exact(saturating, codes, codes, 127)
 
 
 def test_a_learned_step_needs_its_start_and_then_learns():

@@ -13,10 +13,10 @@ from conftest import ROOT, finish, kill, start_training
 from safetensors.torch import load_file
 from test_launch import error_of
 
-from qat import export, models, products
+from qat import export, models
 from qat.data import TrainingData
 from qat.distill import Distiller, TeacherTargets, predicting
-from qat.prepare import QuantConfig, multiply_integers, prepare
+from qat.prepare import QuantConfig, integer_product, multiply_integers, prepare
 from qat.training import TrainConfig
 
 STEPS = 12  # two passes over the 12 sequences
@@ -70,10 +70,10 @@ def test_two_sharded_ranks_equal_one_plain_process(run, weights, tiny_directory,
     model, tokenizer = str(tiny_directory), models.load_tokenizer(str(tiny_directory))
     teacher = models.load(model, torch.float32)
     student = Distiller(prepare(models.load(model, torch.float32), QUANT).train())
-    if products.integers_pay(torch.device("cpu"), torch.float32):
-        multiply_integers(student)
+    if product := integer_product(QUANT, torch.device("cpu"), torch.float32):
+        multiply_integers(student, product)
     data = TrainingData(tiny_data, tokenizer, CONFIG.seed)
-    optimizer = torch.optim.AdamW(student.parameters(), CONFIG.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(student.parameters(), CONFIG.lr, weight_decay=0.0, fused=True)
     for step, record in enumerate(log_of(run)):
         optimizer.param_groups[0]["lr"] = CONFIG.lr * CONFIG.lr_factor(step)
         optimizer.zero_grad()

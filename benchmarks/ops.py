@@ -1,7 +1,8 @@
-"""The fake-quantization op, forward and backward: ours, the released code's, torchao's.
+"""The fake-quantization op, forward and backward, on all that one decoder layer quantizes: ours, the released code's,
+torchao's.
 
 python benchmarks/ops.py; and what the integer products of the forward pass cost beside those of floats. torchao takes
-part where it is installed (pip install --no-deps torchao==0.18.0).
+part where it is installed (pip install --no-deps torchao==0.18.0). A figure is the worse of the two layers' ratios.
 """
 
 from collections.abc import Callable
@@ -18,13 +19,8 @@ from launch import cli
 from qat import products
 from qat.quantizers import Format, dequantize, fake_quantize, quantize
 
-SHAPES = {
-    "SmolLM2 weight": (1536, 576, 4),
-    "SmolLM2 activation": (256, 576, 8),
-    "LLaMA weight": (4096, 4096, 4),
-    "LLaMA activation": (1024, 4096, 8),
-}
-"""Rows, columns, bits."""
+LAYERS = {"SmolLM2": (576, 192, 1536, 256), "LLaMA": (4096, 4096, 11008, 1024)}
+"""Hidden size, size of keys and values, intermediate size, tokens."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +32,7 @@ class OpsBenchmark:
         json: file for the figures
     """
 
-    repeats: int = 20
+    repeats: int = 10
     json: Path | None = None
 
 
@@ -46,20 +42,17 @@ def main() -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     print(f"{common.machine()}; {dtype}")
     ratios: dict[str, list[float]] = {}
-    for name, (rows, columns, bits) in SHAPES.items():
-        x = torch.randn(rows, columns, device=device, dtype=dtype, requires_grad=True)
-        grad = torch.randn_like(x)
+    for name, sizes in LAYERS.items():
+        tensors = quantized_tensors(*sizes, device, dtype)
         ops: dict[str, Callable[[], object]] = {
-            "ours": lambda x=x, grad=grad, bits=bits: run(x, grad, lambda x: fake_quantize(x, Format(bits))),
-            "released": lambda x=x, grad=grad, bits=bits: run(
-                x, grad, lambda x: released.ThreePassQuantizer.apply(x, bits)
-            ),
+            "ours": lambda: run(tensors, lambda x, bits: fake_quantize(x, Format(bits))),  # noqa: B023
+            "released": lambda: run(tensors, released.ThreePassQuantizer.apply),  # noqa: B023
         }
         if find_spec("torchao"):
-            theirs = torchao_op(name, bits)
-            ops["torchao"] = lambda x=x, grad=grad, theirs=theirs: run(x, grad, theirs)
+            theirs = {4: torchao_op(4), 8: torchao_op(8)}
+            ops["torchao"] = lambda: run(tensors, lambda x, bits: theirs[bits](x))  # noqa: B023
         seconds = common.median_seconds(ops, config.repeats)
-        print(f"{name:20} {rows:5} x {columns:4}  " + "  ".join(f"{op} {s * 1e3:.3f} ms" for op, s in seconds.items()))
+        print(f"{name:8} layer, W4A8:  " + "  ".join(f"{op} {s * 1e3:.2f} ms" for op, s in seconds.items()))
         for op in seconds.keys() - {"ours"}:
             ratios.setdefault(op, []).append(seconds["ours"] / seconds[op])
     for rows, columns, out in ((256, 576, 1536), (1024, 4096, 4096)):
@@ -67,15 +60,27 @@ def main() -> None:
     common.write(config.json, {f"fake_quant_vs_{op}": max(of_shapes) for op, of_shapes in sorted(ratios.items())})
 
 
-def run(x: Tensor, grad: Tensor, op: Callable[[Tensor], Tensor]) -> None:
-    torch.autograd.grad(op(x), x, grad)
+def quantized_tensors(
+    hidden: int, key_value: int, intermediate: int, tokens: int, device: torch.device, dtype: torch.dtype
+) -> list[tuple[Tensor, Tensor, int]]:
+    """What one decoder layer quantizes in W4A8: its seven weights and their four inputs; (x, gradient, bits)."""
+    weights = [(hidden, hidden), (key_value, hidden)] * 2 + [(intermediate, hidden)] * 2 + [(hidden, intermediate)]
+    inputs = [(tokens, hidden)] * 3 + [(tokens, intermediate)]
+    shapes = [(shape, 4) for shape in weights] + [(shape, 8) for shape in inputs]
+    made = [(torch.randn(shape, device=device, dtype=dtype), bits) for shape, bits in shapes]
+    return [(x.requires_grad_(), torch.randn_like(x), bits) for x, bits in made]
 
 
-def torchao_op(name: str, bits: int) -> Callable[[Tensor], Tensor]:
+def run(tensors: list[tuple[Tensor, Tensor, int]], op: Callable[[Tensor, int], Tensor]) -> None:
+    for x, grad, bits in tensors:
+        torch.autograd.grad(op(x, bits), x, grad)
+
+
+def torchao_op(bits: int) -> Callable[[Tensor], Tensor]:
     from torchao.quantization.qat import IntxFakeQuantizeConfig
     from torchao.quantization.qat.fake_quantizer import FakeQuantizerBase
 
-    weight = name.endswith("weight")  # it has no symmetric quantization per token
+    weight = bits == 4  # it has no symmetric quantization per token
     granularity, dtype = "per_channel" if weight else "per_token", {4: torch.int4, 8: torch.int8}[bits]
     return FakeQuantizerBase.from_config(IntxFakeQuantizeConfig(dtype, granularity, is_symmetric=weight))
 

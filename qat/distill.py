@@ -25,7 +25,7 @@ from qat.products import matmul
 
 LOSSES = ("logits", "label", "logits+hidden", "logits+attention")
 
-CHUNK_TOKENS = {"cpu": 256, "cuda": 1024}
+CHUNK_TOKENS = {"cpu": 128, "cuda": 1024}
 """Tokens whose logits exist at one time: few keep the memory small, a GPU needs many to keep its GEMMs large."""
 
 VOCABULARY_BLOCK = 8192

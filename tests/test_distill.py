@@ -3,10 +3,13 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
 from test_prepare import ids
 
 from qat import distill
-from qat.distill import Distiller, TeacherTargets, predicting
+from qat.distill import Distiller, LabelTargets, TeacherTargets, TopKTargets, predicting, run
+from qat.kv_cache import AttentionRecord, attend
 from qat.prepare import QuantConfig, prepare
 
 
@@ -19,6 +22,7 @@ def targets(teacher, tokens):
 @pytest.mark.parametrize("chunk", [4, 7, 1000])
 def test_fused_loss_and_gradients_equal_the_naive_formula(tied, chunk, monkeypatch):
     monkeypatch.setitem(distill.CHUNK_TOKENS, "cpu", chunk)
+    monkeypatch.setattr(distill, "VOCABULARY_BLOCK", 128)  # the vocabulary has 300: the last block is a short one
     teacher = tiny_model(tie_word_embeddings=tied).double()
     student, naive = (prepare(tiny_model(tie_word_embeddings=tied), QuantConfig()).double() for _ in range(2))
     tokens = ids(teacher)
@@ -49,3 +53,94 @@ def test_without_targets_the_head_gives_logits():
     student, plain = tiny_model(), tiny_model()
     Distiller(student)
     assert torch.equal(student(ids(plain)).logits, plain(ids(plain)).logits)
+
+
+def loss_and_gradient(logits, targets):
+    """Of the fused head, whose input and weight are chosen so that its logits are ``logits``."""
+    head = distill.DistillationHead.convert(torch.nn.Linear(1, 1, bias=False))
+    head.weight = torch.nn.Parameter(torch.eye(logits.shape[1], dtype=logits.dtype))
+    hidden = logits.detach().requires_grad_()
+    loss, kl = head(hidden, targets)
+    loss.backward()
+    return loss, kl, hidden.grad
+
+
+def test_label_loss_is_cross_entropy_with_the_next_token():
+    logits, labels = torch.randn(9, 40, dtype=torch.double, requires_grad=True), torch.arange(9)
+    loss, kl, gradient = loss_and_gradient(logits, LabelTargets(labels))
+    expected = torch.nn.functional.cross_entropy(logits, labels)
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(kl, expected)
+    torch.testing.assert_close(gradient, logits.grad)
+
+
+@given(st.integers(1, 39), st.integers(1, 6))
+def test_top_k_loss_is_the_cross_entropy_of_k_tokens_and_the_rest(k, tokens):
+    logits = torch.randn(tokens, 40, dtype=torch.double, requires_grad=True)
+    log_p, ids_ = torch.randn(tokens, 40, dtype=torch.double).log_softmax(-1).topk(k)
+    loss, kl, gradient = loss_and_gradient(logits, TopKTargets(ids_, log_p))
+
+    def with_rest(p):
+        return torch.cat([p, 1 - p.sum(-1, keepdim=True)], -1)
+
+    p, q = with_rest(log_p.exp()), with_rest(logits.softmax(-1).gather(1, ids_))
+    expected = -(p * q.log()).sum(-1).mean()
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(kl, (p * (p / q).log()).sum(-1).mean())
+    torch.testing.assert_close(gradient, logits.grad)
+
+
+def test_hidden_state_and_attention_losses_equal_the_naive_formulas():
+    teacher, student = tiny_model().double(), tiny_model().double()
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(1.1)
+    tokens = ids(teacher)
+    seen = {}
+    for name, model in (("teacher", teacher), ("student", student)):
+        model.set_attn_implementation("eager")
+        seen[name] = model(tokens, output_attentions=True, output_hidden_states=True)
+    expected_attention = torch.stack(
+        [
+            (p * (p.clamp(min=1e-300) / q.clamp(min=1e-300)).log()).sum(-1).mean()
+            for p, q in zip(seen["teacher"].attentions, seen["student"].attentions, strict=True)
+        ]
+    ).mean()
+    expected_hidden = torch.stack(
+        [
+            (s - t).square().sum() / t.square().sum()
+            for s, t in zip(seen["student"].hidden_states, seen["teacher"].hidden_states, strict=True)
+        ]
+    ).mean()
+
+    records, states = [], []
+    for model in (student, teacher):
+        attend(model)
+        records.append(AttentionRecord())
+        states.append(run(model, tokens, records[-1], all_layers=True)[1])
+    # Both are summed in fp32, whatever the model computes in.
+    torch.testing.assert_close(distill.attention_loss(*records).double(), expected_attention, rtol=1e-5, atol=0)
+    torch.testing.assert_close(distill.hidden_state_loss(*states).double(), expected_hidden, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("loss", ["logits+hidden", "logits+attention"])
+def test_what_else_is_matched_adds_to_the_loss_and_reaches_zero(loss):
+    teacher, same, other = tiny_model(), tiny_model(), prepare(tiny_model(), QuantConfig(4, 8, 4))
+    tokens = ids(teacher)
+    attend(teacher)
+    record = AttentionRecord()
+    with torch.no_grad():
+        hidden, states = run(teacher, tokens, record, all_layers=True)
+    plain = TeacherTargets(hidden, lambda: nullcontext(teacher.lm_head.weight))
+    matched = TeacherTargets(
+        hidden,
+        lambda: nullcontext(teacher.lm_head.weight),
+        states if loss == "logits+hidden" else None,
+        record if loss == "logits+attention" else None,
+    )
+    for student, adds in ((same, False), (other, True)):
+        distiller = Distiller(student, loss)
+        more, least = distiller(tokens, matched)[0], distiller(tokens, plain)[0]
+        assert (more > least + 1e-3) if adds else torch.isclose(more, least, rtol=1e-6)

@@ -195,11 +195,11 @@ def save_grids(grids: dict[str, Grid], path: Path) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}, path)
 
 
-def load_grids(directory: Path) -> dict[str, Grid]:
+def load_grids(directory: Path, file: str = GRIDS_FILE) -> dict[str, Grid]:
     """The grids that the weights at ``directory`` keep, by the layer's name; empty where their values say them."""
-    if not (directory / GRIDS_FILE).is_file():
+    if not (directory / file).is_file():
         return {}
-    stored = load_file(directory / GRIDS_FILE)
+    stored = load_file(directory / file)
     names = [name.removesuffix(".weight_scale") for name in stored if name.endswith(".weight_scale")]
     return {name: Grid(stored[f"{name}.weight_scale"], stored.get(f"{name}.weight_zero_point")) for name in names}
 

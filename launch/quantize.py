@@ -12,6 +12,7 @@ from launch import cli
 from qat import models
 from qat.data import TrainingData
 from qat.errors import UserError
+from qat.files import lock
 from qat.prepare import QuantConfig, prepare
 from qat.ptq import layerwise, rtn
 from qat.ptq.calibrate import Stream, calibration_sequences, skeleton
@@ -60,6 +61,7 @@ def main() -> None:
     if layerwise.is_complete(settings.output, record):
         print(f"{settings.output} is there already.")
         return
+    lock(layerwise.partial_of(settings.output))
     with layerwise.appearing(source, settings.output, quant, record) as folder:
         if data is None or settings.method == "rtn":
             prepare(skeleton(source), quant)  # says what is wrong with the bits, if anything is

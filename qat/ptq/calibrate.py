@@ -71,6 +71,7 @@ class Stream:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = models.inference_dtype()
         self.files = WeightFiles(source)
+        self._weight_format = quant.weights
         self.model = prepare(skeleton(source), quant)
         self.layers: nn.ModuleList = self.model.base_model.layers  # type: ignore[assignment]
         self.position = 0
@@ -81,19 +82,26 @@ class Stream:
     def advance(self, weights: Weights, grids: dict[str, Grid]) -> None:
         """Let the hidden states pass the layer at ``position``, whose final weights these are."""
         if self.position + 1 < len(self.layers):
-            layer = self.load(weights)
-            for name, linear in quant_linears(layer).items():
-                linear.freeze(grids.get(name))
-            layer.to(self.dtype)
+            layer = self.load_rounded(weights, grids)
             self.hidden = [self.run(layer, hidden).cpu() for hidden in self.hidden]
             self.unload()
         self.position += 1
 
     def load(self, weights: Weights) -> nn.Module:
-        """The layer at ``position`` with ``weights``, on the device."""
+        """The layer at ``position`` with ``weights``, not rounded, on the device."""
         layer = self.layers[self.position]
         fill(layer, weights, self.device)
+        for linear in quant_linears(layer).values():
+            linear.weight_format = self._weight_format  # whatever rounded it before has switched it off
         return layer
+
+    def load_rounded(self, weights: Weights, grids: dict[str, Grid]) -> nn.Module:
+        """The same, as it is evaluated: rounded in the dtype of the file, on the given grids or their own."""
+        layer = self.load(weights)
+        for name, linear in quant_linears(layer).items():
+            grid = grids.get(name)
+            linear.freeze(grid and Grid(*(None if part is None else part.to(self.device) for part in grid)))  # type: ignore[arg-type]
+        return layer.to(self.dtype)
 
     def unload(self) -> None:
         self.layers[self.position].to("meta")
@@ -129,7 +137,7 @@ class Stream:
             fill(module, {key.removeprefix(f"{name}."): w for key, w in rest.items() if key.startswith(name)}, "cpu")
             module.to(self.dtype)
         # On the meta device it has lost its frequencies, which are computed and not stored.
-        base.rotary_emb = type(base.rotary_emb)(self.model.config)  # type: ignore[operator]
+        base.rotary_emb = type(base.rotary_emb)(self.model.config)
         noted: list[dict[str, Any]] = []
 
         def note(hidden: Tensor, **arguments: Any) -> Tensor:

@@ -67,6 +67,11 @@ def quantize_layer(stream: Stream, weights: Weights, config: GPTQConfig) -> tupl
                     f"sequences, or give a larger damping than {config.damping}."
                 ) from error
             values = dequantize(quantized, stored.dtype)
+            if not torch.equal(quantize(values, linear.weight_format, quantized.grid).codes, quantized.codes):
+                raise UserError(
+                    f"Values of {linear.weight_format} in {stored.dtype}, the model's dtype, lose their codes: "
+                    "give w_quantizer=minmax, or fewer w_bits."
+                )
             ours += error_of(weight - values.float(), hessian)
             rtn += error_of(weight - round_to_grid(weight, linear.weight_format)[0], hessian)
             rounded[f"{name}.weight"] = values.cpu()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from qat.errors import UserError, differences
-from qat.files import lock, write_atomically
+from qat.files import write_atomically
 from qat.prepare import GRIDS_FILE, QuantConfig, load_grids, save_grids
 from qat.ptq.calibrate import Stream, Weights
 from qat.quantizers import Grid
@@ -41,14 +41,19 @@ def is_complete(output: Path, settings: dict[str, Any]) -> bool:
     return True
 
 
+def partial_of(output: Path) -> Path:
+    """The folder that becomes ``output``."""
+    return output.with_name(output.name + ".partial")
+
+
 @contextmanager
 def appearing(source: Path, output: Path, quant: QuantConfig, settings: dict[str, Any]) -> Iterator[Path]:
     """A folder beside ``output`` for its weights; at the end it gets the rest of the files, and the name.
 
-    Raises UserError if it holds a run of other settings, or another run is at work in it.
+    Raises UserError if it holds a run of other settings.
     """
-    partial = output.with_name(output.name + ".partial")
-    lock(partial)
+    partial = partial_of(output)
+    partial.mkdir(parents=True, exist_ok=True)
     if (partial / SETTINGS).is_file():
         if listed := differences(json.loads((partial / SETTINGS).read_text()), settings):
             raise UserError(
@@ -61,7 +66,7 @@ def appearing(source: Path, output: Path, quant: QuantConfig, settings: dict[str
         if not (partial / file.name).exists() and file.name != _INDEX:
             shutil.copy(file, partial)
     quant.save(partial)
-    (partial / "lock").unlink()
+    (partial / "lock").unlink(missing_ok=True)
     partial.rename(output)
 
 

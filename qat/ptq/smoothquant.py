@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UserError
-from qat.prepare import quant_linears
 from qat.ptq.calibrate import Stream, Weights, fill, skeleton
 from qat.quantizers import Grid
 
@@ -168,10 +167,7 @@ def first_tokens(hidden: list[Tensor], most: int) -> list[Tensor]:
 def output_error(stream: Stream, weights: Weights, hidden: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
     """The squared error of the quantized layer's output, relative to each token's size, as the norm that comes next
     makes all tokens equally large; the mean over the tokens."""
-    layer = stream.load(weights)
-    for linear in quant_linears(layer).values():
-        linear.freeze()
-    layer.to(stream.dtype)
+    layer = stream.load_rounded(weights, {})
     errors = []
     for x, y in zip(hidden, wanted, strict=True):
         difference = stream.run(layer, x).float() - y.float()

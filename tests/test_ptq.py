@@ -121,7 +121,9 @@ def test_gptq_equals_gptqmodel(act_order, layer):
     weight, inputs = layer
     linear = torch.nn.Linear(160, 48, bias=False)
     linear.weight.data = weight.clone()
-    settings = QuantizeConfig(bits=4, group_size=-1, desc_act=act_order, sym=True, damp_percent=0.01)
+    settings = QuantizeConfig(
+        bits=4, group_size=-1, desc_act=act_order, act_group_aware=False, sym=True, damp_percent=0.01
+    )
     theirs = GPTQ(linear, settings)
     theirs.quantizer = QQQQuantizer(settings)  # the one of theirs whose codes are in [-qmax, qmax], scale max / qmax
     theirs.quantizer.configure(perchannel=True)

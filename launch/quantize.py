@@ -61,16 +61,17 @@ def main() -> None:
     if layerwise.is_complete(settings.output, record):
         print(f"{settings.output} is there already.")
         return
+    model = prepare(skeleton(source), quant)  # nothing is written if it cannot be quantized so
+    sequences = calibration_sequences(data, settings.sequences) if data else []
+    for ids in sequences:
+        models.check_length(model, ids.shape[1], "The length of a calibration sequence")
     lock(layerwise.partial_of(settings.output))
     with layerwise.appearing(source, settings.output, quant, record) as folder:
-        if data is None or settings.method == "rtn":
-            prepare(skeleton(source), quant)  # says what is wrong with the bits, if anything is
+        if settings.method == "rtn":
             rtn.write(source, folder)
         else:
-            sequences = calibration_sequences(data, settings.sequences)
-            stream = Stream(source, quant, sequences)
-            models.check_length(stream.model, max(ids.shape[1] for ids in sequences), "the longest sequence")
-            layerwise.write(stream, folder, settings.method, layer_quantizer(settings.method, source, gptq, smooth))
+            quantize_layer = layer_quantizer(settings.method, source, gptq, smooth)
+            layerwise.write(Stream(source, quant, sequences), folder, settings.method, quantize_layer)
     print(f"{settings.output}: {settings.method}, {quant}")
 
 
@@ -86,6 +87,8 @@ def check(settings: Quantization, quant: QuantConfig, gptq: GPTQConfig, smooth: 
     """Raise UserError for settings that do not go together."""
     if quant.activations.learned:
         raise UserError("a_quantizer=lsq has learned steps, and nothing is trained here: give minmax.")
+    if settings.method == "rtn" and settings.data is not None:
+        raise UserError("method=rtn looks at no text: leave out --data, or give method=gptq or smoothquant.")
     if settings.method == "gptq" and quant.w_bits == FULL_PRECISION:
         raise UserError("method=gptq rounds weights, and w_bits is 16: give fewer, or method=rtn.")
     for method, options in (("gptq", gptq), ("smoothquant", smooth)):
@@ -107,7 +110,7 @@ def described(
         "model": models.weights_fingerprint(str(source)),
         "quant": asdict(quant),
     }
-    if data is not None and settings.method != "rtn":
+    if data is not None:
         record |= {"data": data.fingerprint, "sequences": settings.sequences}
         record |= asdict(gptq if settings.method == "gptq" else smooth)
     return record

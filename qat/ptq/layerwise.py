@@ -35,8 +35,9 @@ def is_complete(output: Path, settings: dict[str, Any]) -> bool:
     """Whether ``output`` was made with ``settings`` already; raises UserError if it is something else."""
     if not output.exists():
         return False
-    made_with = json.loads((output / SETTINGS).read_text()) if (output / SETTINGS).is_file() else {}
-    if listed := differences(made_with, settings):
+    if not (output / SETTINGS).is_file():
+        raise UserError(f"{output} is there already, and no post-training method made it: give another folder.")
+    if listed := differences(json.loads((output / SETTINGS).read_text()), settings):
         raise UserError(f"{output} is there already, made with other settings ({listed}): give another folder.")
     return True
 

@@ -1,4 +1,4 @@
-"""GPTQ of a real layer: seconds and output error, beside RTN, and beside GPTQModel where that is installed.
+"""GPTQ of real layers, from their inputs on: seconds, and output error as a part of RTN's; beside GPTQModel's.
 
 python benchmarks/ptq.py --model smollm2-135m-instruct --data SHARDS
 """
@@ -59,7 +59,7 @@ def main() -> None:
         linear = layer.get_submodule(name)
         inputs = list(stream.inputs(layer, linear))
         hessian, weight = hessian_of(inputs), linear.weight.float()  # type: ignore[operator]
-        rounders = {"ours": lambda w=weight, h=hessian: ours(w, h, quant, config.act_order)}
+        rounders = {"ours": lambda w=weight, x=inputs: ours(w, x, quant, config.act_order)}
         if config.gptqmodel:
             rounders["gptqmodel"] = lambda w=weight, x=inputs: theirs(w, x, config.act_order)
         seconds = common.median_seconds(rounders, repeats=3)
@@ -70,12 +70,12 @@ def main() -> None:
     common.write(config.json, figures)
 
 
-def ours(weight: Tensor, hessian: Tensor, quant: QuantConfig, act_order: bool) -> Tensor:
-    return dequantize(gptq(weight, hessian, quant.weights, GPTQConfig(act_order)), torch.float32)
+def ours(weight: Tensor, inputs: list[Tensor], quant: QuantConfig, act_order: bool) -> Tensor:
+    return dequantize(gptq(weight, hessian_of(inputs), quant.weights, GPTQConfig(act_order)), torch.float32)
 
 
 def theirs(weight: Tensor, inputs: list[Tensor], act_order: bool) -> Tensor:
-    """Rounded by GPTQModel on our grid; its seconds include summing up the Hessian, which it does not do apart."""
+    """The same by GPTQModel, on our grid."""
     try:
         from gptqmodel.quantization.config import QuantizeConfig
         from gptqmodel.quantization.gptq import GPTQ

@@ -11,7 +11,7 @@ from launch import quantize as command
 from qat import export, models
 from qat.errors import UserError
 from qat.models import load_tokenizer
-from qat.prepare import GRIDS_FILE, QuantConfig, load_grids, prepare
+from qat.prepare import GRIDS_FILE, QuantConfig, freeze, load_grids, prepare
 from qat.ptq import gptq, layerwise, smoothquant
 from qat.ptq.calibrate import Stream
 from qat.ptq.gptq import GPTQConfig
@@ -215,6 +215,20 @@ def test_stream_sees_what_the_written_model_sees(method, quant, tiny_directory, 
         torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("config_class", FAMILIES)
+def test_stream_is_every_familys_forward_pass(config_class, tmp_path):
+    """Biases, query and key norms, and a mask that is not only causal (Mistral's sliding window) are among it."""
+    model = _model_with_outliers(config_class, num_hidden_layers=3, sliding_window=8)
+    model.save_pretrained(tmp_path)
+    quant = QuantConfig(4, 8, 4, kv_rotation="hadamard")
+    stream = Stream(tmp_path, quant, [ids(model)])
+    for number in (0, 1):
+        stream.advance(stream.files.layer(number), {})
+    freeze(prepare(model, quant))
+    expected = model(ids(model), output_hidden_states=True).hidden_states[2]
+    torch.testing.assert_close(stream.hidden[0], expected, atol=1e-4, rtol=1e-4)
+
+
 def test_gptq_calibrates_on_rounded_inputs(tiny_directory):
     stream = Stream(tiny_directory, QuantConfig(4, 4, 16), [ids(tiny_model())])
     with torch.inference_mode():
@@ -354,9 +368,9 @@ def _error(weight, rounded, inputs):
     return ((inputs @ (weight - rounded).t()) ** 2).sum(1).mean().item()
 
 
-def _model_with_outliers(config_class):
+def _model_with_outliers(config_class, **changes):
     """Norms that make some channels large, and biases where the family has them, both not as they are initialised."""
-    model = tiny_model(config_class)
+    model = tiny_model(config_class, **changes)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "norm" in name:

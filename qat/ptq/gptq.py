@@ -91,7 +91,7 @@ def quantize_layer(stream: Stream, weights: Weights, config: GPTQConfig) -> tupl
             linear.weight.copy_(values)
             linear.weight_format = Format(FULL_PRECISION)  # rounded already
     stream.unload()
-    return rounded, grids, f"error {ours / rtn:.2f} of RTN's"
+    return rounded, grids, f"error {ours / (rtn or 1):.2f} of RTN's"
 
 
 def quantized_inputs(stream: Stream, layer: nn.Module, linears: dict[str, nn.Module]) -> Iterable[Tensor]:
@@ -118,14 +118,13 @@ def error_of(difference: Tensor, hessian: Tensor) -> float:
     return (matmul(difference, hessian) * difference).sum().item()
 
 
-def gptq(weight: Tensor, hessian: Tensor, form: Format, config: GPTQConfig, grid: Grid | None = None) -> Quantized:
-    """weight fp32 [out, in] as codes on its grid (that of ``form``, unless one is given), rounded for ``hessian``
-    [in, in].
+def gptq(weight: Tensor, hessian: Tensor, form: Format, config: GPTQConfig) -> Quantized:
+    """weight fp32 [out, in] as codes on the grid that ``form`` lays over it, rounded for ``hessian`` [in, in].
 
     Raises torch.linalg.LinAlgError if the damped Hessian is not positive definite.
     """
     size = weight.shape[1]
-    grid = grid_of(weight, form) if grid is None else grid
+    grid = grid_of(weight, form)
     order = torch.arange(size, device=weight.device)
     if config.act_order:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)

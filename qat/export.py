@@ -21,7 +21,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 
 from qat import models
 from qat.errors import UserError
-from qat.prepare import CONFIG_FILE, QuantConfig, freeze, load_steps, prepare, quant_linears
+from qat.prepare import CONFIG_FILE, GRIDS_FILE, QuantConfig, freeze, load_grids, load_steps, prepare, quant_linears
 from qat.products import speed_up
 from qat.quantizers import FULL_PRECISION, Grid, Quantized, dequantize, quantize
 
@@ -59,12 +59,13 @@ def export(checkpoint: Path, output: Path, check: bool = True) -> None:
     partial.mkdir(parents=True)
     for file in (f for pattern in _COPIED for f in checkpoint.glob(pattern)):
         shutil.copy(file, partial)
+    grids = load_grids(checkpoint)
     places: dict[str, str] = {}
     for file in _weight_files(checkpoint):
         tensors: dict[str, Tensor] = {}
         for name, tensor in _tensors(file):
             if name in quantized:
-                codes, grid = quantize(tensor, quant.weights)
+                codes, grid = quantize(tensor, quant.weights, grids.get(name.removesuffix(".weight")))
                 tensors |= {name: codes, _scale_name(name): grid.scale}
             else:
                 tensors[name] = tensor
@@ -137,7 +138,7 @@ def load(directory: str, dtype: torch.dtype) -> PreTrainedModel:
         return prepare(_load_integers(path, dtype), replace(quant, w_bits=FULL_PRECISION)).eval()
     model = prepare(models.load(directory, "auto"), quant)
     load_steps(model, path)
-    freeze(model)  # in the dtype that was trained: another one would give other codes
+    freeze(model, load_grids(path))  # in the dtype that was trained: another one would give other codes
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
@@ -176,7 +177,7 @@ def _skeleton(directory: Path) -> PreTrainedModel:
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    files = sorted(directory.glob("*.safetensors"))
+    files = sorted(file for file in directory.glob("*.safetensors") if file.name != GRIDS_FILE)
     if not files:
         raise UserError(f"{directory} has no weights (*.safetensors).")
     return files

@@ -120,10 +120,11 @@ class QuantLinear(nn.Linear):
         return _QuantLinear.apply(x, self.weight, self.bias, self, shared)
 
     @torch.no_grad()
-    def freeze(self) -> None:
-        """Put the quantized weight in the Parameter's place, so that evaluation quantizes it once."""
+    def freeze(self, grid: Grid | None = None) -> None:
+        """Put the quantized weight in the Parameter's place, so that evaluation quantizes it once; on ``grid``,
+        if one is given."""
         if self.weight_format.quantizes:
-            self.weight.copy_(round_to_grid(self.weight, self.weight_format)[0])
+            self.weight.copy_(round_to_grid(self.weight, self.weight_format, grid)[0])
             self.weight_format = Format(FULL_PRECISION)
 
     def extra_repr(self) -> str:

@@ -1,8 +1,10 @@
 """QuantConfig, and ``prepare``: the one place that knows where a model's Linear layers are."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,7 +15,7 @@ from qat import kv_cache, products
 from qat.errors import UserError
 from qat.linear import InputQuantizer, QuantLinear, can_multiply_integers
 from qat.products import IntegerProduct
-from qat.quantizers import FULL_PRECISION, Format, lsq_initial_step
+from qat.quantizers import FULL_PRECISION, Format, Grid, lsq_initial_step
 
 CONFIG_FILE = "quant_config.json"
 """Lies beside the weights of every quantized model directory."""
@@ -22,6 +24,9 @@ STEPS_FILE = "activation_steps.safetensors"
 """Beside them too, where activations have learned steps: they are no weights of the architecture."""
 
 STEP_SUFFIX = ".input_step"
+
+GRIDS_FILE = "weight_grids.safetensors"
+"""Beside them as well, where the weights lie on a grid that their own largest values do not give: GPTQ's."""
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -33,7 +38,7 @@ _CHOICES = {
     "kv_granularity": ("token_head", "token"),
     "kv_rotation": ("none", "hadamard"),
 }
-_SHARED_INPUTS = (
+SHARED_INPUTS = (
     ("self_attn", ("q_proj", "k_proj", "v_proj")),
     ("self_attn", ("o_proj",)),
     ("mlp", ("gate_proj", "up_proj")),
@@ -126,7 +131,7 @@ def prepare(model: PreTrainedModel, config: QuantConfig) -> PreTrainedModel:
         _check_rotatable(model)
     for layer in model.base_model.layers:  # type: ignore[union-attr]
         if config.weights.quantizes or config.activations.quantizes:
-            for block_name, names in _SHARED_INPUTS:
+            for block_name, names in SHARED_INPUTS:
                 _quantize_linears([getattr(getattr(layer, block_name), name) for name in names], config)
         if config.kv.quantizes:
             _quantize_kv(layer.self_attn, config)
@@ -145,7 +150,7 @@ def quantizable_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
     names = [
         f"model.layers.{number}.{block_name}.{name}"
         for number in range(len(model.base_model.layers))  # type: ignore[arg-type]
-        for block_name, layer_names in _SHARED_INPUTS
+        for block_name, layer_names in SHARED_INPUTS
         for name in layer_names
     ]
     return {name: model.get_submodule(name) for name in names}
@@ -190,10 +195,25 @@ def multiply_integers(model: nn.Module, product: IntegerProduct) -> None:
         linear.integer_product = product
 
 
-def freeze(model: nn.Module) -> None:
-    """Quantize every weight once and for all: for evaluation, never for training."""
-    for linear in quant_linears(model).values():
-        linear.freeze()
+def save_grids(grids: dict[str, Grid], path: Path) -> None:
+    """Write the grids of layers, by name, into one file: ``NAME.weight_scale``, and ``NAME.weight_zero_point``."""
+    tensors = {f"{name}.weight_{field}": part for name, grid in grids.items() for field, part in grid._asdict().items()}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}, path)
+
+
+def load_grids(directory: Path, file: str = GRIDS_FILE) -> dict[str, Grid]:
+    """The grids that the weights at ``directory`` keep, by the layer's name; empty where their values say them."""
+    if not (directory / file).is_file():
+        return {}
+    stored = load_file(directory / file)
+    names = [name.removesuffix(".weight_scale") for name in stored if name.endswith(".weight_scale")]
+    return {name: Grid(stored[f"{name}.weight_scale"], stored.get(f"{name}.weight_zero_point")) for name in names}
+
+
+def freeze(model: nn.Module, grids: Mapping[str, Grid] = MappingProxyType({})) -> None:
+    """Quantize every weight once and for all, on its grid in ``grids``, else on its own: for evaluation only."""
+    for name, linear in quant_linears(model).items():
+        linear.freeze(grids.get(name))
 
 
 def check_supported(model: PreTrainedModel) -> None:

@@ -182,15 +182,16 @@ def _usable(scale: Tensor) -> Tensor:
     return torch.where(scale < _SMALLEST_SCALE, 1.0, scale)
 
 
-def _codes(rows: Tensor, grid: Grid, qmax: int) -> Tensor:
-    """In fp32. Clamping changes nothing under ``minmax``, whose largest element has the largest code."""
+def codes_of(rows: Tensor, grid: Grid, qmax: int) -> Tensor:
+    """In fp32, element by element. Clamping changes nothing under ``minmax``, whose largest element has the largest
+    code."""
     codes = torch.round(rows.float() / grid.scale)
     if grid.zero_point is None:
         return codes.clamp_(-qmax, qmax)
     return codes.add_(grid.zero_point).clamp_(-qmax - 1, qmax)
 
 
-def _values(codes: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+def values_of(codes: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
     if grid.zero_point is not None:
         codes = codes - grid.zero_point
     return (codes * grid.scale).to(dtype)
@@ -199,29 +200,29 @@ def _values(codes: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
 @fused
 def _fused_quantize(rows: Tensor, qmax: int, symmetric: bool):
     grid = _minmax(rows, qmax, symmetric)
-    return _codes(rows, grid, qmax).to(torch.int8), *grid
+    return codes_of(rows, grid, qmax).to(torch.int8), *grid
 
 
 @fused
 def _fused_quantize_on(rows: Tensor, scale: Tensor, zero_point: Tensor | None, qmax: int):
-    return _codes(rows, Grid(scale, zero_point), qmax).to(torch.int8)
+    return codes_of(rows, Grid(scale, zero_point), qmax).to(torch.int8)
 
 
 @fused
 def _fused_round(rows: Tensor, qmax: int, symmetric: bool):
     grid = _minmax(rows, qmax, symmetric)
-    return _values(_codes(rows, grid, qmax), grid, rows.dtype), *grid
+    return values_of(codes_of(rows, grid, qmax), grid, rows.dtype), *grid
 
 
 @fused
 def _fused_round_on(rows: Tensor, scale: Tensor, zero_point: Tensor | None, qmax: int):
     grid = Grid(scale, zero_point)
-    return _values(_codes(rows, grid, qmax), grid, rows.dtype)
+    return values_of(codes_of(rows, grid, qmax), grid, rows.dtype)
 
 
 @fused
 def _fused_dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype):
-    return _values(codes, Grid(scale, zero_point), dtype)
+    return values_of(codes, Grid(scale, zero_point), dtype)
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -1,0 +1,162 @@
+"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): round one input channel after another, and let the channels that are
+not rounded yet make up for the error, as the inputs' second moments say.
+
+    minimise  tr((W - W_hat) H (W - W_hat)^T),   H = X^T X / tokens
+
+With H^-1 = U^T U (U upper triangular), channel i leaves the error e = (w_i - w_hat_i) / U_ii, and every later channel j
+becomes w_j - e U_ij. The grid is that of the weights before any of this: the same as RTN's. Compensated weights that
+leave it are clipped.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import UserError
+from qat.linear import QuantLinear
+from qat.prepare import SHARED_INPUTS
+from qat.products import matmul
+from qat.ptq.calibrate import Stream, Weights
+from qat.quantizers import (
+    FULL_PRECISION,
+    Format,
+    Grid,
+    Quantized,
+    codes_of,
+    dequantize,
+    grid_of,
+    quantize,
+    round_to_grid,
+    values_of,
+)
+
+_BLOCK = 32
+"""Channels whose corrections to all later ones are made at once. It changes the speed alone; so many channels of most
+layers are few enough numbers for one thread, which is faster than two that wait for each other at every channel."""
+
+
+@dataclass(frozen=True)
+class GPTQConfig:
+    """How GPTQ rounds.
+
+    Args:
+        act_order: round the channels with the largest inputs first
+        damping: what is added to the Hessian's diagonal, as a part of its mean
+    """
+
+    act_order: bool = True
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.damping <= 0:
+            raise UserError(f"damping={self.damping} is not possible: give more than 0, say 0.01.")
+
+
+@torch.inference_mode()
+def quantize_layer(stream: Stream, weights: Weights, config: GPTQConfig) -> tuple[Weights, dict[str, Grid], str]:
+    """Round the layer in front of the stream: its weights, rounded; their grids by layer name; a word on the error.
+
+    The Linear layers that read the same tensor take their turns in the order of the forward pass, so that each one's
+    inputs are what the quantized layers before it, in this decoder layer and in the earlier ones, make of the text.
+    """
+    layer = stream.load(weights).to(stream.dtype)
+    rounded, grids = dict(weights), {}
+    ours = rtn = 0.0
+    for block_name, names in SHARED_INPUTS:
+        linears = {f"{block_name}.{name}": layer.get_submodule(f"{block_name}.{name}") for name in names}
+        hessian = hessian_of(quantized_inputs(stream, layer, linears))
+        for name, linear in linears.items():
+            assert isinstance(linear, QuantLinear)
+            stored = weights[f"{name}.weight"]
+            weight = stored.to(stream.device, torch.float32)
+            try:
+                quantized = gptq(weight, hessian, linear.weight_format, config)
+            except torch.linalg.LinAlgError as error:
+                raise UserError(
+                    f"The Hessian of model.layers.{stream.position}.{name} cannot be inverted: calibrate on more "
+                    f"sequences, or give a larger damping than {config.damping}."
+                ) from error
+            values = dequantize(quantized, stored.dtype)
+            if not torch.equal(quantize(values, linear.weight_format, quantized.grid).codes, quantized.codes):
+                raise UserError(
+                    f"Values of {linear.weight_format} in {stored.dtype}, the model's dtype, lose their codes: "
+                    "give w_quantizer=minmax, or fewer w_bits."
+                )
+            ours += error_of(weight - values.float(), hessian)
+            rtn += error_of(weight - round_to_grid(weight, linear.weight_format)[0], hessian)
+            rounded[f"{name}.weight"] = values.cpu()
+            grids[name] = Grid(*(None if part is None else part.cpu() for part in quantized.grid))  # type: ignore[arg-type]
+            linear.weight.copy_(values)
+            linear.weight_format = Format(FULL_PRECISION)  # rounded already
+    stream.unload()
+    return rounded, grids, f"error {ours / (rtn or 1):.2f} of RTN's"
+
+
+def quantized_inputs(stream: Stream, layer: nn.Module, linears: dict[str, nn.Module]) -> Iterable[Tensor]:
+    """What the given layers, which share their input, multiply with: [tokens, in] of each sequence."""
+    first = next(iter(linears.values()))
+    assert isinstance(first, QuantLinear)
+    form = first.input_format
+    for x in stream.inputs(layer, first):
+        yield round_to_grid(x, form)[0] if form.quantizes else x
+
+
+def hessian_of(inputs: Iterable[Tensor]) -> Tensor:
+    """X^T X / tokens, fp32 [in, in], of inputs [tokens, in]."""
+    total, tokens = torch.zeros(()), 0
+    for x in inputs:
+        x = x.float()
+        total = total.to(x.device) + matmul(x.t(), x)
+        tokens += len(x)
+    return total / tokens
+
+
+def error_of(difference: Tensor, hessian: Tensor) -> float:
+    """tr(D H D^T): the mean over tokens of the squared output error that the weight difference D [out, in] makes."""
+    return (matmul(difference, hessian) * difference).sum().item()
+
+
+def gptq(weight: Tensor, hessian: Tensor, form: Format, config: GPTQConfig) -> Quantized:
+    """weight fp32 [out, in] as codes on the grid that ``form`` lays over it, rounded for ``hessian`` [in, in].
+
+    Raises torch.linalg.LinAlgError if the damped Hessian is not positive definite.
+    """
+    size = weight.shape[1]
+    grid = grid_of(weight, form)
+    order = torch.arange(size, device=weight.device)
+    if config.act_order:
+        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    factor = inverse_factor(hessian[order][:, order], config.damping)
+    group = order // form.group_size if form.group_size else torch.zeros_like(order)
+    scales, zero_points = (None if part is None else part[:, group].t().contiguous() for part in grid)
+
+    left = weight[:, order].t().contiguous()  # [in, out]: a channel is a row
+    codes = torch.empty_like(left, dtype=torch.int8)
+    for start in range(0, size, _BLOCK):
+        end = min(start + _BLOCK, size)
+        errors = torch.empty_like(left[start:end])
+        for i in range(start, end):
+            channel_grid = Grid(scales[i], None if zero_points is None else zero_points[i])  # type: ignore[index]
+            channel = codes_of(left[i], channel_grid, form.qmax)
+            codes[i] = channel
+            errors[i - start] = (left[i] - values_of(channel, channel_grid, torch.float32)) / factor[i, i]
+            left[i + 1 : end].addr_(factor[i, i + 1 : end], errors[i - start], alpha=-1)
+        left[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
+    in_order = torch.empty_like(codes)
+    in_order[order] = codes
+    return Quantized(in_order.t().contiguous(), grid)
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """The upper triangular U with U^T U = (H + d)^-1, where d is ``damping`` times H's mean diagonal.
+
+    Cholesky from the last row up gives H = R R^T with R upper triangular, and U = R^-1: H is never inverted.
+    """
+    damped = hessian.clone()
+    diagonal = damped.diagonal()
+    diagonal += damping * diagonal.mean()
+    factor = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+    identity = torch.eye(len(damped), device=damped.device)
+    return torch.linalg.solve_triangular(factor, identity, upper=True)

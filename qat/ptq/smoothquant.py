@@ -1,0 +1,177 @@
+"""SmoothQuant (Xiao et al. 2022, arXiv 2211.10438): move outlier channels from a layer's input into its weight.
+
+    x W^T = (x / s) (W s)^T,   s_j = max|x_j|^alpha / max|W_j|^(1 - alpha)
+
+The division is folded into what computes x: the norm in front of q, k, v and of gate, up; v_proj in front of o_proj
+(attention mixes tokens, not channels); up_proj in front of down_proj. In exact arithmetic the model stays the same
+function. Query heads that share a value head share its s.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import UserError
+from qat.ptq.calibrate import Stream, Weights, fill, skeleton
+from qat.quantizers import Grid
+
+ALPHAS = (0.1, 0.3, 0.5, 0.7)
+"""What the search tries, beside no smoothing."""
+
+SEARCH_TOKENS = 1024
+"""Calibration tokens that the search looks at: the alphas are compared on the same tokens, and a layer runs over them
+17 times."""
+
+
+@dataclass(frozen=True)
+class SmoothQuantConfig:
+    """How much SmoothQuant moves.
+
+    Args:
+        alpha: 0 evens out the weights, 1 the inputs; not given: searched for each smoothed tensor of each decoder
+            layer, no smoothing included, by the error of the layer's output on the calibration text
+    """
+
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise UserError(f"alpha={self.alpha} is not possible: give 0 to 1, or nothing to have it searched for.")
+
+
+class Smoothed(NamedTuple):
+    """A tensor that is smoothed: the module whose output channels are divided, and the layers that read it."""
+
+    producer: str
+    readers: tuple[str, ...]
+
+
+GROUPS = (
+    Smoothed("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    Smoothed("self_attn.v_proj", ("self_attn.o_proj",)),
+    Smoothed("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    Smoothed("mlp.up_proj", ("mlp.down_proj",)),
+)
+
+Alphas = Mapping[Smoothed, float]
+"""The alpha of each tensor that is smoothed."""
+
+
+class SmoothQuant:
+    """The method on a model: folds one decoder layer after another."""
+
+    def __init__(self, source: Path, config: SmoothQuantConfig):
+        self.config = config
+        self._layers: nn.ModuleList = skeleton(source).base_model.layers  # type: ignore[assignment]
+
+    @torch.inference_mode()
+    def quantize_layer(self, stream: Stream, weights: Weights) -> tuple[Weights, dict[str, Grid], str]:
+        """The weights of the layer in front of the stream with the scales folded in, not rounded yet: their own
+        largest values give their grids. And a word on the alphas."""
+        plain = self._layers[stream.position]
+        fill(plain, weights, stream.device)
+        plain.to(stream.dtype)
+        largest = {group: largest_inputs(stream, plain, group) for group in GROUPS}
+        head_dim: int = plain.self_attn.head_dim  # type: ignore[union-attr,assignment]
+        alphas: dict[Smoothed, float] = {}
+        if self.config.alpha is not None:
+            alphas = dict.fromkeys(GROUPS, self.config.alpha)
+        else:
+            sample = first_tokens(stream.hidden, SEARCH_TOKENS)
+            wanted = [stream.run(plain, hidden) for hidden in sample]
+
+            def error(tried: Alphas) -> float:
+                return output_error(stream, fold(weights, largest, tried, head_dim), sample, wanted)
+
+            alphas = search(error)
+        plain.to("meta")
+        word = "alpha " + " ".join(f"{alphas[group]:g}" if group in alphas else "-" for group in GROUPS)
+        return fold(weights, largest, alphas, head_dim), {}, word
+
+
+def search(error: Callable[[Alphas], float]) -> dict[Smoothed, float]:
+    """For one tensor after another, the alpha with the smallest ``error``; none where smoothing does not help."""
+    chosen: dict[Smoothed, float] = {}
+    least = error(chosen)
+    for group in GROUPS:
+        errors = {alpha: error(chosen | {group: alpha}) for alpha in ALPHAS}
+        best = min(errors, key=errors.__getitem__)
+        if errors[best] < least:
+            chosen[group], least = best, errors[best]
+    return chosen
+
+
+def fold(weights: Weights, largest: Mapping[Smoothed, Tensor], alphas: Alphas, head_dim: int) -> Weights:
+    """A decoder layer's weights, smoothed with the given alphas; ``largest`` is max|x_j| of each tensor's channels.
+
+    Computed in fp32, whatever the dtype of the weights.
+    """
+    folded = {name: weight.float() for name, weight in weights.items()}
+    for group, alpha in alphas.items():
+        columns = torch.stack([weights[f"{name}.weight"].float().abs().amax(0) for name in group.readers]).amax(0)
+        produced = len(weights[f"{group.producer}.weight"])
+        s = smoothing_scale(
+            shared_maximum(largest[group], produced, head_dim), shared_maximum(columns, produced, head_dim), alpha
+        )
+        for kind in ("weight", "bias"):
+            if (name := f"{group.producer}.{kind}") in folded:
+                folded[name] = (folded[name].t() / s).t()  # over the output channels, of a norm or a matrix
+        for name in group.readers:
+            folded[f"{name}.weight"] = folded[f"{name}.weight"] * spread(s, len(columns), head_dim)
+    return {name: weight.to(weights[name].dtype).contiguous() for name, weight in folded.items()}
+
+
+def smoothing_scale(inputs: Tensor, columns: Tensor, alpha: float) -> Tensor:
+    """s from the largest magnitudes of input channels and weight columns; 1 where one of them is 0.
+
+    Its geometric mean is 1: a common factor would change nothing that is rounded, only the weights' range.
+    """
+    log = alpha * inputs.log() - (1 - alpha) * columns.log()
+    usable = log.isfinite()
+    return torch.where(usable, log - log[usable].mean(), 0.0).exp()
+
+
+def shared_maximum(channels: Tensor, produced: int, head_dim: int) -> Tensor:
+    """[read] -> [produced], the largest over the channels that come from the same one: the query heads of a value
+    head. Where nothing is shared, the same."""
+    return channels.view(produced // head_dim, -1, head_dim).amax(1).flatten() if len(channels) > produced else channels
+
+
+def spread(s: Tensor, read: int, head_dim: int) -> Tensor:
+    """[produced] -> [read]: each channel's scale, at all the places where it is read."""
+    if read == len(s):
+        return s
+    return s.view(-1, 1, head_dim).expand(-1, read // len(s), -1).flatten()
+
+
+def largest_inputs(stream: Stream, layer: nn.Module, group: Smoothed) -> Tensor:
+    """max|x_j| over the calibration tokens of what the group's layers read, fp32 [in], on the CPU."""
+    reader = layer.get_submodule(group.readers[0])
+    return torch.stack([x.abs().amax(0) for x in stream.inputs(layer, reader)]).amax(0).float().cpu()
+
+
+def first_tokens(hidden: list[Tensor], most: int) -> list[Tensor]:
+    """So many whole sequences that they have ``most`` tokens or a few more."""
+    taken, tokens = [], 0
+    for x in hidden:
+        if tokens >= most:
+            break
+        taken.append(x)
+        tokens += x.shape[1]
+    return taken
+
+
+def output_error(stream: Stream, weights: Weights, hidden: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
+    """The squared error of the quantized layer's output, relative to each token's size, as the norm that comes next
+    makes all tokens equally large; the mean over the tokens."""
+    layer = stream.load_rounded(weights, {})
+    errors = []
+    for x, y in zip(hidden, wanted, strict=True):
+        difference = stream.run(layer, x).float() - y.float()
+        errors.append((difference.square().sum(-1) / y.float().square().sum(-1)).flatten())
+    stream.unload()
+    return torch.cat(errors).mean().item()

@@ -63,6 +63,7 @@ def save(engine: deepspeed.DeepSpeedEngine, directory: Path, state: TrainState, 
         shutil.rmtree(folder, ignore_errors=True)  # an earlier start's, half-written or damaged
     dist.barrier()
     engine.checkpoint_engine = writer = _Writer()
+    engine._copy_recovery_script = lambda directory: None  # one rank would fail alone; the package has the script
     engine.save_checkpoint(str(directory), tag=folder.name, client_state=asdict(state), save_latest=False)
     _agree(writer.failure, folder)
     files = {name: entry for part in _gather(_entries(folder)) for name, entry in part.items()}

@@ -21,7 +21,7 @@ from qat.run_log import RunLog
 from qat.validation import Texts, perplexities
 
 SETTINGS, CHECKPOINTS, LOG, TENSORBOARD, FINAL = "settings.json", "checkpoints", "log.jsonl", "tensorboard", "final"
-"""What a run's folder holds: what it is, its checkpoints, one JSON line a step, the same for TensorBoard, the student."""
+"""A run's folder: what it is, its checkpoints, one JSON line a step, the same for TensorBoard, the trained student."""
 
 _STEPS_BEFORE_JUDGING = 20
 """Steps that the average loss is over, and that must have been taken before a loss is called exploding."""
@@ -183,8 +183,8 @@ def check_sane(figures: dict[str, float], config: TrainConfig, state: TrainState
     known = state.step > _STEPS_BEFORE_JUDGING
     if config.max_loss_ratio and known and loss > config.max_loss_ratio * state.average_loss:
         raise UserError(
-            f"At step {state.step} the loss is {loss:.3g}, more than max_loss_ratio={config.max_loss_ratio:g} times its "
-            f"average of {state.average_loss:.3g}. {advice}"
+            f"At step {state.step} the loss is {loss:.3g}, more than max_loss_ratio={config.max_loss_ratio:g} times "
+            f"its average of {state.average_loss:.3g}. {advice}"
         )
     weight = max(1 / state.step, 1 / _STEPS_BEFORE_JUDGING)
     state.average_loss += weight * (loss - state.average_loss)

@@ -68,6 +68,11 @@ start() {
 }
 
 stop() {
+    squeue --noheader --format=%i | xargs --no-run-if-empty scancel
+    for _ in $(seq 60); do
+        [ -z "$(squeue --noheader)" ] && break
+        sleep 1
+    done
     for pid in "$dir"/{slurmd-node{1,2,3,4},slurmctld,munged}.pid; do
         [ -e "$pid" ] && kill "$(cat "$pid")" || true
     done

@@ -1,4 +1,4 @@
-"""The batch scripts, submitted unchanged to a real SLURM. Its nodes only claim to have GPUs: the ranks are CPU ranks."""
+"""The batch scripts, submitted unchanged to a real SLURM. Its nodes only claim to have GPUs: the ranks run on CPUs."""
 
 import re
 import subprocess
@@ -54,7 +54,8 @@ class Job:
     def wait(self, what: Callable[[], bool], seconds: int = 400) -> None:
         until = time.monotonic() + seconds
         while not what():
-            assert time.monotonic() < until and self.state() not in ("FAILED", "CANCELLED"), self.log.read_text()
+            assert time.monotonic() < until, self.log.read_text()
+            assert self.state() not in ("FAILED", "CANCELLED"), self.log.read_text()
             time.sleep(0.2)
 
     def finish(self) -> None:

@@ -132,7 +132,7 @@ def student_engine(
         loss: one of distill.LOSSES
         input_magnitudes: ``Teacher.input_magnitudes``, where activations have a learned step
     """
-    with _partitioned_reading(ds_config):
+    with partitioned_reading(ds_config):
         student = models.load(model, _dtype(ds_config))
     prepare.prepare(student, quant)
     if input_magnitudes is not None:
@@ -160,7 +160,7 @@ class Teacher:
     """
 
     def __init__(self, model: str, ds_config: dict[str, Any], loss: str = "logits"):
-        with _partitioned_reading(ds_config):
+        with partitioned_reading(ds_config):
             language_model = models.load(model, _dtype(ds_config)).requires_grad_(False)
         products.speed_up(language_model)
         if loss == "logits+attention":
@@ -239,6 +239,14 @@ def save_student(
     dist.barrier()
 
 
+@contextmanager
+def partitioned_reading(ds_config: dict[str, Any]) -> Iterator[None]:
+    """Within it, ``from_pretrained`` partitions under ZeRO-3. transformers holds the object weakly: keep it."""
+    keep = HfDeepSpeedConfig(copy.deepcopy(ds_config))
+    yield
+    del keep
+
+
 class _HiddenStates(nn.Module):
     def __init__(self, language_model: nn.Module):
         super().__init__()
@@ -253,14 +261,6 @@ def _first_ranks(verdict: bool) -> bool:
     agreed = torch.tensor([verdict], dtype=torch.int32, device=device())
     dist.broadcast(agreed, 0)
     return bool(agreed.item())
-
-
-@contextmanager
-def _partitioned_reading(ds_config: dict[str, Any]) -> Iterator[None]:
-    """Within it, ``from_pretrained`` partitions under ZeRO-3. transformers holds the object weakly: keep it."""
-    keep = HfDeepSpeedConfig(copy.deepcopy(ds_config))
-    yield
-    del keep
 
 
 def _dtype(ds_config: dict[str, Any]) -> torch.dtype:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, finish, generate_flags, kill, run_python, start_training
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_launch import error_of
@@ -272,6 +273,38 @@ def test_the_gpu_configuration_computes_in_bf16(run, tiny_directory, tiny_data, 
     assert all(weight.dtype == torch.bfloat16 for weight in load_file(output / "final" / "model.safetensors").values())
     for bf16, fp32 in zip(losses(output), losses(run), strict=True):
         assert bf16[0] == pytest.approx(fp32[0], rel=0.02)
+
+
+@pytest.mark.slow  # builds DeepSpeed's Adam for the host, and its asynchronous reads and writes: minutes, once
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        ("zero3_offload_optimizer.json", "teacher_zero3.json"),
+        ("zero3_offload.json", "teacher_zero3_offload.json"),
+        ("zero3_nvme.json", "teacher_zero3_offload.json"),
+    ],
+)
+def test_every_way_of_running_learns_the_same_and_survives_a_kill(
+    student, teacher, run, tiny_directory, tiny_data, tmp_path
+):
+    ds_config = json.loads((ROOT / "ds_configs" / student).read_text())
+    if student == "zero3_nvme.json":
+        if not AsyncIOBuilder().is_compatible(verbose=False):
+            pytest.skip("DeepSpeed's asynchronous reads and writes need libaio-dev")
+        ds_config["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(tmp_path)
+    (tmp_path / student).write_text(json.dumps(ds_config))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    more = [f"--teacher_deepspeed={ROOT / 'ds_configs' / teacher}", "--save_every=3"]
+    finish(start_training(2, *flags(tiny_directory, tiny_data, whole, tmp_path / student), *more))
+    for bf16, fp32 in zip(losses(whole), losses(run), strict=True):
+        assert bf16[0] == pytest.approx(fp32[0], rel=0.02)
+    process = start_training(2, *flags(tiny_directory, tiny_data, killed, tmp_path / student), *more)
+    while process.poll() is None and not latest(killed):
+        time.sleep(0.01)
+    assert process.poll() is None, process.communicate()[0]
+    kill(process)
+    finish(start_training(2, *flags(tiny_directory, tiny_data, killed, tmp_path / student), *more))
+    assert losses(killed) == losses(whole)
 
 
 def test_a_finished_run_is_left_alone(run, tiny_directory, tiny_data):

@@ -1,4 +1,4 @@
-"""Training on 1 and 2 ranks: tokens per second, bytes on the wire, and what our loop costs beyond the bare engine.
+"""Training on 1 and 2 ranks: tokens per second, bytes on the wire, memory, and what our loop and a checkpoint cost.
 
 python benchmarks/scaling.py
 
@@ -79,6 +79,8 @@ def main() -> None:
         "loop_over_bare_engine": two["ours"] / two["bare"],
         "gb_received_per_rank_and_step": two["received"] / 1e9,
         "received_over_formula": two["received"] / two["formula"],
+        "checkpoint_gb": two["saved"] / 1e9,
+        "checkpoint_seconds": two["saving"],
         "peak_gb_per_rank_1": one["peak"] / 1e9,
         "peak_gb_per_rank_2": two["peak"] / 1e9,
         "peak_over_plan_2_ranks": two["peak"] / two["planned"],
@@ -145,6 +147,7 @@ def rank(config: ScalingBenchmark, model: Path) -> None:
             if turn > 1:
                 seconds[name].append(taken)
                 received.append(came)
+    checkpoint.save(student, model / "checkpoints", state, keep=1)
     if cli.is_first_rank():
         planned = plan.plan(
             LlamaConfig.from_pretrained(model), ds_config, ds_config, plan.Machine(gpus=ranks), config.tokens
@@ -152,6 +155,8 @@ def rank(config: ScalingBenchmark, model: Path) -> None:
         figures = {name: statistics.median(values) for name, values in seconds.items()}
         figures |= {"received": statistics.median(received), "peak": peak_memory()}
         figures |= {"formula": planned.received_per_step, "planned": planned.peak}
+        saved = json.loads(next((model / "checkpoints").glob(f"*/{checkpoint.MANIFEST}")).read_text())
+        figures |= {"saved": saved["bytes"], "saving": saved["seconds"]}
         (model / f"{ranks}.json").write_text(json.dumps(figures))
 
 

@@ -8,7 +8,6 @@ are passed over when a run goes on.
 A checkpoint belongs to a number of ranks. Another number gets it by DeepSpeed's universal checkpoints.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -16,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -173,7 +173,7 @@ class _Writer(TorchCheckpointEngine):
 def _entries(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and checksum of this rank's share of the files, by name."""
     return {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _checksum(path)}
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "crc32": _checksum(path)}
         for path in _share(sorted(path for path in folder.rglob("*") if path.is_file()))
     }
 
@@ -182,24 +182,29 @@ def _damage(folder: Path) -> str:
     """What is wrong with this rank's share of a checkpoint; empty if nothing is."""
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
+        expected = {name: (entry["bytes"], entry["crc32"]) for name, entry in files.items()}
     except OSError:
         return "it is half-written"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"its {MANIFEST} is damaged"
-    for name in _share(sorted(files)):
-        path, entry = folder / name, files[name]
+    for name in _share(sorted(expected)):
+        path, (size, checksum) = folder / name, expected[name]
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
-        if _checksum(path) != entry["sha256"]:
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, not {size}"
+        if _checksum(path) != checksum:
             return f"{name} has another checksum than when it was written"
     return ""
 
 
 def _checksum(path: Path) -> str:
+    """CRC-32: it finds accidents, at several times the speed of SHA-256."""
+    crc = 0
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 24):
+            crc = zlib.crc32(block, crc)
+    return f"{crc:08x}"
 
 
 def _share(items: list[Any]) -> list[Any]:

@@ -121,7 +121,8 @@ def train(
     while state.step < config.steps and not stopped:
         figures, stopped = take_step(student, teacher, data, config, state, stop)
         check_sane(figures, config, state, run / CHECKPOINTS)
-        if held_out and (state.step % config.eval_every == 0 or state.step == config.steps):
+        due = state.step % config.eval_every == 0 or state.step == config.steps
+        if held_out and due and not stopped:  # who is told to stop has seconds
             figures |= {f"ppl_{name}": ppl for name, ppl in perplexities(student, held_out, device()).items()}
         if log is not None:
             log.step(state, figures)

@@ -248,13 +248,17 @@ def _activations(config: PretrainedConfig, tokens: int, width: int) -> float:
 
 
 def _received(student: dict[str, Any], teacher: dict[str, Any], parameters: int, ranks: int, width: int) -> float:
-    """Parameters for the student's forward and backward and the teacher's forward, and the gradients' parts."""
-    part = (ranks - 1) / ranks
-    gathers = 0.0
-    for ds_config, passes in ((student, 2), (teacher, 1)):
+    """Weights for the student's forward and backward and the teacher's forward, and the gradients' parts.
+
+    What is used again soon enough stays gathered: the last blocks, between the student's two passes.
+    """
+    reuse = student["zero_optimization"].get("stage3_max_reuse_distance", 1e9)
+    kept = min(_live(student, parameters), reuse / 2)
+    elements = 0.0
+    for ds_config, gathered in ((student, 2 * parameters - kept), (teacher, parameters)):
         by_reduction = ds_config["zero_optimization"].get("stage3_use_all_reduce_for_fetch_params", False)
-        gathers += passes * part * (2 if by_reduction else 1)
-    return width * parameters * (gathers + part)
+        elements += gathered * (2 if by_reduction else 1)
+    return width * (elements + parameters) * (ranks - 1) / ranks
 
 
 def table(question: Question, machine: Machine, plans: dict[str, Plan]) -> Table:

@@ -18,6 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_launch import error_of
 from torch.utils.flop_counter import FlopCounterMode
 
+from launch import cli
+from launch.train import Paths
 from qat import export, flops, models, products
 from qat.checkpoint import TrainState
 from qat.data import TrainingData
@@ -175,6 +177,18 @@ def test_another_number_of_ranks_goes_on_with_the_same_batches(run, weights, tin
 def latest(output: Path) -> str:
     pointer = output / "checkpoints" / "latest"
     return pointer.read_text() if pointer.exists() else ""
+
+
+@pytest.mark.parametrize("size", ["7b", "13b", "30b"])
+def test_the_recipes_are_the_papers(size, monkeypatch):
+    recipe = ROOT / "launch" / "recipes" / f"{size}.yaml"
+    places = ["--model=m", "--data=d", "--output=o"]
+    monkeypatch.setattr("sys.argv", ["train.py", f"--config={recipe}", *places])
+    _, quant, config = cli.parse("", Paths, QuantConfig, TrainConfig)
+    assert str(quant) == "4-8-4"
+    assert config.batch_size == 8
+    assert [config.lr_factor(0), config.lr_factor(config.steps)] == [1.0, 0.0]
+    assert config.lr == 2e-5
 
 
 def test_a_batch_that_the_ranks_cannot_share_is_refused(monkeypatch, tiny_directory, tiny_data, tmp_path):

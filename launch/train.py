@@ -15,11 +15,16 @@ from qat import engines, models
 from qat.data import Sample, TrainingData
 from qat.distill import Targets
 from qat.errors import UserError, differences
+from qat.evaluate import text_windows
 from qat.files import lock, write_atomically
-from qat.preemption import RESUMABLE_EXIT
+from qat.preemption import RESUMABLE_EXIT, StopSignal
 from qat.prepare import QuantConfig
 from qat.teacher_cache import TeacherCache
-from qat.training import FINAL, SETTINGS, TrainConfig, train
+from qat.training import FINAL, SETTINGS, TENSORBOARD, TrainConfig, train
+from qat.validation import Texts
+
+CHANGES_NO_RESULT = ("save_every", "keep", "eval_every", "max_loss_ratio", "peak_flops")
+"""Settings that a run may be gone on with under other values."""
 
 
 @dataclass(frozen=True)
@@ -43,30 +48,68 @@ class Paths:
     teacher_cache: Path | None = None
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """What the student's perplexity is measured on during training (every --eval_every steps); nothing by default.
+
+    Args:
+        eval_data: another folder of shards, made by launch/generate.py with another --seed
+        eval_text: a text file, or "encyclopedia" for the built-in prose
+        eval_window: tokens of each piece that the text is cut into
+        eval_sequences: how many sequences, or pieces, are used at most
+    """
+
+    eval_data: Path | None = None
+    eval_text: str | None = None
+    eval_window: int = 512
+    eval_sequences: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("eval_window", "eval_sequences"):
+            if getattr(self, name) < 2:
+                raise UserError(f"{name}={getattr(self, name)} is not possible: give 2 or more.")
+
+    def read(self, tokenizer: models.Tokenizer, data: TrainingData) -> Texts:
+        """The token ids; raises UserError for a folder that is trained on."""
+        texts = {}
+        if self.eval_data:
+            folder = TrainingData(self.eval_data, tokenizer, seed=0)
+            if folder.fingerprint == data.fingerprint:
+                raise UserError(f"{self.eval_data} is what is trained on: generate another one, with another --seed.")
+            numbers = range(min(len(folder), self.eval_sequences))
+            texts["generated"] = [folder.sequence(number).input_ids for number in numbers]
+        if self.eval_text:
+            windows = text_windows(self.eval_text, tokenizer, self.eval_window, self.eval_sequences)
+            texts["text"] = list(windows.split(1))
+        return texts
+
+
 def main() -> int:
-    paths, quant, config = cli.parse(__doc__, Paths, QuantConfig, TrainConfig)
+    stop = StopSignal()
+    paths, held_out, quant, config = cli.parse(__doc__, Paths, HeldOut, QuantConfig, TrainConfig)
     model = models.resolve_full_precision(paths.model)
     tokenizer = models.load_tokenizer(model)
     data = TrainingData(paths.data, tokenizer, config.seed)
-    ds_settings = config.ds_settings(cli.ranks())
-    student_json = engines.resolve_ds_config(paths.deepspeed, ds_settings)
-    teacher_json = engines.resolve_ds_config(paths.teacher_deepspeed or paths.deepspeed, ds_settings)
-    sequences_per_step = cli.ranks() * config.gradient_accumulation_steps
+    config = dataclasses.replace(config, steps=config.steps or len(data) // config.batch_size)
+    if config.steps == 0:
+        raise UserError(f"{paths.data} has {len(data)} sequences, a step takes {config.batch_size}: generate more.")
+    texts = held_out.read(tokenizer, data)
     check_teacher(paths.teacher_cache, quant, config)
     cache = None
     if paths.teacher_cache:
         cache = TeacherCache(paths.teacher_cache)
         cache.check({"teacher": models.weights_fingerprint(model), "data": data.fingerprint})
-    config = dataclasses.replace(config, steps=config.steps or len(data) // sequences_per_step)
-    if config.steps == 0:
-        raise UserError(f"{paths.data} has {len(data)} sequences, a step takes {sequences_per_step}: generate more.")
+
+    ds_settings = config.ds_settings(cli.ranks())
+    student_json = engines.resolve_ds_config(paths.deepspeed, ds_settings)
+    teacher_json = engines.resolve_ds_config(paths.teacher_deepspeed or paths.deepspeed, ds_settings)
+    student_json.setdefault("tensorboard", {"enabled": True, "output_path": str(paths.output), "job_name": TENSORBOARD})
     identity = {
         **asdict(quant),
         **asdict(config),
         "model": models.weights_fingerprint(model),
         "data": data.fingerprint,
         "teacher_cache": cache.fingerprint() if cache else None,
-        "ranks": cli.ranks(),
         "optimizer": student_json["optimizer"],
         "bf16": student_json.get("bf16"),
     }
@@ -76,7 +119,8 @@ def main() -> int:
         print(f"{final} is there already: the run is complete.")
         return 0
     if cli.is_first_rank():
-        print(f"{quant} student of {model}: {config.steps} steps of {sequences_per_step} sequences", flush=True)
+        print(json.dumps(identity, indent=1))
+        print(f"{quant} student of {model}: {config.steps} steps of {config.batch_size} sequences", flush=True)
 
     engines.init_distributed()
     magnitudes = None
@@ -89,7 +133,7 @@ def main() -> int:
     student = engines.student_engine(
         model, quant, student_json, config.lr_factor, config.gradient_checkpointing, config.loss, magnitudes
     )
-    if not train(student, targets, data, config, paths.output):
+    if not train(student, targets, data, config, paths.output, stop, texts):
         return RESUMABLE_EXIT
     engines.save_student(student, final, quant, tokenizer)
     return 0
@@ -114,15 +158,18 @@ def claim(output: Path, settings: dict[str, Any], ds_config: dict[str, Any]) -> 
     The first rank holds a lock on the folder until it ends, so that no two runs work in one.
     """
     path = output / SETTINGS
-    if cli.is_first_rank():
-        lock(output)
+    try:
+        if cli.is_first_rank():
+            lock(output)
+            if not path.exists():
+                write_atomically(path, json.dumps({"settings": settings, "deepspeed": ds_config}, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"{output} cannot be written to ({error}): give another --output, or make it so.") from error
     if path.exists():
         started = json.loads(path.read_text())["settings"]
-        free = {"save_every": settings["save_every"], "keep": settings["keep"]}  # they change no result
+        free = {name: settings[name] for name in CHANGES_NO_RESULT}
         if listed := differences(started | free, settings):
             raise UserError(f"{output} was started with other settings ({listed}): give the same, or another --output.")
-    elif cli.is_first_rank():
-        write_atomically(path, json.dumps({"settings": settings, "deepspeed": ds_config}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,36 @@
 """Everything that must survive a preemption: DeepSpeed's checkpoint and one TrainState.
 
-``latest`` names the newest whole checkpoint. It moves by an atomic rename, after every rank has written
-its part, and the checkpoint before it is deleted only then: a rank killed while saving costs nothing.
+A checkpoint is a folder ``step-N``. It is whole when its manifest is: that is written last, after all ranks have
+written their files, and holds the size and the checksum of each. Then ``latest`` moves, by an atomic rename, and only
+then older checkpoints are deleted: a rank killed while saving costs nothing. Folders that are half-written or damaged
+are passed over when a run goes on.
+
+A checkpoint belongs to a number of ranks. Another number gets it by DeepSpeed's universal checkpoints.
 """
 
+import json
+import logging
+import os
 import shutil
+import subprocess
+import sys
+import time
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch.distributed as dist
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
 from qat.errors import UserError
 from qat.files import write_atomically
 
-LATEST = "latest"
+LATEST, MANIFEST = "latest", "manifest.json"
+
+_UNIVERSAL = "universal-"
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -26,39 +42,209 @@ class TrainState:
         samples: sequences consumed, over all ranks
         tokens: tokens predicted, over all ranks
         seconds: wall time spent training
+        average_loss: of the steps so far, the newest weigh most
     """
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    average_loss: float = 0.0
 
 
 def save(engine: deepspeed.DeepSpeedEngine, directory: Path, state: TrainState, keep: int) -> None:
-    """Write a checkpoint, make it the latest, and delete all but the newest ``keep``."""
-    tag = f"step-{state.step:06d}"
-    engine.save_checkpoint(str(directory), tag=tag, client_state=asdict(state), save_latest=False)
-    dist.barrier()
+    """Write a checkpoint, make it the latest, and delete all but the newest ``keep``; log its size and duration.
+
+    Raises UserError on all ranks, and deletes what was written of it, if any rank cannot write its part.
+    """
+    began = time.monotonic()
+    folder = directory / f"step-{state.step:06d}"
     if dist.get_rank() == 0:
-        write_atomically(directory / LATEST, tag)
-        for superseded in _superseded(sorted(directory.glob("step-*")), directory / tag, keep):
-            shutil.rmtree(superseded)
+        shutil.rmtree(folder, ignore_errors=True)  # an earlier start's, half-written or damaged
+    dist.barrier()
+    engine.checkpoint_engine = writer = _Writer()
+    engine._copy_recovery_script = lambda directory: None  # one rank would fail alone; the package has the script
+    engine.save_checkpoint(str(directory), tag=folder.name, client_state=asdict(state), save_latest=False)
+    _agree(writer.failure, folder)
+    files = {name: entry for part in _gather(_entries(folder)) for name, entry in part.items()}
+    failure = ""
+    if dist.get_rank() == 0:
+        size, seconds = sum(entry["bytes"] for entry in files.values()), time.monotonic() - began
+        manifest = {"ranks": dist.get_world_size(), "bytes": size, "seconds": round(seconds, 2), "files": files}
+        try:
+            write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+            write_atomically(directory / LATEST, folder.name)
+        except OSError as error:
+            failure = str(error)
+    _agree(failure, folder)
+    if dist.get_rank() == 0:
+        for superseded in _superseded(sorted(directory.glob("step-*")), folder, keep):
+            _delete(superseded)
+        for converted in directory.glob(f"{_UNIVERSAL}*"):
+            shutil.rmtree(converted)
+        _log.info("checkpoint %s: %.3g GB in %.1f s", folder.name, size / 1e9, seconds)
     dist.barrier()
 
 
 def resume(engine: deepspeed.DeepSpeedEngine, directory: Path) -> TrainState:
-    """Load the latest checkpoint into ``engine``; without one, the state of a new run."""
+    """Load the newest whole checkpoint into ``engine``; without one, the state of a new run.
+
+    Raises UserError if there was a whole one, and none is left.
+    """
+    (names,) = _broadcast([path.name for path in sorted(directory.glob("step-*"), reverse=True)])
+    for name in names:
+        if damages := [damage for damage in _gather(_damage(directory / name)) if damage]:
+            _log.warning("warning: the checkpoint %s is passed over: %s", directory / name, damages[0])
+        else:
+            return _load(engine, directory / name)
+    if (directory / LATEST).is_file():
+        raise UserError(
+            f"No checkpoint in {directory} is whole any more: put one back, or delete the folder to start anew."
+        )
+    return TrainState()
+
+
+def latest(directory: Path) -> str:
+    """The checkpoint that ``latest`` names, in words."""
     pointer = directory / LATEST
-    if not pointer.is_file():
-        return TrainState()
-    tag = pointer.read_text()
-    path, client_state = engine.load_checkpoint(str(directory), tag=tag)
-    if path is None:
-        raise UserError(f"The checkpoint {directory / tag} is not there: give another --output, or put it back.")
+    return str(directory / pointer.read_text()) if pointer.is_file() else "none"
+
+
+def _load(engine: deepspeed.DeepSpeedEngine, folder: Path) -> TrainState:
+    ranks = json.loads((folder / MANIFEST).read_text())["ranks"]
+    universal = ranks != dist.get_world_size()
+    if universal:
+        if engine.zero_nvme_offload_optimizer():
+            raise UserError(
+                f"{folder} was written by {ranks} ranks with the optimizer on NVMe, which DeepSpeed cannot convert "
+                f"for {dist.get_world_size()}: go on with {ranks} ranks."
+            )
+        folder = _converted(folder, ranks)
+    engine._config.load_universal_checkpoint = universal
+    _, client_state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    engine._config.load_universal_checkpoint = False
+    if universal:
+        # DeepSpeed gives all groups of Parameters one tensor that counts the steps, and each of them counts it up.
+        for group in engine.optimizer.optimizer.state.values():
+            if hasattr(group["step"], "clone"):
+                group["step"] = group["step"].clone()
     return TrainState(**{name: client_state[name] for name in TrainState.__dataclass_fields__})
+
+
+def _converted(folder: Path, ranks: int) -> Path:
+    """The checkpoint as DeepSpeed's universal one, made by the first rank; the others wait for it to appear."""
+    universal = folder.with_name(_UNIVERSAL + folder.name)
+    if dist.get_rank() == 0 and not universal.exists():
+        _log.info("converting %s, written by %d ranks, for %d ...", folder, ranks, dist.get_world_size())
+        partial = folder.with_name(f"{_UNIVERSAL}partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        places = ["--input_folder", str(folder), "--output_folder", str(partial)]
+        workers = ["--num_extract_workers=1", f"--num_merge_workers={min(8, len(os.sched_getaffinity(0)))}"]
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *places, *workers]
+        done = subprocess.run(command, text=True, capture_output=True)
+        if done.returncode:
+            shutil.rmtree(partial, ignore_errors=True)
+            reason = (done.stderr.strip() or "killed").splitlines()[-1]
+            raise UserError(
+                f"{folder}, written by {ranks} ranks, could not be converted for {dist.get_world_size()} ({reason}): "
+                f"make room for twice its size, or go on with {ranks} ranks."
+            )
+        partial.rename(universal)
+    while not universal.exists():  # no barrier: it would give up after half an hour
+        time.sleep(0.2)
+    dist.barrier()
+    return universal
+
+
+class _Writer(TorchCheckpointEngine):
+    """DeepSpeed's writer of files. It keeps a failure until all ranks have met at DeepSpeed's barriers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failure = ""
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        try:
+            super().save(state_dict, path)
+        except (OSError, RuntimeError) as error:
+            self.failure = self.failure or str(error)
+
+
+def _entries(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and checksum of this rank's share of the files, by name."""
+    return {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "crc32": _checksum(path)}
+        for path in _share(sorted(path for path in folder.rglob("*") if path.is_file()))
+    }
+
+
+def _damage(folder: Path) -> str:
+    """What is wrong with this rank's share of a checkpoint; empty if nothing is."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        expected = {name: (entry["bytes"], entry["crc32"]) for name, entry in files.items()}
+    except OSError:
+        return "it is half-written"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"its {MANIFEST} is damaged"
+    for name in _share(sorted(expected)):
+        path, (size, checksum) = folder / name, expected[name]
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, not {size}"
+        if _checksum(path) != checksum:
+            return f"{name} has another checksum than when it was written"
+    return ""
+
+
+def _checksum(path: Path) -> str:
+    """CRC-32: it finds accidents, at several times the speed of SHA-256."""
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            crc = zlib.crc32(block, crc)
+    return f"{crc:08x}"
+
+
+def _share(items: list[Any]) -> list[Any]:
+    """This rank's part of what all ranks do together."""
+    return items[dist.get_rank() :: dist.get_world_size()]
+
+
+def _gather(value: Any) -> list[Any]:
+    """Every rank's value, on all ranks."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _broadcast(value: Any) -> list[Any]:
+    values = [value]
+    dist.broadcast_object_list(values, 0)
+    return values
+
+
+def _agree(failure: str, folder: Path) -> None:
+    """Raise UserError on all ranks if one has a failure, and delete what there is of the checkpoint."""
+    failures = [failure for failure in _gather(failure) if failure]
+    if not failures:
+        return
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    raise UserError(
+        f"{folder} could not be written ({failures[0]}): make room and start again. "
+        f"The last whole checkpoint is {latest(folder.parent)}."
+    )
 
 
 def _superseded(checkpoints: list[Path], newest: Path, keep: int) -> list[Path]:
     """All but the last ``keep`` up to ``newest``; what is later was left broken by a killed run."""
     whole = [path for path in checkpoints if path <= newest]
     return [path for path in checkpoints if path > newest] + whole[:-keep]
+
+
+def _delete(checkpoint: Path) -> None:
+    """The manifest first: what is half deleted must not pass for damaged."""
+    (checkpoint / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)

@@ -29,9 +29,18 @@ from qat.prepare import QuantConfig
 
 _REFUSED = {
     "fp16.enabled": "the student computes in bf16 on GPUs and in fp32 on CPUs",
+    "torch_autocast.enabled": "it would cast what the quantizers compute in fp32",
+    "bf16.bf16_master_weights_and_grads": "at the paper's learning rate most bf16 weights never move",
+    "bf16.bf16_optimizer_states": "Adam's moments are kept in fp32",
     "tensor_parallel": "AutoTP replaces the quantized layers by its own",
+    "expert_parallel": "it replaces layers by its own",
+    "hybrid_engine": "it replaces layers by its own",
     "zero_optimization.zero_quantized_weights": "it would quantize the teacher and the student a second time",
     "zero_optimization.zero_quantized_nontrainable_weights": "it would quantize the teacher",
+    "zero_optimization.zero_quantized_gradients": "it would round the student's gradients",
+    "zero_optimization.zenflow": "it updates the weights late, and what is late is in no checkpoint",
+    "zero_optimization.elastic_checkpoint": "another number of ranks goes on without it",
+    "checkpoint": "checkpoints are written, checked and found again without it",
     "scheduler": "the learning rate is set by --lr, --warmup_steps and --min_lr_ratio",
 }
 
@@ -80,6 +89,10 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     for key, reason in _REFUSED.items():
         if _get(ds_config, key):
             raise UserError(f"{path} sets {key}, which is refused: {reason}. Remove it.")
+    for part in ("offload_optimizer", "offload_param"):
+        nvme = _get(ds_config, f"zero_optimization.{part}.nvme_path")
+        if nvme and not Path(nvme).is_dir():
+            raise UserError(f"{path} puts {part} on {nvme}, which is not there: give a folder on a local NVMe disk.")
     return ds_config
 
 
@@ -119,7 +132,7 @@ def student_engine(
         loss: one of distill.LOSSES
         input_magnitudes: ``Teacher.input_magnitudes``, where activations have a learned step
     """
-    with _partitioned_reading(ds_config):
+    with partitioned_reading(ds_config):
         student = models.load(model, _dtype(ds_config))
     prepare.prepare(student, quant)
     if input_magnitudes is not None:
@@ -148,7 +161,7 @@ class Teacher:
     """
 
     def __init__(self, model: str, ds_config: dict[str, Any], loss: str = "logits"):
-        with _partitioned_reading(ds_config):
+        with partitioned_reading(ds_config):
             language_model = models.load(model, _dtype(ds_config)).requires_grad_(False)
         products.speed_up(language_model)
         if loss == "logits+attention":
@@ -227,6 +240,14 @@ def save_student(
     dist.barrier()
 
 
+@contextmanager
+def partitioned_reading(ds_config: dict[str, Any]) -> Iterator[None]:
+    """Within it, ``from_pretrained`` partitions under ZeRO-3. transformers holds the object weakly: keep it."""
+    keep = HfDeepSpeedConfig(copy.deepcopy(ds_config))
+    yield
+    del keep
+
+
 class _HiddenStates(nn.Module):
     def __init__(self, language_model: nn.Module):
         super().__init__()
@@ -241,14 +262,6 @@ def _all_ranks(verdict: bool) -> bool:
     agreed = torch.tensor([verdict], dtype=torch.int32, device=device())
     dist.all_reduce(agreed, dist.ReduceOp.MIN)
     return bool(agreed.item())
-
-
-@contextmanager
-def _partitioned_reading(ds_config: dict[str, Any]) -> Iterator[None]:
-    """Within it, ``from_pretrained`` partitions under ZeRO-3. transformers holds the object weakly: keep it."""
-    keep = HfDeepSpeedConfig(copy.deepcopy(ds_config))
-    yield
-    del keep
 
 
 def _dtype(ds_config: dict[str, Any]) -> torch.dtype:

@@ -1,6 +1,5 @@
 """The training loop."""
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -10,24 +9,27 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
-from qat import checkpoint
+from qat import checkpoint, flops
 from qat.checkpoint import TrainState
 from qat.data import Sample, TrainingData
 from qat.distill import LOSSES, Targets
-from qat.engines import device
+from qat.engines import Teacher, device
 from qat.errors import UserError
-from qat.files import write_atomically
 from qat.preemption import StopSignal
+from qat.run_log import RunLog
+from qat.validation import Texts, perplexities
 
-SETTINGS, CHECKPOINTS, LOG, FINAL = "settings.json", "checkpoints", "log.jsonl", "final"
-"""What a run's folder holds: what it is, DeepSpeed checkpoints, one JSON line a step, the trained student."""
+SETTINGS, CHECKPOINTS, LOG, TENSORBOARD, FINAL = "settings.json", "checkpoints", "log.jsonl", "tensorboard", "final"
+"""A run's folder: what it is, its checkpoints, one JSON line a step, the same for TensorBoard, the trained student."""
+
+_STEPS_BEFORE_JUDGING = 20
+"""Steps that the average loss is over, and that must have been taken before a loss is called exploding."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How the student learns: AdamW without weight decay, one sequence per rank. The defaults are the paper's.
+    """How the student learns: AdamW without weight decay, by single sequences. The defaults are the paper's.
 
     Args:
         loss: logits (cross-entropy with the teacher's distribution: the paper's choice), label (with the next token),
@@ -36,11 +38,15 @@ class TrainConfig:
         lr: peak learning rate
         warmup_steps: steps of linear warm-up before the cosine
         min_lr_ratio: the cosine ends at this fraction of lr
-        gradient_accumulation_steps: sequences per rank and optimizer step
+        batch_size: sequences per optimizer step, over all ranks, however many there are: each rank takes its share one
+            by one (the paper: one on each of 8 GPUs)
         gradient_clipping: largest global gradient norm; 0 clips nothing
         gradient_checkpointing: recompute activations in backward: less memory, a third more time
         save_every: steps between checkpoints
         keep: how many checkpoints to keep
+        eval_every: steps between measurements of the perplexity on held-out sequences, where some are given
+        max_loss_ratio: stop if a step's loss is so many times its average; 0 never does
+        peak_flops: FLOP/s that one device can do (989e12 for bf16 on an H100): logs the model FLOP utilisation
         seed: of the order of the data
     """
 
@@ -49,20 +55,23 @@ class TrainConfig:
     lr: float = 2e-5
     warmup_steps: int = 0
     min_lr_ratio: float = 0.0
-    gradient_accumulation_steps: int = 1
+    batch_size: int = 8
     gradient_clipping: float = 1.0
     gradient_checkpointing: bool = True
     save_every: int = 500
     keep: int = 2
+    eval_every: int = 500
+    max_loss_ratio: float = 4.0
+    peak_flops: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
             raise UserError(f"loss={self.loss!r} is not possible: give {', '.join(LOSSES)}.")
-        for name in ("steps", "warmup_steps", "min_lr_ratio", "gradient_clipping"):
+        for name in ("steps", "warmup_steps", "min_lr_ratio", "gradient_clipping", "max_loss_ratio", "peak_flops"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} is not possible: give 0 or more.")
-        for name in ("gradient_accumulation_steps", "save_every", "keep"):
+        for name in ("batch_size", "save_every", "keep", "eval_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} is not possible: give 1 or more.")
         if not 0 < self.lr < 1:
@@ -76,11 +85,19 @@ class TrainConfig:
         return self.min_lr_ratio + (1 - self.min_lr_ratio) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
 
     def ds_settings(self, ranks: int) -> dict[str, object]:
-        """What a DeepSpeed JSON must not contradict, by its dotted keys."""
+        """What a DeepSpeed JSON must not contradict, by its dotted keys.
+
+        Raises UserError for a batch that ``ranks`` cannot share.
+        """
+        if self.batch_size % ranks:
+            raise UserError(
+                f"batch_size={self.batch_size} cannot be shared by {ranks} ranks: give a multiple of {ranks}, or start "
+                f"a number of ranks that divides {self.batch_size}."
+            )
         return {
-            "train_batch_size": ranks * self.gradient_accumulation_steps,
+            "train_batch_size": self.batch_size,
             "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "gradient_accumulation_steps": self.batch_size // ranks,
             "gradient_clipping": self.gradient_clipping,
             "optimizer.type": "AdamW",
             "optimizer.params.lr": self.lr,
@@ -94,58 +111,81 @@ def train(
     data: TrainingData,
     config: TrainConfig,
     run: Path,
+    stop: StopSignal,
+    held_out: Texts,
 ) -> bool:
-    """Train to ``config.steps`` from the run's latest checkpoint; False if a signal stopped it before."""
-    rank, ranks, stop = dist.get_rank(), dist.get_world_size(), StopSignal()
+    """Train to ``config.steps`` from the run's last whole checkpoint; False if a signal stopped it before."""
     state = checkpoint.resume(student, run / CHECKPOINTS)
-    log = _Log(run / LOG, state, config.steps) if rank == 0 else None
+    log = RunLog(run / LOG, student, state, config.steps) if dist.get_rank() == 0 else None
     stopped = False
     while state.step < config.steps and not stopped:
-        began, lr = time.monotonic(), student.get_lr()[0]
-        sums = torch.zeros(4, device=device())  # loss, KL, tokens, ranks told to stop
-        for _ in range(config.gradient_accumulation_steps):
-            sample = data.sample(state.samples + rank).to(device())
-            loss, kl = student(sample.input_ids, teacher(sample))
-            student.backward(loss)
-            student.step()
-            sums[:2] += torch.stack([loss.detach(), kl])
-            sums[2] += sample.input_ids.shape[1] - 1
-            state.samples += ranks
-        sums[3] = stop.received
-        dist.all_reduce(sums)
-        loss_sum, kl_sum, tokens, told_to_stop = sums.tolist()
-        stopped = told_to_stop > 0
-        state.step += 1
-        state.tokens += int(tokens)
-        state.seconds += time.monotonic() - began
+        figures, stopped = take_step(student, teacher, data, config, state, stop)
+        check_sane(figures, config, state, run / CHECKPOINTS)
+        due = state.step % config.eval_every == 0 or state.step == config.steps
+        if held_out and due and not stopped:  # who is told to stop has seconds
+            figures |= {f"ppl_{name}": ppl for name, ppl in perplexities(student, held_out, device()).items()}
         if log is not None:
-            sequences = ranks * config.gradient_accumulation_steps
-            log.step(state, loss_sum / sequences, kl_sum / sequences, lr, student.get_global_grad_norm())
+            log.step(state, figures)
         if state.step % config.save_every == 0 or state.step == config.steps or stopped:
             checkpoint.save(student, run / CHECKPOINTS, state, config.keep)
     return state.step == config.steps
 
 
-class _Log:
-    """One JSON line a step, and a progress bar with rate and ETA."""
+def take_step(
+    student: deepspeed.DeepSpeedEngine,
+    teacher: Callable[[Sample], Targets],
+    data: TrainingData,
+    config: TrainConfig,
+    state: TrainState,
+    stop: StopSignal,
+) -> tuple[dict[str, float], bool]:
+    """One optimizer step on the next ``config.batch_size`` samples; its figures, and whether any rank must stop."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    began, lr = time.monotonic(), student.get_lr()[0]
+    learned = torch.zeros(2, dtype=torch.float64, device=device())  # loss, KL
+    done = [0.0, 0.0]  # tokens, FLOPs
+    for _ in range(config.batch_size // ranks):
+        number = state.samples + rank
+        sample = data.sample(number).to(device())
+        torch.manual_seed(config.seed + number)  # dropout, where a model has it, belongs to the sample
+        loss, kl = student(sample.input_ids, teacher(sample))
+        student.backward(loss)
+        student.step()
+        tokens = sample.input_ids.shape[1] - 1
+        learned += torch.stack([loss.detach(), kl])
+        done[0] += tokens
+        done[1] += flops.distillation(student.module.student.config, tokens, isinstance(teacher, Teacher))
+        state.samples += ranks
+    sums = torch.cat([learned, learned.new_tensor([*done, stop.received])])
+    dist.all_reduce(sums)
+    loss_sum, kl_sum, token_sum, flops_sum, told_to_stop = sums.tolist()
+    seconds = time.monotonic() - began
+    state.step += 1
+    state.tokens += int(token_sum)
+    state.seconds += seconds
+    figures = {
+        "loss": loss_sum / config.batch_size,
+        "kl": kl_sum / config.batch_size,
+        "lr": lr,
+        "grad_norm": float(student.get_global_grad_norm()),
+        "tokens_per_second": round(token_sum / seconds, 1),
+    }
+    if config.peak_flops:
+        figures["mfu"] = round(flops_sum / seconds / (ranks * config.peak_flops), 4)
+    return figures, told_to_stop > 0
 
-    def __init__(self, path: Path, state: TrainState, steps: int):
-        records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        kept = [record for record in records if record["step"] <= state.step]  # those after it are taken again
-        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = path.open("a", buffering=1)
-        self._bar = tqdm(desc="train", total=steps, initial=state.step, unit="step", dynamic_ncols=True)
 
-    def step(self, state: TrainState, loss: float, kl: float, lr: float, grad_norm: float) -> None:
-        record = {
-            "step": state.step,
-            "loss": loss,
-            "kl": kl,
-            "lr": lr,
-            "grad_norm": float(grad_norm),
-            "tokens": state.tokens,
-            "seconds": round(state.seconds, 2),
-        }
-        self._file.write(json.dumps(record) + "\n")
-        self._bar.set_postfix(loss=f"{loss:.3f}", kl=f"{kl:.3f}", tok_s=f"{state.tokens / state.seconds:.0f}")
-        self._bar.update()
+def check_sane(figures: dict[str, float], config: TrainConfig, state: TrainState, checkpoints: Path) -> None:
+    """Raise UserError, on all ranks alike, for a loss or gradient that is not finite, or a loss that explodes."""
+    loss, norm = figures["loss"], figures["grad_norm"]
+    advice = f"The last good checkpoint is {checkpoint.latest(checkpoints)}; a lower lr or a longer warm-up may help."
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise UserError(f"At step {state.step} the loss is {loss} and the gradient norm {norm}. {advice}")
+    known = state.step > _STEPS_BEFORE_JUDGING
+    if config.max_loss_ratio and known and loss > config.max_loss_ratio * state.average_loss:
+        raise UserError(
+            f"At step {state.step} the loss is {loss:.3g}, more than max_loss_ratio={config.max_loss_ratio:g} times "
+            f"its average of {state.average_loss:.3g}. {advice}"
+        )
+    weight = max(1 / state.step, 1 / _STEPS_BEFORE_JUDGING)
+    state.average_loss += weight * (loss - state.average_loss)

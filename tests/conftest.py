@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -97,7 +98,9 @@ def environment(compiled: bool = False) -> dict[str, str]:
     return os.environ | fixed | ({} if compiled else {"TORCHDYNAMO_DISABLE": "1"})
 
 
-def start_training(ranks: int, *flags: str, script: str = "train", compiled: bool = False) -> subprocess.Popen:
+def start_training(
+    ranks: int, *flags: str, script: str = "train", compiled: bool = False, output: int | IO = subprocess.PIPE
+) -> subprocess.Popen:
     """``deepspeed launch/train.py`` on CPU ranks, in a process group of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -111,7 +114,7 @@ def start_training(ranks: int, *flags: str, script: str = "train", compiled: boo
     ]
     command = [*launcher, str(ROOT / "launch" / f"{script}.py"), *flags]
     return subprocess.Popen(
-        command, env=environment(compiled), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        command, env=environment(compiled), cwd=ROOT, text=True, stdout=output, stderr=subprocess.STDOUT,
         start_new_session=True,
     )  # fmt: skip
 

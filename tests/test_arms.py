@@ -32,7 +32,16 @@ ARMS = {
 
 
 def flags(model, data, output) -> list[str]:
-    return [f"--model={model}", f"--data={data}", f"--output={output}", JSON, "--steps=20", "--lr=1e-3", "--w_bits=3"]
+    return [
+        f"--model={model}",
+        f"--data={data}",
+        f"--output={output}",
+        JSON,
+        "--steps=20",
+        "--lr=1e-3",
+        "--w_bits=3",
+        "--batch_size=2",
+    ]
 
 
 def falls(run) -> bool:

@@ -1,8 +1,137 @@
+"""Checkpoints: what is damaged is passed over, what cannot be written costs nothing. A real engine, on one rank."""
+
+import json
+import os
+import subprocess
 from pathlib import Path
 
+import deepspeed
 import pytest
+import torch
+from conftest import ROOT
 
-from qat.checkpoint import _superseded
+from qat import checkpoint, engines
+from qat.checkpoint import MANIFEST, TrainState, _superseded
+from qat.errors import UserError
+
+OPTIMIZER_FILE = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank():
+    """This process as the only rank. What other tests' processes inherit stays as it was."""
+    before = dict(os.environ)
+    engines.init_distributed()
+    yield
+    torch.distributed.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def engine(seed: int = 0) -> deepspeed.DeepSpeedEngine:
+    torch.manual_seed(seed)
+    config = json.loads((ROOT / "ds_configs" / "zero3_cpu.json").read_text())
+    config |= {"gradient_accumulation_steps": 1, "gradient_clipping": 0.0}
+    config["optimizer"]["params"]["lr"] = 0.01
+    made, *_ = deepspeed.initialize(model=torch.nn.Linear(64, 64), config=config)
+    return made
+
+
+def learn(student: deepspeed.DeepSpeedEngine, step: int) -> float:
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(step)).to(student.device)
+    loss = (student(x) - x.flip(1)).square().mean()
+    student.backward(loss)
+    student.step()
+    return loss.item()
+
+
+def train(student: deepspeed.DeepSpeedEngine, directory: Path, state: TrainState, steps: int, keep: int = 2):
+    """Train to ``steps`` with a checkpoint every other step; the losses."""
+    losses = []
+    while state.step < steps:
+        losses.append(learn(student, state.step))
+        state.step += 1
+        if state.step % 2 == 0:
+            checkpoint.save(student, directory, state, keep)
+    return losses
+
+
+@pytest.fixture
+def trained(tmp_path) -> Path:
+    """Checkpoints of the steps 2, 4 and 6."""
+    train(engine(), tmp_path / "checkpoints", TrainState(), 6, keep=3)
+    return tmp_path / "checkpoints"
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "another checksum": lambda folder: flip(folder / OPTIMIZER_FILE),
+    "bytes, not": lambda folder: os.truncate(folder / OPTIMIZER_FILE, 1000),
+    "is missing": lambda folder: (folder / OPTIMIZER_FILE).unlink(),
+    "half-written": lambda folder: (folder / MANIFEST).unlink(),
+    "manifest.json is damaged": lambda folder: (folder / MANIFEST).write_text('{"ranks": 1, "fil'),
+}
+
+
+@pytest.mark.parametrize("found", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_and_the_run_goes_on_exactly(found, trained, caplog):
+    DAMAGES[found](trained / "step-000006")
+    resumed = engine(seed=1)
+    state = checkpoint.resume(resumed, trained)
+    assert state.step == 4
+    assert found in caplog.text
+    uninterrupted = train(engine(), trained.parent / "other", TrainState(), 8)
+    assert train(resumed, trained, state, 8) == uninterrupted[4:]
+    assert checkpoint.resume(engine(seed=1), trained).step == 8, "what was damaged has been written anew"
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_anew_in_silence(trained):
+    for folder in trained.glob("step-*"):
+        flip(folder / OPTIMIZER_FILE)
+    with pytest.raises(UserError, match=r"No checkpoint in .* is whole any more"):
+        checkpoint.resume(engine(), trained)
+
+
+def test_a_run_that_was_killed_in_its_first_save_starts_anew(trained):
+    (trained / checkpoint.LATEST).unlink()
+    for folder in trained.glob("step-*"):
+        (folder / MANIFEST).unlink()
+    assert checkpoint.resume(engine(), trained) == TrainState()
+
+
+def test_a_full_disk_costs_nothing(trained, tmp_path):
+    """A file system that is too small for one more checkpoint: the kernel refuses the write."""
+    small = tmp_path / "small"
+    small.mkdir()
+    size = sum(file.stat().st_size for file in (trained / "step-000002").iterdir())
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size * 3 // 2 // 1024}k", "tmpfs", str(small)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    try:
+        student, state = engine(), TrainState()
+        train(student, small, state, 2, keep=1)
+        with pytest.raises(UserError, match=r"step-000004 could not be written .*last whole checkpoint is .*-000002"):
+            train(student, small, state, 4, keep=1)
+        assert [path.name for path in small.glob("step-*")] == ["step-000002"], "no half checkpoint fills the disk"
+        resumed = engine(seed=1)
+        state = checkpoint.resume(resumed, small)
+        assert train(resumed, tmp_path / "room", state, 6) == train(engine(), tmp_path / "other", TrainState(), 6)[2:]
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_size_and_duration_are_written_down(trained):
+    manifest = json.loads((trained / "step-000006" / MANIFEST).read_text())
+    files = [path for path in (trained / "step-000006").iterdir() if path.name != MANIFEST]
+    assert manifest["bytes"] == sum(path.stat().st_size for path in files)
+    assert manifest["seconds"] >= 0
+    assert manifest["ranks"] == 1
+    assert sorted(manifest["files"]) == sorted(path.name for path in files)
 
 
 @pytest.mark.parametrize(

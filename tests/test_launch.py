@@ -85,12 +85,20 @@ def test_shards_of_another_tokenizer(monkeypatch, tiny_directory, tiny_data, tmp
             "optimizer.params.lr = 0.001, the flags say 2e-05",
         ),
         ({"train_micro_batch_size_per_gpu": 4}, "train_micro_batch_size_per_gpu = 4, the flags say 1"),
-        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps = 2, the flags say 1"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps = 2, the flags say 8"),
         ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage to 3"),
-        ({"train_batch_size": 8}, "train_batch_size = 8, the flags say 1"),
+        ({"train_batch_size": 4}, "train_batch_size = 4, the flags say 8"),
         ({"bf16": {"enabled": "auto"}}, 'bf16.enabled = "auto", but no flag sets it'),
         ({"tensor_parallel": {"autotp_size": 2}}, "AutoTP"),
         ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_quantized_weights"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, "zero_quantized_gradients"),
+        ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "most bf16 weights never move"),
+        ({"torch_autocast": {"enabled": True}}, "torch_autocast"),
+        ({"checkpoint": {"load_universal": True}}, "sets checkpoint"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/nowhere"}}},
+            "puts offload_optimizer on /nowhere",
+        ),
     ],
 )
 def test_deepspeed_json_that_contradicts_the_flags(change, named, monkeypatch, tiny_directory, tiny_data, tmp_path):

@@ -1,30 +1,40 @@
 """Real runs: ``deepspeed launch/train.py``, ZeRO-3, on CPU ranks."""
 
 import json
+import math
 import os
+import shutil
 import signal
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, finish, kill, start_training
+from conftest import ROOT, finish, generate_flags, kill, run_python, start_training, tiny_model
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_launch import error_of
+from torch.utils.flop_counter import FlopCounterMode
 
-from qat import export, models
+from launch import cli
+from launch.train import Paths
+from qat import export, flops, models
+from qat.checkpoint import TrainState
 from qat.data import TrainingData
 from qat.distill import Distiller, TeacherTargets, predicting
+from qat.errors import UserError
 from qat.prepare import QuantConfig, integer_product, multiply_integers, prepare
-from qat.training import TrainConfig
+from qat.training import TrainConfig, check_sane
 
 STEPS = 12  # two passes over the 12 sequences
-CONFIG = TrainConfig(steps=STEPS, lr=1e-3, warmup_steps=2)
+CONFIG = TrainConfig(steps=STEPS, lr=1e-3, warmup_steps=2, batch_size=2)
 QUANT = QuantConfig(w_bits=3)  # coarse: much to learn in few steps
 
 
-def flags(model: Path, data: Path, output: Path, ds_config: str = "zero3_cpu.json") -> list[str]:
+def flags(model: Path, data: Path, output: Path, ds_config: str | Path = "zero3_cpu.json") -> list[str]:
     places = [f"--model={model}", f"--data={data}", f"--output={output}"]
     json_file = f"--deepspeed={ROOT / 'ds_configs' / ds_config}"
     return [
@@ -33,6 +43,7 @@ def flags(model: Path, data: Path, output: Path, ds_config: str = "zero3_cpu.jso
         f"--steps={STEPS}",
         "--lr=1e-3",
         "--warmup_steps=2",
+        "--batch_size=2",
         "--w_bits=3",
         "--save_every=5",
     ]
@@ -46,11 +57,25 @@ def losses(run: Path) -> list[tuple[float, float, float]]:
     return [(record["loss"], record["kl"], record["grad_norm"]) for record in log_of(run)]
 
 
+HELD_OUT = 5
+"""Sequences to validate on: an odd number on two ranks."""
+
+
 @pytest.fixture(scope="module")
-def run(tiny_directory, tiny_data, tmp_path_factory) -> Path:
-    """An uninterrupted run on two ranks."""
+def held_out_data(tiny_directory, tmp_path_factory) -> Path:
+    """Sequences that are not trained on."""
+    directory = tmp_path_factory.mktemp("held_out") / "shards"
+    run_python("generate", *generate_flags(tiny_directory, directory), "--seed=1")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def run(tiny_directory, tiny_data, held_out_data, tmp_path_factory) -> Path:
+    """An uninterrupted run on two ranks, with all that can be measured on the way."""
     output = tmp_path_factory.mktemp("run") / "whole"
-    finish(start_training(2, *flags(tiny_directory, tiny_data, output)))
+    text = [f"--eval_text={ROOT / 'LICENSE'}", "--eval_window=64"]
+    measured = [f"--eval_data={held_out_data}", *text, f"--eval_sequences={HELD_OUT}", "--eval_every=8"]
+    finish(start_training(2, *flags(tiny_directory, tiny_data, output), *measured, "--peak_flops=1e9"))
     return output
 
 
@@ -110,7 +135,7 @@ def test_killed_and_resumed_equals_uninterrupted(run, weights, tiny_directory, t
 
 def test_a_signal_saves_and_the_run_goes_on(run, weights, tiny_directory, tiny_data, tmp_path):
     output = tmp_path / "signalled"
-    process = start_training(1, *flags(tiny_directory, tiny_data, output), "--gradient_accumulation_steps=2")
+    process = start_training(1, *flags(tiny_directory, tiny_data, output))
     while process.poll() is None and not (output / "log.jsonl").exists():
         time.sleep(0.02)
     assert process.poll() is None, process.communicate()[0]
@@ -118,10 +143,137 @@ def test_a_signal_saves_and_the_run_goes_on(run, weights, tiny_directory, tiny_d
     process.communicate(timeout=120)
     saved = (output / "checkpoints" / "latest").read_text()
     assert int(saved.removeprefix("step-")) == len(log_of(output)) < STEPS
-    finish(start_training(1, *flags(tiny_directory, tiny_data, output), "--gradient_accumulation_steps=2"))
+    finish(start_training(1, *flags(tiny_directory, tiny_data, output)))
     # One rank that accumulates two sequences takes the same global batches as two ranks.
     for one, two in zip(losses(output), losses(run), strict=True):
         assert one == pytest.approx(two, rel=1e-3)
+
+
+def test_another_number_of_ranks_goes_on_with_the_same_batches(run, weights, tiny_directory, tiny_data, tmp_path):
+    """2 -> 1 -> 2, each killed in between. Small groups of Parameters: each has a count of its own of Adam's steps."""
+    output, small_groups = tmp_path / "resized", tmp_path / "small_groups.json"
+    ds_config = json.loads((ROOT / "ds_configs" / "zero3_cpu.json").read_text())
+    ds_config["zero_optimization"]["sub_group_size"] = 20_000
+    small_groups.write_text(json.dumps(ds_config))
+    command = [*flags(tiny_directory, tiny_data, output, small_groups), "--save_every=3"]
+    for ranks, enough in ((2, "step-000003"), (1, "step-000006")):
+        process = start_training(ranks, *command)
+        while process.poll() is None and latest(output) < enough:
+            time.sleep(0.01)
+        assert process.poll() is None, process.communicate()[0]
+        kill(process)
+    printed = finish(start_training(2, *command))
+    assert "written by 1 ranks, for 2" in printed
+    for resized, whole in zip(losses(output), losses(run), strict=True):
+        assert resized == pytest.approx(whole, rel=1e-3)
+    resumed = load_file(output / "final" / "model.safetensors")
+    for name, weight in weights.items():
+        torch.testing.assert_close(resumed[name], weight, rtol=0, atol=2e-4, msg=name)
+    for file in (output / "checkpoints" / latest(output)).glob("*_optim_states.pt"):
+        adam = torch.load(file, weights_only=False)["optimizer_state_dict"]["optimizer_state_dict"]["state"]
+        assert len(adam) > 1
+        assert {int(group["step"]) for group in adam.values()} == {STEPS}
+
+
+def latest(output: Path) -> str:
+    pointer = output / "checkpoints" / "latest"
+    return pointer.read_text() if pointer.exists() else ""
+
+
+@pytest.mark.parametrize("size", ["7b", "13b", "30b"])
+def test_the_recipes_are_the_papers(size, monkeypatch):
+    recipe = ROOT / "launch" / "recipes" / f"{size}.yaml"
+    places = ["--model=m", "--data=d", "--output=o"]
+    monkeypatch.setattr("sys.argv", ["train.py", f"--config={recipe}", *places])
+    _, quant, config = cli.parse("", Paths, QuantConfig, TrainConfig)
+    assert str(quant) == "4-8-4"
+    assert config.batch_size == 8
+    assert config.lr == 2e-5
+    assert [replace(config, steps=100).lr_factor(step) for step in (0, 50, 100)] == pytest.approx([1, 0.5, 0])
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused(monkeypatch, tiny_directory, tiny_data, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    message = error_of(monkeypatch, "train", *flags(tiny_directory, tiny_data, tmp_path / "out"))
+    assert "batch_size=2 cannot be shared by 3 ranks" in message
+
+
+def test_an_output_that_cannot_be_written_to_is_refused(monkeypatch, tiny_directory, tiny_data, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    message = error_of(monkeypatch, "train", *flags(tiny_directory, tiny_data, tmp_path / "file" / "run"))
+    assert "cannot be written to" in message
+
+
+def test_a_vanished_shard_is_named_and_the_checkpoint_stays(run, monkeypatch, tiny_directory, tiny_data, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    (data / "shard-00001.parquet").unlink()
+    message = error_of(monkeypatch, "train", *flags(tiny_directory, data, run))
+    assert "8 of its 12 sequences" in message
+    assert latest(run) == f"step-{STEPS:06d}"
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "found"),
+    [
+        (math.nan, 1.0, "the loss is nan"),
+        (2.0, math.inf, "gradient norm inf"),
+        (12.0, 1.0, "more than max_loss_ratio=4"),
+    ],
+)
+def test_a_loss_that_is_not_finite_or_explodes_stops_the_run(loss, norm, found, tmp_path):
+    (tmp_path / "latest").write_text("step-000020")
+    state = TrainState()
+    for step in range(1, 41):
+        state.step = step
+        check_sane({"loss": 2.0 + step % 2, "grad_norm": 1.0}, CONFIG, state, tmp_path)
+    assert state.average_loss == pytest.approx(2.5, abs=0.1)
+    state.step += 1
+    with pytest.raises(UserError, match=found) as stopped:
+        check_sane({"loss": loss, "grad_norm": norm}, CONFIG, state, tmp_path)
+    assert "The last good checkpoint is " + str(tmp_path / "step-000020") in str(stopped.value)
+
+
+def test_validation_is_the_perplexity_of_the_quantized_student(run, tiny_directory, held_out_data):
+    """What the run logged of its held-out shards, against evaluation of the trained student in one process."""
+    student = export.load(str(run / "final"), torch.float32)
+    data = TrainingData(held_out_data, models.load_tokenizer(str(tiny_directory)), 0)
+    nats = tokens = 0.0
+    for number in range(HELD_OUT):
+        ids = data.sequence(number).input_ids
+        logits = student(ids).logits[0, :-1]
+        nats += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+        tokens += ids.shape[1] - 1
+    evaluated = [record for record in log_of(run) if "ppl_generated" in record]
+    assert [record["step"] for record in evaluated] == [8, STEPS]
+    assert evaluated[-1]["ppl_generated"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
+    assert all("ppl_text" in record for record in evaluated)
+
+
+def test_the_training_data_is_not_validated_on(monkeypatch, tiny_directory, tiny_data, tmp_path):
+    message = error_of(
+        monkeypatch, "train", *flags(tiny_directory, tiny_data, tmp_path / "out"), f"--eval_data={tiny_data}"
+    )
+    assert "is what is trained on" in message
+
+
+def test_tensorboard_gets_what_the_log_has(run):
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    for name in ("loss", "kl", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_gb"):
+        points = {event.step: event.value for event in events.Scalars(f"train/{name}")}
+        assert points == {record["step"]: pytest.approx(record[name], rel=1e-6) for record in log_of(run)}, name
+
+
+def test_model_flops_are_those_that_pytorch_counts():
+    model, tokens = tiny_model(tie_word_embeddings=False), 24
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, tokens, dtype=torch.long))
+    counted = counter.get_flop_counts()["Global"]
+    matrices = 2 * flops.matrix_elements(model.config) * tokens
+    assert counted[torch.ops.aten.mm] == matrices
+    # Eager attention computes the whole square of scores, of which we count the causal half.
+    assert counted[torch.ops.aten.bmm] == 2 * (flops.forward(model.config, tokens) - matrices)
 
 
 def test_the_trained_student_exports_and_reloads_bit_for_bit(run, tmp_path):
@@ -139,6 +291,38 @@ def test_the_gpu_configuration_computes_in_bf16(run, tiny_directory, tiny_data, 
     assert all(weight.dtype == torch.bfloat16 for weight in load_file(output / "final" / "model.safetensors").values())
     for bf16, fp32 in zip(losses(output), losses(run), strict=True):
         assert bf16[0] == pytest.approx(fp32[0], rel=0.02)
+
+
+@pytest.mark.slow  # builds DeepSpeed's Adam for the host, and its asynchronous reads and writes: minutes, once
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        ("zero3_offload_optimizer.json", "teacher_zero3.json"),
+        ("zero3_offload.json", "teacher_zero3_offload.json"),
+        ("zero3_nvme.json", "teacher_zero3_offload.json"),
+    ],
+)
+def test_every_way_of_running_learns_the_same_and_survives_a_kill(
+    student, teacher, run, tiny_directory, tiny_data, tmp_path
+):
+    ds_config = json.loads((ROOT / "ds_configs" / student).read_text())
+    if student == "zero3_nvme.json":
+        if not AsyncIOBuilder().is_compatible(verbose=False):
+            pytest.skip("DeepSpeed's asynchronous reads and writes need libaio-dev")
+        ds_config["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(tmp_path)
+    (tmp_path / student).write_text(json.dumps(ds_config))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    more = [f"--teacher_deepspeed={ROOT / 'ds_configs' / teacher}", "--save_every=3"]
+    finish(start_training(2, *flags(tiny_directory, tiny_data, whole, tmp_path / student), *more))
+    for bf16, fp32 in zip(losses(whole), losses(run), strict=True):
+        assert bf16[0] == pytest.approx(fp32[0], rel=0.02)
+    process = start_training(2, *flags(tiny_directory, tiny_data, killed, tmp_path / student), *more)
+    while process.poll() is None and not latest(killed):
+        time.sleep(0.01)
+    assert process.poll() is None, process.communicate()[0]
+    kill(process)
+    finish(start_training(2, *flags(tiny_directory, tiny_data, killed, tmp_path / student), *more))
+    assert losses(killed) == losses(whole)
 
 
 def test_a_finished_run_is_left_alone(run, tiny_directory, tiny_data):

@@ -1,0 +1,100 @@
+"""Memory of the ranks while a checkpoint of several GB is read: each may hold its part, and never the whole.
+
+python benchmarks/reading.py
+
+Writes a checkpoint of random weights, lets two CPU ranks read it as the training does, and reports the most that each
+has held resident. That includes pages of the file itself, which the kernel takes back when it needs them; what the
+process has allocated is reported beside it.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import common
+import torch
+import torch.distributed as dist
+from scaling import free_port
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from launch import cli
+from qat import engines, models
+from qat.run_log import peak_memory
+from qat.training import TrainConfig
+
+
+@dataclass(frozen=True)
+class ReadingBenchmark:
+    """What is measured.
+
+    Args:
+        layers: decoder blocks of LLaMA-7B's proportions and half its width, 51 million parameters each
+        deepspeed: how to run
+        json: file for the figures
+        worker: set for the ranks that this command starts: the folder of the model
+    """
+
+    layers: int = 14
+    deepspeed: Path = Path("ds_configs/zero3_cpu.json")
+    json: Path | None = None
+    worker: Path | None = None
+
+
+def main() -> None:
+    (config,) = cli.parse(__doc__, ReadingBenchmark)
+    if config.worker:
+        rank(config, config.worker)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        write_model(config, model)
+        size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+        launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", 2, "--master_port", free_port()]
+        command = [*launcher, __file__, f"--deepspeed={config.deepspeed}", f"--worker={model}"]
+        subprocess.run([str(part) for part in command], check=True)
+        ranks = json.loads((model / "ranks.json").read_text())
+    figures = {"checkpoint_gb": size / 1e9}
+    for number, (before, peak, anonymous) in enumerate(ranks):
+        figures |= {
+            f"rank{number}_before_gb": before / 1e9,
+            f"rank{number}_peak_resident_gb": peak / 1e9,
+            f"rank{number}_allocated_after_gb": anonymous / 1e9,
+        }
+    common.write(config.json, figures)
+
+
+def write_model(config: ReadingBenchmark, directory: Path) -> None:
+    shape = LlamaConfig(
+        vocab_size=32000, hidden_size=2048, intermediate_size=5504, num_hidden_layers=config.layers,
+        num_attention_heads=16, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
+    model.save_pretrained(directory, max_shard_size="500MB")
+
+
+def rank(config: ReadingBenchmark, model: Path) -> None:
+    ds_config = engines.resolve_ds_config(config.deepspeed, TrainConfig(batch_size=2).ds_settings(2))
+    engines.init_distributed()
+    before = peak_memory()
+    with engines.partitioned_reading(ds_config):
+        student = models.load(str(model), torch.float32)
+    own = sum(parameter.ds_tensor.numel() for parameter in student.parameters())
+    assert own * 4 < 0.51 * sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    figures: list = [None, None]
+    dist.all_gather_object(figures, (before, peak_memory(), anonymous_memory()))
+    if dist.get_rank() == 0:
+        (model / "ranks.json").write_text(json.dumps(figures))
+
+
+def anonymous_memory() -> int:
+    """Bytes resident that are no file's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+if __name__ == "__main__":
+    cli.run(main)

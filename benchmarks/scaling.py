@@ -1,0 +1,200 @@
+"""Training on 1 and 2 ranks: tokens per second, bytes on the wire, memory, and what our loop and a checkpoint cost.
+
+python benchmarks/scaling.py
+
+The model has random weights and, by default, the widths of SmolLM2-135M. A step takes one sequence per rank. "Bare" is
+teacher, forward, backward and optimizer step and nothing else: no figures, checks or log. Bytes are those that TCP
+says each rank has received, on CPU ranks; the formula is that of ``launch/plan.py``.
+"""
+
+import json
+import os
+import socket
+import stat
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import common
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from launch import cli, plan
+from qat import checkpoint, engines, training
+from qat.data import Sample
+from qat.preemption import StopSignal
+from qat.prepare import QuantConfig
+from qat.run_log import RunLog, peak_memory
+from qat.training import TrainConfig
+
+_RECEIVED = slice(128, 136)
+"""Where TCP_INFO holds the bytes that a connection has received, in Linux's tcp.h."""
+
+
+@dataclass(frozen=True)
+class ScalingBenchmark:
+    """What is measured.
+
+    Args:
+        layers: decoder blocks of the model
+        hidden: its width
+        vocabulary: its tokens
+        tokens: length of a sequence
+        repeats: steps of each kind, of which the median counts
+        deepspeed: how to run
+        json: file for the figures
+        worker: set for the ranks that this command starts: the folder of the model
+    """
+
+    layers: int = 30
+    hidden: int = 576
+    vocabulary: int = 49152
+    tokens: int = 256
+    repeats: int = 5
+    deepspeed: Path = Path("ds_configs/zero3_cpu.json")
+    json: Path | None = None
+    worker: Path | None = None
+
+
+def main() -> None:
+    (config,) = cli.parse(__doc__, ScalingBenchmark)
+    if config.worker:
+        rank(config, config.worker)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        write_model(config, model)
+        measured = {ranks: start(config, model, ranks) for ranks in (1, 2)}
+    one, two = measured[1], measured[2]
+    figures = {
+        "tokens_per_second_1_rank": config.tokens / one["ours"],
+        "tokens_per_second_2_ranks": 2 * config.tokens / two["ours"],
+        "speedup_of_2_ranks": 2 * one["ours"] / two["ours"],
+        "loop_over_bare_engine": two["ours"] / two["bare"],
+        "gb_received_per_rank_and_step": two["received"] / 1e9,
+        "received_over_formula": two["received"] / two["formula"],
+        "checkpoint_gb": two["saved"] / 1e9,
+        "checkpoint_seconds": two["saving"],
+        "peak_gb_per_rank_1": one["peak"] / 1e9,
+        "peak_gb_per_rank_2": two["peak"] / 1e9,
+        "peak_over_plan_2_ranks": two["peak"] / two["planned"],
+    }
+    common.write(config.json, figures)
+
+
+def write_model(config: ScalingBenchmark, directory: Path) -> None:
+    shape = LlamaConfig(
+        vocab_size=config.vocabulary, hidden_size=config.hidden, intermediate_size=config.hidden * 8 // 3,
+        num_hidden_layers=config.layers, num_attention_heads=config.hidden // 64,
+        num_key_value_heads=config.hidden // 192, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(shape, dtype=torch.float32).save_pretrained(directory)
+
+
+def start(config: ScalingBenchmark, model: Path, ranks: int) -> dict[str, float]:
+    """The figures of ``ranks`` ranks, from a process for each."""
+    flags = [f"--{name}={getattr(config, name)}" for name in ("tokens", "repeats", "deepspeed")]
+    launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", ranks, "--master_port", free_port()]
+    command = [str(part) for part in (*launcher, __file__, *flags, f"--worker={model}")]
+    subprocess.run(command, check=True)
+    return json.loads((model / f"{ranks}.json").read_text())
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def rank(config: ScalingBenchmark, model: Path) -> None:
+    """One rank's part: the two kinds of steps take turns."""
+    stop, ranks = StopSignal(), cli.ranks()
+    settings = TrainConfig(steps=1000, batch_size=ranks)
+    ds_config = engines.resolve_ds_config(config.deepspeed, settings.ds_settings(ranks))
+    engines.init_distributed()
+    data = RandomSequences(config.tokens, LlamaConfig.from_pretrained(model).vocab_size)
+    teacher = engines.Teacher(str(model), engines.teacher_ds_config(ds_config))
+    student = engines.student_engine(
+        str(model), QuantConfig(), ds_config, settings.lr_factor, settings.gradient_checkpointing, settings.loss
+    )
+    state = checkpoint.TrainState()
+    log = RunLog(model / "log.jsonl", student, state, settings.steps) if cli.is_first_rank() else None
+
+    def ours() -> None:
+        figures, _ = training.take_step(student, teacher, data, settings, state, stop)
+        training.check_sane(figures, settings, state, model)
+        if log:
+            log.step(state, figures)
+
+    def bare() -> None:
+        sample = data.sample(cli.rank()).to(engines.device())
+        loss, _ = student(sample.input_ids, teacher(sample))
+        student.backward(loss)
+        student.step()
+
+    seconds: dict[str, list[float]] = {"ours": [], "bare": []}
+    received = []
+    for turn in range(config.repeats + 2):  # the first two of each compile and trace
+        for name, step in (("ours", ours), ("bare", bare)):
+            taken, came = measured(step)
+            if turn > 1:
+                seconds[name].append(taken)
+                received.append(came)
+    checkpoint.save(student, model / "checkpoints", state, keep=1)
+    if cli.is_first_rank():
+        planned = plan.plan(
+            LlamaConfig.from_pretrained(model), ds_config, ds_config, plan.Machine(gpus=ranks), config.tokens
+        )
+        figures = {name: statistics.median(values) for name, values in seconds.items()}
+        figures |= {"received": statistics.median(received), "peak": peak_memory()}
+        figures |= {"formula": planned.received_per_step, "planned": planned.peak}
+        saved = json.loads(next((model / "checkpoints").glob(f"*/{checkpoint.MANIFEST}")).read_text())
+        figures |= {"saved": saved["bytes"], "saving": saved["seconds"]}
+        (model / f"{ranks}.json").write_text(json.dumps(figures))
+
+
+class RandomSequences:
+    """In the place of TrainingData."""
+
+    def __init__(self, tokens: int, vocabulary: int):
+        self._tokens, self._vocabulary = tokens, vocabulary
+
+    def sample(self, number: int) -> Sample:
+        generator = torch.Generator().manual_seed(number)
+        return Sample(number, torch.randint(self._vocabulary, (1, self._tokens), generator=generator))
+
+
+def measured(step: Callable[[], None]) -> tuple[float, int]:
+    """Seconds of a step that all ranks begin together, and the bytes that this rank received in it."""
+    dist.barrier()
+    before, began = received_bytes(), time.perf_counter()
+    step()
+    return time.perf_counter() - began, received_bytes() - before
+
+
+def received_bytes() -> int:
+    """What all TCP connections of this process have received so far."""
+    total = 0
+    for descriptor in os.listdir("/proc/self/fd"):
+        try:
+            is_socket = stat.S_ISSOCK(os.fstat(int(descriptor)).st_mode)
+        except OSError:
+            continue  # the listing's own, closed by now
+        if not is_socket:
+            continue
+        with socket.socket(fileno=os.dup(int(descriptor))) as connection:
+            if connection.type == socket.SOCK_STREAM and connection.family in (socket.AF_INET, socket.AF_INET6):
+                info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+                total += int.from_bytes(info[_RECEIVED], sys.byteorder)
+    return total
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,24 @@
+"""Floating-point operations of a training step, for model FLOP utilisation and for planning."""
+
+from transformers import PretrainedConfig
+
+
+def matrix_elements(config: PretrainedConfig) -> int:
+    """Weights that every token is multiplied with: the linear layers and the output layer, not the embedding."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    layer = config.hidden_size * (2 * queries + 2 * keys) + 3 * config.hidden_size * config.intermediate_size
+    return config.num_hidden_layers * layer + config.vocab_size * config.hidden_size
+
+
+def forward(config: PretrainedConfig, tokens: int) -> float:
+    """Operations of one forward pass over a sequence: 2 per weight and token, and causal attention's two products."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = config.num_hidden_layers * 2 * config.num_attention_heads * head * tokens**2
+    return 2.0 * matrix_elements(config) * tokens + attention
+
+
+def distillation(config: PretrainedConfig, tokens: int, teacher: bool) -> float:
+    """Operations of one sequence's training: the student's forward and twice that for backward, and the teacher's
+    forward. What gradient checkpointing computes again is not counted: it is no progress."""
+    return (3 + teacher) * forward(config, tokens)

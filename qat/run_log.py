@@ -1,0 +1,64 @@
+"""What a run says: one JSON line a step in ``log.jsonl``, a progress bar, and DeepSpeed's monitors."""
+
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from tqdm import tqdm
+
+from qat.checkpoint import TrainState
+from qat.errors import UserError
+from qat.files import write_atomically
+
+
+class RunLog:
+    """The first rank's log.
+
+    Args:
+        path: the file; what it holds of steps after ``state.step``, which are taken again, is dropped
+        student: its monitors (TensorBoard, Weights & Biases, as the DeepSpeed JSON says) get the same figures
+    """
+
+    def __init__(self, path: Path, student: deepspeed.DeepSpeedEngine, state: TrainState, steps: int):
+        kept = [record for record in read(path) if record["step"] <= state.step] if path.exists() else []
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._path, self._file, self._steps = path, path.open("a", buffering=1), steps
+        self._monitor = student.monitor
+        self._bar = tqdm(desc="train", total=steps, initial=state.step, unit="step", dynamic_ncols=True)
+
+    def step(self, state: TrainState, figures: dict[str, Any]) -> None:
+        """Write one step's figures; raises UserError if the file cannot be written."""
+        record = {
+            "step": state.step,
+            **figures,
+            "tokens": state.tokens,
+            "seconds": round(state.seconds, 2),
+            "eta_seconds": round(state.seconds / state.step * (self._steps - state.step)),
+            "memory_gb": round(peak_memory() / 1e9, 3),
+        }
+        try:
+            self._file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(f"{self._path} cannot be written ({error}): make room and start again.") from error
+        if self._monitor.enabled:
+            numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
+            self._monitor.write_events([(f"train/{name}", value, state.step) for name, value in numbers.items()])
+        shown = {name: f"{figures[name]:.3f}" for name in ("loss", "kl")}
+        self._bar.set_postfix(shown | {"tok_s": f"{figures['tokens_per_second']:.0f}"})
+        self._bar.update()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a log; a last line that a killed run left unfinished is left out."""
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def peak_memory() -> int:
+    """Bytes that this process has held at most: on its GPU, or, without one, resident on the host."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,116 @@
+"""The batch scripts, submitted unchanged to a real SLURM. Its nodes only claim to have GPUs: the ranks run on CPUs.
+
+Where there are fewer than 8 cores, sbatch is told to start fewer ranks than the 8 that the scripts ask for.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, environment, run_python
+from drill import losses, weights
+
+SCRIPTS = ROOT / "launch" / "slurm"
+RANKS = min(8, len(os.sched_getaffinity(0)))
+FEWER = [] if RANKS == 8 else [f"--ntasks-per-node={RANKS}", f"--gpus-per-node={RANKS}"]
+STEPS = 24
+TRAINING = [f"--steps={STEPS}", "--lr=1e-3", "--w_bits=3", "--save_every=7"]
+
+pytestmark = pytest.mark.slurm
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """The environment of what is submitted: it says where SLURM is, and that there is no GPU."""
+    folder = tmp_path_factory.mktemp("slurm")
+    script = str(ROOT / "tests" / "slurm_cluster.sh")
+    subprocess.run([script, "start", str(folder)], check=True)
+    places = {"SLURM_CONF": str(folder / "slurm.conf"), "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    yield environment() | places | {"DEEPSPEED_JSON": "ds_configs/zero3_cpu.json"}
+    subprocess.run([script, "stop", str(folder)], check=True)
+
+
+class Job:
+    """A submitted batch script; ``flags`` go to the command, ``options`` to sbatch."""
+
+    def __init__(self, script: str, cluster: dict[str, str], log: Path, flags: list[str], options=FEWER, **variables):
+        self.environment = cluster | {name: str(value) for name, value in variables.items()}
+        self.log = log
+        submit = ["sbatch", "--parsable", f"--output={log}", *options, str(SCRIPTS / script), *flags]
+        self.number = self.slurm(*submit).strip()
+
+    def slurm(self, *command: str) -> str:
+        return subprocess.run(
+            command, env=self.environment, cwd=ROOT, check=True, text=True, stdout=subprocess.PIPE
+        ).stdout
+
+    def state(self) -> str:
+        return self.field("JobState")
+
+    def field(self, name: str) -> str:
+        found = re.search(rf"\b{name}=(\S+)", self.slurm("scontrol", "show", "job", self.number))
+        assert found
+        return found[1]
+
+    def wait(self, what: Callable[[], bool], seconds: int = 900) -> None:
+        until = time.monotonic() + seconds
+        while not what():
+            assert time.monotonic() < until, self.log.read_text()
+            assert self.state() not in ("FAILED", "CANCELLED"), self.log.read_text()
+            time.sleep(0.2)
+
+    def finish(self) -> None:
+        self.wait(lambda: self.state() == "COMPLETED")
+
+
+def steps_of(output: Path) -> int:
+    log = output / "log.jsonl"
+    return log.read_text().count("\n") if log.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def whole(cluster, tiny_directory, tiny_data, tmp_path_factory) -> Path:
+    """A run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    places = {"MODEL": tiny_directory, "DATA": tiny_data, "OUTPUT": folder / "run"}
+    Job("train.sbatch", cluster, folder / "log", TRAINING, **places).finish()
+    return folder / "run"
+
+
+def test_a_signalled_job_saves_requeues_itself_and_ends_as_if_nothing_had_been(
+    whole, cluster, tiny_directory, tiny_data, tmp_path
+):
+    output = tmp_path / "run"
+    places = {"MODEL": tiny_directory, "DATA": tiny_data, "OUTPUT": output}
+    job = Job("train.sbatch", cluster, tmp_path / "log", TRAINING, **places)
+    job.wait(lambda: steps_of(output) >= 3)
+    job.slurm("scancel", "--batch", "--signal=USR1", job.number)  # as --signal does before the time is up
+    job.wait(lambda: job.state() == "PENDING")
+    saved = (output / "checkpoints" / "latest").read_text()
+    assert int(saved.removeprefix("step-")) == steps_of(output) < STEPS
+    job.finish()
+    assert job.field("Restarts") == "1"
+    assert losses(output) == losses(whole)
+    assert weights(output) == weights(whole)
+
+
+def test_four_nodes_take_the_same_batches(whole, cluster, tiny_directory, tiny_data, tmp_path):
+    """One rank on each of 4 nodes, each with two sequences of a step."""
+    one_rank_each = ["--ntasks-per-node=1", "--gpus-per-node=1"]
+    places = {"MODEL": tiny_directory, "DATA": tiny_data, "OUTPUT": tmp_path / "run"}
+    Job("train_multinode.sbatch", cluster, tmp_path / "log", TRAINING, one_rank_each, **places).finish()
+    for four, one in zip(losses(tmp_path / "run"), losses(whole), strict=True):
+        assert four == pytest.approx(one, rel=1e-3)
+
+
+def test_evaluation(whole, cluster, tmp_path):
+    text = [f"--text={ROOT / 'LICENSE'}", "--window=64", "--windows=16"]
+    result = tmp_path / "result.json"
+    Job("evaluate.sbatch", cluster, tmp_path / "log", text, MODEL=whole / "final", OUTPUT=result).finish()
+    assert '"perplexity"' in result.read_text()
+    run_python("evaluate", f"--model={whole / 'final'}", *text, f"--output={result}")  # finds it there already

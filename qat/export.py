@@ -21,7 +21,7 @@ from qat import formats, llama_cpp, loading, weight_files
 from qat.errors import UserError
 from qat.evaluate import perplexity
 from qat.formats import INTEGERS, PACKED
-from qat.loading import load  # noqa: F401  (evaluation reads exports by it)
+from qat.loading import load
 from qat.prepare import CONFIG_FILE, STEPS_FILE, QuantConfig
 from qat.quantizers import FULL_PRECISION, Quantized, dequantize
 from qat.source import Student
@@ -100,6 +100,15 @@ class Verified:
     expected: float
     exported: float
     tokens: int
+
+    def sentence(self, text: str) -> str:
+        said = (
+            f"Verified: read back, the export gives the logits of the model in memory, bit for bit. Perplexity on "
+            f"{self.tokens:,} tokens of {text}: {self.trained:.3f} as trained"
+        )
+        if self.expected != self.trained:
+            said += f", {self.expected:.3f} without what this format does not hold"
+        return f"{said}, {self.exported:.3f} read back."
 
 
 @torch.inference_mode()

@@ -22,7 +22,6 @@ from qat.models import load_tokenizer
 from qat.products import speed_up
 from qat.quantizers import Grid, Quantized
 from qat.source import Student
-from qat.weight_files import skeleton
 
 FILE = "model.gguf"
 
@@ -42,10 +41,11 @@ _ARCHITECTURES = {
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
 }
-_SPLITS = {
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
-}  # fmt: skip
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}",
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+_SPLITS = {"{1,3}".join(_SPLIT): "llama-bpe", "".join(_SPLIT): "qwen2"}
 """llama.cpp's names for the ways in which a text is split before BPE."""
 
 
@@ -90,6 +90,7 @@ def write(student: Student, output: Path) -> None:
     gguf.SpecialVocab(student.directory, load_merges=True).add_to_gguf(writer, quiet=True)
     for name, weight in tqdm(student.weights(), desc="export", unit="tensor", dynamic_ncols=True):
         place = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert place is not None, name
         if isinstance(weight, Quantized):
             _check_scale(name, weight.grid.scale)
             codes, (scale, _) = weight
@@ -180,12 +181,11 @@ def _tokenizer(directory: Path) -> dict[str, object]:
     if (directory / "tokenizer.model").is_file():
         tokens = list(gguf.SentencePieceVocab(directory).all_tokens())
         tokens += [(f"[PAD{i}]".encode(), -1000.0, gguf.TokenType.UNUSED) for i in range(len(tokens), vocabulary_size)]
-        texts, scores, kinds = zip(*tokens, strict=True)
         return {
             "tokenizer_model": "llama",
-            "token_list": list(texts),
-            "token_scores": list(scores),
-            "token_types": list(kinds),
+            "token_list": [text for text, _, _ in tokens],
+            "token_scores": [score for _, score, _ in tokens],
+            "token_types": [kind for _, _, kind in tokens],
         }
     split = _split(directory)
     tokenizer = load_tokenizer(str(directory))

@@ -16,7 +16,6 @@ from qat.prepare import CONFIG_FILE, QuantConfig, load_steps, prepare
 from qat.products import speed_up
 from qat.quantizers import FULL_PRECISION, Quantized, dequantize
 
-
 Weights = Iterator[tuple[str, Tensor | Quantized]]
 """Of a whole model, by name, one at a time."""
 

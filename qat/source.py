@@ -23,6 +23,7 @@ from qat.quantizers import Quantized, quantize
 from qat.weight_files import checked, skeleton, stored_tensors
 
 _RUN_SETTINGS = "settings.json"
+_LOG = "log.jsonl"
 _LATEST = "latest"
 _ZERO_FILES = "zero_pp_rank_*_model_states.pt"
 _STUDENT_PREFIX = "student."
@@ -50,6 +51,16 @@ class Student:
     def is_checkpoint(self) -> bool:
         return self.path != self.directory
 
+    @property
+    def base_model(self) -> str:
+        """The model that the run began with, as it was named then; empty if that is not recorded."""
+        return self.run.get("model", "")
+
+    @property
+    def longest(self) -> int:
+        """The positions that the model can attend over."""
+        return AutoConfig.from_pretrained(self.directory).max_position_embeddings
+
     def weights(self) -> Iterator[tuple[str, Tensor | Quantized]]:
         """Name and tensor of each weight, one at a time; those that are quantized as codes and grid.
 
@@ -60,6 +71,14 @@ class Student:
         for name, tensor in checked(self._stored(), model, self.path):
             assert isinstance(tensor, Tensor)
             yield name, quantize(tensor, self.quant.weights) if name in quantized else tensor
+
+    def last_step(self) -> dict[str, Any] | None:
+        """What the run's log says of the step that these weights are from."""
+        run = self.path.parent.parent if self.is_checkpoint else self.path.parent
+        step = int(self.path.name.removeprefix("step-")) if self.is_checkpoint else None
+        lines = (run / _LOG).read_text().splitlines() if (run / _LOG).is_file() else []
+        records = [json.loads(line) for line in lines]
+        return next((record for record in reversed(records) if step in (None, record["step"])), None)
 
     def _stored(self) -> Iterator[tuple[str, Tensor]]:
         return _gathered(self.path, self.dtype) if self.is_checkpoint else stored_tensors(self.path)

@@ -1,4 +1,4 @@
-"""Safetensors folders: read one tensor at a time, written in files of bounded size, checked against a model's config."""
+"""Safetensors folders: read one tensor at a time, written in files of bounded size, checked against a config."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -61,7 +61,7 @@ def weight_files(directory: Path) -> list[Path]:
 def checked(
     weights: Iterable[tuple[str, Tensor | Quantized]], model: PreTrainedModel, where: Path
 ) -> Iterator[tuple[str, Tensor | Quantized]]:
-    """Hand on ``weights``; raises UserError unless they are those of ``model``, in name and shape, no more, no fewer."""
+    """Hand on ``weights``; raises UserError unless they are those of ``model``: same names, same shapes."""
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
     for name, weight in weights:
         if name == "lm_head.weight" and model.config.tie_word_embeddings:

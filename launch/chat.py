@@ -65,16 +65,15 @@ def _answer(model: PreTrainedModel, tokenizer: models.Tokenizer, history: list[d
     inputs = inputs.to(model.device)
     prompt = inputs.input_ids.shape[1]
     models.check_length(model, prompt + settings.max_new_tokens, "the conversation with max_new_tokens")
-    sampling = (
-        {"do_sample": True, "temperature": settings.temperature} if settings.temperature else {"do_sample": False}
-    )
-    ids = model.generate(
+    sampled = {"temperature": settings.temperature} if settings.temperature else {}
+    ids = model.generate(  # type: ignore[operator]
         **inputs,
         max_new_tokens=settings.max_new_tokens,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        **sampling,
+        do_sample=bool(sampled),
+        **sampled,
     )
-    return tokenizer.decode(ids[0, prompt:], skip_special_tokens=True)
+    return str(tokenizer.decode(ids[0, prompt:], skip_special_tokens=True))
 
 
 def _describe(model: PreTrainedModel) -> str:

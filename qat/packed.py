@@ -19,8 +19,8 @@ from qat import loading, models, products, weight_files
 from qat.errors import UserError
 from qat.integer_cache import IntegerCache, pack, unpack
 from qat.linear import QuantLinear, lsq
-from qat.prepare import CONFIG_FILE, load_steps, multiply_integers, prepare, quant_linears
-from qat.products import matmul, matmul_codes
+from qat.prepare import CONFIG_FILE, load_steps, prepare, quant_linears
+from qat.products import matmul
 from qat.quantizers import Grid, Quantized, dequantize
 
 
@@ -66,8 +66,6 @@ def load(directory: str) -> PreTrainedModel:
         model.generation_config = GenerationConfig.from_pretrained(path)
     models.place(model)
     products.speed_up(model)
-    if products.integers_pay(model.device, dtype):
-        multiply_integers(model)
     if quant.kv.quantizes and quant.kv_site == "post_rope":
         model.__class__ = _caching_integers(type(model))
     return model.eval().requires_grad_(False)
@@ -118,13 +116,9 @@ class PackedLinear(QuantLinear):
         if self.input_step is not None:
             x = lsq(x, self.input_step, self.input_format)
         shared = None if self.input_quantizer is None else self.input_quantizer(x)
-        weight = self.unpacked()
-        if shared is not None and self.multiplies_integers(x):
-            y = matmul_codes(shared.quantized, weight, x.dtype)
-        else:
-            values = dequantize(weight, self.trained_dtype).to(x.dtype)
-            inputs = x if shared is None else shared.values()
-            y = matmul(inputs.flatten(0, -2), values.t()).view(*x.shape[:-1], -1)
+        values = dequantize(self.unpacked(), self.trained_dtype).to(x.dtype)
+        inputs = x if shared is None else shared.values()
+        y = matmul(inputs.flatten(0, -2), values.t()).view(*x.shape[:-1], -1)
         return y if self.bias is None else y.add_(self.bias)
 
 

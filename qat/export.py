@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from qat import formats, llama_cpp, loading, weight_files
@@ -77,7 +76,7 @@ def export(student: Student, output: Path, form: str, file_bytes: int = _FILE_BY
 
 
 def _stored(student: Student, form: str) -> Iterator[tuple[str, Tensor]]:
-    for name, weight in tqdm(student.weights(), desc="export", unit="tensor", dynamic_ncols=True):
+    for name, weight in student.progress():
         if not isinstance(weight, Quantized):
             yield name, weight
         elif form == FAKE:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
-from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedConfig, PreTrainedModel
 
 from qat.errors import UserError
@@ -88,7 +87,7 @@ def write(student: Student, output: Path) -> None:
     for key, value in _tokenizer(student.directory).items():
         getattr(writer, f"add_{key}")(value)
     gguf.SpecialVocab(student.directory, load_merges=True).add_to_gguf(writer, quiet=True)
-    for name, weight in tqdm(student.weights(), desc="export", unit="tensor", dynamic_ncols=True):
+    for name, weight in student.progress():
         place = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert place is not None, name
         if isinstance(weight, Quantized):

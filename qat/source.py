@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoConfig
 
 from qat import models
@@ -71,6 +72,11 @@ class Student:
         for name, tensor in checked(self._stored(), model, self.path):
             assert isinstance(tensor, Tensor)
             yield name, quantize(tensor, self.quant.weights) if name in quantized else tensor
+
+    def progress(self) -> Iterator[tuple[str, Tensor | Quantized]]:
+        """``weights``, with a bar that shows how far it is."""
+        count = sum(1 for _ in skeleton(self.directory).parameters())
+        yield from tqdm(self.weights(), desc="export", total=count, unit="tensor", dynamic_ncols=True)
 
     def last_step(self) -> dict[str, Any] | None:
         """What the run's log says of the step that these weights are from."""

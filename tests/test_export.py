@@ -71,14 +71,13 @@ def test_transformers_own_loader_reads_the_same_weights(form, w_bits, tmp_path):
     student = write_student(tmp_path / "final", QuantConfig(w_bits, 8, 16))
     export.export(student, tmp_path / "export", form)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32)
-    ours, full = loading.load(str(tmp_path / "export"), torch.float32), tiny_model()
-    tokens = ids(full)
+    ours = loading.load(str(tmp_path / "export"), torch.float32)
+    tokens = ids(ours)
     logits = theirs(tokens).logits  # it decompresses at the first call
     for name, weight in ours.named_parameters():
         assert torch.equal(theirs.get_parameter(name), weight), name
     # Activations it rounds to max/127.5, not max/127, so the logits are only close.
-    distance = (logits - ours(tokens).logits).abs().mean()
-    assert distance < 0.1 * (ours(tokens).logits - full(tokens).logits).abs().mean()
+    assert (logits - ours(tokens).logits).abs().mean() < 0.1 * logits.abs().mean()
 
 
 @given(st.sampled_from([PACKED, INTEGERS]), st.integers(2, 8), st.integers(1, 5), st.integers(1, 40))
@@ -136,7 +135,8 @@ WINDOWS = torch.randint(2, 300, (2, 24), generator=torch.Generator().manual_seed
 
 @pytest.mark.parametrize("config_class", FAMILIES)
 def test_gguf_is_read_back_by_transformers(config_class, tmp_path):
-    student = write_student(tmp_path / "final", QuantConfig(), config_class=config_class)
+    sizes = {"head_dim": 128} if config_class is Qwen3Config else {}  # which transformers' reader takes for granted
+    student = write_student(tmp_path / "final", QuantConfig(), config_class=config_class, **sizes)
     export.check(student, GGUF)
     export.export(student, tmp_path / "export", GGUF)
     found = export.verify(student, tmp_path / "export", GGUF, WINDOWS)  # bit for bit, or UserError

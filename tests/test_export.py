@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_launch import error_of
 from test_prepare import FAMILIES, ids
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 from qat import export, formats, llama_cpp, loading, models, source
 from qat.errors import UserError

@@ -67,7 +67,7 @@ def origin_of(name: str) -> Origin:
 
 def _made(student: Student, base: str, form: str) -> str:
     quant = student.quant
-    method = "LLM-QAT (arXiv 2305.17888)" if student.run else "quantization after training"
+    method = "LLM-QAT (arXiv 2305.17888)" if student.run else student.ptq_method or "a method that is not recorded"
     group = f"one per {quant.w_group_size} input channels" if quant.w_group_size else "one per output channel"
     return "\n".join(
         [
@@ -87,6 +87,8 @@ def _made(student: Student, base: str, form: str) -> str:
 
 def _training(student: Student) -> str:
     if not student.run:
+        if student.ptq_method:
+            return "None."
         return "Not recorded: the folder that this was exported from has no training run beside it."
     settings = student.run["settings"]
     listed = ", ".join(f"{name} {settings[name]}" for name in _TRAINING if name in settings)

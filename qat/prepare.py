@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from qat import kv_cache
 from qat.errors import UserError
 from qat.linear import InputQuantizer, QuantLinear, can_multiply_integers
-from qat.quantizers import FULL_PRECISION, Format, lsq_initial_step
+from qat.quantizers import FULL_PRECISION, Format, Grid, lsq_initial_step
 
 CONFIG_FILE = "quant_config.json"
 """Lies beside the weights of every quantized model directory."""
@@ -21,6 +21,9 @@ STEPS_FILE = "activation_steps.safetensors"
 """Beside them too, where activations have learned steps: they are no weights of the architecture."""
 
 STEP_SUFFIX = ".input_step"
+
+GRIDS_FILE = "weight_grids.safetensors"
+"""Beside them as well, where the weights lie on a grid that their own largest values do not give: GPTQ's."""
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -182,6 +185,21 @@ def multiply_integers(model: nn.Module) -> bool:
     for linear in linears:
         linear.integer_forward = can_multiply_integers(linear.weight_format, linear.input_format)
     return any(linear.integer_forward for linear in linears)
+
+
+def save_grids(grids: dict[str, Grid], path: Path) -> None:
+    """Write the grids of layers, by name, into one file: ``NAME.weight_scale``, and ``NAME.weight_zero_point``."""
+    tensors = {f"{name}.weight_{field}": part for name, grid in grids.items() for field, part in grid._asdict().items()}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}, path)
+
+
+def load_grids(directory: Path, file: str = GRIDS_FILE) -> dict[str, Grid]:
+    """The grids that the weights at ``directory`` keep, by the layer's name; empty where their values say them."""
+    if not (directory / file).is_file():
+        return {}
+    stored = load_file(directory / file)
+    names = [name.removesuffix(".weight_scale") for name in stored if name.endswith(".weight_scale")]
+    return {name: Grid(stored[f"{name}.weight_scale"], stored.get(f"{name}.weight_zero_point")) for name in names}
 
 
 def freeze(model: nn.Module) -> None:

@@ -19,12 +19,13 @@ from transformers import AutoConfig
 
 from qat import models
 from qat.errors import UserError
-from qat.prepare import CONFIG_FILE, QuantConfig, quantizable_linears
+from qat.prepare import CONFIG_FILE, QuantConfig, load_grids, quantizable_linears
 from qat.quantizers import Quantized, quantize
 from qat.weight_files import checked, skeleton, stored_tensors
 
 _RUN_SETTINGS = "settings.json"
 _LOG = "log.jsonl"
+_PTQ_RECORD = "ptq.json"
 _LATEST = "latest"
 _ZERO_FILES = "zero_pp_rank_*_model_states.pt"
 _STUDENT_PREFIX = "student."
@@ -62,16 +63,25 @@ class Student:
         """The positions that the model can attend over."""
         return AutoConfig.from_pretrained(self.directory).max_position_embeddings
 
+    @property
+    def ptq_method(self) -> str:
+        """The method of launch/quantize.py that made it; empty for a trained student."""
+        file = self.path / _PTQ_RECORD
+        return json.loads(file.read_text())["method"] if file.is_file() else ""
+
     def weights(self) -> Iterator[tuple[str, Tensor | Quantized]]:
         """Name and tensor of each weight, one at a time; those that are quantized as codes and grid.
 
         Raises UserError if they are not those of the config.
         """
         model = skeleton(self.directory)
-        quantized = {f"{name}.weight" for name in quantizable_linears(model)} if self.quant.weights.quantizes else set()
+        form = self.quant.weights
+        quantized = quantizable_linears(model) if form.quantizes else {}
+        grids = load_grids(self.path)
         for name, tensor in checked(self._stored(), model, self.path):
             assert isinstance(tensor, Tensor)
-            yield name, quantize(tensor, self.quant.weights) if name in quantized else tensor
+            layer = name.removesuffix(".weight")
+            yield name, quantize(tensor, form, grids.get(layer)) if layer in quantized else tensor
 
     def progress(self) -> Iterator[tuple[str, Tensor | Quantized]]:
         """``weights``, with a bar that shows how far it is."""

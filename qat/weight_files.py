@@ -11,10 +11,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qat.errors import UserError
-from qat.prepare import STEPS_FILE
+from qat.prepare import GRIDS_FILE, STEPS_FILE
 from qat.quantizers import Quantized
 
 INDEX = "model.safetensors.index.json"
+
+_NO_WEIGHTS = (STEPS_FILE, GRIDS_FILE)
 
 
 def skeleton(directory: Path) -> PreTrainedModel:
@@ -50,7 +52,7 @@ def weight_files(directory: Path) -> list[Path]:
             raise UserError(f"{index} is damaged ({error}): copy it again, or write it anew.") from error
         files = [directory / name for name in names]
     else:
-        files = sorted(file for file in directory.glob("*.safetensors") if file.name != STEPS_FILE)
+        files = sorted(file for file in directory.glob("*.safetensors") if file.name not in _NO_WEIGHTS)
     if not files:
         raise UserError(f"{directory} has no weights (*.safetensors).")
     if missing := [file.name for file in files if not file.is_file()]:

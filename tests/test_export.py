@@ -21,8 +21,8 @@ from qat import export, formats, llama_cpp, loading, models, source
 from qat.errors import UserError
 from qat.export import FAKE, GGUF
 from qat.formats import INTEGERS, PACKED
-from qat.prepare import CONFIG_FILE, QuantConfig, prepare
-from qat.quantizers import Format, Quantized, dequantize, grid_of, quantize
+from qat.prepare import CONFIG_FILE, GRIDS_FILE, QuantConfig, prepare, quant_linears, save_grids
+from qat.quantizers import Format, Grid, Quantized, dequantize, grid_of, quantize
 from qat.statements import differences
 
 SETTINGS = [
@@ -33,7 +33,7 @@ SETTINGS = [
     QuantConfig(2, 16, 4, kv_site="pre_rope", a_quantizer="minmax_asymmetric"),
     QuantConfig(4, 8, 16, w_group_size=32),
 ]
-PROMPT = "Redistribution and use"
+WINDOWS = torch.randint(2, 300, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
 def write_student(directory: Path, quant: QuantConfig, dtype=torch.float32, **how) -> source.Student:
@@ -63,6 +63,23 @@ def test_reloaded_equals_what_was_trained(form, quant, dtype, tmp_path):
     trained = prepare(models.load(str(tmp_path / "final"), dtype), quant)  # not frozen: as it is trained
     reloaded = loading.load(str(tmp_path / "export"), dtype)
     assert torch.equal(reloaded(ids(reloaded)).logits, trained(ids(trained)).logits)
+
+
+@pytest.mark.parametrize("form", [PACKED, INTEGERS, FAKE])
+def test_weights_stay_on_a_grid_that_is_stored_beside_them(form, tmp_path):
+    """GPTQ's: the largest weight of a channel need not have the largest code."""
+    quant = QuantConfig(4, 16, 16) if form == PACKED else QuantConfig(4, 8, 16)
+    student = write_student(tmp_path / "final", quant)
+    grids, values = {}, tiny_model().state_dict()
+    for name in quant_linears(prepare(tiny_model(), quant)):
+        grids[name] = Grid(grid_of(values[f"{name}.weight"], quant.weights).scale * 1.2)
+    save_grids(grids, tmp_path / "final" / GRIDS_FILE)
+    export.export(student, tmp_path / "export", form)
+    export.verify(student, tmp_path / "export", form, WINDOWS)
+    read = loading.load(str(tmp_path / "export"), torch.float32)
+    for name, grid in grids.items():
+        expected = dequantize(quantize(values[f"{name}.weight"], quant.weights, grid), torch.float32)
+        assert torch.equal(read.get_parameter(f"{name}.weight"), expected)
 
 
 @pytest.mark.parametrize("form", [PACKED, INTEGERS])
@@ -128,9 +145,6 @@ def test_gguf_blocks_hold_every_code(bits, rows, blocks):
     assert torch.equal(torch.from_numpy(gguf.quants.dequantize(packed, kind)), dequantize(stored, torch.float32))
     exact = grid_of(weight, form).scale
     assert ((stored.grid.scale - exact).abs() <= exact * 2**-11).all()
-
-
-WINDOWS = torch.randint(2, 300, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("config_class", FAMILIES)

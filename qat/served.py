@@ -39,8 +39,15 @@ def prompt_logprobs(llm: Any, windows: Tensor) -> Tensor:
     return torch.tensor(found, dtype=torch.float64)
 
 
-def perplexity(directory: str, windows: Tensor, dtype: str = "auto") -> Perplexity:
-    """As qat.evaluate.perplexity, of what vLLM makes of the model at ``directory``."""
-    found = prompt_logprobs(engine(directory, windows.shape[1] + 1, dtype), windows)
+def perplexity(llm: Any, windows: Tensor) -> Perplexity:
+    """As qat.evaluate.perplexity, of what vLLM serves."""
+    found = prompt_logprobs(llm, windows)
     nll = -found.mean().item()
     return Perplexity(math.exp(nll), nll, found.numel())
+
+
+def greedy(tokens: int) -> Any:
+    """vLLM's settings for exactly ``tokens`` new tokens, the likeliest each time."""
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)

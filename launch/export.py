@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch import cli
-from qat import export, model_card, models, report, source
+from qat import export, model_card, models, source
 from qat.errors import UserError
 from qat.evaluate import ENCYCLOPEDIA, text_windows
 from qat.statements import differences
@@ -67,7 +67,8 @@ def main() -> None:
         checks = export.verify(student, partial, settings.format, windows).sentence(settings.text)
     model_card.write(student, settings.format, _origin(settings, student), checks, partial)
     partial.rename(settings.output)
-    print(f"{settings.output}: {report.weights_size(settings.output) / 1e6:.0f} MB")
+    size = sum(file.stat().st_size for pattern in ("*.safetensors", "*.gguf") for file in settings.output.glob(pattern))
+    print(f"{settings.output}: {size / 1e6:.0f} MB")
     print(checks or "not verified")
     for sentence in differences(student.quant, settings.format):
         print(f"differs: {sentence}")

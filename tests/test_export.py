@@ -9,6 +9,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+import xllamacpp
 from conftest import ROOT, finish, run_python, start_training, tiny_model, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -155,6 +156,30 @@ def test_gguf_is_read_back_by_transformers(config_class, tmp_path):
     export.export(student, tmp_path / "export", GGUF)
     found = export.verify(student, tmp_path / "export", GGUF, WINDOWS)  # bit for bit, or UserError
     assert found.exported == found.expected != found.trained
+
+
+def test_llama_cpp_predicts_what_the_file_says(tmp_path):
+    """llama.cpp's own kernels, which round activations to 8 bits in blocks of 32 and cache fp16, against fp32."""
+    student = write_student(tmp_path / "final", QuantConfig())
+    export.export(student, tmp_path / "export", GGUF)
+    settings = xllamacpp.CommonParams()
+    settings.model.path = str(tmp_path / "export" / llama_cpp.FILE)
+    settings.n_ctx, settings.n_parallel, settings.cpuparams.n_threads = 256, 1, 1
+    server = xllamacpp.Server(settings)
+    model = llama_cpp.load(tmp_path / "export")
+    compared = 0
+    for prompt in torch.randint(2, 300, (12, 24), generator=torch.Generator().manual_seed(1)):
+        asked = {"prompt": prompt.tolist(), "max_tokens": 1, "temperature": 0.0, "logprobs": 4, "ignore_eos": True}
+        (choice,) = server.handle_completions(asked)["choices"]
+        if choice["logprobs"] is None:
+            continue  # the token is a part of a character, and llama.cpp waits for the rest
+        first, *others = choice["logprobs"]["content"][0]["top_logprobs"]
+        logits = model(prompt[None]).logits[0, -1]
+        for seen in others:  # differences: without the end token the others share its probability
+            expected = (logits[seen["id"]] - logits[first["id"]]).item()
+            assert seen["logprob"] - first["logprob"] == pytest.approx(expected, abs=0.1)
+            compared += 1
+    assert compared >= 9
 
 
 @pytest.mark.parametrize("form", [PACKED, INTEGERS, FAKE, GGUF])

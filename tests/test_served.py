@@ -1,11 +1,14 @@
 """vLLM on a CPU serves the exports: marked ``vllm``, because it needs a virtual environment of its own.
 
-It is made by tests/vllm_venv.sh on first use, in .venv-vllm, or where QAT_VLLM_VENV says.
+It is the one that the tests run in, if that has vLLM; else tests/vllm_venv.sh makes one on first use, in .venv-vllm, or
+where QAT_VLLM_VENV says.
 """
 
 import json
 import os
 import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,8 @@ if __name__ == "__main__":
 @pytest.fixture(scope="session")
 def vllm() -> Path:
     """The environment's bin folder."""
+    if find_spec("vllm"):
+        return Path(sys.executable).parent
     directory = Path(os.environ.get("QAT_VLLM_VENV", ROOT / ".venv-vllm"))
     subprocess.run([ROOT / "tests" / "vllm_venv.sh", directory], check=True)
     return directory / "bin"

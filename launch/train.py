@@ -70,7 +70,7 @@ def main() -> int:
         "optimizer": student_json["optimizer"],
         "bf16": student_json.get("bf16"),
     }
-    claim(paths.output, identity, student_json, paths.model)
+    claim(paths.output, identity, student_json, {"model": paths.model, "data": str(paths.data)})
     final = paths.output / FINAL
     if final.exists():
         print(f"{final} is there already: the run is complete.")
@@ -108,8 +108,9 @@ def check_teacher(cache: Path | None, quant: QuantConfig, config: TrainConfig) -
         )
 
 
-def claim(output: Path, settings: dict[str, Any], ds_config: dict[str, Any], model: str) -> None:
-    """Write down what the run is, or check that it is resumed with the settings that it was started with.
+def claim(output: Path, settings: dict[str, Any], ds_config: dict[str, Any], places: dict[str, str]) -> None:
+    """Write down what the run is, or check that it is resumed with the settings that it was started with. ``places``
+    says where model and data were found; they may move.
 
     The first rank holds a lock on the folder until it ends, so that no two runs work in one.
     """
@@ -122,7 +123,7 @@ def claim(output: Path, settings: dict[str, Any], ds_config: dict[str, Any], mod
         if listed := differences(started | free, settings):
             raise UserError(f"{output} was started with other settings ({listed}): give the same, or another --output.")
     elif cli.is_first_rank():
-        written = {"settings": settings, "deepspeed": ds_config, "model": model}
+        written = {"settings": settings, "deepspeed": ds_config, **places}
         write_atomically(path, json.dumps(written, indent=2) + "\n")
 
 

@@ -11,6 +11,7 @@ from qat.formats import FORMATS, INTEGERS, PACKED
 from qat.source import Student
 from qat.statements import differences
 
+_MANIFEST = "manifest.json"
 _TRAINING = ("loss", "steps", "lr", "warmup_steps", "gradient_accumulation_steps", "ranks", "seed")
 
 
@@ -69,6 +70,7 @@ def _made(student: Student, base: str, form: str) -> str:
     quant = student.quant
     method = "LLM-QAT (arXiv 2305.17888)" if student.run else student.ptq_method or "a method that is not recorded"
     group = f"one per {quant.w_group_size} input channels" if quant.w_group_size else "one per output channel"
+    inputs = "one per layer, learned" if quant.activations.learned else "one per token, dynamic"
     return "\n".join(
         [
             f"{base} in low precision, by {method}. W-A-KV {quant}; 16 means not quantized.",
@@ -76,7 +78,7 @@ def _made(student: Student, base: str, form: str) -> str:
             "| | bits | quantizer | scales |",
             "|---|---|---|---|",
             f"| weights of the decoder's linear layers | {quant.w_bits} | {quant.w_quantizer} | {group} |",
-            f"| their inputs | {quant.a_bits} | {quant.a_quantizer} | one per token, dynamic |",
+            f"| their inputs | {quant.a_bits} | {quant.a_quantizer} | {inputs} |",
             f"| KV cache | {quant.kv_bits} | {quant.kv_quantizer}, {quant.kv_site}, rotation {quant.kv_rotation} | "
             f"one per {quant.kv_granularity.replace('_', ' and ')} |",
             "",
@@ -95,9 +97,19 @@ def _training(student: Student) -> str:
     last = student.last_step()
     seen = f" It had seen {last['tokens']:,} tokens after step {last['step']}." if last else ""
     return (
-        "The full-precision model wrote the training text itself, and the student learned its next-token "
-        f"distributions; no other data. DeepSpeed ZeRO-3, AdamW: {listed}.{seen} Data fingerprint: {settings['data']}."
+        "The student learned the full-precision model's next-token distributions. DeepSpeed ZeRO-3, AdamW: "
+        f"{listed}.{seen}\n\nData: {_data(student.run)}"
     )
+
+
+def _data(run: dict[str, Any]) -> str:
+    """What the manifest of the training shards says, if they are where the run found them."""
+    fingerprint = f"shards with the fingerprint {run['settings']['data']}"
+    manifest = Path(run.get("data", "")) / _MANIFEST
+    if not manifest.is_file():
+        return f"{fingerprint}."
+    settings = json.loads(manifest.read_text())
+    return f"{fingerprint}, made by launch/generate.py: " + ", ".join(f"{k} {v}" for k, v in settings.items()) + "."
 
 
 def _evaluation(files: list[Path], checks: str) -> str:

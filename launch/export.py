@@ -1,13 +1,19 @@
-"""Write a trained student as an integer checkpoint that inference engines load.
+"""Write a trained student as a model that inference engines load.
 
 python launch/export.py --checkpoint runs/NAME/final --output DIR
 """
 
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch import cli
-from qat import export, models, report
+from qat import export, model_card, models, source
+from qat.errors import UserError
+from qat.evaluate import ENCYCLOPEDIA, text_windows
+from qat.statements import differences
+
+_WINDOW, _WINDOWS = 512, 8
 
 
 @dataclass(frozen=True)
@@ -15,23 +21,63 @@ class Export:
     """What to export, and where to.
 
     Args:
-        checkpoint: the final/ of a training run
+        checkpoint: the final/ or a checkpoints/step-N of a training run, or what launch/quantize.py wrote
         output: folder of the export; must not exist
-        verify: load the export and compare its logits with the checkpoint's before it appears
+        format: pack-quantized (compressed-tensors, for GPU engines), int-quantized (compressed-tensors, for CPU
+            engines), hf-fake (rounded weights as floats) or gguf (llama.cpp)
+        model: the model that the run began with; by default where the run found it
+        verify: read the export back, before it appears, and compare logits and perplexity with the student in memory
+        text: what perplexity is measured on: "encyclopedia" (built in) or a text file
+        base_model: name of the model that the run began with, for the model card; by default the run's --model
+        license: of that model, for the model card; by default what its README.md declares
+        results: JSON files of launch/evaluate.py, for the model card
     """
 
     checkpoint: Path
     output: Path
+    format: str = export.FORMAT
+    model: str | None = None
     verify: bool = True
+    text: str = ENCYCLOPEDIA
+    base_model: str = ""
+    license: str = ""
+    results: list[Path] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.format not in export.FORMATS:
+            raise UserError(f"format={self.format!r} is not possible: give {', '.join(export.FORMATS)}.")
+        if self.output.exists():
+            raise UserError(f"{self.output} is there already: give another folder.")
 
 
 def main() -> None:
     (settings,) = cli.parse(__doc__, Export)
-    models.resolve(str(settings.checkpoint))
-    export.export(settings.checkpoint, settings.output, settings.verify)
-    print(f"{settings.output}: {export.FORMAT}, {report.weights_size(settings.output) / 1e6:.0f} MB")
+    student = source.find(settings.checkpoint, settings.model)
+    export.check(student, settings.format)
+    windows = None
     if settings.verify:
-        print("verified: its logits equal the checkpoint's, bit for bit")
+        tokenizer = models.load_tokenizer(str(student.directory))
+        windows = text_windows(settings.text, tokenizer, min(_WINDOW, student.longest), _WINDOWS)
+    print(f"{student.quant} student of {settings.checkpoint} -> {settings.format}", flush=True)
+    partial = settings.output.with_name(settings.output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    export.export(student, partial, settings.format)
+    checks = ""
+    if windows is not None:
+        checks = export.verify(student, partial, settings.format, windows).sentence(settings.text)
+    model_card.write(student, settings.format, _origin(settings, student), checks, partial)
+    partial.rename(settings.output)
+    size = sum(file.stat().st_size for pattern in ("*.safetensors", "*.gguf") for file in settings.output.glob(pattern))
+    print(f"{settings.output}: {size / 1e6:.0f} MB")
+    print(checks or "not verified")
+    for sentence in differences(student.quant, settings.format):
+        print(f"differs: {sentence}")
+
+
+def _origin(settings: Export, student: source.Student) -> model_card.Origin:
+    name = settings.base_model or student.base_model
+    known = model_card.origin_of(name)
+    return model_card.Origin(known.base_model, settings.license or known.license, settings.results)
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def main() -> int:
         "optimizer": student_json["optimizer"],
         "bf16": student_json.get("bf16"),
     }
-    claim(paths.output, identity, student_json)
+    claim(paths.output, identity, student_json, {"model": paths.model, "data": str(paths.data)})
     final = paths.output / FINAL
     if final.exists():
         print(f"{final} is there already: the run is complete.")
@@ -152,8 +152,9 @@ def check_teacher(cache: Path | None, quant: QuantConfig, config: TrainConfig) -
         )
 
 
-def claim(output: Path, settings: dict[str, Any], ds_config: dict[str, Any]) -> None:
-    """Write down what the run is, or check that it is resumed with the settings that it was started with.
+def claim(output: Path, settings: dict[str, Any], ds_config: dict[str, Any], places: dict[str, str]) -> None:
+    """Write down what the run is, or check that it is resumed with the settings that it was started with. ``places``
+    says where model and data were found; they may move.
 
     The first rank holds a lock on the folder until it ends, so that no two runs work in one.
     """
@@ -162,7 +163,8 @@ def claim(output: Path, settings: dict[str, Any], ds_config: dict[str, Any]) -> 
         if cli.is_first_rank():
             lock(output)
             if not path.exists():
-                write_atomically(path, json.dumps({"settings": settings, "deepspeed": ds_config}, indent=2) + "\n")
+                written = {"settings": settings, "deepspeed": ds_config, **places}
+                write_atomically(path, json.dumps(written, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{output} cannot be written to ({error}): give another --output, or make it so.") from error
     if path.exists():

@@ -1,193 +1,145 @@
-"""Integer checkpoints: a Hugging Face directory in the compressed-tensors format.
+"""Exports: a student as a directory that inference engines load.
 
-``int-quantized``: each quantized Linear is stored as ``weight`` (int8 codes, [out, in]) and ``weight_scale``
-(fp32, [out, 1]), codes and scales exactly as training simulated them; everything else as it was trained.
-Activations are described as dynamic and per token, so an engine quantizes them as the student did.
-``quant_config.json`` beside it keeps what the format has no words for: the KV cache.
+``pack-quantized`` and ``int-quantized`` are integer checkpoints in compressed-tensors layouts (see qat.formats),
+``hf-fake`` has the rounded weights as floats for tools that know nothing of quantization, ``gguf`` is one file for
+llama.cpp (see qat.llama_cpp). ``quant_config.json`` beside an integer checkpoint keeps what its format has no words
+for: the KV cache, and the true number of bits.
 """
 
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from qat import models
+from qat import formats, llama_cpp, loading, weight_files
 from qat.errors import UserError
-from qat.prepare import CONFIG_FILE, GRIDS_FILE, QuantConfig, freeze, load_grids, load_steps, prepare, quant_linears
-from qat.products import speed_up
-from qat.quantizers import FULL_PRECISION, Grid, Quantized, dequantize, quantize
+from qat.evaluate import perplexity
+from qat.formats import INTEGERS, PACKED
+from qat.loading import load
+from qat.prepare import CONFIG_FILE, STEPS_FILE, QuantConfig
+from qat.quantizers import FULL_PRECISION, Quantized, dequantize
+from qat.source import Student
 
-FORMAT = "int-quantized"
+FAKE, GGUF = "hf-fake", "gguf"
+FORMATS = (PACKED, INTEGERS, FAKE, GGUF)
+FORMAT = PACKED
+"""The default."""
 
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
-_SCALE = "weight_scale"
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_FILE_BYTES = 2 * 10**9
 
 
-def export(checkpoint: Path, output: Path, check: bool = True) -> None:
-    """Write the trained student at ``checkpoint`` as an integer checkpoint; ``output`` appears whole.
+def check(student: Student, form: str) -> None:
+    """Raise UserError for what the format cannot hold, and for a student that is not complete."""
+    if not student.quant.weights.quantizes:
+        raise UserError(f"{student.path} has w_bits=16: there are no quantized weights to export.")
+    if not any((student.directory / name).is_file() for name in _TOKENIZERS):
+        raise UserError(
+            f"{student.directory} has no tokenizer ({', '.join(_TOKENIZERS)}): copy that of the model it began with "
+            "there."
+        )
+    if form == GGUF:
+        llama_cpp.check(student)
+    elif form != FAKE:
+        formats.check(student.quant, form)
 
-    One weight file is in memory at a time; ``check`` loads the whole model, once each. Raises UserError if the
-    checkpoint is not one of ours.
+
+def export(student: Student, output: Path, form: str, file_bytes: int = _FILE_BYTES) -> None:
+    """Write ``student`` in the format ``form`` (one of FORMATS) into the new folder ``output``.
+
+    Whatever the size of the model, one weight file and one tensor are in memory at a time.
+    """
+    output.mkdir(parents=True)
+    if form == GGUF:
+        llama_cpp.write(student, output)
+        return
+    for file in {file for pattern in _COPIED for file in student.directory.glob(pattern)}:
+        if file.name != weight_files.INDEX:
+            shutil.copy(file, output)
+    weight_files.write(output, _stored(student, form), file_bytes)
+    config = json.loads((output / "config.json").read_text())
+    config["dtype"] = str(student.dtype).removeprefix("torch.")
+    if form == FAKE:
+        (output / CONFIG_FILE).unlink(missing_ok=True)  # it would be quantized again
+    else:
+        config["quantization_config"] = formats.quantization_config(student.quant, form)
+        student.quant.save(output)
+        if student.quant.activations.learned:
+            shutil.copy(student.directory / STEPS_FILE, output)
+    (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _stored(student: Student, form: str) -> Iterator[tuple[str, Tensor]]:
+    for name, weight in student.progress():
+        if not isinstance(weight, Quantized):
+            yield name, weight
+        elif form == FAKE:
+            yield name, dequantize(weight, student.dtype)
+        else:
+            yield from formats.encode(name.removesuffix(".weight"), weight, student.quant, form).items()
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What ``verify`` found: perplexities on ``tokens`` predicted tokens.
 
     Args:
-        check: load both before ``output`` appears, and compare their logits
+        trained: of the student, as training simulated it
+        expected: of what the format holds of it; the same for integer checkpoints
+        exported: of the export, read back
     """
-    quant = _quant_config(checkpoint)
-    if quant.w_bits == FULL_PRECISION:
-        raise UserError(f"{checkpoint} has w_bits=16: there are no integer weights to export.")
-    if quant.a_bits == FULL_PRECISION:
-        raise UserError(f"{checkpoint} has a_bits=16: the format {FORMAT} is for quantized activations.")
-    if not quant.weights.symmetric or quant.w_group_size or quant.a_quantizer != "minmax":
-        raise UserError(
-            f"{checkpoint} was trained with w_quantizer={quant.w_quantizer}, w_group_size={quant.w_group_size}, "
-            f"a_quantizer={quant.a_quantizer}: the export knows symmetric weights with one scale per output channel, "
-            "and minmax activations."
+
+    trained: float
+    expected: float
+    exported: float
+    tokens: int
+
+    def sentence(self, text: str) -> str:
+        said = (
+            f"Verified: read back, the export gives the logits of the model in memory, bit for bit. Perplexity on "
+            f"{self.tokens:,} tokens of {text}: {self.trained:.3f} as trained"
         )
-    if output.exists():
-        raise UserError(f"{output} is there already: give another folder.")
-    quantized = {f"{name}.weight" for name in quant_linears(prepare(_skeleton(checkpoint), quant))}
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for file in (f for pattern in _COPIED for f in checkpoint.glob(pattern)):
-        shutil.copy(file, partial)
-    grids = load_grids(checkpoint)
-    places: dict[str, str] = {}
-    for file in _weight_files(checkpoint):
-        tensors: dict[str, Tensor] = {}
-        for name, tensor in _tensors(file):
-            if name in quantized:
-                codes, grid = quantize(tensor, quant.weights, grids.get(name.removesuffix(".weight")))
-                tensors |= {name: codes, _scale_name(name): grid.scale}
-            else:
-                tensors[name] = tensor
-        save_file(tensors, partial / file.name, metadata={"format": "pt"})
-        places |= dict.fromkeys(tensors, file.name)
-    if missing := quantized - places.keys():
-        raise UserError(f"{checkpoint} is incomplete: it lacks {min(missing)} and {len(missing) - 1} other weights.")
-    if len(set(places.values())) > 1:
-        index = {"metadata": {}, "weight_map": places}
-        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    config = json.loads((partial / "config.json").read_text())
-    config["quantization_config"] = quantization_config(quant)
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if check:
-        verify(checkpoint, partial)
-    partial.rename(output)
+        if self.expected != self.trained:
+            said += f", {self.expected:.3f} without what this format does not hold"
+        return f"{said}, {self.exported:.3f} read back."
 
 
 @torch.inference_mode()
-def verify(checkpoint: Path, exported: Path) -> None:
-    """Raise UserError unless both give the same logits, bit for bit, on a sequence of random tokens."""
-    in_memory = load(str(checkpoint), torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(in_memory.config.vocab_size, (1, 128), generator=generator)
-    expected = in_memory(input_ids).logits
-    del in_memory
-    got = load(str(exported), torch.float32)(input_ids).logits
-    if not torch.equal(got, expected):
-        raise UserError(f"{exported} is wrong: its logits differ by up to {(got - expected).abs().max():.3g}.")
+def verify(student: Student, exported: Path, form: str, windows: Tensor) -> Verified:
+    """Read the export back and compare it with the student in memory, on token ids [windows, window].
 
-
-def quantization_config(quant: QuantConfig) -> dict[str, Any]:
-    """What compressed-tensors, hence transformers and vLLM, read in ``config.json``."""
-    weights = {
-        "num_bits": quant.w_bits,
-        "type": "int",
-        "symmetric": True,
-        "strategy": "channel",
-        "dynamic": False,
-    }
-    activations = {
-        "num_bits": quant.a_bits,
-        "type": "int",
-        "symmetric": True,
-        "strategy": "token",
-        "dynamic": True,
-    }
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": FORMAT,
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": ["lm_head"],
-    }
-
-
-def load(directory: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model at ``directory``, ready for inference: full precision, a trained student, or an export.
-
-    Weights are quantized once, here; activations and KV cache as ``quant_config.json`` says.
+    Raises UserError unless their logits and perplexities are equal, bit for bit, in fp32. What a format does not hold
+    (hf-fake and gguf: activations and KV cache; gguf: more of a scale than fp16) is left out of the student, too.
     """
-    path = Path(directory)
-    if not (path / CONFIG_FILE).is_file():
-        model = models.load(directory, dtype)
-        speed_up(model)
-        return model
-    quant = _quant_config(path)
-    if "quantization_config" in json.loads((path / "config.json").read_text()):
-        return prepare(_load_integers(path, dtype), replace(quant, w_bits=FULL_PRECISION)).eval()
-    model = prepare(models.load(directory, "auto"), quant)
-    load_steps(model, path)
-    freeze(model, load_grids(path))  # in the dtype that was trained: another one would give other codes
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model
+    model = _in_memory(student, student.quant)
+    trained = expected = perplexity(model, windows)
+    if form in (FAKE, GGUF):
+        bare = replace(student.quant, a_bits=FULL_PRECISION, kv_bits=FULL_PRECISION)
+        model = _in_memory(student, bare, llama_cpp.held if form == GGUF else None)
+        expected = perplexity(model, windows)
+    logits = model(windows[:1]).logits
+    del model
+    model = llama_cpp.load(exported) if form == GGUF else load(str(exported), torch.float32)
+    got = model(windows[:1]).logits
+    if not torch.equal(got, logits):
+        raise UserError(f"{exported} is wrong: its logits differ by up to {(got - logits).abs().max():.3g}.")
+    found = perplexity(model, windows)
+    if found.nll != expected.nll:
+        raise UserError(f"{exported} is wrong: its perplexity is {found.perplexity}, not {expected.perplexity}.")
+    return Verified(trained.perplexity, expected.perplexity, found.perplexity, found.tokens)
 
 
-def _load_integers(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(directory)
-    del config.quantization_config
-    stored = {name: tensor for file in _weight_files(directory) for name, tensor in _tensors(file)}
-    weights = {}
-    for name in [name for name in stored if not name.endswith(_SCALE)]:
-        tensor, scale = stored.pop(name), stored.pop(_scale_name(name), None)
-        values = (
-            None if scale is None else dequantize(Quantized(tensor, Grid(scale)), config.dtype)
-        )  # as it was trained
-        weights[name] = tensor if values is None else values
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model, report = model_class.from_pretrained(  # type: ignore[attr-defined]
-        None, config=config, state_dict=weights, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+def _in_memory(
+    student: Student, quant: QuantConfig, change: Callable[[Quantized], Quantized] | None = None
+) -> PreTrainedModel:
+    weights = (
+        (name, change(weight) if change and isinstance(weight, Quantized) else weight)
+        for name, weight in student.weights()
     )
-    if missing := report["missing_keys"]:
-        raise UserError(f"{directory} is incomplete: it lacks {min(missing)} and {len(missing) - 1} other weights.")
-    return model
-
-
-def _quant_config(directory: Path) -> QuantConfig:
-    if not (directory / CONFIG_FILE).is_file():
-        raise UserError(f"{directory} holds no trained student: it has no {CONFIG_FILE}. Give the final/ of a run.")
-    return QuantConfig.load(directory)
-
-
-def _skeleton(directory: Path) -> PreTrainedModel:
-    """The model without memory for its weights."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    files = sorted(file for file in directory.glob("*.safetensors") if file.name != GRIDS_FILE)
-    if not files:
-        raise UserError(f"{directory} has no weights (*.safetensors).")
-    return files
-
-
-def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    with safe_open(file, framework="pt") as opened:
-        for name in opened.keys():  # noqa: SIM118  (not a dict)
-            yield name, opened.get_tensor(name)
-
-
-def _scale_name(weight_name: str) -> str:
-    return weight_name.removesuffix("weight") + _SCALE
+    return loading.simulate(student.directory, weights, student.dtype, quant, torch.float32)

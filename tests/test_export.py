@@ -1,83 +1,366 @@
-import json
+"""Exports: what was trained is what is written, read back, and read by others."""
 
+import json
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import gguf
 import pytest
 import torch
-from conftest import tiny_model
+import xllamacpp
+from conftest import ROOT, finish, run_python, start_training, tiny_model, tiny_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_prepare import ids
-from transformers import AutoModelForCausalLM
+from test_launch import error_of
+from test_prepare import FAMILIES, ids
+from transformers import AutoModelForCausalLM, Qwen3Config
 
-from qat import export, models
+from qat import export, formats, llama_cpp, loading, models, source
 from qat.errors import UserError
-from qat.prepare import QuantConfig, prepare
-from qat.quantizers import Format, quantize
+from qat.export import FAKE, GGUF
+from qat.formats import INTEGERS, PACKED
+from qat.prepare import CONFIG_FILE, GRIDS_FILE, QuantConfig, prepare, quant_linears, save_grids
+from qat.quantizers import Format, Grid, Quantized, dequantize, grid_of, quantize
+from qat.statements import differences
 
-SETTINGS = [QuantConfig(4, 8, 4), QuantConfig(8, 8, 16), QuantConfig(3, 6, 8, kv_rotation="hadamard")]
+SETTINGS = [
+    QuantConfig(4, 8, 4, kv_rotation="hadamard"),
+    QuantConfig(8, 8, 16),
+    QuantConfig(3, 6, 8),
+    QuantConfig(5, 8, 4, w_quantizer="statsq", kv_granularity="token"),
+    QuantConfig(2, 16, 4, kv_site="pre_rope", a_quantizer="minmax_asymmetric"),
+    QuantConfig(4, 8, 16, w_group_size=32),
+]
+WINDOWS = torch.randint(2, 300, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def write_student(directory: Path, quant: QuantConfig, dtype=torch.float32, **how) -> source.Student:
+    """Write a student as a training run does."""
+    tiny_model(**how).to(dtype).save_pretrained(directory, max_shard_size="100KB")
+    tiny_tokenizer().save_pretrained(directory)
+    quant.save(directory)
+    return source.find(directory)
 
 
 @pytest.fixture
-def save(tmp_path):
-    """Write a student as a training run does; its folder."""
-
-    def save_student(quant, dtype=torch.float32, **how):
-        directory = tmp_path / "final"
-        tiny_model().to(dtype).save_pretrained(directory, **how)
-        quant.save(directory)
-        return directory
-
-    return save_student
+def exported(tmp_path) -> Path:
+    export.export(write_student(tmp_path / "final", QuantConfig()), tmp_path / "export", PACKED, file_bytes=100_000)
+    return tmp_path / "export"
 
 
+@pytest.mark.parametrize("form", [PACKED, INTEGERS])
 @pytest.mark.parametrize("quant", SETTINGS, ids=str)
-@pytest.mark.parametrize("how", [{}, {"max_shard_size": "100KB"}], ids=["one file", "several files"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_reloaded_equals_in_memory(quant, how, dtype, save, tmp_path):
-    directory = save(quant, dtype, **how)
-    export.export(directory, tmp_path / "export")
-    in_memory = prepare(models.load(str(directory), dtype), quant)  # not frozen: as it is trained
-    reloaded = export.load(str(tmp_path / "export"), dtype)
-    assert torch.equal(reloaded(ids(reloaded)).logits, in_memory(ids(in_memory)).logits)
+def test_reloaded_equals_what_was_trained(form, quant, dtype, tmp_path):
+    student = write_student(tmp_path / "final", quant, dtype)
+    if form == INTEGERS and (quant.w_group_size or quant.a_bits == 16):
+        with pytest.raises(UserError, match="Give --format pack-quantized"):
+            export.check(student, form)
+        return
+    export.export(student, tmp_path / "export", form)
+    trained = prepare(models.load(str(tmp_path / "final"), dtype), quant)  # not frozen: as it is trained
+    reloaded = loading.load(str(tmp_path / "export"), dtype)
+    assert torch.equal(reloaded(ids(reloaded)).logits, trained(ids(trained)).logits)
 
 
-def test_stores_our_codes_and_scales(save, tmp_path):
-    export.export(save(QuantConfig(4, 8, 4)), tmp_path / "export")
-    stored = load_file(tmp_path / "export" / "model.safetensors")
-    name = "model.layers.0.mlp.up_proj"
-    codes, (scale, _) = quantize(tiny_model().get_parameter(f"{name}.weight"), Format(4))
-    assert torch.equal(stored[f"{name}.weight"], codes)
-    assert torch.equal(stored[f"{name}.weight_scale"], scale)
-    assert stored["model.embed_tokens.weight"].dtype == torch.float32
+@pytest.mark.parametrize("form", [PACKED, INTEGERS, FAKE])
+def test_weights_stay_on_a_grid_that_is_stored_beside_them(form, tmp_path):
+    """GPTQ's: the largest weight of a channel need not have the largest code."""
+    quant = QuantConfig(4, 16, 16) if form == PACKED else QuantConfig(4, 8, 16)
+    student = write_student(tmp_path / "final", quant)
+    grids, values = {}, tiny_model().state_dict()
+    for name in quant_linears(prepare(tiny_model(), quant)):
+        grids[name] = Grid(grid_of(values[f"{name}.weight"], quant.weights).scale * 1.2)
+    save_grids(grids, tmp_path / "final" / GRIDS_FILE)
+    export.export(student, tmp_path / "export", form)
+    export.verify(student, tmp_path / "export", form, WINDOWS)
+    read = loading.load(str(tmp_path / "export"), torch.float32)
+    for name, grid in grids.items():
+        expected = dequantize(quantize(values[f"{name}.weight"], quant.weights, grid), torch.float32)
+        assert torch.equal(read.get_parameter(f"{name}.weight"), expected)
 
 
-def test_transformers_own_loader_reads_it(save, tmp_path):
-    """The weights are the same; activations it rounds to max/127.5, not max/127, so the logits are only close."""
-    export.export(save(QuantConfig(4, 8, 16)), tmp_path / "export")
+@pytest.mark.parametrize("form", [PACKED, INTEGERS])
+@pytest.mark.parametrize("w_bits", [2, 3, 4, 5, 8])
+def test_transformers_own_loader_reads_the_same_weights(form, w_bits, tmp_path):
+    student = write_student(tmp_path / "final", QuantConfig(w_bits, 8, 16))
+    export.export(student, tmp_path / "export", form)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32)
-    ours, full = export.load(str(tmp_path / "export"), torch.float32), tiny_model()
-    tokens = ids(full)
-    distance = (theirs(tokens).logits - ours(tokens).logits).abs().mean()
-    assert distance < 0.1 * (ours(tokens).logits - full(tokens).logits).abs().mean()
+    ours = loading.load(str(tmp_path / "export"), torch.float32)
+    tokens = ids(ours)
+    logits = theirs(tokens).logits  # it decompresses at the first call
     for name, weight in ours.named_parameters():
         assert torch.equal(theirs.get_parameter(name), weight), name
+    # Activations it rounds to max/127.5, not max/127, so the logits are only close.
+    assert (logits - ours(tokens).logits).abs().mean() < 0.1 * logits.abs().mean()
 
 
-def test_refuses_what_it_cannot_export(save, tmp_path):
-    with pytest.raises(UserError, match="w_bits=16"):
-        export.export(save(QuantConfig(16, 8, 4)), tmp_path / "export")
-    with pytest.raises(UserError, match="a_bits=16"):
-        export.export(save(QuantConfig(4, 16, 4)), tmp_path / "export")
-    existing = tmp_path / "there"
-    existing.mkdir()
-    with pytest.raises(UserError, match="is there already"):
-        export.export(save(QuantConfig()), existing)
-    plain = tmp_path / "plain"
-    tiny_model().save_pretrained(plain)
-    with pytest.raises(UserError, match="no trained student"):
-        export.export(plain, tmp_path / "export")
+@given(st.sampled_from([PACKED, INTEGERS]), st.integers(2, 8), st.integers(1, 5), st.integers(1, 40))
+def test_the_formats_keep_codes_and_scales(form, bits, rows, columns):
+    quant = QuantConfig(w_bits=bits)
+    stored = quantize(torch.randn(rows, columns), quant.weights)
+    parts = formats.encode("layer", stored, quant, form)
+    ((name, read),) = formats.decode(parts.items(), formats.quantization_config(quant, form))
+    assert name == "layer.weight"
+    assert isinstance(read, Quantized)
+    assert torch.equal(read.codes, stored.codes)
+    assert torch.equal(read.grid.scale, stored.grid.scale)
 
 
-def test_config_says_what_the_bits_are(save, tmp_path):
-    export.export(save(QuantConfig(4, 8, 4)), tmp_path / "export")
-    group = json.loads((tmp_path / "export" / "config.json").read_text())["quantization_config"]["config_groups"]
-    assert group["group_0"]["weights"]["num_bits"] == 4
-    assert group["group_0"]["input_activations"]["strategy"] == "token"
+def test_sizes_are_what_the_formats_promise(tmp_path):
+    student = write_student(tmp_path / "final", QuantConfig())
+    weights = {name for name, weight in student.weights() if isinstance(weight, Quantized)}
+    for form, bits in ((PACKED, 4), (INTEGERS, 8)):
+        export.export(student, tmp_path / form, form)
+        stored = load_file(tmp_path / form / "model.safetensors")
+        codes = "weight_packed" if form == PACKED else "weight"
+        for name in weights:
+            layer = name.removesuffix(".weight")
+            parameter = tiny_model().get_parameter(name)
+            assert stored[f"{layer}.{codes}"].nbytes * 8 == parameter.numel() * bits
+            assert stored[f"{layer}.weight_scale"].dtype == torch.float32  # as training simulated it
+
+
+@pytest.mark.parametrize("config_class", FAMILIES)
+def test_fake_exports_are_plain_models(config_class, tmp_path):
+    quant = QuantConfig(4, 16, 16)
+    student = write_student(tmp_path / "final", quant, config_class=config_class)
+    export.export(student, tmp_path / "export", FAKE)
+    assert not (tmp_path / "export" / CONFIG_FILE).exists()
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    trained = prepare(tiny_model(config_class), quant)
+    torch.testing.assert_close(plain(ids(plain)).logits, trained(ids(trained)).logits)
+
+
+@given(st.integers(2, 8), st.integers(1, 4), st.integers(1, 3))
+def test_gguf_blocks_hold_every_code(bits, rows, blocks):
+    """Read by gguf's own dequantizer: codes times the scale that fp16 holds."""
+    form = Format(bits)
+    weight = torch.randn(rows, 32 * blocks)
+    stored = llama_cpp.held(quantize(weight, form))
+    kind = llama_cpp._TYPES[bits]
+    packed = llama_cpp.blocks(stored.codes, stored.grid.scale.expand(-1, blocks), kind)
+    assert torch.equal(torch.from_numpy(gguf.quants.dequantize(packed, kind)), dequantize(stored, torch.float32))
+    exact = grid_of(weight, form).scale
+    assert ((stored.grid.scale - exact).abs() <= exact * 2**-11).all()
+
+
+@pytest.mark.parametrize("config_class", FAMILIES)
+def test_gguf_is_read_back_by_transformers(config_class, tmp_path):
+    sizes = {"head_dim": 128} if config_class is Qwen3Config else {}  # which transformers' reader takes for granted
+    student = write_student(tmp_path / "final", QuantConfig(), config_class=config_class, **sizes)
+    export.check(student, GGUF)
+    export.export(student, tmp_path / "export", GGUF)
+    found = export.verify(student, tmp_path / "export", GGUF, WINDOWS)  # bit for bit, or UserError
+    assert found.exported == found.expected != found.trained
+
+
+def test_llama_cpp_predicts_what_the_file_says(tmp_path):
+    """llama.cpp's own kernels, which round activations to 8 bits in blocks of 32 and cache fp16, against fp32."""
+    student = write_student(tmp_path / "final", QuantConfig())
+    export.export(student, tmp_path / "export", GGUF)
+    settings = xllamacpp.CommonParams()
+    settings.model.path = str(tmp_path / "export" / llama_cpp.FILE)
+    settings.n_ctx, settings.n_parallel, settings.cpuparams.n_threads = 256, 1, 1
+    server = xllamacpp.Server(settings)
+    model = llama_cpp.load(tmp_path / "export")
+    compared = 0
+    for prompt in torch.randint(2, 300, (12, 24), generator=torch.Generator().manual_seed(1)):
+        asked = {"prompt": prompt.tolist(), "max_tokens": 1, "temperature": 0.0, "logprobs": 4, "ignore_eos": True}
+        (choice,) = server.handle_completions(asked)["choices"]
+        if choice["logprobs"] is None:
+            continue  # the token is a part of a character, and llama.cpp waits for the rest
+        first, *others = choice["logprobs"]["content"][0]["top_logprobs"]
+        logits = model(prompt[None]).logits[0, -1]
+        for seen in others:  # differences: without the end token the others share its probability
+            expected = (logits[seen["id"]] - logits[first["id"]]).item()
+            assert seen["logprob"] - first["logprob"] == pytest.approx(expected, abs=0.1)
+            compared += 1
+    assert compared >= 9
+
+
+@pytest.mark.parametrize("form", [PACKED, INTEGERS, FAKE, GGUF])
+def test_verification_sees_one_wrong_code(form, tmp_path):
+    student = write_student(tmp_path / "final", QuantConfig())
+    export.export(student, tmp_path / "export", form)
+    export.verify(student, tmp_path / "export", form, WINDOWS)
+    file = tmp_path / "export" / (llama_cpp.FILE if form == GGUF else "model.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-2000 if form == GGUF else len(data) // 2] ^= 3
+    file.write_bytes(data)
+    with pytest.raises(UserError, match="is wrong"):
+        export.verify(student, tmp_path / "export", form, WINDOWS)
+
+
+@pytest.fixture(scope="module", params=[(2, "zero3_cpu.json"), (1, "zero3.json")], ids=["2 ranks fp32", "1 rank bf16"])
+def run(request, tiny_directory, tiny_data, tmp_path_factory) -> Path:
+    """A short real run, and its last ZeRO-3 checkpoint."""
+    ranks, ds_config = request.param
+    output = tmp_path_factory.mktemp("run") / "run"
+    places = [f"--model={tiny_directory}", f"--data={tiny_data}", f"--output={output}"]
+    json_file = f"--deepspeed={ROOT / 'ds_configs' / ds_config}"
+    finish(start_training(ranks, *places, json_file, "--steps=2", "--lr=1e-3", "--save_every=2"))
+    return output
+
+
+def test_a_zero3_checkpoint_gives_the_export_of_the_final_model(run, tmp_path):
+    export.export(source.find(run / "final"), tmp_path / "final", PACKED)
+    export.export(source.find(run / "checkpoints"), tmp_path / "checkpoint", PACKED)
+    expected, got = (load_file(tmp_path / name / "model.safetensors") for name in ("final", "checkpoint"))
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert got[name].dtype == tensor.dtype
+        assert torch.equal(got[name], tensor), name
+    for place in ("final", "checkpoint"):
+        found = loading.load(str(tmp_path / place), torch.float32)
+        assert found.config.eos_token_id == 1
+        assert models.load_tokenizer(str(tmp_path / place)).bos_token == "<s>"
+
+
+def test_a_checkpoint_that_lacks_a_file_is_refused(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    max(checkpoint.glob("*_optim_states.pt")).unlink()
+    with pytest.raises(UserError, match="damaged or incomplete"):
+        export.export(source.find(checkpoint), tmp_path / "export", PACKED)
+
+
+def test_another_model_than_the_run_began_with_is_refused(run, tmp_path):
+    tiny_model(hidden_size=32).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="is not the model that the run"):
+        source.find(run / "checkpoints", str(tmp_path / "other"))
+
+
+def test_one_file_and_one_tensor_are_in_memory_at_a_time(tmp_path):
+    """Anonymous memory while a 200 MB student is exported; what is mapped from files does not count."""
+    big = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
+    student = write_student(tmp_path / "final", QuantConfig(), **big)
+    list(student.weights())  # compiled and imported now
+    before = peak = _anonymous_memory()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, _anonymous_memory())
+            time.sleep(0.001)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    export.export(student, tmp_path / "export", FAKE, file_bytes=10_000_000)
+    done.set()
+    watcher.join()
+    size = sum(file.stat().st_size for file in (tmp_path / "export").glob("*.safetensors"))
+    assert size > 150e6
+    assert peak - before < 80e6
+
+
+def _anonymous_memory() -> int:
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+    return int(line.split()[1]) * 1024
+
+
+def _cut_short(directory: Path) -> None:
+    file = sorted(directory.glob("*.safetensors"))[0]
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _no_scale(directory: Path) -> None:
+    for file in directory.glob("*.safetensors"):
+        from safetensors.torch import save_file
+
+        save_file({n: t for n, t in load_file(file).items() if not n.endswith("up_proj.weight_scale")}, file)
+
+
+def _wider(directory: Path) -> None:
+    _edit(directory / "config.json", hidden_size=128)
+
+
+def _fewer_layers(directory: Path) -> None:
+    _edit(directory / "config.json", num_hidden_layers=1)
+
+
+def _more_layers(directory: Path) -> None:
+    _edit(directory / "config.json", num_hidden_layers=3)
+
+
+def _edit(file: Path, **changes) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+DAMAGES = {
+    _cut_short: "is damaged",
+    _no_scale: "lacks weight_scale",
+    _wider: "does not match its config.json",
+    _fewer_layers: "does not match its config.json",
+    _more_layers: "is incomplete: it lacks",
+    lambda directory: sorted(directory.glob("*.safetensors"))[0].unlink(): "is missing",
+    lambda directory: (directory / CONFIG_FILE).write_text("{"): "quant_config.json is damaged",
+    lambda directory: _edit(directory / CONFIG_FILE, w_bits="four"): "w_bits=four is not possible",
+    lambda directory: (directory / "config.json").write_text("{"): "cannot be read",
+    lambda directory: [file.unlink() for file in directory.glob("tokenizer*")]: "tokenizer",
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.items(), ids=range(len(DAMAGES)))
+def test_damaged_exports_are_refused_with_a_sentence(damage, message, exported, monkeypatch):
+    damage(exported)
+    assert message in error_of(monkeypatch, "chat", f"--model={exported}", "--prompt=hello", "--max_new_tokens=1")
+
+
+def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
+    def refusal(quant: QuantConfig, form: str) -> str:
+        shutil.rmtree(tmp_path / "final", ignore_errors=True)
+        write_student(tmp_path / "final", quant)
+        flags = [f"--checkpoint={tmp_path / 'final'}", f"--output={tmp_path / 'export'}", f"--format={form}"]
+        message = error_of(monkeypatch, "export", *flags)
+        assert not (tmp_path / "export").exists()
+        return message
+
+    assert "w_bits=16" in refusal(QuantConfig(16, 8, 4), PACKED)
+    assert "have none" in refusal(QuantConfig(w_quantizer="minmax_asymmetric"), PACKED)
+    assert "no GGUF type has" in refusal(QuantConfig(w_quantizer="minmax_asymmetric"), GGUF)
+    assert "multiples of 32" in refusal(QuantConfig(w_group_size=16), GGUF)
+    assert "give pack-quantized, int-quantized, hf-fake, gguf" in refusal(QuantConfig(), "onnx")
+    (tmp_path / "final" / CONFIG_FILE).unlink()
+    with pytest.raises(UserError, match="holds no student"):
+        source.find(tmp_path / "final")
+
+
+def test_a_student_without_a_tokenizer_is_refused(tmp_path):
+    student = write_student(tmp_path / "final", QuantConfig())
+    for file in (tmp_path / "final").glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(UserError, match="no tokenizer"):
+        export.check(student, PACKED)
+
+
+def test_what_engines_will_do_differently_is_said():
+    said = " ".join(differences(QuantConfig(3, 6, 4), PACKED))
+    assert "trained with 6 bits" in said
+    assert "rounded to 8" in said
+    assert "3-bit codes are declared as 4-bit" in said
+    assert "trained with 4 bits" in said
+    assert "KV cache" in said
+    assert not differences(QuantConfig(4, 16, 16), FAKE)
+
+
+def test_one_command_writes_a_model_its_card_and_what_was_verified(run, tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text((ROOT / "LICENSE").read_text())
+    result = tmp_path / "result.json"
+    run_python(
+        "evaluate", f"--model={run / 'final'}", f"--text={text}", "--window=64", "--windows=2", f"--output={result}"
+    )
+    flags = [f"--output={tmp_path / 'export'}", f"--text={text}", "--base_model=nobody/tiny", "--license=cc0-1.0"]
+    said = run_python("export", f"--checkpoint={run / 'final'}", f"--results=[{result}]", *flags).stdout
+    assert "bit for bit" in said
+    assert "differs: KV cache: trained with 4 bits" in said
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert card.startswith("---\nbase_model: nobody/tiny\nlicense: cc0-1.0\n")
+    assert f"perplexity {json.loads(result.read_text())['perplexity']:.3f}" in card
+    for fact in ("W-A-KV 4-8-4", "lr 0.001", "steps 2", "vllm serve", "bit for bit", "KV cache: trained with 4 bits"):
+        assert fact in card

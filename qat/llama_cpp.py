@@ -1,0 +1,222 @@
+"""GGUF: one file that llama.cpp runs.
+
+Its block types store 32 codes and an fp16 scale: Q4_0 holds every symmetric code of 2 to 4 bits, Q5_0 of 5, Q8_0 of 6
+to 8. So the codes go over without loss, the scale of an output channel repeated in each of its blocks; the scale itself
+is rounded to fp16, by at most 1 part in 2048. Types with a finer structure (Q4_K, Q6_K, IQ4_XS: blocks of 256 with
+scales of their own) need a rounding of the weights that was not trained.
+"""
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Type
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedConfig, PreTrainedModel
+
+from qat.errors import UserError
+from qat.models import load_tokenizer
+from qat.products import speed_up
+from qat.quantizers import Grid, Quantized
+from qat.source import Student
+
+FILE = "model.gguf"
+
+_BLOCK = 32
+_TYPES = {2: Type.Q4_0, 3: Type.Q4_0, 4: Type.Q4_0, 5: Type.Q5_0, 6: Type.Q8_0, 7: Type.Q8_0, 8: Type.Q8_0}
+_FILE_TYPES = {
+    Type.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
+    Type.Q5_0: gguf.LlamaFileType.MOSTLY_Q5_0,
+    Type.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
+}
+_LARGEST_ERROR = 2.0**-11
+"""Of a scale rounded to fp16, relative; beyond it fp16 has too few bits left, or overflows."""
+
+_ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "mistral": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+}
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}",
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+_SPLITS = {"{1,3}".join(_SPLIT): "llama-bpe", "".join(_SPLIT): "qwen2"}
+"""llama.cpp's names for the ways in which a text is split before BPE."""
+
+
+def check(student: Student) -> None:
+    """Raise UserError for what no GGUF type can hold, and for models that are not mapped here."""
+    quant = student.quant
+    if not quant.weights.symmetric:
+        raise UserError(
+            f"w_quantizer={quant.w_quantizer} has integer zero points, and no GGUF type has: Q4_1 and its like add an "
+            "fp16 minimum instead. Give --format hf-fake."
+        )
+    if quant.w_group_size % _BLOCK:
+        raise UserError(
+            f"w_group_size={quant.w_group_size}: GGUF has one scale for {_BLOCK} codes, so groups must be multiples of "
+            f"{_BLOCK}. Give --format hf-fake."
+        )
+    config = AutoConfig.from_pretrained(student.directory)
+    if (rope := config.rope_parameters["rope_type"]) != "default":
+        raise UserError(f"The model scales its positions (rope_type={rope!r}), which is not mapped to GGUF here.")
+    if config.hidden_size % _BLOCK or config.intermediate_size % _BLOCK:
+        raise UserError(
+            f"The model is {config.hidden_size} and {config.intermediate_size} wide: GGUF wants multiples of {_BLOCK}."
+        )
+    _tokenizer(student.directory)
+
+
+def held(quantized: Quantized) -> Quantized:
+    """What GGUF holds of a weight: its codes, and its scale rounded to fp16."""
+    return Quantized(quantized.codes, Grid(quantized.grid.scale.half().float()))
+
+
+def write(student: Student, output: Path) -> None:
+    """Write ``output/model.gguf``. The weights pass through a temporary file: one tensor is in memory at a time."""
+    config = AutoConfig.from_pretrained(student.directory)
+    architecture = _ARCHITECTURES[config.model_type]
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    kind = _TYPES[student.quant.w_bits]
+    writer = gguf.GGUFWriter(output / FILE, gguf.MODEL_ARCH_NAMES[architecture], use_temp_file=True)
+    _add_config(writer, config, _FILE_TYPES[kind])
+    for key, value in _tokenizer(student.directory).items():
+        getattr(writer, f"add_{key}")(value)
+    gguf.SpecialVocab(student.directory, load_merges=True).add_to_gguf(writer, quiet=True)
+    for name, weight in student.progress():
+        place = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert place is not None, name
+        if isinstance(weight, Quantized):
+            _check_scale(name, weight.grid.scale)
+            codes, (scale, _) = weight
+            scale = scale.repeat_interleave(codes.shape[1] // _BLOCK // scale.shape[1], 1)
+            codes, scale = (_as_llama_cpp_rotates(name, part, config) for part in (codes, scale))
+            writer.add_tensor(place, blocks(codes, scale, kind), raw_dtype=kind)
+        else:
+            weight = _as_llama_cpp_rotates(name, weight, config)
+            if weight.dim() > 1 and weight.dtype == torch.bfloat16:
+                writer.add_tensor(place, weight.view(torch.uint16).numpy().view(np.uint8), raw_dtype=Type.BF16)
+            else:
+                writer.add_tensor(place, weight.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def blocks(codes: Tensor, scale: Tensor, kind: Type) -> np.ndarray:
+    """int8 codes [out, in] and scales [out, in / 32] as the bytes of GGUF blocks: uint8 [out, bytes]."""
+    rows, columns = codes.shape
+    q = codes.numpy().reshape(rows, columns // _BLOCK, _BLOCK)
+    parts = [scale.half().numpy()[..., None].view(np.uint8)]
+    if kind == Type.Q8_0:
+        parts.append(q.view(np.uint8))
+    else:
+        offset = 8 if kind == Type.Q4_0 else 16
+        q = (q + offset).astype(np.uint8)
+        if kind == Type.Q5_0:
+            parts.append(np.packbits(q >> 4, axis=-1, bitorder="little"))
+        low, high = np.split(q & 15, 2, axis=-1)
+        parts.append(low | (high << 4))
+    return np.concatenate(parts, -1).reshape(rows, -1)
+
+
+def load(directory: Path) -> PreTrainedModel:
+    """The model in ``directory/model.gguf`` as transformers reads it, in fp32 and without activation quantization."""
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, gguf_file=FILE, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True),
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    speed_up(model)
+    return model.eval()
+
+
+def _check_scale(name: str, scale: Tensor) -> None:
+    error = ((scale.half().float() - scale).abs() / scale).max().item()
+    if not error <= _LARGEST_ERROR:
+        raise UserError(
+            f"{name} has a scale that fp16 cannot hold (off by {error:.2g} of it), and GGUF's are fp16: give --format "
+            "hf-fake."
+        )
+
+
+def _as_llama_cpp_rotates(name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
+    """Output channels of q and k in llama.cpp's order. Its LLaMA rotates neighbours, transformers' the two halves."""
+    if _ARCHITECTURES[config.model_type] != gguf.MODEL_ARCH.LLAMA:
+        return tensor
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for layer, count in heads.items():
+        if f".{layer}." in name:
+            return tensor.unflatten(0, (count, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
+    return tensor
+
+
+def _add_config(writer: gguf.GGUFWriter, config: PreTrainedConfig, file_type: gguf.LlamaFileType) -> None:
+    writer.add_name(config.name_or_path or config.model_type)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+
+
+def _tokenizer(directory: Path) -> dict[str, object]:
+    """What GGUFWriter is told of the tokenizer, by its ``add_`` methods."""
+    vocabulary_size = AutoConfig.from_pretrained(directory).vocab_size
+    if (directory / "tokenizer.model").is_file():
+        tokens = list(gguf.SentencePieceVocab(directory).all_tokens())
+        tokens += [(f"[PAD{i}]".encode(), -1000.0, gguf.TokenType.UNUSED) for i in range(len(tokens), vocabulary_size)]
+        return {
+            "tokenizer_model": "llama",
+            "token_list": [text for text, _, _ in tokens],
+            "token_scores": [score for _, score, _ in tokens],
+            "token_types": [kind for _, _, kind in tokens],
+        }
+    split = _split(directory)
+    tokenizer = load_tokenizer(str(directory))
+    added, special = tokenizer.get_added_vocab(), set(tokenizer.all_special_tokens)
+    texts, kinds = [], []
+    by_id = {number: text for text, number in tokenizer.get_vocab().items()}
+    for number in range(vocabulary_size):
+        text = by_id.get(number)
+        texts.append(text if text is not None else f"[PAD{number}]")
+        if text is None:
+            kinds.append(gguf.TokenType.UNUSED)
+        elif text in special or (text in added and tokenizer.added_tokens_decoder[number].special):
+            kinds.append(gguf.TokenType.CONTROL)
+        else:
+            kinds.append(gguf.TokenType.USER_DEFINED if text in added else gguf.TokenType.NORMAL)
+    return {"tokenizer_model": "gpt2", "tokenizer_pre": split, "token_list": texts, "token_types": kinds}
+
+
+def _split(directory: Path) -> str:
+    """llama.cpp's name for how the tokenizer splits a text before BPE; raises UserError if it has none here."""
+    file = directory / "tokenizer.json"
+    steps = json.loads(file.read_text())["pre_tokenizer"] if file.is_file() else None
+    if steps:
+        steps = steps.get("pretokenizers", [steps])
+        kinds = [step["type"] for step in steps]
+        if kinds == ["ByteLevel"] and steps[0]["use_regex"]:
+            return "gpt-2"
+        if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and steps[1]["use_regex"]:
+            return "smollm"
+        if kinds == ["Split", "ByteLevel"] and (name := _SPLITS.get(steps[0]["pattern"].get("Regex"))):
+            return name
+    raise UserError(
+        f"The tokenizer of {directory} splits text in a way that is not mapped to llama.cpp's here: give --format "
+        "hf-fake and convert that with llama.cpp's own script."
+    )

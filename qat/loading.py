@@ -1,0 +1,85 @@
+"""Models for evaluation: what training simulated, weights rounded once."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
+
+from qat import formats, models, source, weight_files
+from qat.errors import UserError
+from qat.prepare import CONFIG_FILE, QuantConfig, load_steps, prepare
+from qat.products import speed_up
+from qat.quantizers import FULL_PRECISION, Quantized, dequantize
+
+Weights = Iterator[tuple[str, Tensor | Quantized]]
+"""Of a whole model, by name, one at a time."""
+
+
+def load(directory: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model at ``directory``, ready for inference: full precision, a student, or an integer export.
+
+    Weights are quantized once, here; activations and KV cache as ``quant_config.json`` says.
+    """
+    path = Path(directory)
+    if not (path / CONFIG_FILE).is_file():
+        model = models.load(directory, dtype)
+        speed_up(model)
+        return model
+    quant, trained_dtype, weights = read(path)
+    return simulate(path, weights, trained_dtype, quant, dtype)
+
+
+def simulate(
+    config: Path, weights: Weights, trained_dtype: torch.dtype, quant: QuantConfig, dtype: torch.dtype
+) -> PreTrainedModel:
+    """A model that computes in ``dtype`` with ``weights``, activations and KV cache quantized as ``quant`` says.
+
+    Args:
+        config: folder with config.json, and the learned steps if there are any
+        trained_dtype: the dtype in which quantized weights lie on their grid: another one rounds differently
+    """
+    values = {
+        name: dequantize(weight, trained_dtype).to(dtype) if isinstance(weight, Quantized) else weight.to(dtype)
+        for name, weight in weights
+    }
+    settings = AutoConfig.from_pretrained(config)
+    if hasattr(settings, "quantization_config"):
+        del settings.quantization_config
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)]
+    model = model_class.from_pretrained(  # type: ignore[attr-defined]
+        None, config=settings, state_dict=values, dtype=dtype, attn_implementation="sdpa"
+    )
+    prepare(model, replace(quant, w_bits=FULL_PRECISION))
+    load_steps(model, config)
+    speed_up(model)
+    return model.eval()
+
+
+def read(path: Path) -> tuple[QuantConfig, torch.dtype, Weights]:
+    """Of a student's Hugging Face directory, or an integer export: how it is quantized, the dtype that was trained,
+    and its weights, one at a time."""
+    config = _quantization_config(path)
+    if config is None:
+        student = source.find(path)
+        return student.quant, student.dtype, student.weights()
+    dtype = AutoConfig.from_pretrained(path).dtype or torch.float32
+    stored = formats.decode(weight_files.stored_tensors(path), config)
+    return source.read_quant(path), dtype, weight_files.checked(stored, weight_files.skeleton(path), path)
+
+
+def _quantization_config(path: Path) -> dict[str, Any] | None:
+    """What an export's config.json says of its integers; None for a student."""
+    file = path / "config.json"
+    if not file.is_file():
+        return None
+    config = json.loads(file.read_text()).get("quantization_config")
+    if config is None:
+        return None
+    if config.get("format") not in (formats.PACKED, formats.INTEGERS):
+        raise UserError(f"{path} is quantized in the format {config.get('format')!r}, which is not one of ours.")
+    return config

@@ -1,0 +1,138 @@
+"""A model that runs as it is deployed: weights packed in memory, generation over the integer KV cache.
+
+    model = qat.load("export/llama2-7b-484")
+    model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=20)
+
+What it computes is what training simulated: the same codes, scales and roundings. Engines with kernels of their own are
+faster (see docs/export.md); this one is exact, and needs nothing but torch and transformers.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from qat import loading, models, products, weight_files
+from qat.errors import UserError
+from qat.integer_cache import IntegerCache, pack, unpack
+from qat.linear import QuantLinear, lsq
+from qat.prepare import CONFIG_FILE, load_steps, prepare, quant_linears
+from qat.products import matmul
+from qat.quantizers import Grid, Quantized, dequantize
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a model takes, in bytes.
+
+    Args:
+        weights: all of them, packed ones with their scales
+        cache_per_token: KV cache of one token, codes and scales
+    """
+
+    weights: int
+    cache_per_token: int
+
+
+def load(directory: str) -> PreTrainedModel:
+    """The student or integer export at ``directory``, packed, on the GPU if there is one.
+
+    ``generate`` caches integers, if the student's KV cache is quantized after RoPE. Weights are quantized and packed
+    once, here, one at a time; the rest is in ``models.inference_dtype()``. Raises UserError if the directory holds
+    neither, or is damaged.
+    """
+    path = Path(directory)
+    if not (path / CONFIG_FILE).is_file():
+        raise UserError(f"{directory} has no {CONFIG_FILE}: give an integer export, or the final/ of a training run.")
+    quant, trained_dtype, weights = loading.read(path)
+    dtype = models.inference_dtype()
+    model = prepare(weight_files.skeleton(path), quant)
+    linears = quant_linears(model)
+    rest: dict[str, Tensor] = {}
+    for name, weight in weights:
+        if isinstance(weight, Quantized):
+            PackedLinear.pack(linears[name.removesuffix(".weight")], weight, trained_dtype)
+        else:
+            rest[name] = weight.to(dtype)
+    model.load_state_dict(rest, strict=False, assign=True)
+    model.tie_weights()
+    inner = model.base_model
+    inner.rotary_emb = type(inner.rotary_emb)(model.config)  # it holds no weights, and was made without memory
+    load_steps(model, path)
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    models.place(model)
+    products.speed_up(model)
+    if quant.kv.quantizes and quant.kv_site == "post_rope":
+        model.__class__ = _caching_integers(type(model))
+    return model.eval().requires_grad_(False)
+
+
+def memory(model: PreTrainedModel) -> Memory:
+    """What ``model`` takes; its cache is the one that its ``generate`` uses."""
+    kept = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    cache = model.new_cache() if isinstance(model, _CachesIntegers) else DynamicCache()
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    with torch.inference_mode():
+        model(tokens, past_key_values=cache)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)  # type: ignore[union-attr,misc]
+    return Memory(sum(kept.values()), held // tokens.shape[1])
+
+
+class PackedLinear(QuantLinear):
+    """A QuantLinear that holds its weight as bytes: two codes in each up to 4 bits, and scales.
+
+    Attributes:
+        packed: uint8 [out * groups, bytes], see integer_cache.pack
+        trained_dtype: the dtype in which the weight's values were rounded to their grid
+    """
+
+    packed: Tensor
+    trained_dtype: torch.dtype
+
+    @classmethod
+    def pack(cls, linear: QuantLinear, weight: Quantized, trained_dtype: torch.dtype) -> None:
+        """Turn ``linear`` into a PackedLinear in place; its own weight is dropped."""
+        linear.__class__ = cls
+        assert isinstance(linear, cls)
+        del linear.weight
+        codes, (scale, zero_point) = weight
+        grid = Grid(scale.reshape(-1, 1), None if zero_point is None else zero_point.reshape(-1, 1))
+        rows = Quantized(codes.reshape(len(grid.scale), -1), grid)
+        linear.register_buffer("packed", pack(rows, linear.weight_format), persistent=False)
+        linear.trained_dtype = trained_dtype
+
+    def unpacked(self) -> Quantized:
+        """Codes [out, in] and grid [out, groups]."""
+        codes, (scale, zero_point) = unpack(self.packed, self.weight_format)
+        rows = self.out_features
+        grid = Grid(scale.view(rows, -1), None if zero_point is None else zero_point.view(rows, -1))
+        return Quantized(codes.reshape(rows, -1), grid)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.input_step is not None:
+            x = lsq(x, self.input_step, self.input_format)
+        shared = None if self.input_quantizer is None else self.input_quantizer(x)
+        values = dequantize(self.unpacked(), self.trained_dtype).to(x.dtype)
+        inputs = x if shared is None else shared.values()
+        y = matmul(inputs.flatten(0, -2), values.t()).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+class _CachesIntegers:
+    """Mixed into a model's class: ``generate`` caches integers unless it is told what to cache."""
+
+    def new_cache(self) -> IntegerCache:
+        return IntegerCache(self)  # type: ignore[arg-type]
+
+    def generate(self, *args, **kwargs):
+        if kwargs.get("use_cache", True):
+            kwargs.setdefault("past_key_values", self.new_cache())
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+
+def _caching_integers(model_class: type) -> type:
+    return type(model_class.__name__, (_CachesIntegers, model_class), {})

@@ -1,0 +1,175 @@
+"""What an export is made from: a student's weights, wherever they lie, one tensor at a time.
+
+A student is a Hugging Face directory with ``quant_config.json`` beside its weights (the ``final/`` of a run, or what
+launch/quantize.py writes), or one of a run's ZeRO-3 checkpoints, of any number of ranks.
+"""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoConfig
+
+from qat import models
+from qat.errors import UserError
+from qat.prepare import CONFIG_FILE, QuantConfig, load_grids, quantizable_linears
+from qat.quantizers import Quantized, quantize
+from qat.weight_files import checked, skeleton, stored_tensors
+
+_RUN_SETTINGS = "settings.json"
+_LOG = "log.jsonl"
+_PTQ_RECORD = "ptq.json"
+_LATEST = "latest"
+_ZERO_FILES = "zero_pp_rank_*_model_states.pt"
+_STUDENT_PREFIX = "student."
+
+
+@dataclass(frozen=True)
+class Student:
+    """A trained, or post-training quantized, model on disk.
+
+    Args:
+        path: where its weights are
+        directory: the Hugging Face directory that has its config and tokenizer
+        quant: how it is quantized
+        dtype: of the weights that are rounded to their grid, in training as in evaluation
+        run: what the training run's ``settings.json`` holds; empty if there is none
+    """
+
+    path: Path
+    directory: Path
+    quant: QuantConfig
+    dtype: torch.dtype
+    run: dict[str, Any]
+
+    @property
+    def is_checkpoint(self) -> bool:
+        return self.path != self.directory
+
+    @property
+    def base_model(self) -> str:
+        """The model that the run began with, as it was named then; empty if that is not recorded."""
+        return self.run.get("model", "")
+
+    @property
+    def longest(self) -> int:
+        """The positions that the model can attend over."""
+        return AutoConfig.from_pretrained(self.directory).max_position_embeddings
+
+    @property
+    def ptq_method(self) -> str:
+        """The method of launch/quantize.py that made it; empty for a trained student."""
+        file = self.path / _PTQ_RECORD
+        return json.loads(file.read_text())["method"] if file.is_file() else ""
+
+    def weights(self) -> Iterator[tuple[str, Tensor | Quantized]]:
+        """Name and tensor of each weight, one at a time; those that are quantized as codes and grid.
+
+        Raises UserError if they are not those of the config.
+        """
+        model = skeleton(self.directory)
+        form = self.quant.weights
+        quantized = quantizable_linears(model) if form.quantizes else {}
+        grids = load_grids(self.path)
+        for name, tensor in checked(self._stored(), model, self.path):
+            assert isinstance(tensor, Tensor)
+            layer = name.removesuffix(".weight")
+            yield name, quantize(tensor, form, grids.get(layer)) if layer in quantized else tensor
+
+    def progress(self) -> Iterator[tuple[str, Tensor | Quantized]]:
+        """``weights``, with a bar that shows how far it is."""
+        count = sum(1 for _ in skeleton(self.directory).parameters())
+        yield from tqdm(self.weights(), desc="export", total=count, unit="tensor", dynamic_ncols=True)
+
+    def last_step(self) -> dict[str, Any] | None:
+        """What the run's log says of the step that these weights are from."""
+        run = self.path.parent.parent if self.is_checkpoint else self.path.parent
+        step = int(self.path.name.removeprefix("step-")) if self.is_checkpoint else None
+        lines = (run / _LOG).read_text().splitlines() if (run / _LOG).is_file() else []
+        records = [json.loads(line) for line in lines]
+        return next((record for record in reversed(records) if step in (None, record["step"])), None)
+
+    def _stored(self) -> Iterator[tuple[str, Tensor]]:
+        return _gathered(self.path, self.dtype) if self.is_checkpoint else stored_tensors(self.path)
+
+
+def find(path: Path, model: str | None = None) -> Student:
+    """The student at ``path``. Raises UserError, which says what would be one, if none is there.
+
+    Args:
+        path: a Hugging Face directory with quant_config.json, a run's checkpoints/step-N, or its checkpoints/ for
+            the latest
+        model: the model that the run began with, for the config and tokenizer of a checkpoint; by default where the
+            run found it
+    """
+    if (path / _LATEST).is_file():
+        path = path / (path / _LATEST).read_text().strip()
+    if any(path.glob(_ZERO_FILES)):
+        return _of_checkpoint(path, model)
+    if not (path / CONFIG_FILE).is_file():
+        raise UserError(
+            f"{path} holds no student: give the final/ or a checkpoints/step-N of a training run, or what "
+            "launch/quantize.py wrote."
+        )
+    directory = Path(models.resolve(str(path)))
+    config = json.loads((directory / "config.json").read_text())
+    if "quantization_config" in config:
+        raise UserError(f"{path} is an export already: give the student that it was made from.")
+    dtype = AutoConfig.from_pretrained(directory).dtype or torch.float32
+    return Student(path, directory, read_quant(path), dtype, _run_settings(path.parent))
+
+
+def read_quant(directory: Path) -> QuantConfig:
+    """``quant_config.json``; raises UserError if it cannot be read."""
+    try:
+        return QuantConfig.load(directory)
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{directory / CONFIG_FILE} is damaged ({error}): copy it again, or write it anew.") from error
+
+
+def _of_checkpoint(path: Path, model: str | None) -> Student:
+    run = _run_settings(path.parent.parent)
+    if not run:
+        raise UserError(f"{path} is a checkpoint without its run: {path.parent.parent / _RUN_SETTINGS} is missing.")
+    began_with = model or run.get("model")
+    if not began_with:
+        raise UserError(f"{path} does not say which model it began with: give it with --model.")
+    directory = models.resolve(began_with)
+    settings = run["settings"]
+    if models.weights_fingerprint(directory) != settings["model"]:
+        raise UserError(f"{began_with} is not the model that the run of {path} began with: give that with --model.")
+    quant = QuantConfig(**{name: settings[name] for name in QuantConfig.__dataclass_fields__})
+    if quant.activations.learned:
+        raise UserError(f"a_quantizer=lsq: the learned steps are read from the final/ of a run, not from {path}.")
+    in_bf16 = (settings.get("bf16") or {}).get("enabled", False)
+    return Student(path, Path(directory), quant, torch.bfloat16 if in_bf16 else torch.float32, run)
+
+
+def _run_settings(run: Path) -> dict[str, Any]:
+    path = run / _RUN_SETTINGS
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _gathered(checkpoint: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a ZeRO-3 checkpoint, put together from all ranks' files, which stay on disk.
+
+    The checkpoint keeps fp32 master weights; what the student computes with is their rounding to ``dtype``.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # slow to import, seldom needed
+
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            parts = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), checkpoint.name, lazy_mode=True)
+        for name, tensor in parts.items():
+            yield name.removeprefix(_STUDENT_PREFIX), tensor.contiguous().to(dtype)
+    except (ValueError, RuntimeError, OSError, EOFError, KeyError) as error:
+        raise UserError(f"The checkpoint {checkpoint} is damaged or incomplete: {error}") from error

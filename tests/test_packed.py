@@ -1,0 +1,73 @@
+"""qat.load: what is deployed computes what was trained, in the memory that the bits promise."""
+
+import pytest
+import torch
+from conftest import run_python, tiny_model
+from test_export import SETTINGS, write_student
+from test_prepare import ids
+from transformers.cache_utils import DynamicCache
+
+import qat
+from qat import export, loading, models, packed
+from qat.errors import UserError
+from qat.formats import PACKED
+from qat.prepare import QuantConfig
+
+
+@pytest.mark.parametrize("quant", [*SETTINGS, QuantConfig(w_quantizer="minmax_asymmetric")], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packed_equals_the_simulation(quant, dtype, tmp_path):
+    write_student(tmp_path, quant, dtype)
+    model, simulated = qat.load(str(tmp_path)), loading.load(str(tmp_path), torch.float32)
+    tokens = ids(model, batch=2)
+    assert torch.equal(model(tokens).logits, simulated(tokens).logits)
+    settings = {"attention_mask": torch.ones(2, 6, dtype=torch.long), "max_new_tokens": 8, "do_sample": False}
+    expected = simulated.generate(tokens[:, :6], use_cache=False, pad_token_id=0, **settings)
+    assert torch.equal(model.generate(tokens[:, :6], pad_token_id=0, **settings), expected)
+
+
+def test_an_export_and_the_student_that_it_was_made_from_are_the_same(tmp_path):
+    student = write_student(tmp_path / "final", QuantConfig())
+    export.export(student, tmp_path / "export", PACKED)
+    model, exported = qat.load(str(tmp_path / "final")), qat.load(str(tmp_path / "export"))
+    assert torch.equal(model(ids(model)).logits, exported(ids(model)).logits)
+    assert exported.generation_config.eos_token_id == 1
+
+
+def test_memory_is_what_the_bits_promise(tmp_path):
+    write_student(tmp_path, QuantConfig(4, 8, 4))
+    held = packed.memory(qat.load(str(tmp_path)))
+    full = tiny_model()
+    linears = [m for name, m in full.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
+    low = sum(linear.weight.numel() // 2 + 4 * linear.out_features for linear in linears)
+    rest = sum(p.nbytes for p in full.parameters()) - sum(linear.weight.nbytes for linear in linears)
+    rotary = full.model.rotary_emb
+    assert held.weights == low + rest + rotary.inv_freq.nbytes + rotary.original_inv_freq.nbytes
+    assert held.cache_per_token == 2 * 2 * 2 * (16 // 2 + 4), "layers, K and V, heads: codes and an fp32 scale"
+
+
+def test_generate_caches_integers_and_nothing_else(tmp_path):
+    write_student(tmp_path, QuantConfig(4, 8, 4))
+    model = qat.load(str(tmp_path))
+    tokens = ids(model)
+    cache = model.generate(tokens, max_new_tokens=4, return_dict_in_generate=True).past_key_values
+    assert {layer.keys.dtype for layer in cache.layers} == {torch.uint8}
+    own = DynamicCache()
+    model.generate(tokens, max_new_tokens=4, past_key_values=own)
+    assert own.layers[0].keys.dtype == torch.float32, "a cache that is given is used"
+
+
+def test_full_precision_models_are_refused(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="give an integer export"):
+        qat.load(str(tmp_path))
+
+
+def test_chat_says_what_generate_says(tmp_path):
+    write_student(tmp_path, QuantConfig())
+    said = run_python("chat", f"--model={tmp_path}", "--prompt=Redistribution and use", "--max_new_tokens=12")
+    tokenizer, model = models.load_tokenizer(str(tmp_path)), qat.load(str(tmp_path))
+    prompt = tokenizer("Redistribution and use", return_tensors="pt")
+    new = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt.input_ids.shape[1] :]
+    assert said.stdout.strip() == tokenizer.decode(new, skip_special_tokens=True).strip()
+    assert "MB of KV cache per 1000 tokens" in said.stderr

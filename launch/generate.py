@@ -1,19 +1,30 @@
 """Let a model write training sequences into a folder of Parquet shards.
 
-python launch/generate.py --model DIR --output DIR; under a launcher, the ranks share the shards. A folder
-that is there already is gone on with.
+python launch/generate.py --model DIR --output DIR; under deepspeed, torchrun or srun, the ranks share the shards. A
+folder that is there already is gone on with. --corpus makes the same shards from real text.
 """
 
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
+from transformers import AutoConfig
 
+from datagen import card
+from datagen.corpus import Corpus
 from datagen.generate import GenerateConfig, Vocabulary, write_sequences
-from datagen.shards import ShardFolder
+from datagen.parallel import Group, ranks_from_slurm
+from datagen.shards import Sequence, ShardFolder
 from launch import cli
 from qat import models
 from qat.errors import UserError
+from qat.preemption import RESUMABLE_EXIT, StopSignal
+
+_OF_TEXT = ("sequences", "max_length", "sequences_per_shard")
+"""The settings that matter where the text comes from a corpus."""
 
 
 @dataclass(frozen=True)
@@ -23,17 +34,43 @@ class Paths:
     Args:
         model: the model that writes: a Hugging Face directory or hub name
         output: folder of the shards
+        corpus: make the shards from this text instead, with the model's tokenizer: a txt, jsonl or parquet file, a
+            folder of them, wikitext or c4
     """
 
     model: str
     output: Path
+    corpus: str | None = None
 
 
-def main() -> None:
+class Stopped(Exception):
+    """A signal came: the shard in hand is abandoned."""
+
+
+def main() -> int:
+    stop = StopSignal()
     paths, config = cli.parse(__doc__, Paths, GenerateConfig)
     name = models.resolve_full_precision(paths.model)
     tokenizer = models.load_tokenizer(name)
     folder = ShardFolder(paths.output)
+    try:
+        if paths.corpus:
+            write_corpus(Corpus(paths.corpus), folder, name, tokenizer, config, stop)
+        else:
+            write_generated(folder, name, tokenizer, config, stop)
+    except Stopped:
+        if cli.is_first_rank():
+            print(f"stopped by a signal: the same command goes on with {paths.output}", flush=True)
+        return RESUMABLE_EXIT
+    return 0
+
+
+def write_generated(folder: ShardFolder, name: str, tokenizer, config: GenerateConfig, stop: StopSignal) -> None:
+    vllm = config.engine == "vllm"
+    if vllm and cli.ranks() > 1:
+        raise UserError("engine=vllm starts its own ranks (--tensor_parallel): start it with plain python.")
+    group = Group.of(cli.rank(), cli.ranks(), 1 if vllm else config.tensor_parallel)
+    check(name, config, group.size)
     folder.claim(
         {
             **asdict(config),
@@ -41,30 +78,101 @@ def main() -> None:
             "tokenizer": models.tokenizer_fingerprint(tokenizer),
         }
     )
-    missing = [i for i in range(cli.rank(), config.shards, cli.ranks()) if not folder.path(i).exists()]
-    if not missing:
-        print(f"{paths.output} is complete: {config.sequences} sequences.")
+    group.init()
+    missing = [index for index in range(config.shards) if group.agree(folder.missing(index))]
+    longest = sum(len(config.shard_range(index)) for index in missing) * (config.max_length - 1) // group.count
+    with tqdm(
+        desc="generate", total=longest, unit="tok", dynamic_ncols=True, disable=not missing or not cli.is_first_rank()
+    ) as bar:
+
+        def progress(tokens: int, spared: int) -> None:
+            if group.agree(stop.received):
+                raise Stopped
+            bar.total -= spared  # sequences that ended early
+            bar.update(tokens)
+
+        write: Callable[[range], list[Sequence]] | None = None
+        for index in group.shards(folder, missing):
+            progress(0, 0)
+            write = write or writer(name, tokenizer, config, group, progress)
+            sequences = write(config.shard_range(index))
+            if group.leads:
+                folder.write(index, sequences)
+    finish(folder, tokenizer, name, config, group)
+
+
+def writer(
+    name: str, tokenizer, config: GenerateConfig, group: Group, progress: Callable[[int, int], None]
+) -> Callable[[range], list[Sequence]]:
+    """What turns the numbers of sequences into sequences: a model, loaded into the engine of choice."""
+    vocabulary = Vocabulary.of(tokenizer, name)
+    if config.engine == "vllm":
+        from datagen.vllm_engine import VllmEngine
+
+        engine = VllmEngine(name, models.inference_dtype(), config)
+        return lambda indices: engine.write_sequences(vocabulary, config, indices, progress)
+    if group.size > 1:
+        model = group.load(name, models.inference_dtype())
+    else:
+        model = models.load(name, models.inference_dtype())
+        models.place(model)
+    return lambda indices: write_sequences(model, vocabulary, config, indices, progress)
+
+
+def write_corpus(
+    corpus: Corpus, folder: ShardFolder, name: str, tokenizer, config: GenerateConfig, stop: StopSignal
+) -> None:
+    """By the first rank alone: tokenizing is quick. Raises UserError for settings that only a model that writes has."""
+    useless = [f.name for f in fields(config) if f.name not in _OF_TEXT and getattr(config, f.name) != f.default]
+    if useless:
+        raise UserError(f"--corpus is real text, for which {', '.join(useless)} mean nothing: leave them out.")
+    if not cli.is_first_rank():
         return
-    model = models.load(name, models.inference_dtype())
-    models.place(model)
+    prefix = Vocabulary.of(tokenizer, name).prefix
+    sequences = corpus.sequences(tokenizer, prefix, config.sequences, config.max_length)
+    folder.claim(
+        {
+            **{setting: getattr(config, setting) for setting in _OF_TEXT},
+            "corpus": corpus.source if corpus.source in HUB else Path(corpus.source).name,
+            "text": corpus.fingerprint(),
+            "tokenizer": models.tokenizer_fingerprint(tokenizer),
+        }
+    )
+    group = Group.of(cli.rank(), cli.ranks(), 1)
+    for index in group.shards(folder, [index for index in range(config.shards) if folder.missing(index)]):
+        if stop.received:
+            raise Stopped
+        rows = config.shard_range(index)
+        folder.write(index, sequences[rows.start : rows.stop])
+    finish(folder, tokenizer, name, config, group)
+
+
+def finish(folder: ShardFolder, tokenizer, name: str, config: GenerateConfig, group: Group) -> None:
+    """Whoever finds all shards there writes the data card."""
+    if not group.leads or not all(folder.path(index).exists() for index in range(config.shards)):
+        return
+    card.write(folder, tokenizer, models.card_name(name))
+    if cli.is_first_rank():
+        print(f"{folder.directory} is complete: {config.sequences} sequences; {card.CARD} describes them.")
+
+
+def check(name: str, config: GenerateConfig, ranks: int) -> None:
+    """Raise UserError for a model that cannot write so."""
+    model = AutoConfig.from_pretrained(name)
     models.check_length(model, config.max_length, "max_length")
-    sliding_window = getattr(model.config, "sliding_window", None)
+    sliding_window = getattr(model, "sliding_window", None)
     if sliding_window and config.max_length > sliding_window:
         raise UserError(
             f"max_length={config.max_length} is longer than the model's sliding window: give {sliding_window}."
         )
-    vocabulary = Vocabulary.of(tokenizer, model)
-
-    longest = sum(len(config.shard_range(i)) for i in missing) * (config.max_length - 1)
-    with tqdm(desc="generate", total=longest, unit="tok", dynamic_ncols=True, disable=not cli.is_first_rank()) as bar:
-
-        def progress(tokens: int, spared: int) -> None:
-            bar.total -= spared  # sequences that ended early
-            bar.update(tokens)
-
-        for index in missing:
-            folder.write(index, write_sequences(model, vocabulary, config, config.shard_range(index), progress))
+    parts = {"key-value heads": model.num_key_value_heads, "vocabulary": model.vocab_size}
+    for part, size in parts.items():
+        if size % ranks:
+            raise UserError(
+                f"tensor_parallel={ranks} does not divide the model's {size} {part}: give a number that does."
+            )
 
 
 if __name__ == "__main__":
+    ranks_from_slurm(os.environ)
     cli.run(main)

@@ -21,7 +21,17 @@ from torch.nn.functional import scaled_dot_product_attention
 _logger = logging.getLogger("qat.attention")
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
-_FLAGS = ["-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-std=c++17"]
+_FLAGS = [
+    "-O3",
+    "-march=native",
+    "-mprefer-vector-width=512",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp",
+    "-std=c++17",
+    "-shared",
+    "-fPIC",
+]
 
 
 class Attention:

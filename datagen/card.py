@@ -24,13 +24,18 @@ _EXAMPLES, _EXAMPLE_CHARACTERS = 3, 600
 _BINS = 16
 
 
-def write(folder: ShardFolder, tokenizer: Tokenizer, model: str, license: str | None) -> None:
-    """Publish the card and its plot in a folder whose shards are all there. The same shards make the same card."""
+def write(folder: ShardFolder, tokenizer: Tokenizer, model: str) -> None:
+    """Publish the card and its plot in a folder whose shards are all there, unless it has them.
+
+    The same shards make the same card.
+    """
+    if (folder.directory / CARD).exists():
+        return
     table = folder.table(SCHEMA.names)
     figures = measure(table)
     edges, counts = histogram(table, folder.manifest()["max_length"])
-    examples = [tokenizer.decode(ids) for ids in table.column("input_ids").slice(0, _EXAMPLES).to_pylist()]
-    text = _card(folder.manifest(), figures, edges, counts, examples, model, license)
+    examples = [str(tokenizer.decode(ids)) for ids in table.column("input_ids").slice(0, _EXAMPLES).to_pylist()]
+    text = _card(folder.manifest(), figures, edges, counts, examples, model)
     with folder.alone():
         folder.publish(PLOT, _plot(edges, counts, figures["ended by EOS"]))
         folder.publish(CARD, text.encode())
@@ -96,12 +101,10 @@ def _card(
     counts: np.ndarray,
     examples: list[str],
     model: str,
-    license: str | None,
 ) -> str:
     source = f"the corpus `{manifest['corpus']}`" if "corpus" in manifest else f"`{model}`"
     made = "Real text, tokenized" if "corpus" in manifest else "Token sequences written by the model"
-    header = [f"license: {license}"] if license else []
-    header += ["configs:", "- config_name: default", "  data_files: shard-*.parquet"]
+    header = ["configs:", "- config_name: default", "  data_files: shard-*.parquet"]
     rows = [f"| {name} | {_number(name, value)} |" for name, value in figures.items()]
     bins = [f"| {low} to {high - 1} | {count} |" for low, high, count in zip(edges, edges[1:], counts, strict=False)]
     texts = [f"{_fenced(text[:_EXAMPLE_CHARACTERS])}\n" for text in examples]
@@ -123,9 +126,9 @@ def _card(
             "| column | |", "|---|---|", *(f"| `{name}` | {meaning} |" for name, meaning in columns.items()), "",
             "## Figures", "",
             "| | |", "|---|---|", *rows, "",
-            f"distinct-n: different n-grams over all; repeated {_REPEATED}-grams: those that stood in the same sequence "
-            f"before (both of the first {_SAMPLED} sequences); token entropy: the mean of -log p(token) over the tokens "
-            "that were sampled, in nats.", "",
+            f"distinct-n: different n-grams over all; repeated {_REPEATED}-grams: those that stood in the same "
+            f"sequence before (both of the first {_SAMPLED} sequences); token entropy: the mean of -log p(token) over "
+            "the tokens that were sampled, in nats.", "",
             "## Lengths", "",
             f"![lengths]({PLOT})", "",
             "| tokens | sequences |", "|---|---|", *bins, "",

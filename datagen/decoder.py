@@ -6,6 +6,7 @@ computation (a test holds it equal), over a static KV cache with a position per 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,8 @@ class Decoder:
     """
 
     def __init__(self, model: PreTrainedModel, slots: int, max_length: int):
-        base, config = model.model, model.config
+        base: Any = model.model
+        config = model.config
         self.device, self.slots = model.device, slots
         self.eps = config.rms_norm_eps
         self.parallel = isinstance(base.layers[0].self_attn.o_proj.weight, DTensor)
@@ -162,7 +164,7 @@ class _Layer:
     down: Product
 
 
-def _head_norms(attention: nn.Module) -> list[nn.Module]:
+def _head_norms(attention: nn.Module) -> list[Any]:
     return [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
 
 

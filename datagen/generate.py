@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from datagen import sampling
 from datagen.decoder import Decoder
@@ -107,9 +108,13 @@ class Vocabulary:
     stop: list[int]
 
     @classmethod
-    def of(cls, tokenizer, model: PreTrainedModel) -> "Vocabulary":
+    def of(cls, tokenizer: Tokenizer, directory: str) -> "Vocabulary":
+        """Of the model in ``directory``, which says what ends a sequence."""
         special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-        stop = model.generation_config.eos_token_id
+        try:
+            stop = GenerationConfig.from_pretrained(directory).eos_token_id
+        except OSError:  # a model without the file
+            stop = AutoConfig.from_pretrained(directory).eos_token_id
         prefix = [i for i in tokenizer("").input_ids if i == tokenizer.bos_token_id]
         return cls(
             start=sorted(set(tokenizer.get_vocab().values()) - special),

@@ -110,7 +110,7 @@ def _truncated(logits: Tensor, truncation: Truncation) -> Tensor:
         least = logits.topk(truncation.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     if truncation.top_p < 1:
-        ordered, order = logits.sort(-1, descending=True, stable=True)
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         probabilities = ordered.softmax(-1, dtype=torch.float64)
         surplus = probabilities.cumsum(-1) - probabilities >= truncation.top_p  # those before it are enough
         logits = logits.masked_fill(surplus.gather(-1, order.argsort(-1)), -torch.inf)

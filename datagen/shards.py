@@ -160,8 +160,8 @@ class ShardFolder:
             yield
         except OSError as error:
             raise UserError(
-                f"{self.directory} cannot be written to ({error.strerror or error}): what it holds is whole; make room, "
-                "or give a folder that is writable, and run the same command again."
+                f"{self.directory} cannot be written to ({error.strerror or error}): what it holds is whole; make "
+                "room, or give a folder that is writable, and run the same command again."
             ) from error
 
     def sequences(self) -> pa.ChunkedArray:

@@ -4,6 +4,7 @@ Its random numbers are its own (one seed per sequence), so its tokens differ fro
 depend on how it batches, so a shard that is made again may differ in a token.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,17 @@ class VllmEngine:
             seed=config.seed,
         )
 
-    def write_sequences(self, vocabulary: Vocabulary, config: GenerateConfig, indices: range) -> list[Sequence]:
-        """The sequences numbered ``indices``, in order."""
+    def write_sequences(
+        self, vocabulary: Vocabulary, config: GenerateConfig, indices: range, progress: Callable[[int, int], None]
+    ) -> list[Sequence]:
+        """The sequences numbered ``indices``, in order. ``progress`` is called once a stage: see datagen.generate."""
         begin = Beginnings.of(vocabulary, config, indices)
         ids = [list(given) for given in begin.prefix]
         surprisal = [0.0] * len(ids)
         limits = [min(k, config.max_length - len(given)) for k, given in zip(begin.greedy, ids, strict=True)]
         for place, chosen, _ in self._complete(ids, limits, vocabulary, [{"temperature": 0.0}] * len(ids)):
             ids[place] += chosen
+        progress(0, 0)
         seeds = sampling.seeds(config.seed, torch.arange(indices.start, indices.stop))
         options = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p, "logprobs": 0}
         limits = [
@@ -54,6 +58,8 @@ class VllmEngine:
         for place, chosen, output in self._complete(ids, limits, vocabulary, [options | {"seed": s} for s in seeds]):
             ids[place] += chosen
             surprisal[place] = -output.cumulative_logprob
+        written = sum(len(row) - 1 for row in ids)
+        progress(written, len(ids) * (config.max_length - 1) - written)
         return [begin.sequence(place, *end, vocabulary) for place, end in enumerate(zip(ids, surprisal, strict=True))]
 
     def _complete(self, prompts: list[list[int]], limits: list[int], vocabulary: Vocabulary, options: list[dict]):

@@ -8,13 +8,12 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 from transformers import AutoConfig
 
 from datagen import card
-from datagen.corpus import Corpus
+from datagen.corpus import HUB, Corpus
 from datagen.generate import GenerateConfig, Vocabulary, write_sequences
 from datagen.parallel import Group, ranks_from_slurm
 from datagen.shards import Sequence, ShardFolder
@@ -50,31 +49,35 @@ class Stopped(Exception):
 def main() -> int:
     stop = StopSignal()
     paths, config = cli.parse(__doc__, Paths, GenerateConfig)
-    name = models.resolve_full_precision(paths.model)
-    tokenizer = models.load_tokenizer(name)
+    directory = models.resolve_full_precision(paths.model)
+    tokenizer = models.load_tokenizer(directory)
     folder = ShardFolder(paths.output)
     try:
         if paths.corpus:
-            write_corpus(Corpus(paths.corpus), folder, name, tokenizer, config, stop)
+            write_corpus(Corpus(paths.corpus), folder, directory, tokenizer, config, stop)
         else:
-            write_generated(folder, name, tokenizer, config, stop)
+            write_generated(folder, directory, tokenizer, config, stop)
     except Stopped:
         if cli.is_first_rank():
             print(f"stopped by a signal: the same command goes on with {paths.output}", flush=True)
         return RESUMABLE_EXIT
+    if all(folder.path(index).exists() for index in range(config.shards)):  # whoever is the last finds them all
+        card.write(folder, tokenizer, Path(paths.model).name if Path(paths.model).exists() else paths.model)
+        if cli.is_first_rank():
+            print(f"{paths.output} is complete: {config.sequences} sequences; {card.CARD} describes them.")
     return 0
 
 
-def write_generated(folder: ShardFolder, name: str, tokenizer, config: GenerateConfig, stop: StopSignal) -> None:
+def write_generated(folder: ShardFolder, directory: str, tokenizer, config: GenerateConfig, stop: StopSignal) -> None:
     vllm = config.engine == "vllm"
     if vllm and cli.ranks() > 1:
         raise UserError("engine=vllm starts its own ranks (--tensor_parallel): start it with plain python.")
     group = Group.of(cli.rank(), cli.ranks(), 1 if vllm else config.tensor_parallel)
-    check(name, config, group.size)
+    check(directory, config, group.size)
     folder.claim(
         {
             **asdict(config),
-            "teacher": models.weights_fingerprint(name),
+            "teacher": models.weights_fingerprint(directory),
             "tokenizer": models.tokenizer_fingerprint(tokenizer),
         }
     )
@@ -94,33 +97,32 @@ def write_generated(folder: ShardFolder, name: str, tokenizer, config: GenerateC
         write: Callable[[range], list[Sequence]] | None = None
         for index in group.shards(folder, missing):
             progress(0, 0)
-            write = write or writer(name, tokenizer, config, group, progress)
+            write = write or writer(directory, tokenizer, config, group, progress)
             sequences = write(config.shard_range(index))
             if group.leads:
                 folder.write(index, sequences)
-    finish(folder, tokenizer, name, config, group)
 
 
 def writer(
-    name: str, tokenizer, config: GenerateConfig, group: Group, progress: Callable[[int, int], None]
+    directory: str, tokenizer, config: GenerateConfig, group: Group, progress: Callable[[int, int], None]
 ) -> Callable[[range], list[Sequence]]:
     """What turns the numbers of sequences into sequences: a model, loaded into the engine of choice."""
-    vocabulary = Vocabulary.of(tokenizer, name)
+    vocabulary = Vocabulary.of(tokenizer, directory)
     if config.engine == "vllm":
         from datagen.vllm_engine import VllmEngine
 
-        engine = VllmEngine(name, models.inference_dtype(), config)
+        engine = VllmEngine(directory, models.inference_dtype(), config)
         return lambda indices: engine.write_sequences(vocabulary, config, indices, progress)
     if group.size > 1:
-        model = group.load(name, models.inference_dtype())
+        model = group.load(directory, models.inference_dtype())
     else:
-        model = models.load(name, models.inference_dtype())
+        model = models.load(directory, models.inference_dtype())
         models.place(model)
     return lambda indices: write_sequences(model, vocabulary, config, indices, progress)
 
 
 def write_corpus(
-    corpus: Corpus, folder: ShardFolder, name: str, tokenizer, config: GenerateConfig, stop: StopSignal
+    corpus: Corpus, folder: ShardFolder, directory: str, tokenizer, config: GenerateConfig, stop: StopSignal
 ) -> None:
     """By the first rank alone: tokenizing is quick. Raises UserError for settings that only a model that writes has."""
     useless = [f.name for f in fields(config) if f.name not in _OF_TEXT and getattr(config, f.name) != f.default]
@@ -128,7 +130,7 @@ def write_corpus(
         raise UserError(f"--corpus is real text, for which {', '.join(useless)} mean nothing: leave them out.")
     if not cli.is_first_rank():
         return
-    prefix = Vocabulary.of(tokenizer, name).prefix
+    prefix = Vocabulary.of(tokenizer, directory).prefix
     sequences = corpus.sequences(tokenizer, prefix, config.sequences, config.max_length)
     folder.claim(
         {
@@ -144,26 +146,16 @@ def write_corpus(
             raise Stopped
         rows = config.shard_range(index)
         folder.write(index, sequences[rows.start : rows.stop])
-    finish(folder, tokenizer, name, config, group)
 
 
-def finish(folder: ShardFolder, tokenizer, name: str, config: GenerateConfig, group: Group) -> None:
-    """Whoever finds all shards there writes the data card."""
-    if not group.leads or not all(folder.path(index).exists() for index in range(config.shards)):
-        return
-    card.write(folder, tokenizer, models.card_name(name))
-    if cli.is_first_rank():
-        print(f"{folder.directory} is complete: {config.sequences} sequences; {card.CARD} describes them.")
-
-
-def check(name: str, config: GenerateConfig, ranks: int) -> None:
+def check(directory: str, config: GenerateConfig, ranks: int) -> None:
     """Raise UserError for a model that cannot write so."""
-    model = AutoConfig.from_pretrained(name)
-    models.check_length(model, config.max_length, "max_length")
-    sliding_window = getattr(model, "sliding_window", None)
-    if sliding_window and config.max_length > sliding_window:
+    model = AutoConfig.from_pretrained(directory)
+    longest = min(model.max_position_embeddings, getattr(model, "sliding_window", None) or config.max_length)
+    if config.max_length > longest:
         raise UserError(
-            f"max_length={config.max_length} is longer than the model's sliding window: give {sliding_window}."
+            f"max_length={config.max_length} is longer than the {longest} positions that the model attends over: give "
+            f"{longest} or less."
         )
     parts = {"key-value heads": model.num_key_value_heads, "vocabulary": model.vocab_size}
     for part, size in parts.items():

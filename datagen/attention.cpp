@@ -10,6 +10,11 @@
 namespace {
 
 constexpr int64_t D = HEAD_DIM, G = GROUPS;
+constexpr int64_t LANES = 16;  // tokens of a block of keys, and floats of a vector
+constexpr int64_t CHAINS = G >= 8 ? 1 : G >= 3 ? 2 : 4;  // sums kept side by side, so that additions need not wait
+constexpr int64_t AT_ONCE = D >= 16 * LANES ? 1 : 16 * LANES / D;  // query heads whose outputs fit the registers
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
 
 // The rotary embedding of one head.
 inline void rotate(const float* x, const float* cos, const float* sin, float* out) {
@@ -17,13 +22,6 @@ inline void rotate(const float* x, const float* cos, const float* sin, float* ou
     out[d] = x[d] * cos[d] - x[d + D / 2] * sin[d];
     out[d + D / 2] = x[d + D / 2] * cos[d + D / 2] + x[d] * sin[d + D / 2];
   }
-}
-
-inline float dot(const float* a, const float* b) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t d = 0; d < D; ++d) sum += a[d] * b[d];
-  return sum;
 }
 
 // e^x for x <= 0, to the last bit or two of fp32, in operations that a compiler can do on many numbers at a time.
@@ -40,16 +38,53 @@ inline float exponential(float x) {
   return power * scale;
 }
 
+// scores[g][0..LANES) = queries g times a block of keys [D, LANES].
+inline void score(const float (*query)[D], const float* block, float* scores, int64_t stride) {
+  vec sum[CHAINS][G] = {};
+  for (int64_t d = 0; d < D; d += CHAINS)
+#pragma GCC unroll 8
+    for (int64_t c = 0; c < CHAINS; ++c) {
+      const vec keys = *reinterpret_cast<const vec*>(block + (d + c) * LANES);
+#pragma GCC unroll 16
+      for (int64_t g = 0; g < G; ++g) sum[c][g] += query[g][d + c] * keys;
+    }
+#pragma GCC unroll 16
+  for (int64_t g = 0; g < G; ++g) {
+    vec total = sum[0][g];
+    for (int64_t c = 1; c < CHAINS; ++c) total += sum[c][g];
+    *reinterpret_cast<vec*>(scores + g * stride) = total;
+  }
+}
+
+// out[g] = the mean of values [tokens, D], weighted by weights[g] [tokens], for N query heads.
+template <int64_t N>
+inline void mix(const float* weights, int64_t stride, const float* totals, const float* values, int64_t tokens,
+                float* out) {
+  vec sum[N][D / LANES] = {};
+  for (int64_t t = 0; t < tokens; ++t)
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < D / LANES; ++i) {
+      const vec value = *reinterpret_cast<const vec*>(values + t * D + i * LANES);
+#pragma GCC unroll 16
+      for (int64_t g = 0; g < N; ++g) sum[g][i] += weights[g * stride + t] * value;
+    }
+#pragma GCC unroll 16
+  for (int64_t g = 0; g < N; ++g)
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < D / LANES; ++i) *reinterpret_cast<vec*>(out + g * D + i * LANES) = sum[g][i] / totals[g];
+}
+
 }  // namespace
 
-// qkv [slots, (G + 2) * kv_heads * D]; cos, sin [slots, D]; position [slots]; keys, values [slots, kv_heads, length, D];
-// out [slots, kv_heads * G * D].
+// qkv [slots, (G + 2) * kv_heads * D]; cos, sin [slots, D]; position [slots];
+// keys [slots, kv_heads, length / LANES, D, LANES]; values [slots, kv_heads, length, D]; out [slots, kv_heads * G * D].
 extern "C" void attend(const float* qkv, const float* cos, const float* sin, const int64_t* position, float* keys,
                        float* values, float* out, int64_t slots, int64_t kv_heads, int64_t length) {
   const float scale = 1.0f / std::sqrt(static_cast<float>(D));
 #pragma omp parallel
   {
-    std::vector<float> weights(G * length);
+    std::vector<float> all_weights(G * length);
+    float* weights = all_weights.data();
 #pragma omp for collapse(2) schedule(dynamic)
     for (int64_t slot = 0; slot < slots; ++slot) {
       for (int64_t head = 0; head < kv_heads; ++head) {
@@ -57,43 +92,39 @@ extern "C" void attend(const float* qkv, const float* cos, const float* sin, con
         const float *c = cos + slot * D, *s = sin + slot * D;
         float* k = keys + (slot * kv_heads + head) * length * D;
         float* v = values + (slot * kv_heads + head) * length * D;
-        const int64_t last = position[slot];
+        const int64_t last = position[slot], tokens = last + 1;
 
-        rotate(heads + (G * kv_heads + head) * D, c, s, k + last * D);
-        const float* value = heads + ((G + 1) * kv_heads + head) * D;
-        for (int64_t d = 0; d < D; ++d) v[last * D + d] = value[d];
-        float query[G][D];
+        float key[D], query[G][D];
+        rotate(heads + (G * kv_heads + head) * D, c, s, key);
+        for (int64_t d = 0; d < D; ++d) k[(last / LANES * D + d) * LANES + last % LANES] = key[d];
+        std::memcpy(v + last * D, heads + ((G + 1) * kv_heads + head) * D, sizeof key);
         for (int64_t g = 0; g < G; ++g) {
           rotate(heads + (head * G + g) * D, c, s, query[g]);
           for (int64_t d = 0; d < D; ++d) query[g][d] *= scale;
         }
 
-        for (int64_t t = 0; t <= last; ++t)
-          for (int64_t g = 0; g < G; ++g) weights[g * length + t] = dot(query[g], k + t * D);
-        float total[G];
+        for (int64_t block = 0; block <= last / LANES; ++block)
+          score(query, k + block * LANES * D, weights + block * LANES, length);
+        float totals[G];
         for (int64_t g = 0; g < G; ++g) {
-          float* w = weights.data() + g * length;
+          float* w = weights + g * length;
           float largest = w[0], sum = 0;
 #pragma omp simd reduction(max : largest)
-          for (int64_t t = 0; t <= last; ++t) largest = w[t] > largest ? w[t] : largest;
+          for (int64_t t = 0; t < tokens; ++t) largest = w[t] > largest ? w[t] : largest;
 #pragma omp simd reduction(+ : sum)
-          for (int64_t t = 0; t <= last; ++t) {
+          for (int64_t t = 0; t < tokens; ++t) {
             w[t] = exponential(w[t] - largest);
             sum += w[t];
           }
-          total[g] = sum;
+          totals[g] = sum;
         }
 
-        float mixed[G][D] = {};
-        for (int64_t t = 0; t <= last; ++t)
-          for (int64_t g = 0; g < G; ++g) {
-            const float w = weights[g * length + t];
-#pragma omp simd
-            for (int64_t d = 0; d < D; ++d) mixed[g][d] += w * v[t * D + d];
-          }
         float* o = out + (slot * kv_heads + head) * G * D;
-        for (int64_t g = 0; g < G; ++g)
-          for (int64_t d = 0; d < D; ++d) o[g * D + d] = mixed[g][d] / total[g];
+        int64_t g = 0;
+        for (; g + AT_ONCE <= G; g += AT_ONCE)
+          mix<AT_ONCE>(weights + g * length, length, totals + g, v, tokens, o + g * D);
+        if constexpr (G % AT_ONCE > 0)
+          mix<G % AT_ONCE>(weights + g * length, length, totals + g, v, tokens, o + g * D);
       }
     }
   }

@@ -34,15 +34,23 @@ _FLAGS = [
 ]
 
 
+_LANES = 16
+"""Tokens of a block of keys in our kernel's cache."""
+
+
 class Attention:
     """The KV cache of one layer, [slots, kv_heads, max_length, head_dim] each, and attention over it."""
 
     def __init__(self, slots: int, kv_heads: int, groups: int, max_length: int, head_dim: int, like: Tensor):
-        self.keys = torch.zeros(slots, kv_heads, max_length, head_dim, dtype=like.dtype, device=like.device)
-        self.values = torch.zeros_like(self.keys)
         self.groups = groups
-        own = like.device.type == "cpu" and like.dtype == torch.float32
-        self.kernel = kernel(head_dim, groups) if own else None
+        possible = like.device.type == "cpu" and like.dtype == torch.float32 and head_dim % _LANES == 0
+        self.kernel = kernel(head_dim, groups) if possible else None
+        if self.kernel:  # which wants whole blocks, and has the tokens of a block of keys side by side
+            max_length = -(-max_length // _LANES) * _LANES
+        self.values = torch.zeros(slots, kv_heads, max_length, head_dim, dtype=like.dtype, device=like.device)
+        self.keys = torch.zeros_like(self.values)
+        if self.kernel:
+            self.keys = self.keys.view(slots, kv_heads, -1, head_dim, _LANES)
 
     def keep(self, slots: Tensor) -> None:
         """Drop all slots but these."""
@@ -59,7 +67,7 @@ class Attention:
 
         Returns [slots, query heads * head_dim].
         """
-        slots, kv_heads, max_length, head_dim = self.keys.shape
+        slots, kv_heads, max_length, head_dim = self.values.shape
         if self.kernel:
             out = torch.empty(slots, kv_heads * self.groups * head_dim)
             tensors = (qkv, cos, sin, position, self.keys, self.values, out)

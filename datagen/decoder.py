@@ -108,7 +108,7 @@ class Decoder:
     def _with_normed_heads(self, qkv: Tensor, layer: "_Layer") -> Tensor:
         """Qwen3 normalizes every head of Q and K."""
         query_norm, key_norm = layer.head_norms
-        kv_heads, head_dim = layer.attention.keys.shape[1], len(key_norm)
+        kv_heads, head_dim = layer.attention.values.shape[1], len(key_norm)
         heads = qkv.view(len(qkv), -1, head_dim)
         query, key, value = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
         normed = self._normed(query, query_norm), self._normed(key, key_norm), value

@@ -127,7 +127,7 @@ def hf_continuous(model: PreTrainedModel, batch: int, new: int) -> None:
             generation_config=GenerationConfig(
                 do_sample=True, top_k=0, top_p=1.0, max_new_tokens=new, eos_token_id=-1, pad_token_id=0
             ),
-            continuous_batching_config=ContinuousBatchingConfig(max_batch_tokens=batch),
+            continuous_batching_config=ContinuousBatchingConfig(num_blocks=2 * batch, max_batch_tokens=batch),
             progress_bar=False,
         )
         counts = [len(output.generated_tokens) for output in outputs.values()]

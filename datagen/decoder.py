@@ -56,6 +56,7 @@ class Decoder:
         self.norm = _local(base.norm.weight)
         self.head = self._product(model.lm_head)
         self.head_is_split = len(_local(model.lm_head.weight)) < config.vocab_size
+        self.embedding_is_split = len(self.embedding) < config.vocab_size  # where the head shares its weight
         with torch.inference_mode():
             positions = torch.arange(max_length, device=self.device)[None]
             cos, sin = base.rotary_emb(self.embedding[:1, None], positions)
@@ -67,7 +68,7 @@ class Decoder:
         columns = int(position.max()) + 1
         tokens, position = tokens.to(self.device), position.to(self.device)
         cos, sin = self.cos[position], self.sin[position]
-        x = embedding(tokens, self.embedding)
+        x = self._embedded(tokens)
         for layer in self.layers:
             qkv = layer.qkv(self._normed(x, layer.attention_norm))
             if layer.head_norms:
@@ -101,6 +102,15 @@ class Decoder:
         slots = slots.to(self.device)
         for layer in self.layers:
             layer.attention.keep(slots)
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        if not self.embedding_is_split:
+            return embedding(tokens, self.embedding)
+        here = tokens - dist.get_rank() * len(self.embedding)
+        is_here = (here >= 0) & (here < len(self.embedding))
+        x = embedding(torch.where(is_here, here, 0), self.embedding) * is_here[:, None]
+        dist.all_reduce(x)
+        return x
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight.shape, weight, self.eps)

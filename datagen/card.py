@@ -65,7 +65,7 @@ def measure(table: pa.Table) -> dict[str, float]:
         figures[f"distinct-{n}"] = len(np.unique(grams)) / max(len(grams), 1)
     grams, owner = _ngrams(flat, sequence, _REPEATED)
     different = len(np.unique(np.stack([owner.astype(np.uint64), grams], 1), axis=0))
-    figures[f"repeated {_REPEATED}-grams"] = 1 - different / max(len(grams), 1)
+    figures[f"repeated {_REPEATED}-grams"] = (len(grams) - different) / max(len(grams), 1)
     surprisal = table.column("surprisal").combine_chunks().to_numpy(zero_copy_only=False)  # None is NaN
     sampled = ~np.isnan(surprisal)
     if sampled.any():

@@ -6,14 +6,12 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, environment, finish, run_python, start_training, tiny_model
 from transformers import Qwen2Config
 
-from datagen import parallel
 from datagen.parallel import Group, ranks_from_slurm
 from datagen.shards import ShardFolder
 from qat.errors import UserError

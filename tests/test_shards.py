@@ -4,8 +4,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -13,14 +11,16 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, TEXT, environment, generate_flags
+from conftest import TEXT, generate_flags, run_python
 from datasets import load_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
 from datagen import card
 from datagen.corpus import Corpus
+from datagen.generate import GenerateConfig
 from datagen.shards import SCHEMA, Sequence, ShardFolder
+from launch.generate import write_corpus
 from qat.errors import UserError
 
 SEQUENCES = st.lists(
@@ -76,7 +76,7 @@ def test_a_full_disk_is_named_and_loses_nothing(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2048, hard))
     try:
-        with pytest.raises(UserError, match="cannot be written to .*make room"):
+        with pytest.raises(UserError, match=r"cannot be written to .*make room"):
             folder.write(1, many)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -96,7 +96,7 @@ def test_a_read_only_folder_is_named():
             os.seteuid(65534)  # permissions do not bind root
         try:
             for attempt in (lambda: folder.write(0, []), lambda: ShardFolder(directory / "new").claim({})):
-                with pytest.raises(UserError, match="cannot be written to .*writable"):
+                with pytest.raises(UserError, match=r"cannot be written to .*writable"):
                     attempt()
         finally:
             os.seteuid(user)
@@ -115,7 +115,10 @@ def test_datasets_reads_the_folder(tiny_data, tmp_path):
 
 @given(SEQUENCES)
 def test_the_cards_figures_are_those_of_plain_counting(sequences):
-    table = pa.Table.from_pylist([vars(sequence) for sequence in sequences], schema=SCHEMA)
+    rows = [vars(sequence) | {"start_token": sequence.input_ids[0]} for sequence in sequences]
+    table = pa.Table.from_pylist(
+        [row if len(row["input_ids"]) > 1 else row | {"surprisal": None} for row in rows], schema=SCHEMA
+    )
     figures = card.measure(table)
     assert figures["sequences"] == len(sequences)
     assert figures["tokens"] == sum(len(s.input_ids) for s in sequences)
@@ -126,6 +129,9 @@ def test_the_cards_figures_are_those_of_plain_counting(sequences):
     fours = [list(ngrams(s.input_ids, 4)) for s in sequences]
     repeated = sum(count - 1 for grams in fours for count in Counter(grams).values())
     assert figures["repeated 4-grams"] == pytest.approx(repeated / max(sum(map(len, fours)), 1))
+    sampled = [s for s in sequences if s.surprisal is not None and len(s.input_ids) > 1]
+    entropy = sum(s.surprisal for s in sampled) / sum(len(s.input_ids) - 1 for s in sampled) if sampled else None
+    assert figures.get("token entropy") == pytest.approx(entropy)
     _, counts = card.histogram(table, 30)
     assert counts.sum() == len(sequences)
 
@@ -173,22 +179,32 @@ def test_a_corpus_becomes_its_own_tokens(tokenizer, tmp_path):
 
 def test_generate_makes_shards_of_a_corpus(tiny_directory, tmp_path):
     source = corpora(tmp_path)["jsonl"]
-    flags = generate_flags(tiny_directory, tmp_path / "data")
-    flags = [flag for flag in flags if "batch_size" not in flag]
-
-    def generate(*more: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(ROOT / "launch" / "generate.py"), *flags, *more]
-        offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-        return subprocess.run(command, text=True, capture_output=True, cwd=ROOT, env=environment() | offline)
-
-    done = generate(f"--corpus={source}")
-    assert done.returncode == 0, done.stderr
+    flags = [flag for flag in generate_flags(tiny_directory, tmp_path / "data") if "batch_size" not in flag]
+    run_python("generate", *flags, f"--corpus={source}")
     assert [len(ids) for ids in ShardFolder(tmp_path / "data").sequences().to_pylist()] == [24] * 12
     assert "corpus.jsonl" in (tmp_path / "data" / card.CARD).read_text()
-    for more, message in {
-        (f"--corpus={source}", "--temperature=0.5"): "temperature mean nothing",
-        (f"--corpus={tmp_path / 'nowhere.txt'}",): "There is no corpus at",
-        ("--corpus=wikitext",): "The hub does not give Salesforce/wikitext",
+
+
+def test_what_is_no_corpus_is_refused(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"content": "bad"}\n')
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "c.parquet").write_bytes(b"PAR1")
+    (tmp_path / "d.csv").write_text("text\n")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for source, message in {
+        tmp_path / "nowhere.txt": "There is no corpus at",
+        tmp_path / "a.jsonl": 'line 2, is not an object with the field "text"',
+        tmp_path / "b.txt": "not UTF-8",
+        tmp_path / "c.parquet": "cannot be read as Parquet",
+        tmp_path / "d.csv": "no text that can be read",
+        "wikitext": "The hub does not give Salesforce/wikitext",
     }.items():
-        refused = generate(*more)
-        assert (refused.returncode, message in refused.stderr) == (2, True), refused.stderr
+        with pytest.raises(UserError, match=message):
+            Corpus(str(source)).sequences(tokenizer, [0], 4, 24)
+
+
+def test_a_corpus_takes_no_settings_of_a_writer(tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    settings = GenerateConfig(temperature=0.5, batch_size=8)
+    with pytest.raises(UserError, match="temperature, batch_size mean nothing"):
+        write_corpus(Corpus(str(tmp_path / "a.txt")), ShardFolder(tmp_path / "data"), "", None, settings, None)

@@ -9,6 +9,7 @@ product measured here, or the weights were read at the speed of the fastest larg
 time to read at that speed the keys and values that the step attends to.
 """
 
+import dataclasses
 import json
 import subprocess
 import time
@@ -26,8 +27,8 @@ from datagen.sampling import Truncation, uniform
 from launch import cli
 from qat import models, products
 
-_STOP_ONE_IN = 32
-"""Slot refill is measured with every 32nd token id ending a sequence: a geometric spread of lengths."""
+_STOP_ONE_IN, _LONGEST = 16, 128
+"""Slot refill is measured with every 16th token id ending a sequence, and after so many tokens: a geometric spread."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,9 @@ def main() -> None:
     for way, rate in rates.items():
         print(f"{way:24} {rate:8.1f} tokens/s")
 
-    many = range(config.batch_size * 8)
+    many = range(config.batch_size * 4)
     spread = Vocabulary(start=vocabulary.start, prefix=[], stop=list(range(0, model.config.vocab_size, _STOP_ONE_IN)))
+    batch = dataclasses.replace(batch, sequences=len(many), max_length=_LONGEST)
     refill = {
         "refill": lambda: write_sequences(model, spread, batch, many),
         "static": lambda: write_statically(model, spread, batch, many),

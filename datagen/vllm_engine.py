@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from datagen import sampling
 from datagen.generate import Beginnings, GenerateConfig, Vocabulary
 from datagen.shards import Sequence
 from qat.errors import UserError
+
+_SPARE = 256
+"""Tokens: vLLM hands out its cache in blocks."""
 
 
 class VllmEngine:
@@ -27,6 +31,7 @@ class VllmEngine:
             raise UserError(
                 f"engine=vllm needs vLLM ({error}): install it in an environment of its own, or use engine=torch."
             ) from error
+        memory = {} if torch.cuda.is_available() else {"kv_cache_memory_bytes": _cache_bytes(model, dtype, config)}
         self.llm = LLM(
             model=str(Path(model).resolve()),
             dtype=str(dtype).removeprefix("torch."),
@@ -36,6 +41,7 @@ class VllmEngine:
             enable_prefix_caching=False,
             skip_tokenizer_init=True,
             seed=config.seed,
+            **memory,
         )
 
     def write_sequences(
@@ -77,3 +83,11 @@ class VllmEngine:
         inputs: list[Any] = [{"prompt_token_ids": prompts[place]} for place in places]
         for place, result in zip(places, self.llm.generate(inputs, parameters), strict=True):
             yield place, list(result.outputs[0].token_ids), result.outputs[0]
+
+
+def _cache_bytes(model: str, dtype: torch.dtype, config: GenerateConfig) -> int:
+    """What the keys and values of a full batch need: on CPUs vLLM would take nearly all of the host's memory."""
+    shape = AutoConfig.from_pretrained(model)
+    head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    row = 2 * shape.num_hidden_layers * shape.num_key_value_heads * head_dim * dtype.itemsize
+    return config.batch_size * (config.max_length + _SPARE) * row

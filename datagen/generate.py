@@ -8,17 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from datagen import sampling
+from datagen.decoder import Decoder
 from datagen.shards import Sequence
 from qat.errors import UserError
 
-ATTENTION = "datagen_slots"
-"""The name under which the decoder's attention is registered with transformers."""
+ENGINES = ("torch", "vllm")
 
 
 @dataclass(frozen=True)
@@ -29,31 +27,61 @@ class GenerateConfig:
         sequences: how many sequences in all (the paper: 100,000)
         max_length: longest sequence, in tokens, start token included
         strategy: hybrid (first 3 to 5 tokens greedy, the rest sampled), sample or top1
+        temperature: of the sampled tokens; divides the logits
+        top_k: sample from the k most likely tokens only; 0 samples from all
+        top_p: sample only from the most likely tokens that together have this probability; 1 samples from all
         batch_size: sequences decoded at one time
         sequences_per_shard: size of a shard, the unit of work and of restart
         seed: of the start tokens and of the sampling
+        engine: torch (ours) or vllm (to be installed beside)
+        tensor_parallel: ranks that hold one copy of the model together, for models that do not fit one GPU
     """
 
     sequences: int = 100_000
     max_length: int = 1024
     strategy: str = "hybrid"
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
     batch_size: int = 64
     sequences_per_shard: int = 1024
     seed: int = 0
+    engine: str = "torch"
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         if self.strategy not in sampling.STRATEGIES:
             raise UserError(f"strategy={self.strategy!r} is not possible: give {', '.join(sampling.STRATEGIES)}.")
+        if self.engine not in ENGINES:
+            raise UserError(f"engine={self.engine!r} is not possible: give {', '.join(ENGINES)}.")
         for name, least in {
             "sequences": 1,
             "max_length": 8,
             "batch_size": 1,
             "sequences_per_shard": 1,
+            "top_k": 0,
+            "tensor_parallel": 1,
         }.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)} is not possible: give {least} or more.")
         if not 0 <= self.seed < 2**31:
             raise UserError(f"seed={self.seed} is not possible: give 0 to {2**31 - 1}.")
+        if not self.temperature > 0:
+            raise UserError(
+                f"temperature={self.temperature} is not possible: give a positive number, or strategy=top1 for the "
+                "most likely tokens."
+            )
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p} is not possible: give a probability above 0, or 1 for all tokens.")
+        if self.strategy == "top1" and self.truncation != sampling.Truncation():
+            raise UserError(
+                "strategy=top1 draws nothing, so temperature, top_k and top_p mean nothing: leave them out, or give "
+                "strategy=sample or hybrid."
+            )
+
+    @property
+    def truncation(self) -> sampling.Truncation:
+        return sampling.Truncation(self.temperature, self.top_k, self.top_p)
 
     @property
     def shards(self) -> int:
@@ -80,9 +108,13 @@ class Vocabulary:
     stop: list[int]
 
     @classmethod
-    def of(cls, tokenizer, model: PreTrainedModel) -> "Vocabulary":
+    def of(cls, tokenizer: Tokenizer, directory: str) -> "Vocabulary":
+        """Of the model in ``directory``, which says what ends a sequence."""
         special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-        stop = model.generation_config.eos_token_id
+        try:
+            stop = GenerationConfig.from_pretrained(directory).eos_token_id
+        except OSError:  # a model without the file
+            stop = AutoConfig.from_pretrained(directory).eos_token_id
         prefix = [i for i in tokenizer("").input_ids if i == tokenizer.bos_token_id]
         return cls(
             start=sorted(set(tokenizer.get_vocab().values()) - special),
@@ -91,7 +123,40 @@ class Vocabulary:
         )
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class Beginnings:
+    """How the sequences numbered ``indices`` begin, whatever engine writes them.
+
+    Args:
+        prefix: the given tokens of each: BOS, where there is one, and the start token
+        greedy: how many tokens after them are taken greedily
+    """
+
+    indices: range
+    prefix: list[list[int]]
+    greedy: list[int]
+
+    @classmethod
+    def of(cls, vocabulary: Vocabulary, config: GenerateConfig, indices: range) -> "Beginnings":
+        starts = sampling.start_tokens(vocabulary.start, config.seed, indices.start, len(indices))
+        greedy = sampling.greedy_tokens(
+            config.strategy, config.seed, torch.arange(indices.start, indices.stop), config.max_length
+        )
+        return cls(indices, [[*vocabulary.prefix, start] for start in starts], greedy.tolist())
+
+    def sequence(self, place: int, input_ids: list[int], surprisal: float, vocabulary: Vocabulary) -> Sequence:
+        """The finished sequence at ``place`` among ``indices``."""
+        given = self.prefix[place]
+        greedy = min(self.greedy[place], len(input_ids) - len(given))
+        return Sequence(
+            input_ids=input_ids,
+            start_token=given[-1],
+            greedy_tokens=greedy,
+            finish="eos" if input_ids[-1] in vocabulary.stop and len(input_ids) > len(given) else "length",
+            surprisal=surprisal if len(input_ids) > len(given) + greedy else None,
+        )
+
+
 def write_sequences(
     model: PreTrainedModel,
     vocabulary: Vocabulary,
@@ -108,144 +173,47 @@ def write_sequences(
         progress: called once a step with the numbers of tokens decoded in it, and of tokens that sequences
             which ended in it stayed short of max_length
     """
-    starts = sampling.start_tokens(vocabulary.start, config.seed, indices.start, len(indices))
-    numbers = torch.arange(indices.start, indices.stop, device=model.device)
-    greedy = sampling.greedy_tokens(config.strategy, config.seed, numbers, config.max_length)
-    prefix = torch.tensor([[*vocabulary.prefix, start] for start in starts], device=model.device)
-    tokens = prefix.new_zeros(len(indices), config.max_length)
-    tokens[:, : prefix.shape[1]] = prefix
-    stop = torch.tensor(vocabulary.stop, device=model.device)
+    begin = Beginnings.of(vocabulary, config, indices)
+    numbers, greedy = torch.arange(indices.start, indices.stop), torch.tensor(begin.greedy)
+    stop = torch.tensor(vocabulary.stop)
+    first_choice = len(begin.prefix[0])  # the first position that is chosen, not given
+    tokens = torch.zeros(len(indices), config.max_length, dtype=torch.int64)
+    tokens[:, :first_choice] = torch.tensor(begin.prefix)
+    lengths, surprisal = torch.zeros_like(numbers), torch.zeros(len(indices), dtype=torch.float64)
 
+    # All of this is on the CPU: per step, the device gets two numbers per slot, and gives two back.
     slots = min(config.batch_size, len(indices))
-    decoder = _SlotDecoder(model, slots, config.max_length)
-    row = torch.arange(slots, device=model.device)  # the sequence that each slot decodes
+    decoder = Decoder(model, slots, config.max_length)
+    row = torch.arange(slots)  # the sequence that each slot decodes
     position = torch.zeros_like(row)  # of the token that goes in
-    lengths, next_row = [0] * len(indices), slots
-    first_choice = prefix.shape[1]  # the first position that is chosen, not given
+    busy = torch.ones_like(row, dtype=torch.bool)
+    next_row = slots
 
-    while len(row):
-        logits = decoder.step(tokens[row, position], position)
-        chosen_at = position + 1
-        chosen = sampling.choose(
-            logits,
-            greedy=chosen_at - first_choice < greedy[row],
-            draw=sampling.uniform(config.seed, numbers[row], chosen_at),
-        )
-        chosen = torch.where(chosen_at < first_choice, tokens[row, chosen_at], chosen)
-        tokens[row, chosen_at] = chosen
-        ended = (torch.isin(chosen, stop) & (chosen_at >= first_choice)) | (chosen_at + 1 == config.max_length)
-        position = chosen_at
-        ended_slots = ended.nonzero()[:, 0].tolist()
-        progress(len(row), sum(config.max_length - 1 - int(position[slot]) for slot in ended_slots))
-        idle = []
-        for slot in ended_slots:
-            lengths[int(row[slot])] = int(position[slot]) + 1
-            if next_row < len(indices):
-                row[slot], position[slot] = next_row, 0
-                next_row += 1
-            else:
-                idle.append(slot)
-        if idle:
-            busy = [slot for slot in range(len(row)) if slot not in set(idle)]
-            row, position = row[busy], position[busy]
-            decoder.keep(busy)
+    while busy.any():
+        at = position + 1
+        is_greedy = at - first_choice < greedy[row]
+        draw = sampling.uniform(config.seed, numbers[row], at)
+        chosen, information = decoder.choose(tokens[row, position], position, is_greedy, draw, config.truncation)
+        given = at < first_choice
+        chosen = torch.where(given, tokens[row, at], chosen)
+        tokens[row[busy], at[busy]] = chosen[busy]
+        surprisal[row] += torch.where(given | is_greedy | ~busy, 0.0, information)
+        ended = busy & ((torch.isin(chosen, stop) & ~given) | (at + 1 == config.max_length))
+        lengths[row[ended]] = at[ended] + 1
+        progress(int(busy.sum()), int((config.max_length - 1 - at[ended]).sum()))
+
+        position = torch.where(busy & ~ended, at, 0)
+        free = ended.nonzero()[:, 0]
+        refilled = free[: len(indices) - next_row]
+        row[refilled] = torch.arange(next_row, next_row + len(refilled))
+        next_row += len(refilled)
+        busy[free[len(refilled) :]] = False  # an idle slot decodes nothing of use, at position 0
+        if 0 < busy.sum() <= len(busy) // 2:
+            decoder.keep(busy.nonzero()[:, 0])
+            row, position, busy = row[busy], position[busy], busy[busy]
     return [
-        Sequence(
-            input_ids=ids[:length],
-            start_token=start,
-            greedy_tokens=min(int(k), length - first_choice),
-            finish="eos" if ids[length - 1] in vocabulary.stop else "length",
+        begin.sequence(place, ids[:length], information, vocabulary)
+        for place, (ids, length, information) in enumerate(
+            zip(tokens.tolist(), lengths.tolist(), surprisal.tolist(), strict=True)
         )
-        for ids, length, start, k in zip(tokens.tolist(), lengths, starts, greedy, strict=True)
     ]
-
-
-class _SlotDecoder:
-    """One decoding step for all slots, over a static KV cache."""
-
-    def __init__(self, model: PreTrainedModel, slots: int, max_length: int):
-        AttentionInterface.register(ATTENTION, _slot_attention)
-        AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
-        self.model = model
-        self.columns = torch.arange(max_length, device=model.device)
-        self.batch = _Batch(torch.empty(0), torch.empty(0), 0, torch.empty(0))
-        config = model.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (slots, config.num_key_value_heads, max_length, head_dim)
-        self.layers = [_SlotLayer(shape, model, self.batch) for _ in range(config.num_hidden_layers)]
-        self.cache = Cache(layers=list(self.layers))
-
-    def step(self, tokens: Tensor, position: Tensor) -> Tensor:
-        """Tokens [slots] at their positions [slots] -> fp32 logits [slots, vocabulary] of the next ones."""
-        self.batch.rows = torch.arange(len(tokens), device=tokens.device)
-        self.batch.position = position
-        self.batch.columns = int(position.max()) + 1
-        self.batch.mask = (self.columns[: self.batch.columns] <= position[:, None])[:, None, None]
-        implementation = self.model.config._attn_implementation
-        self.model.set_attn_implementation(ATTENTION)
-        try:
-            output = self.model(
-                input_ids=tokens[:, None],
-                position_ids=position[:, None],
-                past_key_values=self.cache,
-                use_cache=True,
-                slots=self.batch,
-            )
-        finally:
-            self.model.set_attn_implementation(implementation)
-        return output.logits[:, -1].float()
-
-    def keep(self, slots: list[int]) -> None:
-        """Drop all slots but these."""
-        for layer in self.layers:
-            layer.keys, layer.values = layer.keys[slots], layer.values[slots]
-
-
-@dataclass
-class _Batch:
-    """Where this step's tokens go, and what they see: shared by all layers."""
-
-    rows: Tensor
-    position: Tensor
-    columns: int
-    mask: Tensor
-
-
-class _SlotLayer(CacheLayerMixin):
-    """Keys and values [slots, kv_heads, max_length, head_dim] of one layer, written at each slot's position."""
-
-    is_sliding = False
-    keys: Tensor
-    values: Tensor
-
-    def __init__(self, shape: tuple[int, ...], model: PreTrainedModel, batch: _Batch):
-        super().__init__()
-        self.batch = batch
-        self.keys = torch.zeros(shape, dtype=model.dtype, device=model.device)
-        self.values = torch.zeros_like(self.keys)
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        at, columns = (self.batch.rows, slice(None), self.batch.position), self.batch.columns
-        self.keys[at], self.values[at] = key_states[:, :, 0], value_states[:, :, 0]
-        return self.keys[:, :, :columns], self.values[:, :, :columns]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.batch.columns, 0
-
-    def get_seq_length(self) -> int:
-        return self.batch.columns
-
-    def get_max_length(self) -> int:
-        return self.keys.shape[2]
-
-
-def _slot_attention(
-    module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling: float, slots: _Batch, **kwargs
-) -> tuple[Tensor, None]:
-    """Attention of one token per slot. The query heads of a KV head stand as its rows, so nothing is repeated."""
-    grouped = query.view(query.shape[0], key.shape[1], -1, query.shape[-1])
-    out = scaled_dot_product_attention(grouped, key, value, attn_mask=slots.mask, scale=scaling)
-    return out.reshape(query.shape[0], 1, -1, query.shape[-1]), None

@@ -7,20 +7,48 @@ Random numbers are a function of (seed, sequence, position) and of nothing else,
 draws does not depend on the batch it is decoded in.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 STRATEGIES = ("hybrid", "sample", "top1")
 
 _GREEDY_CHOICES = (3, 4, 5)
-_GREEDY = 2**32 - 1
-"""A position that no sequence reaches: the counter of the draw that is made once."""
+_GREEDY, _SEED = 2**32 - 1, 2**32 - 2
+"""Positions that no sequence reaches: the counters of the draws that are made once."""
+
+_BLOCK = 512
+"""Sampling sums the distribution in blocks of so many tokens, and looks into one block only."""
+
+_BELOW_ONE = 1 - 2**-53
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """Which part of the distribution is sampled from; by default all of it.
+
+    Args:
+        temperature: divides the logits
+        top_k: only the k most likely tokens; 0 for all
+        top_p: only the most likely tokens that together have this probability; 1 for all
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
 
 
 def uniform(seed: int, sequence: Tensor, position: Tensor | int) -> Tensor:
     """Uniform fp64 numbers in [0, 1), one per sequence: a hash of (seed, sequence, position)."""
     bits = _mix(_mix(_mix(torch.full_like(sequence, seed)) + sequence) + position)
     return _shift(bits, 11).double() / 2**53
+
+
+def seeds(seed: int, sequence: Tensor) -> list[int]:
+    """A seed for each sequence, for engines that draw their own random numbers."""
+    return (uniform(seed, sequence, _SEED) * 2**31).long().tolist()
 
 
 def start_tokens(vocabulary: list[int], seed: int, first: int, count: int) -> list[int]:
@@ -45,18 +73,48 @@ def greedy_tokens(strategy: str, seed: int, sequence: Tensor, max_length: int) -
     return torch.tensor(_GREEDY_CHOICES, device=sequence.device)[choice]
 
 
-def choose(logits: Tensor, greedy: Tensor, draw: Tensor) -> Tensor:
-    """The next token of each row of logits [rows, vocabulary].
+def choose(
+    logits: Tensor, greedy: Tensor, draw: Tensor, truncation: Truncation = Truncation()
+) -> tuple[Tensor, Tensor]:
+    """The next token of each row of fp32 logits [rows, vocabulary], and its -log probability in nats.
 
     Args:
-        greedy: [rows], True where the most likely token is taken
+        greedy: [rows], on the CPU, True where the most likely token is taken
         draw: [rows], fp64 in [0, 1): where the softmax's cumulative distribution passes it, a token is sampled
+        truncation: of the distribution that is sampled from, and whose probabilities are reported
     """
-    cumulative = torch.softmax(logits, -1, dtype=torch.float32).cumsum(-1, dtype=torch.float64)
-    # The sum is 1 only up to rounding: scaling the draw keeps it below the last entry.
+    logits = _truncated(logits, truncation)
+    weights = torch.exp(logits - logits.amax(-1, keepdim=True))
+    blocks = pad(weights, (0, -weights.shape[1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
+    sums = blocks.sum(-1).double()
+    cumulative = sums.cumsum(-1)
+    # The total is 1 only up to rounding: scaling the draw by it keeps the target below the last entry.
     target = draw[:, None] * cumulative[:, -1:]
-    sampled = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    return torch.where(greedy, logits.argmax(-1), sampled)
+    block = torch.searchsorted(cumulative, target, right=True)
+    before = (cumulative - sums).gather(1, block)
+    inside = blocks.take_along_dim(block[:, :, None], 1)[:, 0].double().cumsum(-1)
+    share = ((target - before) / sums.gather(1, block)).clamp(0, _BELOW_ONE)
+    chosen = block * _BLOCK + torch.searchsorted(inside, share * inside[:, -1:], right=True)
+    if greedy.any():
+        greedy = greedy.to(logits.device)
+        chosen[greedy] = logits[greedy].argmax(-1, keepdim=True)
+    surprisal = cumulative[:, -1:].log() - weights.gather(1, chosen).double().log()
+    return chosen[:, 0], surprisal[:, 0]
+
+
+def _truncated(logits: Tensor, truncation: Truncation) -> Tensor:
+    """The logits divided by the temperature, -inf for the tokens that are left out."""
+    if truncation.temperature != 1:
+        logits = logits / truncation.temperature
+    if 0 < truncation.top_k < logits.shape[-1]:
+        least = logits.topk(truncation.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if truncation.top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        probabilities = ordered.softmax(-1, dtype=torch.float64)
+        surplus = probabilities.cumsum(-1) - probabilities >= truncation.top_p  # those before it are enough
+        logits = logits.masked_fill(surplus.gather(-1, order.argsort(-1)), -torch.inf)
+    return logits
 
 
 def _mix(x: Tensor) -> Tensor:

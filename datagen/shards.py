@@ -4,10 +4,12 @@
 those and on i alone, so a shard that is missing can be made by anyone, at any time.
 """
 
+import contextlib
+import fcntl
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qat.errors import UserError, differences
-from qat.files import write_atomically
 
 MANIFEST = "manifest.json"
+LOCK = "lock"
+
+_NO_SHARD = 2**40
+"""The byte of the lock file that stands for all files that are no shards."""
 
 SCHEMA = pa.schema(
     {
@@ -25,6 +30,7 @@ SCHEMA = pa.schema(
         "start_token": pa.int32(),
         "greedy_tokens": pa.int32(),
         "finish": pa.string(),
+        "surprisal": pa.float32(),
     }
 )
 
@@ -38,12 +44,14 @@ class Sequence:
         start_token: the token that the sequence was started with
         greedy_tokens: how many tokens after it were taken greedily
         finish: "eos" or "length"
+        surprisal: -log probability of its sampled tokens in nats, added up; None where no token was sampled
     """
 
     input_ids: list[int]
     start_token: int
     greedy_tokens: int
     finish: str
+    surprisal: float | None = field(compare=False)
 
 
 class ShardFolder:
@@ -55,14 +63,16 @@ class ShardFolder:
     def claim(self, settings: dict[str, Any]) -> None:
         """Create the folder for ``settings``, or check that it was made with the same.
 
-        Raises UserError if it holds shards of other settings.
+        Raises UserError if it holds shards of other settings, or cannot be written to.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
-        if not (self.directory / MANIFEST).exists():
-            if self.shards():
-                raise UserError(f"{self.directory} holds shards but no {MANIFEST}: give an empty folder.")
-            write_atomically(self.directory / MANIFEST, json.dumps(settings, indent=2) + "\n")
-            return
+        with self._writing():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock_file = os.open(self.directory / LOCK, os.O_CREAT | os.O_RDWR, 0o666)
+        with self.alone():
+            if not (self.directory / MANIFEST).exists():
+                if self.shards():
+                    raise UserError(f"{self.directory} holds shards but no {MANIFEST}: give an empty folder.")
+                self.publish(MANIFEST, json.dumps(settings, indent=2).encode() + b"\n")
         if listed := differences(self.manifest(), settings):
             raise UserError(
                 f"{self.directory} was made with other settings ({listed}): give the same, or another folder."
@@ -84,27 +94,94 @@ class ShardFolder:
     def shards(self) -> list[Path]:
         return sorted(self.directory.glob("shard-*.parquet"))
 
+    def missing(self, index: int) -> bool:
+        """Whether shard ``index`` has to be made: it is not there, or cannot be read to its end."""
+        if not self.path(index).exists():
+            return True
+        try:
+            _read(self.path(index), SCHEMA.names)
+        except UserError:
+            return True
+        return False
+
+    @contextlib.contextmanager
+    def claimed(self, index: int) -> Iterator[bool]:
+        """Whether shard ``index`` is this process's to make: no other one is at it. A claim ends with its process.
+
+        The claims are locks on the bytes of one file, byte i for shard i.
+        """
+        try:
+            fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, index)
+        except (BlockingIOError, PermissionError):  # POSIX allows both
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            fcntl.lockf(self._lock_file, fcntl.LOCK_UN, 1, index)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait until no other process is about to write files that are no shards."""
+        fcntl.lockf(self._lock_file, fcntl.LOCK_EX, 1, _NO_SHARD)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._lock_file, fcntl.LOCK_UN, 1, _NO_SHARD)
+
     def write(self, index: int, sequences: Iterable[Sequence]) -> None:
-        """Write shard ``index``: it appears under its name by an atomic rename."""
+        """Write shard ``index``, which must be claimed."""
         table = pa.Table.from_pylist([asdict(sequence) for sequence in sequences], schema=SCHEMA)
-        partial = self.path(index).with_suffix(f".partial-{os.getpid()}")
-        pq.write_table(table, partial, compression="zstd")
-        partial.replace(self.path(index))
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+        self.publish(self.path(index).name, sink.getvalue().to_pybytes())
+
+    def publish(self, name: str, content: bytes) -> None:
+        """A file that appears whole: written beside, flushed to disk, renamed.
+
+        Whoever holds the claim, or is alone, is the only one to write this name; so what a kill leaves behind can
+        have a fixed name, and is written over.
+        """
+        partial = self.directory / f".{name}.partial"
+        with self._writing():
+            try:
+                with partial.open("wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                partial.replace(self.directory / name)
+            except OSError:
+                partial.unlink(missing_ok=True)
+                raise
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.directory} cannot be written to ({error.strerror or error}): what it holds is whole; make "
+                "room, or give a folder that is writable, and run the same command again."
+            ) from error
 
     def sequences(self) -> pa.ChunkedArray:
         """All sequences' token ids, in order; raises UserError if one is missing, or a shard is damaged."""
         expected = self.manifest()["sequences"]
-        chunks = [chunk for file in self.shards() for chunk in _read_ids(file).chunks]
-        sequences = pa.chunked_array(chunks, type=SCHEMA.field("input_ids").type)
+        sequences = self.table(["input_ids"]).column("input_ids")
         if len(sequences) != expected:
             raise UserError(
                 f"{self.directory} holds {len(sequences)} of its {expected} sequences: let launch/generate.py finish."
             )
         return sequences
 
+    def table(self, columns: list[str]) -> pa.Table:
+        """These columns of all shards that are there; raises UserError if one is damaged."""
+        parts = [_read(file, columns) for file in self.shards()]
+        return pa.concat_tables(parts) if parts else SCHEMA.empty_table().select(columns)
 
-def _read_ids(file: Path) -> pa.ChunkedArray:
+
+def _read(file: Path, columns: list[str]) -> pa.Table:
     try:
-        return pq.read_table(file, columns=["input_ids"], schema=SCHEMA).column("input_ids")
+        return pq.read_table(file, columns=columns, schema=SCHEMA, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file} is damaged ({error}): delete it and run launch/generate.py again.") from error
+        raise UserError(f"{file} is damaged ({error}): run launch/generate.py again, which makes it anew.") from error

@@ -1,19 +1,29 @@
 """Let a model write training sequences into a folder of Parquet shards.
 
-python launch/generate.py --model DIR --output DIR; under a launcher, the ranks share the shards. A folder
-that is there already is gone on with.
+python launch/generate.py --model DIR --output DIR; under deepspeed, torchrun or srun, the ranks share the shards. A
+folder that is there already is gone on with. --corpus makes the same shards from real text.
 """
 
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from tqdm import tqdm
+from transformers import AutoConfig
 
+from datagen import card
+from datagen.corpus import HUB, Corpus
 from datagen.generate import GenerateConfig, Vocabulary, write_sequences
-from datagen.shards import ShardFolder
+from datagen.parallel import Group, ranks_from_slurm
+from datagen.shards import Sequence, ShardFolder
 from launch import cli
 from qat import models
 from qat.errors import UserError
+from qat.preemption import RESUMABLE_EXIT, StopSignal
+
+_OF_TEXT = ("sequences", "max_length", "sequences_per_shard")
+"""The settings that matter where the text comes from a corpus."""
 
 
 @dataclass(frozen=True)
@@ -23,48 +33,138 @@ class Paths:
     Args:
         model: the model that writes: a Hugging Face directory or hub name
         output: folder of the shards
+        corpus: make the shards from this text instead, with the model's tokenizer: a txt, jsonl or parquet file, a
+            folder of them, wikitext or c4
     """
 
     model: str
     output: Path
+    corpus: str | None = None
 
 
-def main() -> None:
+class Stopped(Exception):
+    """A signal came: the shard in hand is abandoned."""
+
+
+def main() -> int:
+    stop = StopSignal()
     paths, config = cli.parse(__doc__, Paths, GenerateConfig)
-    name = models.resolve_full_precision(paths.model)
-    tokenizer = models.load_tokenizer(name)
+    directory = models.resolve_full_precision(paths.model)
+    tokenizer = models.load_tokenizer(directory)
     folder = ShardFolder(paths.output)
+    try:
+        if paths.corpus:
+            write_corpus(Corpus(paths.corpus), folder, directory, tokenizer, config, stop)
+        else:
+            write_generated(folder, directory, tokenizer, config, stop)
+    except Stopped:
+        if cli.is_first_rank():
+            print(f"stopped by a signal: the same command goes on with {paths.output}", flush=True)
+        return RESUMABLE_EXIT
+    if all(folder.path(index).exists() for index in range(config.shards)):  # whoever is the last finds them all
+        card.write(folder, tokenizer, Path(paths.model).name if Path(paths.model).exists() else paths.model)
+        if cli.is_first_rank():
+            print(f"{paths.output} is complete: {config.sequences} sequences; {card.CARD} describes them.")
+    return 0
+
+
+def write_generated(folder: ShardFolder, directory: str, tokenizer, config: GenerateConfig, stop: StopSignal) -> None:
+    vllm = config.engine == "vllm"
+    if vllm and cli.ranks() > 1:
+        raise UserError("engine=vllm starts its own ranks (--tensor_parallel): start it with plain python.")
+    group = Group.of(cli.rank(), cli.ranks(), 1 if vllm else config.tensor_parallel)
+    check(directory, config, group.size)
     folder.claim(
         {
             **asdict(config),
-            "teacher": models.weights_fingerprint(name),
+            "teacher": models.weights_fingerprint(directory),
             "tokenizer": models.tokenizer_fingerprint(tokenizer),
         }
     )
-    missing = [i for i in range(cli.rank(), config.shards, cli.ranks()) if not folder.path(i).exists()]
-    if not missing:
-        print(f"{paths.output} is complete: {config.sequences} sequences.")
-        return
-    model = models.load(name, models.inference_dtype())
-    models.place(model)
-    models.check_length(model, config.max_length, "max_length")
-    sliding_window = getattr(model.config, "sliding_window", None)
-    if sliding_window and config.max_length > sliding_window:
-        raise UserError(
-            f"max_length={config.max_length} is longer than the model's sliding window: give {sliding_window}."
-        )
-    vocabulary = Vocabulary.of(tokenizer, model)
-
-    longest = sum(len(config.shard_range(i)) for i in missing) * (config.max_length - 1)
-    with tqdm(desc="generate", total=longest, unit="tok", dynamic_ncols=True, disable=not cli.is_first_rank()) as bar:
+    group.init()
+    missing = [index for index in range(config.shards) if group.agree(folder.missing(index))]
+    longest = sum(len(config.shard_range(index)) for index in missing) * (config.max_length - 1) // group.count
+    with tqdm(
+        desc="generate", total=longest, unit="tok", dynamic_ncols=True, disable=not missing or not cli.is_first_rank()
+    ) as bar:
 
         def progress(tokens: int, spared: int) -> None:
+            if group.agree(stop.received):
+                raise Stopped
             bar.total -= spared  # sequences that ended early
             bar.update(tokens)
 
-        for index in missing:
-            folder.write(index, write_sequences(model, vocabulary, config, config.shard_range(index), progress))
+        write: Callable[[range], list[Sequence]] | None = None
+        for index in group.shards(folder, missing):
+            progress(0, 0)
+            write = write or writer(directory, tokenizer, config, group, progress)
+            sequences = write(config.shard_range(index))
+            if group.leads:
+                folder.write(index, sequences)
+
+
+def writer(
+    directory: str, tokenizer, config: GenerateConfig, group: Group, progress: Callable[[int, int], None]
+) -> Callable[[range], list[Sequence]]:
+    """What turns the numbers of sequences into sequences: a model, loaded into the engine of choice."""
+    vocabulary = Vocabulary.of(tokenizer, directory)
+    if config.engine == "vllm":
+        from datagen.vllm_engine import VllmEngine
+
+        engine = VllmEngine(directory, models.inference_dtype(), config)
+        return lambda indices: engine.write_sequences(vocabulary, config, indices, progress)
+    if group.size > 1:
+        model = group.load(directory, models.inference_dtype())
+    else:
+        model = models.load(directory, models.inference_dtype())
+        models.place(model)
+    return lambda indices: write_sequences(model, vocabulary, config, indices, progress)
+
+
+def write_corpus(
+    corpus: Corpus, folder: ShardFolder, directory: str, tokenizer, config: GenerateConfig, stop: StopSignal
+) -> None:
+    """By the first rank alone: tokenizing is quick. Raises UserError for settings that only a model that writes has."""
+    useless = [f.name for f in fields(config) if f.name not in _OF_TEXT and getattr(config, f.name) != f.default]
+    if useless:
+        raise UserError(f"--corpus is real text, for which {', '.join(useless)} mean nothing: leave them out.")
+    if not cli.is_first_rank():
+        return
+    prefix = Vocabulary.of(tokenizer, directory).prefix
+    sequences = corpus.sequences(tokenizer, prefix, config.sequences, config.max_length)
+    folder.claim(
+        {
+            **{setting: getattr(config, setting) for setting in _OF_TEXT},
+            "corpus": corpus.source if corpus.source in HUB else Path(corpus.source).name,
+            "text": corpus.fingerprint(),
+            "tokenizer": models.tokenizer_fingerprint(tokenizer),
+        }
+    )
+    group = Group.of(cli.rank(), cli.ranks(), 1)
+    for index in group.shards(folder, [index for index in range(config.shards) if folder.missing(index)]):
+        if stop.received:
+            raise Stopped
+        rows = config.shard_range(index)
+        folder.write(index, sequences[rows.start : rows.stop])
+
+
+def check(directory: str, config: GenerateConfig, ranks: int) -> None:
+    """Raise UserError for a model that cannot write so."""
+    model = AutoConfig.from_pretrained(directory)
+    longest = min(model.max_position_embeddings, getattr(model, "sliding_window", None) or config.max_length)
+    if config.max_length > longest:
+        raise UserError(
+            f"max_length={config.max_length} is longer than the {longest} positions that the model attends over: give "
+            f"{longest} or less."
+        )
+    parts = {"key-value heads": model.num_key_value_heads, "vocabulary": model.vocab_size}
+    for part, size in parts.items():
+        if size % ranks:
+            raise UserError(
+                f"tensor_parallel={ranks} does not divide the model's {size} {part}: give a number that does."
+            )
 
 
 if __name__ == "__main__":
+    ranks_from_slurm(os.environ)
     cli.run(main)

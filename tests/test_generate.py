@@ -4,7 +4,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import generate_flags, run_python, tiny_model
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from datagen import attention
+from datagen.decoder import Decoder
 from datagen.generate import GenerateConfig, Vocabulary, write_sequences
 from datagen.shards import ShardFolder
 from qat.errors import UserError
@@ -16,6 +19,41 @@ VOCABULARY = Vocabulary(start=list(range(20, 300)), prefix=[], stop=list(range(1
 
 def write(config=CONFIG, vocabulary=VOCABULARY, **model_changes):
     return write_sequences(tiny_model(**model_changes), vocabulary, config, range(config.sequences))
+
+
+@pytest.mark.parametrize("kernel", ["ours", "torch's"])
+@pytest.mark.parametrize(
+    ("family", "heads"),
+    [
+        (LlamaConfig, (4, 2, 16)),
+        (MistralConfig, (6, 2, 32)),
+        (Qwen2Config, (9, 1, 64)),
+        (Qwen3Config, (5, 1, 128)),
+        (LlamaConfig, (4, 4, 24)),
+    ],
+)
+def test_a_decoding_step_equals_the_models_own_forward(kernel, family, heads, monkeypatch):
+    """Slots at different positions; 24 is no size for our kernel, which leaves such heads to torch."""
+    if kernel == "torch's":
+        monkeypatch.setattr(attention, "kernel", lambda *sizes: None)
+    elif heads[-1] % 16 == 0:
+        assert attention.kernel(heads[2], heads[0] // heads[1]) is not None, "there is a compiler here"
+    query, kv, size = heads
+    sizes = {"num_attention_heads": query, "num_key_value_heads": kv, "head_dim": size, "hidden_size": query * size}
+    model = tiny_model(family, **sizes)
+    for module in model.modules():
+        if getattr(module, "bias", None) is not None:
+            torch.nn.init.normal_(module.bias)
+    tokens = torch.randint(0, 300, (5, 40))
+    start = torch.tensor([0, 3, 17, 19, 20])
+    with torch.inference_mode():
+        expected = model(tokens).logits
+    decoder = Decoder(model, 5, 40)
+    rows = torch.arange(5)
+    for step in range(-20, 20):
+        position = (start + step).clamp(0)
+        logits = decoder.step(tokens[rows, position], position)
+        torch.testing.assert_close(logits, expected[rows, position], rtol=0, atol=2e-5 * expected.abs().max())
 
 
 @pytest.mark.parametrize("prefix", [[], [0]])
@@ -55,12 +93,47 @@ def test_a_sequence_ends_at_its_first_stop_token():
         assert (sequence.input_ids[-1] in stop) == (sequence.finish == "eos")
 
 
-def test_a_missing_shard_is_made_again_with_the_same_bytes(tiny_directory, tiny_data, tmp_path):
+def test_sampling_from_one_token_is_greedy():
+    one = GenerateConfig(sequences=11, max_length=20, batch_size=4, strategy="sample", top_k=1, temperature=3.0)
+    top1 = GenerateConfig(sequences=11, max_length=20, batch_size=4, strategy="top1")
+    assert [s.input_ids for s in write(one)] == [s.input_ids for s in write(top1)]
+
+
+def test_surprisal_is_that_of_the_sampled_tokens():
+    model = tiny_model()
+    for sequence in write():
+        tokens = torch.tensor(sequence.input_ids)
+        with torch.inference_mode():
+            logp = model(tokens[None, :-1]).logits[0].log_softmax(-1)[torch.arange(len(tokens) - 1), tokens[1:]]
+        expected = -logp[sequence.greedy_tokens :].sum().item()
+        assert sequence.surprisal is None or abs(sequence.surprisal - expected) < 1e-3
+        assert (sequence.surprisal is None) == (len(tokens) == 1 + sequence.greedy_tokens)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strategy": "top1", "temperature": 0.5}, "draws nothing"),
+        ({"strategy": "top1", "top_k": 5}, "draws nothing"),
+        ({"temperature": 0.0}, "strategy=top1"),
+        ({"top_p": 0.0}, "above 0"),
+        ({"top_p": 1.5}, "above 0"),
+        ({"top_k": -1}, "0 or more"),
+        ({"engine": "tgi"}, "torch, vllm"),
+    ],
+)
+def test_settings_that_contradict_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        GenerateConfig(**settings)
+
+
+def test_missing_and_truncated_shards_are_made_again_with_the_same_bytes(tiny_directory, tiny_data, tmp_path):
     folder = shutil.copytree(tiny_data, tmp_path / "data")
     files = ShardFolder(folder).shards()
     assert len(files) == 3
     original = {file.name: file.read_bytes() for file in files}
     files[1].unlink()
+    files[2].write_bytes(original[files[2].name][:-20])
     run_python("generate", *generate_flags(tiny_directory, folder))
     assert {file.name: file.read_bytes() for file in ShardFolder(folder).shards()} == original
 

@@ -1,5 +1,5 @@
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from datagen import sampling
@@ -44,14 +44,49 @@ def test_hybrid_is_greedy_for_three_to_five_tokens():
 def test_sampling_follows_the_softmax():
     logits = torch.tensor([2.0, -1.0, 0.5, -30.0])
     draws = sampling.uniform(1, torch.arange(40000), 0)
-    chosen = sampling.choose(logits.expand(40000, 4), torch.tensor(False).expand(40000), draws)
+    chosen, surprisal = sampling.choose(logits.expand(40000, 4), torch.tensor(False).expand(40000), draws)
     frequencies = chosen.bincount(minlength=4) / 40000
     torch.testing.assert_close(frequencies, logits.softmax(-1), rtol=0, atol=0.01)
+    torch.testing.assert_close(surprisal.float(), -logits.log_softmax(-1)[chosen])
 
 
 def test_extreme_draws_stay_inside_the_vocabulary():
-    logits = torch.randn(2, 1000)
-    draws = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    chosen = sampling.choose(logits, torch.tensor([False, False]), draws)
-    assert chosen.tolist() == [0, 999]
-    assert sampling.choose(logits, torch.tensor([True, True]), draws).tolist() == logits.argmax(-1).tolist()
+    for size in (1000, 1024):
+        logits = torch.randn(2, size)
+        draws = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+        assert sampling.choose(logits, torch.tensor([False, False]), draws)[0].tolist() == [0, size - 1]
+        assert sampling.choose(logits, torch.tensor([True, True]), draws)[0].tolist() == logits.argmax(-1).tolist()
+
+
+LOGITS = st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=1100)
+TRUNCATIONS = st.builds(
+    sampling.Truncation,
+    temperature=st.floats(0.1, 4),
+    top_k=st.integers(0, 20),
+    top_p=st.floats(0.05, 1, exclude_min=True),
+)
+
+
+@given(LOGITS, TRUNCATIONS, st.floats(0, 1, exclude_max=True))
+def test_a_draw_lands_where_the_truncated_distribution_passes_it(logits, truncation, draw):
+    """The definition in plain Python and fp64; what is nearer to a border than fp32 can tell is left out."""
+    row = torch.tensor([logits], dtype=torch.float32)
+    scaled = (row[0] / truncation.temperature).double()
+    if truncation.top_k:
+        scaled[scaled < sorted(scaled.tolist())[-truncation.top_k :][0]] = -torch.inf
+    probabilities = scaled.softmax(-1).tolist()
+    mass, kept = 0.0, [0.0] * len(logits)
+    for token in sorted(range(len(logits)), key=lambda t: -probabilities[t]):
+        if truncation.top_p < 1:
+            assume(abs(mass - truncation.top_p) > 1e-4)
+        if mass < truncation.top_p:
+            kept[token] = probabilities[token]
+        mass += probabilities[token]
+    expected = torch.tensor(kept, dtype=torch.float64) / sum(kept)
+
+    draws = torch.tensor([draw], dtype=torch.float64)
+    token, surprisal = sampling.choose(row, torch.tensor([False]), draws, truncation)
+    end = expected.cumsum(0)[token]
+    assert end - expected[token] - 1e-5 <= draw <= end + 1e-5
+    assert expected[token] > 0
+    torch.testing.assert_close(surprisal, -expected[token].log(), rtol=1e-5, atol=1e-5)

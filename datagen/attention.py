@@ -1,0 +1,108 @@
+"""Attention of a decoding step: one new token per slot, each at its own position of a static KV cache.
+
+On CPUs, in fp32, a kernel of our own reads each cached key and value once, and none beyond a slot's position; it is
+compiled when it is first asked for, in about a second. Where there is no compiler, and on GPUs, torch does the same
+with its scaled_dot_product_attention, which reads all slots as far as the longest one.
+"""
+
+import ctypes
+import functools
+import logging
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+_logger = logging.getLogger("qat.attention")
+
+_SOURCE = Path(__file__).with_suffix(".cpp")
+_FLAGS = [
+    "-O3",
+    "-march=native",
+    "-mprefer-vector-width=512",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp",
+    "-std=c++17",
+    "-shared",
+    "-fPIC",
+]
+
+
+_LANES = 16
+"""Tokens of a block of keys in our kernel's cache."""
+
+
+class Attention:
+    """The KV cache of one layer, [slots, kv_heads, max_length, head_dim] each, and attention over it."""
+
+    def __init__(self, slots: int, kv_heads: int, groups: int, max_length: int, head_dim: int, like: Tensor):
+        self.groups = groups
+        possible = like.device.type == "cpu" and like.dtype == torch.float32 and head_dim % _LANES == 0
+        self.kernel = kernel(head_dim, groups) if possible else None
+        if self.kernel:  # which wants whole blocks, and has the tokens of a block of keys side by side
+            max_length = -(-max_length // _LANES) * _LANES
+        self.values = torch.zeros(slots, kv_heads, max_length, head_dim, dtype=like.dtype, device=like.device)
+        self.keys = torch.zeros_like(self.values)
+        if self.kernel:
+            self.keys = self.keys.view(slots, kv_heads, -1, head_dim, _LANES)
+
+    def keep(self, slots: Tensor) -> None:
+        """Drop all slots but these."""
+        self.keys, self.values = self.keys[slots], self.values[slots]
+
+    def __call__(self, qkv: Tensor, cos: Tensor, sin: Tensor, position: Tensor, columns: int) -> Tensor:
+        """Put the tokens into the cache and let them attend to all up to themselves.
+
+        Args:
+            qkv: [slots, (query heads + 2 * kv_heads) * head_dim], before the rotation
+            cos, sin: [slots, head_dim], of the rotation at each slot's position
+            position: [slots], int64
+            columns: the largest position + 1
+
+        Returns [slots, query heads * head_dim].
+        """
+        slots, kv_heads, max_length, head_dim = self.values.shape
+        if self.kernel:
+            out = torch.empty(slots, kv_heads * self.groups * head_dim)
+            tensors = (qkv, cos, sin, position, self.keys, self.values, out)
+            assert all(tensor.is_contiguous() for tensor in tensors)
+            self.kernel(*(tensor.data_ptr() for tensor in tensors), slots, kv_heads, max_length)
+            return out
+        heads = qkv.view(slots, -1, head_dim)
+        rotated, value = heads[:, :-kv_heads], heads[:, -kv_heads:]
+        left, right = rotated.chunk(2, -1)
+        rotated = rotated * cos[:, None] + torch.cat((-right, left), -1) * sin[:, None]
+        query, key = rotated[:, :-kv_heads], rotated[:, -kv_heads:]
+        at = (torch.arange(slots, device=qkv.device), slice(None), position)
+        self.keys[at], self.values[at] = key, value
+        mask = (torch.arange(columns, device=qkv.device) <= position[:, None])[:, None, None]
+        # The query heads of a KV head stand as its rows, so nothing is repeated.
+        grouped = query.reshape(slots, kv_heads, self.groups, head_dim)
+        out = scaled_dot_product_attention(
+            grouped, self.keys[:, :, :columns], self.values[:, :, :columns], attn_mask=mask
+        )
+        return out.reshape(slots, -1)
+
+
+@functools.cache
+def kernel(head_dim: int, groups: int) -> Callable[..., None] | None:
+    """The compiled kernel for heads of this size, ``groups`` query heads to a KV head; None where nothing compiles."""
+    with tempfile.TemporaryDirectory() as directory:
+        library = Path(directory) / "attention.so"
+        sizes = [f"-DHEAD_DIM={head_dim}", f"-DGROUPS={groups}"]
+        command = [os.environ.get("CXX", "g++"), *_FLAGS, *sizes, str(_SOURCE), "-o", str(library)]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            function = ctypes.CDLL(str(library)).attend
+        except (OSError, subprocess.CalledProcessError) as error:
+            _logger.warning("no kernel of our own for attention (%s): torch's is used, which is slower", error)
+            return None
+    function.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 3
+    function.restype = None
+    return function

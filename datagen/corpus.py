@@ -1,0 +1,154 @@
+"""Real text as training sequences, in the same shards: what the paper compares the generated data with.
+
+The documents are tokenized, joined by the token that ends a text, and cut into sequences of equal length; each
+begins with BOS where the tokenizer puts it.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from datagen.shards import Sequence
+from qat.errors import UserError
+
+HUB = {
+    "wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
+    "c4": ("allenai/c4", "en"),
+}
+"""Corpora by name, and where the hub has them; their training split is read."""
+
+_FIELD = "text"
+_BATCH = 64
+"""Documents that are tokenized together."""
+
+_BLOCK = 2**20
+"""Characters of a plain text that are tokenized at one time; it is cut at a line's end."""
+
+
+class Corpus:
+    """The documents of ``source``: a txt, jsonl or parquet file, a folder of them, or a name in HUB."""
+
+    def __init__(self, source: str):
+        """Raises UserError if there are none."""
+        self.source = source
+        self.files = [] if source in HUB else _files(Path(source))
+
+    def fingerprint(self) -> str:
+        """Names the text: a hash of all of it, or the name on the hub."""
+        if not self.files:
+            return "/".join(HUB[self.source])
+        digest = hashlib.sha256()
+        for file in self.files:
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()[:16]
+
+    def documents(self) -> Iterator[list[str]]:
+        """Each document, in pieces that can be tokenized by themselves."""
+        if self.files:
+            for file in self.files:
+                yield from _READERS[file.suffix](file)
+        else:
+            yield from _from_hub(*HUB[self.source])
+
+    def sequences(self, tokenizer: Tokenizer, prefix: list[int], count: int, length: int) -> list[Sequence]:
+        """The first ``count`` sequences of ``length`` tokens; raises UserError if the corpus has fewer."""
+        rows = list(islice(_cut(_tokens(self.documents(), tokenizer), prefix, length), count))
+        if len(rows) < count:
+            advice = f"give --sequences {len(rows)} or less" if rows else "give more text, or a smaller --max_length"
+            raise UserError(f"{self.source} makes {len(rows)} sequences of {length} tokens, not {count}: {advice}.")
+        return [Sequence(row, row[len(prefix)], 0, "length", None) for row in rows]
+
+
+def _tokens(documents: Iterable[list[str]], tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """Token ids, piece by piece; the end-of-text token after each document."""
+    documents = iter(documents)
+    while batch := list(islice(documents, _BATCH)):
+        pieces = [piece for document in batch for piece in document]
+        ids = iter(tokenizer(pieces, add_special_tokens=False, verbose=False).input_ids if pieces else [])
+        for document in batch:
+            for _ in document:
+                yield next(ids)
+            if document:
+                yield [tokenizer.eos_token_id]
+
+
+def _cut(tokens: Iterable[list[int]], prefix: list[int], length: int) -> Iterator[list[int]]:
+    buffer: list[int] = []
+    size = length - len(prefix)
+    for ids in tokens:
+        buffer += ids
+        whole = len(buffer) // size * size
+        for start in range(0, whole, size):
+            yield [*prefix, *buffer[start : start + size]]
+        del buffer[:whole]
+
+
+def _files(path: Path) -> list[Path]:
+    known = ", ".join(_READERS)
+    if not path.exists():
+        raise UserError(f"There is no corpus at {path}: give a file ({known}), a folder of them, or {', '.join(HUB)}.")
+    files = sorted(file for file in path.rglob("*") if file.suffix in _READERS) if path.is_dir() else [path]
+    if not files or files[0].suffix not in _READERS:
+        raise UserError(f"{path} holds no text that can be read: give files that end in {known}.")
+    return files
+
+
+def _from_txt(file: Path) -> Iterator[list[str]]:
+    """A text file is one document."""
+    try:
+        with file.open(encoding="utf-8") as stream:
+            yield list(iter(lambda: stream.read(_BLOCK) + stream.readline(), ""))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text ({error}): convert it.") from error
+
+
+def _from_jsonl(file: Path) -> Iterator[list[str]]:
+    """A line is a document: an object with the field "text"."""
+    with file.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                text = json.loads(line)[_FIELD]
+                if not isinstance(text, str):
+                    raise TypeError(f"{_FIELD} is no string")
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f'{file}, line {number}, is not an object with the field "{_FIELD}" ({error}): mend it.'
+                ) from error
+            yield [text] if text else []
+
+
+def _from_parquet(file: Path) -> Iterator[list[str]]:
+    """A row is a document, in the column "text"."""
+    try:
+        with pq.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=1024, columns=[_FIELD]):
+                for text in batch.column(_FIELD).to_pylist():
+                    yield [text] if text else []
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise UserError(f'{file} cannot be read as Parquet with a column "{_FIELD}" ({error}): mend it.') from error
+
+
+_READERS = {".txt": _from_txt, ".jsonl": _from_jsonl, ".parquet": _from_parquet}
+
+
+def _from_hub(repository: str, configuration: str) -> Iterator[list[str]]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise UserError("Corpora by name come through the package datasets: pip install datasets==5.2.0") from error
+    try:
+        for row in load_dataset(repository, configuration, split="train", streaming=True):
+            yield [row[_FIELD]] if row[_FIELD] else []
+    except (OSError, ValueError) as error:  # no way to the hub, or not there
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"The hub does not give {repository} ({reason[0] if reason else type(error).__name__}): give a file or a "
+            "folder of text instead."
+        ) from error

@@ -1,0 +1,184 @@
+"""One decoding step of a LLaMA-family model for all slots: the model's own weights, without what a library adds.
+
+The layers' forward passes through transformers cost more than the arithmetic of a small model. This one is the same
+computation (a test holds it equal), over a static KV cache with a position per slot, in fewer and larger products.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import embedding, linear, rms_norm, silu
+from transformers import PreTrainedModel
+
+from datagen import sampling
+from datagen.attention import Attention
+
+Product = Callable[[Tensor], Tensor]
+
+
+class Decoder:
+    """``step`` runs the model on one token per slot.
+
+    A model that transformers has distributed over the ranks of the default process group is run by all of them
+    together: every rank gets the same logits.
+    """
+
+    def __init__(self, model: PreTrainedModel, slots: int, max_length: int):
+        base: Any = model.model
+        config = model.config
+        self.device, self.slots = model.device, slots
+        self.eps = config.rms_norm_eps
+        self.parallel = isinstance(base.layers[0].self_attn.o_proj.weight, DTensor)
+        self.embedding = _local(base.embed_tokens.weight)
+        head_dim = base.layers[0].self_attn.head_dim
+        groups = config.num_attention_heads // config.num_key_value_heads
+        self.layers = []
+        for layer in base.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            kv_heads = len(_local(attention.k_proj.weight)) // head_dim
+            self.layers.append(
+                _Layer(
+                    attention_norm=_local(layer.input_layernorm.weight),
+                    qkv=self._product(attention.q_proj, attention.k_proj, attention.v_proj),
+                    head_norms=[_local(norm.weight) for norm in _head_norms(attention)],
+                    attention=Attention(slots, kv_heads, groups, max_length, head_dim, self.embedding[:0]),
+                    out=self._summed_product(attention.o_proj),
+                    mlp_norm=_local(layer.post_attention_layernorm.weight),
+                    gate_up=self._product(mlp.gate_proj, mlp.up_proj),
+                    down=self._summed_product(mlp.down_proj),
+                )
+            )
+        self.norm = _local(base.norm.weight)
+        self.head = self._product(model.lm_head)
+        self.head_is_split = len(_local(model.lm_head.weight)) < config.vocab_size
+        self.embedding_is_split = len(self.embedding) < config.vocab_size  # where the head shares its weight
+        with torch.inference_mode():
+            positions = torch.arange(max_length, device=self.device)[None]
+            cos, sin = base.rotary_emb(self.embedding[:1, None], positions)
+        self.cos, self.sin = cos[0].contiguous(), sin[0].contiguous()
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor, position: Tensor) -> Tensor:
+        """Tokens [slots] at their positions [slots], both int64 on the CPU -> fp32 logits [slots, vocabulary]."""
+        columns = int(position.max()) + 1
+        tokens, position = tokens.to(self.device), position.to(self.device)
+        cos, sin = self.cos[position], self.sin[position]
+        x = self._embedded(tokens)
+        for layer in self.layers:
+            qkv = layer.qkv(self._normed(x, layer.attention_norm))
+            if layer.head_norms:
+                qkv = self._with_normed_heads(qkv, layer)
+            x = x + layer.out(layer.attention(qkv, cos, sin, position, columns))
+            gate, up = layer.gate_up(self._normed(x, layer.mlp_norm)).chunk(2, -1)
+            x = x + layer.down(silu(gate) * up)
+        logits = self.head(self._normed(x, self.norm))
+        if self.head_is_split:
+            parts = [torch.empty_like(logits) for _ in range(dist.get_world_size())]
+            dist.all_gather(parts, logits)
+            logits = torch.cat(parts, -1)
+        return logits.float()
+
+    def choose(
+        self, tokens: Tensor, position: Tensor, greedy: Tensor, draw: Tensor, truncation: sampling.Truncation
+    ) -> tuple[Tensor, Tensor]:
+        """``step``, and ``sampling.choose`` from its logits; all ranks that hold the model together choose the same.
+
+        All tensors are [slots], on the CPU.
+        """
+        chosen, surprisal = sampling.choose(self.step(tokens, position), greedy, draw.to(self.device), truncation)
+        both = torch.stack([chosen.double(), surprisal])
+        if self.parallel:
+            dist.broadcast(both, src=0)
+        both = both.cpu()
+        return both[0].long(), both[1]
+
+    def keep(self, slots: Tensor) -> None:
+        """Drop all slots but these."""
+        slots = slots.to(self.device)
+        for layer in self.layers:
+            layer.attention.keep(slots)
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        if not self.embedding_is_split:
+            return embedding(tokens, self.embedding)
+        here = tokens - dist.get_rank() * len(self.embedding)
+        is_here = (here >= 0) & (here < len(self.embedding))
+        x = embedding(torch.where(is_here, here, 0), self.embedding) * is_here[:, None]
+        dist.all_reduce(x)
+        return x
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(x, weight.shape, weight, self.eps)
+
+    def _with_normed_heads(self, qkv: Tensor, layer: "_Layer") -> Tensor:
+        """Qwen3 normalizes every head of Q and K."""
+        query_norm, key_norm = layer.head_norms
+        kv_heads, head_dim = layer.attention.values.shape[1], len(key_norm)
+        heads = qkv.view(len(qkv), -1, head_dim)
+        query, key, value = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
+        normed = self._normed(query, query_norm), self._normed(key, key_norm), value
+        return torch.cat(normed, 1).view_as(qkv)
+
+    def _product(self, *modules: nn.Linear) -> Product:
+        """x -> the modules' outputs side by side, by one product."""
+        weights = [_local(module.weight) for module in modules]
+        biases = [_local(module.bias) for module in modules if module.bias is not None]
+        bias = torch.cat(biases) if biases else None
+        if len(weights) == 1:
+            return self._multiply(weights[0], bias)
+        weight = torch.cat(weights)
+        if weight.device.type != "cpu":  # the modules look into the joint weight: nothing is held twice
+            for module, part in zip(modules, weight.split([len(w) for w in weights]), strict=True):
+                module.weight = nn.Parameter(part, requires_grad=False)
+        return self._multiply(weight, bias)
+
+    def _summed_product(self, module: nn.Linear) -> Product:
+        """x, of which each rank may hold a part of the columns -> the module's output."""
+        if not self.parallel:
+            return self._product(module)
+        bias = _local(module.bias) if module.bias is not None and dist.get_rank() == 0 else None
+        product = self._multiply(_local(module.weight), bias)
+
+        def summed(x: Tensor) -> Tensor:
+            y = product(x)
+            dist.all_reduce(y)
+            return y
+
+        return summed
+
+    def _multiply(self, weight: Tensor, bias: Tensor | None) -> Product:
+        if weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and weight.dtype == torch.float32:
+            # oneDNN, with the weight laid out for it beforehand. The choice must not depend on a measurement: ranks
+            # that chose differently would write other bytes.
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight, self.slots)
+            return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+        return lambda x: linear(x, weight, bias)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A decoder block's products, norms and cache."""
+
+    attention_norm: Tensor
+    qkv: Product
+    head_norms: list[Tensor]
+    attention: Attention
+    out: Product
+    mlp_norm: Tensor
+    gate_up: Product
+    down: Product
+
+
+def _head_norms(attention: nn.Module) -> list[Any]:
+    return [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """What this rank holds of a parameter."""
+    parameter = parameter.detach()
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

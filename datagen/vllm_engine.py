@@ -1,0 +1,93 @@
+"""The same sequences by vLLM: a greedy stage, then a sampled stage. vLLM is an optional dependency.
+
+Its random numbers are its own (one seed per sequence), so its tokens differ from those of our engine; and its floats
+depend on how it batches, so a shard that is made again may differ in a token.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from datagen import sampling
+from datagen.generate import Beginnings, GenerateConfig, Vocabulary
+from datagen.shards import Sequence
+from qat.errors import UserError
+
+_SPARE = 256
+"""Tokens: vLLM hands out its cache in blocks."""
+
+
+class VllmEngine:
+    """A model in vLLM, on as many GPUs as ``config.tensor_parallel`` says."""
+
+    def __init__(self, model: str, dtype: torch.dtype, config: GenerateConfig):
+        """Raises UserError where vLLM is not installed."""
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise UserError(
+                f"engine=vllm needs vLLM ({error}): install it in an environment of its own, or use engine=torch."
+            ) from error
+        memory = {} if torch.cuda.is_available() else {"kv_cache_memory_bytes": _cache_bytes(model, dtype, config)}
+        self.llm = LLM(
+            model=str(Path(model).resolve()),
+            dtype=str(dtype).removeprefix("torch."),
+            max_model_len=config.max_length,
+            max_num_seqs=config.batch_size,
+            tensor_parallel_size=config.tensor_parallel,
+            enable_prefix_caching=False,
+            skip_tokenizer_init=True,
+            seed=config.seed,
+            **memory,
+        )
+
+    def write_sequences(
+        self, vocabulary: Vocabulary, config: GenerateConfig, indices: range, progress: Callable[[int, int], None]
+    ) -> list[Sequence]:
+        """The sequences numbered ``indices``, in order. ``progress`` is called once a stage: see datagen.generate."""
+        begin = Beginnings.of(vocabulary, config, indices)
+        ids = [list(given) for given in begin.prefix]
+        surprisal = [0.0] * len(ids)
+        limits = [min(k, config.max_length - len(given)) for k, given in zip(begin.greedy, ids, strict=True)]
+        for place, chosen, _ in self._complete(ids, limits, vocabulary, [{"temperature": 0.0}] * len(ids)):
+            ids[place] += chosen
+        progress(0, 0)
+        seeds = sampling.seeds(config.seed, torch.arange(indices.start, indices.stop))
+        options = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p, "logprobs": 0}
+        limits = [
+            0 if len(row) > len(given) and row[-1] in vocabulary.stop else config.max_length - len(row)
+            for row, given in zip(ids, begin.prefix, strict=True)
+        ]
+        for place, chosen, output in self._complete(ids, limits, vocabulary, [options | {"seed": s} for s in seeds]):
+            ids[place] += chosen
+            surprisal[place] = -output.cumulative_logprob
+        written = sum(len(row) - 1 for row in ids)
+        progress(written, len(ids) * (config.max_length - 1) - written)
+        return [begin.sequence(place, *end, vocabulary) for place, end in enumerate(zip(ids, surprisal, strict=True))]
+
+    def _complete(self, prompts: list[list[int]], limits: list[int], vocabulary: Vocabulary, options: list[dict]):
+        """(place, tokens, vLLM's output) of the prompts whose limit lets them have any."""
+        from vllm import SamplingParams
+
+        places = [place for place, limit in enumerate(limits) if limit > 0]
+        parameters: list[Any] = [
+            SamplingParams(
+                max_tokens=limits[place], stop_token_ids=vocabulary.stop, ignore_eos=True, detokenize=False,
+                **options[place],
+            )
+            for place in places
+        ]  # fmt: skip
+        inputs: list[Any] = [{"prompt_token_ids": prompts[place]} for place in places]
+        for place, result in zip(places, self.llm.generate(inputs, parameters), strict=True):
+            yield place, list(result.outputs[0].token_ids), result.outputs[0]
+
+
+def _cache_bytes(model: str, dtype: torch.dtype, config: GenerateConfig) -> int:
+    """What the keys and values of a full batch need: on CPUs vLLM would take nearly all of the host's memory."""
+    shape = AutoConfig.from_pretrained(model)
+    head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    row = 2 * shape.num_hidden_layers * shape.num_key_value_heads * head_dim * dtype.itemsize
+    return config.batch_size * (config.max_length + _SPARE) * row

@@ -1,0 +1,210 @@
+"""Shards, corpora and the data card."""
+
+import json
+import os
+import resource
+import shutil
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import TEXT, generate_flags, run_python
+from datasets import load_dataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from datagen import card
+from datagen.corpus import Corpus
+from datagen.generate import GenerateConfig
+from datagen.shards import SCHEMA, Sequence, ShardFolder
+from launch.generate import write_corpus
+from qat.errors import UserError
+
+SEQUENCES = st.lists(
+    st.builds(
+        Sequence,
+        input_ids=st.lists(st.integers(0, 5), min_size=1, max_size=30),
+        start_token=st.integers(0, 5),
+        greedy_tokens=st.just(0),
+        finish=st.sampled_from(["eos", "length"]),
+        surprisal=st.none() | st.floats(0, 100, width=32),
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@given(SEQUENCES)
+def test_what_is_written_is_read(sequences):
+    with tempfile.TemporaryDirectory() as directory:
+        folder = ShardFolder(Path(directory))
+        folder.claim({"sequences": len(sequences)})
+        folder.write(0, sequences)
+        rows = [Sequence(**row) for row in folder.table(SCHEMA.names).to_pylist()]
+        assert rows == sequences
+        assert [row.surprisal for row in rows] == [sequence.surprisal for sequence in sequences]
+
+
+@given(SEQUENCES, st.data())
+def test_a_damaged_shard_is_missing(sequences, data):
+    """Truncated anywhere, or with other bytes in its pages."""
+    with tempfile.TemporaryDirectory() as directory:
+        folder = ShardFolder(Path(directory))
+        folder.claim({"sequences": len(sequences)})
+        folder.write(0, sequences)
+        assert not folder.missing(0)
+        content = folder.path(0).read_bytes()
+        folder.path(0).write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
+        assert folder.missing(0)
+        pages = pq.ParquetFile(pa.BufferReader(content)).metadata.row_group(0).column(0)
+        start = pages.dictionary_page_offset or pages.data_page_offset
+        place = start + pages.total_compressed_size - 1
+        folder.path(0).write_bytes(content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :])
+        assert folder.missing(0)
+
+
+def test_a_full_disk_is_named_and_loses_nothing(tmp_path):
+    """The limit on the size of files stands for the disk's: the write fails in the middle of the shard."""
+    folder = ShardFolder(tmp_path)
+    folder.claim({"sequences": 2000})
+    folder.write(0, [Sequence([1, 2, 3], 1, 0, "eos", None)])
+    many = [Sequence(list(range(i, i + 50)), 1, 0, "eos", float(i)) for i in range(1000)]
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot be written to .*make room"):
+            folder.write(1, many)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    folder.write(1, many)
+    assert len(folder.table(["finish"])) == 1001
+
+
+def test_a_read_only_folder_is_named():
+    directory = Path(tempfile.mkdtemp())  # not below pytest's, which only its owner may enter
+    try:
+        folder = ShardFolder(directory)
+        folder.claim({"sequences": 1})
+        directory.chmod(0o555)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)  # permissions do not bind root
+        try:
+            for attempt in (lambda: folder.write(0, []), lambda: ShardFolder(directory / "new").claim({})):
+                with pytest.raises(UserError, match=r"cannot be written to .*writable"):
+                    attempt()
+        finally:
+            os.seteuid(user)
+    finally:
+        directory.chmod(0o755)
+        shutil.rmtree(directory)
+
+
+def test_datasets_reads_the_folder(tiny_data, tmp_path):
+    files = str(tiny_data / "shard-*.parquet")
+    data = load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path))
+    assert data["input_ids"] == ShardFolder(tiny_data).sequences().to_pylist()
+    by_card = load_dataset(str(tiny_data), split="train", cache_dir=str(tmp_path))
+    assert by_card["input_ids"] == data["input_ids"]
+
+
+@given(SEQUENCES)
+def test_the_cards_figures_are_those_of_plain_counting(sequences):
+    rows = [vars(sequence) | {"start_token": sequence.input_ids[0]} for sequence in sequences]
+    table = pa.Table.from_pylist(
+        [row if len(row["input_ids"]) > 1 else row | {"surprisal": None} for row in rows], schema=SCHEMA
+    )
+    figures = card.measure(table)
+    assert figures["sequences"] == len(sequences)
+    assert figures["tokens"] == sum(len(s.input_ids) for s in sequences)
+    assert figures["ended by EOS"] == sum(s.finish == "eos" for s in sequences) / len(sequences)
+    for n in (1, 2, 3):
+        grams = [gram for s in sequences for gram in ngrams(s.input_ids, n)]
+        assert figures[f"distinct-{n}"] == len(set(grams)) / max(len(grams), 1)
+    fours = [list(ngrams(s.input_ids, 4)) for s in sequences]
+    repeated = sum(count - 1 for grams in fours for count in Counter(grams).values())
+    assert figures["repeated 4-grams"] == pytest.approx(repeated / max(sum(map(len, fours)), 1))
+    sampled = [s for s in sequences if s.surprisal is not None and len(s.input_ids) > 1]
+    entropy = sum(s.surprisal for s in sampled) / sum(len(s.input_ids) - 1 for s in sampled) if sampled else None
+    assert figures.get("token entropy") == pytest.approx(entropy)
+    _, counts = card.histogram(table, 30)
+    assert counts.sum() == len(sequences)
+
+
+def ngrams(ids: list[int], n: int):
+    return zip(*(ids[i:] for i in range(n)), strict=False)
+
+
+def test_the_card_describes_the_folder(tiny_data):
+    text = (tiny_data / card.CARD).read_text()
+    tokens = sum(len(ids) for ids in ShardFolder(tiny_data).sequences().to_pylist())
+    assert f"| tokens | {tokens:,} |" in text
+    assert "| token entropy |" in text
+    assert text.count("```text") == 3
+    assert (tiny_data / card.PLOT).read_bytes().startswith(b"\x89PNG")
+
+
+DOCUMENTS = [TEXT[:3000], "", "short", TEXT[3000:9000]]
+
+
+def corpora(directory: Path) -> dict[str, Path]:
+    """The same documents in every format."""
+    lines = "".join(json.dumps({"text": document}) + "\n" for document in DOCUMENTS)
+    (directory / "corpus.jsonl").write_text(lines)
+    pq.write_table(pa.table({"text": DOCUMENTS, "id": [1, 2, 3, 4]}), directory / "corpus.parquet")
+    folder = directory / "folder"
+    folder.mkdir()
+    for number, document in enumerate(DOCUMENTS):
+        (folder / f"{number}.txt").write_text(document)
+    return {"jsonl": directory / "corpus.jsonl", "parquet": directory / "corpus.parquet", "txt": folder}
+
+
+def test_a_corpus_becomes_its_own_tokens(tokenizer, tmp_path):
+    ids = tokenizer(DOCUMENTS, add_special_tokens=False).input_ids
+    stream = [token for document in ids if document for token in [*document, tokenizer.eos_token_id]]
+    for path in corpora(tmp_path).values():
+        sequences = Corpus(str(path)).sequences(tokenizer, [0], len(stream) // 31, 32)
+        assert [token for s in sequences for token in s.input_ids[1:]] == stream[: len(stream) // 31 * 31]
+        assert all(
+            s.input_ids[0] == 0 and s.start_token == s.input_ids[1] and len(s.input_ids) == 32 for s in sequences
+        )
+        with pytest.raises(UserError, match=f"give --sequences {len(stream) // 31} or less"):
+            Corpus(str(path)).sequences(tokenizer, [0], 10**6, 32)
+
+
+def test_generate_makes_shards_of_a_corpus(tiny_directory, tmp_path):
+    source = corpora(tmp_path)["jsonl"]
+    flags = [flag for flag in generate_flags(tiny_directory, tmp_path / "data") if "batch_size" not in flag]
+    run_python("generate", *flags, f"--corpus={source}")
+    assert [len(ids) for ids in ShardFolder(tmp_path / "data").sequences().to_pylist()] == [24] * 12
+    assert "corpus.jsonl" in (tmp_path / "data" / card.CARD).read_text()
+
+
+def test_what_is_no_corpus_is_refused(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"content": "bad"}\n')
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "c.parquet").write_bytes(b"PAR1")
+    (tmp_path / "d.csv").write_text("text\n")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for source, message in {
+        tmp_path / "nowhere.txt": "There is no corpus at",
+        tmp_path / "a.jsonl": 'line 2, is not an object with the field "text"',
+        tmp_path / "b.txt": "not UTF-8",
+        tmp_path / "c.parquet": "cannot be read as Parquet",
+        tmp_path / "d.csv": "no text that can be read",
+        "wikitext": "The hub does not give Salesforce/wikitext",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            Corpus(str(source)).sequences(tokenizer, [0], 4, 24)
+
+
+def test_a_corpus_takes_no_settings_of_a_writer(tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    settings = GenerateConfig(temperature=0.5, batch_size=8)
+    with pytest.raises(UserError, match="temperature, batch_size mean nothing"):
+        write_corpus(Corpus(str(tmp_path / "a.txt")), ShardFolder(tmp_path / "data"), "", None, settings, None)

@@ -1,6 +1,7 @@
-"""Measure perplexity of a model directory: full precision, trained student or export.
+"""Measure a model directory: full precision, trained student, PTQ result or export.
 
-python launch/evaluate.py --model DIR; with --method rtn, a full-precision model is rounded first.
+python launch/evaluate.py --model DIR; with --method rtn, a full-precision model is rounded first. Under a launcher
+(torchrun, deepspeed) the ranks share the windows; each holds a whole model.
 """
 
 import hashlib
@@ -9,11 +10,18 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from datagen import heldout
 from launch import cli
 from qat import export, models
 from qat.errors import UserError
-from qat.evaluate import ENCYCLOPEDIA, perplexity, text_windows
+from qat.evaluate import TextScore, WindowScore, score_windows, text_windows
 from qat.files import write_atomically
 from qat.prepare import CONFIG_FILE, QuantConfig, freeze, prepare
 
@@ -25,17 +33,20 @@ class Evaluation:
     Args:
         model: a Hugging Face directory or hub name, the final/ of a training run, or an export
         method: "as_is", or "rtn" to round a full-precision model to the bits below, untrained
-        text: "encyclopedia" (built in, needs no hub) or a text file
-        window: tokens per window; windows do not overlap
-        windows: how many windows; 0 for the whole text
+        text: for perplexity; one or more, with commas between: encyclopedia or howto (built in, need no hub),
+            wikitext2 or c4 (from the hub), or text files
+        window: tokens per window; windows do not overlap. Models with fewer positions get as many as they have
+        windows: how many windows of each text; 0 for the whole text
+        teacher: full-precision model; where it is given, mean KL(teacher || model) is measured on the same tokens
         output: JSON file for the result; if it holds the result of the same evaluation, nothing is computed
     """
 
     model: str
     method: str = "as_is"
-    text: str = ENCYCLOPEDIA
+    text: str = heldout.ENCYCLOPEDIA
     window: int = 2048
     windows: int = 0
+    teacher: str | None = None
     output: Path | None = None
 
     def __post_init__(self) -> None:
@@ -49,16 +60,24 @@ def main() -> None:
     evaluation, quant = cli.parse(__doc__, Evaluation, QuantConfig)
     rtn = evaluation.method == "rtn"
     name = models.resolve_full_precision(evaluation.model) if rtn else models.resolve(evaluation.model)
+    teacher_name = models.resolve_full_precision(evaluation.teacher) if evaluation.teacher else None
     stored = QuantConfig.load(Path(name)) if (Path(name) / CONFIG_FILE).is_file() else None
     rounded = quant if rtn else stored
     if rtn and quant.activations.learned:
         raise UserError("method=rtn rounds without training, and a_quantizer=lsq has learned steps: give minmax.")
-    windows = text_windows(evaluation.text, models.load_tokenizer(name), evaluation.window, evaluation.windows)
+    window = min(evaluation.window, models.positions(name), models.positions(teacher_name or name))
+    tokenizer = models.load_tokenizer(name)
+    texts = {
+        text: text_windows(heldout.paragraphs(text), tokenizer, window, evaluation.windows)
+        for text in evaluation.text.split(",")
+    }
     settings = {
         **{key: value for key, value in asdict(evaluation).items() if key != "output"},
+        "window": window,
         "quant": asdict(rounded) if rounded else None,
         "weights": models.weights_fingerprint(name),
-        "tokens": hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16],
+        "teacher_weights": models.weights_fingerprint(teacher_name) if teacher_name else None,
+        "tokens": {text: hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16] for text, windows in texts.items()},
     }
     output = evaluation.output
     if output and output.is_file() and json.loads(output.read_text())["settings"] == settings:
@@ -66,22 +85,61 @@ def main() -> None:
         return
 
     began = time.monotonic()
+    _join_ranks()
     model = export.load(name, models.inference_dtype())
     models.place(model)
-    models.check_length(model, evaluation.window, "window")
     if rtn:
         freeze(prepare(model, quant))
-    measured = perplexity(model, windows)
-    print(f"perplexity {measured.perplexity:.3f} on {measured.tokens} tokens of {evaluation.text}")
+    teacher = None
+    if teacher_name:
+        teacher = export.load(teacher_name, models.inference_dtype())
+        models.place(teacher)
+    scores = {text: TextScore.of(_score(model, windows, teacher), window) for text, windows in texts.items()}
+    if not cli.is_first_rank():
+        return
+    for text, score in scores.items():
+        kl = "" if score.kl is None else f", KL to the teacher {score.kl:.4f} ± {score.kl_stderr:.4f} nats"
+        print(f"perplexity {score.perplexity:.3f} on {score.tokens} tokens of {text}{kl}")
     if output:
         result = {
             "settings": settings,
-            **asdict(measured),
+            "texts": {text: asdict(score) for text, score in scores.items()},
             "seconds": round(time.monotonic() - began, 1),
+            "ranks": cli.ranks(),
             "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers")},
         }
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(output, json.dumps(result, indent=2) + "\n")
+
+
+def _join_ranks() -> None:
+    """Join the other ranks, if a launcher started any; on CPUs they share the cores."""
+    if cli.ranks() == 1:
+        return
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max(1, torch.get_num_threads() // cli.ranks()))
+    dist.init_process_group("gloo")
+
+
+def _score(model: PreTrainedModel, windows: Tensor, teacher: PreTrainedModel | None) -> list[WindowScore]:
+    """The scores of all windows, in order: this rank computes its share, and every rank gets all."""
+    own = score_windows(model, windows[cli.rank() :: cli.ranks()], teacher, progress=cli.is_first_rank())
+    return _interleave(_gather(own))
+
+
+def _gather(own: list[Any]) -> list[list[Any]]:
+    """Every rank's list, in the order of the ranks."""
+    if cli.ranks() == 1:
+        return [own]
+    everyones: list[Any] = [None] * cli.ranks()
+    dist.all_gather_object(everyones, own)
+    return everyones
+
+
+def _interleave(shares: list[list[Any]]) -> list[Any]:
+    """The list whose every n-th elements are the n shares."""
+    longest = max(len(share) for share in shares)
+    return [share[place] for place in range(longest) for share in shares if place < len(share)]
 
 
 if __name__ == "__main__":

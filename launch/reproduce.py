@@ -97,7 +97,7 @@ class Budget:
     warmup_steps: int = 4
     text: str = "encyclopedia,howto"
     window: int = 512
-    windows: int = 32
+    windows: int = 16
 
 
 @dataclass(frozen=True)

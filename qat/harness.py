@@ -1,0 +1,162 @@
+"""The paper's tasks, by lm-evaluation-harness with its own prompts.
+
+Every document's outcome is kept: two models' accuracies on the same documents are compared in pairs, which separates
+them much better than their standard errors do.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from qat.errors import UserError
+from qat.evaluate import standard_error
+
+ZERO_SHOT = {
+    "boolq": "acc",
+    "piqa": "acc_norm",
+    "social_iqa": "acc",
+    "hellaswag": "acc_norm",
+    "winogrande": "acc",
+    "arc_easy": "acc_norm",
+    "arc_challenge": "acc_norm",
+    "openbookqa": "acc_mutual_info",
+}
+"""The paper's zero-shot tasks, and the metric that is reported of each, as in the LLaMA paper: the likelihood of an
+answer over its length where the harness has that; for OBQA over its likelihood without the question, which the
+harness computes only if it is asked to."""
+
+FEW_SHOT = {"mmlu": "acc", "triviaqa": "exact_match"}
+"""The paper's 5-shot tasks."""
+
+METRICS = ZERO_SHOT | FEW_SHOT
+PAPER = "paper"
+"""Stands for all of them."""
+
+_SHOTS = 5
+_BATCH = {"cpu": 8, "cuda": 32}
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """What a model makes of a task.
+
+    Args:
+        metric: the harness's name of the metric that is reported
+        accuracy: its mean
+        stderr: its standard error
+        documents: how many questions
+        others: the means of the harness's other metrics
+        correct: "1" or "0" for each document, in order
+    """
+
+    metric: str
+    accuracy: float
+    stderr: float
+    documents: int
+    others: dict[str, float]
+    correct: str
+
+
+def task_names(listed: str) -> list[str]:
+    """The tasks of a list with commas between; raises UserError for one that is not known."""
+    names = [name for entry in listed.split(",") for name in (METRICS if entry == PAPER else [entry])]
+    if unknown := [name for name in names if name not in METRICS]:
+        raise UserError(f"tasks={unknown[0]!r} is not possible: give {PAPER}, or some of {', '.join(METRICS)}.")
+    return list(dict.fromkeys(names))
+
+
+def run_tasks(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    names: Sequence[str],
+    limit: int,
+    overrides: Callable[[str], dict[str, Any]],
+    mmlu_subjects: Callable[[], list[str]],
+) -> dict[str, TaskScore] | None:
+    """Score ``model`` on tasks; the ranks share the documents, and all but the first get None.
+
+    Args:
+        limit: documents of each task (of MMLU: of each subject); 0 for all
+        overrides: gives changes to the harness's definition of a task: where its data come from
+        mmlu_subjects: lists MMLU's subjects
+    """
+    subtasks = {name: [f"mmlu_{s}" for s in mmlu_subjects()] if name == "mmlu" else [name] for name in names}
+    manager = TaskManager()
+    changes = [
+        {"task": task, "num_fewshot": _SHOTS if name in FEW_SHOT else 0, **_metrics(name), **overrides(task)}
+        for name, tasks in subtasks.items()
+        for task in tasks
+    ]
+    results = simple_evaluate(
+        model=_RankedLM(model, tokenizer),
+        tasks=[{"group": "all", "task": changes}],  # in a group, a task inherits the registered one of its name
+        task_manager=manager,
+        limit=limit or None,
+        bootstrap_iters=0,
+    )
+    if results is None:
+        return None
+    return {
+        name: _score(METRICS[name], [sample for task in tasks for sample in _in_order(results["samples"][task])])
+        for name, tasks in subtasks.items()
+    }
+
+
+class _RankedLM(HFLM):
+    """A model that is in memory, on every rank that the launcher started."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer):
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH[model.device.type])
+        if dist.is_initialized():
+            self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, tensor.cpu())
+        return torch.stack(gathered)
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+def _metrics(name: str) -> dict[str, Any]:
+    if METRICS[name] != "acc_mutual_info":
+        return {}
+    metrics = ("acc", "acc_norm", "acc_mutual_info")
+    return {"metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in metrics]}
+
+
+def _in_order(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(samples, key=lambda sample: sample["doc_id"])
+
+
+def _score(metric: str, samples: list[dict[str, Any]]) -> TaskScore:
+    correct = [float(sample[metric]) for sample in samples]
+    others = {name for name in samples[0]["metrics"] if name != metric}
+    return TaskScore(
+        metric=metric,
+        accuracy=sum(correct) / len(correct),
+        stderr=standard_error(correct),
+        documents=len(correct),
+        others={name: sum(float(sample[name]) for sample in samples) / len(samples) for name in sorted(others)},
+        correct="".join(str(int(value)) for value in correct),
+    )
+
+
+def zero_shot_average(scores: dict[str, TaskScore]) -> tuple[float, float]:
+    """Mean accuracy of the zero-shot tasks, and its standard error."""
+    own = [scores[name] for name in ZERO_SHOT if name in scores]
+    return (
+        sum(score.accuracy for score in own) / len(own),
+        math.sqrt(sum(score.stderr**2 for score in own)) / len(own),
+    )

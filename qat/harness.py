@@ -5,7 +5,7 @@ them much better than their standard errors do.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,47 +69,41 @@ class TaskScore:
 
 def task_names(listed: str) -> list[str]:
     """The tasks of a list with commas between; raises UserError for one that is not known."""
-    names = [name for entry in listed.split(",") for name in (METRICS if entry == PAPER else [entry])]
+    entries = listed.split(",") if listed else []
+    names = [name for entry in entries for name in (METRICS if entry == PAPER else [entry])]
     if unknown := [name for name in names if name not in METRICS]:
         raise UserError(f"tasks={unknown[0]!r} is not possible: give {PAPER}, or some of {', '.join(METRICS)}.")
     return list(dict.fromkeys(names))
 
 
-def run_tasks(
-    model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    names: Sequence[str],
-    limit: int,
-    overrides: Callable[[str], dict[str, Any]],
-    mmlu_subjects: Callable[[], list[str]],
-) -> dict[str, TaskScore] | None:
-    """Score ``model`` on tasks; the ranks share the documents, and all but the first get None.
+def run_task(
+    model: PreTrainedModel, tokenizer: Tokenizer, name: str, limit: int, parts: dict[str, dict[str, Any]]
+) -> TaskScore | None:
+    """Score ``model`` on a task; the ranks share the documents, and all but the first get None.
 
     Args:
-        limit: documents of each task (of MMLU: of each subject); 0 for all
-        overrides: gives changes to the harness's definition of a task: where its data come from
-        mmlu_subjects: lists MMLU's subjects
+        limit: documents, spread evenly over the parts; 0 for all
+        parts: the harness's tasks that it consists of (MMLU: one for each subject), each with changes to its
+            definition, which say where its data come from
     """
-    subtasks = {name: [f"mmlu_{s}" for s in mmlu_subjects()] if name == "mmlu" else [name] for name in names}
-    manager = TaskManager()
-    changes = [
-        {"task": task, "num_fewshot": _SHOTS if name in FEW_SHOT else 0, **_metrics(name), **overrides(task)}
-        for name, tasks in subtasks.items()
-        for task in tasks
-    ]
+    shots = {"num_fewshot": _SHOTS if name in FEW_SHOT else 0}
     results = simple_evaluate(
         model=_RankedLM(model, tokenizer),
-        tasks=[{"group": "all", "task": changes}],  # in a group, a task inherits the registered one of its name
-        task_manager=manager,
-        limit=limit or None,
+        # In a group, a task inherits the registered one of its name.
+        tasks=[{"group": name, "task": [{"task": part, **shots, **_metrics(name), **parts[part]} for part in parts]}],
+        task_manager=TaskManager(),
+        limit=math.ceil(limit / len(parts)) or None,
         bootstrap_iters=0,
     )
     if results is None:
         return None
-    return {
-        name: _score(METRICS[name], [sample for task in tasks for sample in _in_order(results["samples"][task])])
-        for name, tasks in subtasks.items()
-    }
+    samples = [sample for part in parts for sample in sorted(results["samples"][part], key=lambda s: s["doc_id"])]
+    return _score(METRICS[name], samples)
+
+
+def hub_parts(name: str) -> dict[str, dict[str, Any]]:
+    """The parts of a task with the data sets that the harness fetches from the hub."""
+    return {part: {} for part in (TaskManager().load(name)["tasks"] if name == "mmlu" else [name])}
 
 
 class _RankedLM(HFLM):
@@ -133,11 +127,7 @@ def _metrics(name: str) -> dict[str, Any]:
     if METRICS[name] != "acc_mutual_info":
         return {}
     metrics = ("acc", "acc_norm", "acc_mutual_info")
-    return {"metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in metrics]}
-
-
-def _in_order(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return sorted(samples, key=lambda sample: sample["doc_id"])
+    return {"metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in metrics]}
 
 
 def _score(metric: str, samples: list[dict[str, Any]]) -> TaskScore:
@@ -153,10 +143,8 @@ def _score(metric: str, samples: list[dict[str, Any]]) -> TaskScore:
     )
 
 
-def zero_shot_average(scores: dict[str, TaskScore]) -> tuple[float, float]:
-    """Mean accuracy of the zero-shot tasks, and its standard error."""
-    own = [scores[name] for name in ZERO_SHOT if name in scores]
-    return (
-        sum(score.accuracy for score in own) / len(own),
-        math.sqrt(sum(score.stderr**2 for score in own)) / len(own),
-    )
+def zero_shot_average(scores: Mapping[str, Mapping[str, Any]]) -> tuple[float, float]:
+    """Mean accuracy of the zero-shot tasks, and its standard error, from their scores as dictionaries."""
+    own = [scores[name] for name in ZERO_SHOT]
+    squares = sum(score["stderr"] ** 2 for score in own)
+    return sum(score["accuracy"] for score in own) / len(own), math.sqrt(squares) / len(own)

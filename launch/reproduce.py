@@ -27,7 +27,7 @@ from datagen import heldout
 from datagen.sampling import STRATEGIES
 from launch import cli
 from launch.stages import CPU_ONLY, Stages, free_port, interrupt
-from qat import models
+from qat import models, report, results
 from qat.errors import UserError
 from qat.files import lock, wait_until_free, write_atomically
 from qat.preemption import RESUMABLE_EXIT
@@ -126,12 +126,15 @@ class Cell:
             raise UserError(f"method={self.method!r} is not possible: give {', '.join(_METHODS)}.")
 
     @property
-    def name(self) -> str:
-        """Says all that is not as usual."""
+    def changes(self) -> list[str]:
+        """All that is not as usual."""
         usual = Cell(self.method, dataclasses.replace(QuantConfig(), **_bits(str(self.quant))), Budget())
         own, others = _flat(self), _flat(usual)
-        changes = [f"{key}={own[key]}" for key in own if own[key] != others[key]]
-        return "_".join([self.method, str(self.quant), *changes]).replace("/", "-")
+        return [f"{key}={own[key]}" for key in own if own[key] != others[key]]
+
+    @property
+    def name(self) -> str:
+        return "_".join([self.method, str(self.quant), *self.changes])
 
 
 @dataclass(frozen=True)
@@ -264,6 +267,7 @@ class _Runner:
             "name": cell.name,
             "method": cell.method,
             "bits": str(cell.quant),
+            "changes": cell.changes,
             "seed": cell.seed,
             "budget": asdict(cell.budget) | {"trained": _trained(folder)},
             **{key: value for key, value in json.loads(evaluation.read_text()).items() if key != "settings"},
@@ -330,13 +334,18 @@ class _Runner:
         return path
 
     def collect(self, tables: dict[str, list[Job]]) -> None:
-        """Write each table: the cells that there are, in the recipe's order."""
-        for table, jobs in tables.items():
-            rows: dict[str, dict[str, Any]] = {}
-            for job in jobs:
-                if self.is_done(job):
-                    rows.setdefault(job.cell.name, {}).update(_row(json.loads(self.path(job).read_text())))
-            write_atomically(self.reproduction.output / f"{table}.json", json.dumps([*rows.values()], indent=1) + "\n")
+        """Write what there is so far: each table as JSON, and all of them as a page with pictures."""
+        done = {(job.cell.name, bool(job.tasks)): job for jobs in tables.values() for job in jobs if self.is_done(job)}
+        found = {key: json.loads(self.path(job).read_text()) for key, job in done.items()}
+        cells, accuracies = ({name: found[name, kind] for name, kind in found if kind == of} for of in (False, True))
+        output = self.reproduction.output
+        names = {table: list(dict.fromkeys(job.cell.name for job in jobs)) for table, jobs in tables.items()}
+        for table, listed in names.items():
+            rows = [_row(cells[name], accuracies.get(name)) for name in listed if name in cells]
+            write_atomically(output / f"{table}.json", json.dumps(rows, indent=1) + "\n")
+            report.plot_cells([cells[name] for name in listed if name in cells], output / f"{table}.png")
+        report.plot_bits([*cells.values()], results.SETTINGS, output / "bits.png")
+        write_atomically(output / "README.md", results.markdown(names, cells, accuracies))
 
 
 def _trained(folder: Path) -> dict[str, Any]:
@@ -347,17 +356,16 @@ def _trained(folder: Path) -> dict[str, Any]:
     return {"tokens": log[-1]["tokens"], "seconds": log[-1]["seconds"], "kl": [round(line["kl"], 5) for line in log]}
 
 
-def _row(result: dict[str, Any]) -> dict[str, Any]:
+def _row(cell: dict[str, Any], accuracy: dict[str, Any] | None) -> dict[str, Any]:
     """A cell as it stands in a table: nothing that was measured window by window, document by document or step by
     step."""
-    row = {key: result[key] for key in ("name", "method", "bits", "seed", "settings", "budget", "machine", "versions")}
+    row = {key: cell[key] for key in ("name", "method", "bits", "seed", "settings", "budget", "machine", "versions")}
     row["budget"] = row["budget"] | {"trained": {k: v for k, v in row["budget"]["trained"].items() if k != "kl"}}
-    if texts := result["texts"]:
-        for measure in ("perplexity", "nll", "nll_stderr", "kl", "kl_stderr"):
-            row[measure] = {text: score[measure] for text, score in texts.items()}
-    if tasks := result["tasks"]:
-        row["accuracy"] = {task: score["accuracy"] for task, score in tasks.items()}
-        row["accuracy_stderr"] = {task: score["stderr"] for task, score in tasks.items()}
+    for measure in ("perplexity", "nll", "nll_stderr", "kl", "kl_stderr"):
+        row[measure] = {text: score[measure] for text, score in cell["texts"].items()}
+    if accuracy:
+        for measure in ("metric", "accuracy", "stderr", "documents"):
+            row[f"task_{measure}"] = {task: score[measure] for task, score in accuracy["tasks"].items()}
     return row
 
 

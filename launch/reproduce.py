@@ -52,7 +52,8 @@ class Reproduction:
     Args:
         model: a Hugging Face directory or hub name
         tables: tables, with commas between: main, recipes, kv, distillation, quantizers, data
-        cells: only cells whose name matches one of these patterns, with commas between, say qat_4-8-4*
+        cells: only cells whose name matches one of these patterns, with commas between, say qat_4-8-4*; a cell's
+            accuracy is called qat_4-8-4.tasks
         minutes: stop cleanly after so many; 0 for no limit
         output: folder of the results
         work: folder of everything else: training data, runs
@@ -157,24 +158,29 @@ class Job(NamedTuple):
     cell: Cell
     tasks: Tasks | None
 
+    @property
+    def name(self) -> str:
+        return f"{self.cell.name}.tasks" if self.tasks else self.cell.name
+
 
 def main() -> int:
     (reproduction,) = cli.parse(__doc__, Reproduction)
     signal.signal(signal.SIGTERM, interrupt)
     lock(reproduction.work)
     deadline = time.monotonic() + 60 * reproduction.minutes if reproduction.minutes else None
-    tables = {table: read_recipe(_RECIPES / f"{table}.yaml") for table in reproduction.tables.split(",")}
+    tables = {table: read_recipe(_RECIPES / f"{table}.yaml") for table in TABLES}
     runner = _Runner(reproduction, deadline)
-    jobs = [job for job in queue(tables, reproduction.cells) if not runner.is_done(job)]
+    chosen = {table: tables[table] for table in reproduction.tables.split(",")}
+    jobs = [job for job in queue(chosen, reproduction.cells) if not runner.is_done(job)]
     failures = []
     try:
         for number, job in enumerate(jobs, 1):
-            print(f"\n===== job {number} of {len(jobs)}: {job.cell.name}{' tasks' * bool(job.tasks)} =====", flush=True)
+            print(f"\n===== job {number} of {len(jobs)}: {job.name} =====", flush=True)
             try:
                 runner.run(job, keep_model=any(later.cell == job.cell for later in jobs[number:]))
             except UserError as error:  # one cell that cannot be must not stop the others
                 print(error, flush=True)
-                failures.append(job.cell.name)
+                failures.append(job.name)
             runner.collect(tables)
     except KeyboardInterrupt:
         print("\nstopped: the same command goes on from here", flush=True)
@@ -214,7 +220,7 @@ def _jobs(settings: dict[str, Any], path: Path) -> list[Job]:
 def queue(tables: dict[str, list[Job]], patterns: str) -> list[Job]:
     """The chosen jobs of all tables, each once: by priority, then in the order of the tables."""
     jobs = sorted((job for jobs in tables.values() for job in jobs), key=lambda job: job.priority)
-    chosen = [job for job in jobs if any(fnmatch.fnmatch(job.cell.name, pattern) for pattern in patterns.split(","))]
+    chosen = [job for job in jobs if any(fnmatch.fnmatch(job.name, pattern) for pattern in patterns.split(","))]
     unique: dict[tuple[Cell, Tasks | None], Job] = {}
     for job in chosen:
         unique.setdefault((job.cell, job.tasks), job)
@@ -237,7 +243,7 @@ class _Runner:
         return {"model": self.fingerprint, **_flat(job.cell), **(asdict(job.tasks) if job.tasks else {})}
 
     def path(self, job: Job) -> Path:
-        return self.cells / f"{job.cell.name}{'.tasks' * bool(job.tasks)}.json"
+        return self.cells / f"{job.name}.json"
 
     def is_done(self, job: Job) -> bool:
         path = self.path(job)
@@ -343,7 +349,8 @@ class _Runner:
         for table, listed in names.items():
             rows = [_row(cells[name], accuracies.get(name)) for name in listed if name in cells]
             write_atomically(output / f"{table}.json", json.dumps(rows, indent=1) + "\n")
-            report.plot_cells([cells[name] for name in listed if name in cells], output / f"{table}.png")
+            if rows:
+                report.plot_cells([cells[name] for name in listed if name in cells], output / f"{table}.png")
         report.plot_bits([*cells.values()], results.SETTINGS, output / "bits.png")
         write_atomically(output / "README.md", results.markdown(names, cells, accuracies))
 

@@ -217,7 +217,9 @@ def markdown(tables: Mapping[str, list[str]], cells: Mapping[str, Cell], accurac
     spread = _spread(cells)
     parts = [_INTRODUCTION, "## Claims", "\n".join(claims), "\n".join(targets), *([spread] if spread else [])]
     for table, names in tables.items():
-        parts += [f"## {TITLES[table]}", _table(names, cells, accuracies), f"![{TITLES[table]}]({table}.png)"]
+        there = [name for name in names if name in cells]
+        parts += [f"## {TITLES[table]}", _table(there, cells, accuracies), f"{len(there)} of {len(names)} cells."]
+        parts += [f"![{TITLES[table]}]({table}.png)"] if there else []
     parts += ["## Perplexity against bits", "![Perplexity of the four methods in the paper's settings](bits.png)"]
     return "\n\n".join(parts) + "\n"
 
@@ -252,8 +254,6 @@ def _table(names: list[str], cells: Mapping[str, Cell], accuracies: Mapping[str,
     head += ["zero-shot average", "MMLU", "TriviaQA"] * with_accuracy
     lines = [" | ".join(head), "|".join("-" * len(head))]
     for name in names:
-        if name not in cells:
-            continue
         cell = cells[name]
         scores = [cell["texts"][text] for text in texts]
         row = [LABELS[cell["method"]], cell["bits"], ", ".join(cell["changes"])]

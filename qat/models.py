@@ -59,6 +59,11 @@ def check_length(model: PreTrainedModel, tokens: int, setting: str) -> None:
         )
 
 
+def positions(name: str) -> int:
+    """The longest sequence that the model at ``name`` can attend over."""
+    return AutoConfig.from_pretrained(name).max_position_embeddings
+
+
 def _download(name: str) -> str:
     try:
         return snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"])

@@ -1,43 +1,111 @@
+import json
 import math
+import sys
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import TEXT, finish, start_training, tiny_model
+from torch.nn.functional import kl_div
 
+import launch.evaluate
+from datagen import heldout
+from qat import models
 from qat.errors import UserError
-from qat.evaluate import ENCYCLOPEDIA, perplexity, text_windows
+from qat.evaluate import TextScore, WindowScore, score_windows, text_windows
+
+WINDOWS = torch.randint(2, 300, (3, 40), generator=torch.Generator().manual_seed(0))
 
 
 def test_perplexity_is_that_of_the_models_own_loss():
     model = tiny_model()
-    windows = torch.randint(2, 300, (3, 40), generator=torch.Generator().manual_seed(0))
-    measured = perplexity(model, windows)
-    loss = model(windows, labels=windows).loss.item()
+    measured = TextScore.of(score_windows(model, WINDOWS), 40)
+    loss = model(WINDOWS, labels=WINDOWS).loss.item()
     assert measured.nll == pytest.approx(loss, rel=1e-5)
     assert measured.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
     assert measured.tokens == 3 * 39
+    assert measured.kl is None
+
+
+def test_kl_is_that_of_the_whole_distributions():
+    model, teacher = tiny_model(), tiny_model()
+    for parameter in model.parameters():
+        parameter.data += 0.01 * torch.randn_like(parameter)
+    measured = TextScore.of(score_windows(model, WINDOWS, teacher), 40)
+    own, other = (m(WINDOWS).logits[:, :-1].double().log_softmax(-1) for m in (model, teacher))
+    expected = kl_div(own, other, reduction="sum", log_target=True).item() / own[..., 0].numel()
+    assert measured.kl == pytest.approx(expected, rel=1e-3)
+    assert TextScore.of(score_windows(teacher, WINDOWS, teacher), 40).kl == pytest.approx(0, abs=1e-7)
+
+
+def test_standard_errors_are_those_of_the_windows():
+    score = TextScore.of([WindowScore(1.0, 0.1), WindowScore(3.0, 0.1)], 10)
+    assert score.nll == 2
+    assert score.nll_stderr == pytest.approx(1.0)
+    assert score.kl_stderr == pytest.approx(0.0)
 
 
 def test_windows_are_the_text_in_order(tokenizer, tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("one two three four five six seven eight nine ten " * 5)
-    windows = text_windows(str(file), tokenizer, window=8, most=0)
+    windows = text_windows(heldout.paragraphs(str(file)), tokenizer, window=8, most=0)
     ids = tokenizer(file.read_text() + "\n\n", add_special_tokens=False).input_ids
     assert windows.flatten().tolist() == ids[: windows.numel()]
     assert len(ids) - windows.numel() < 8
-    assert torch.equal(text_windows(str(file), tokenizer, 8, most=2), windows[:2])
+    assert torch.equal(text_windows(heldout.paragraphs(str(file)), tokenizer, 8, most=2), windows[:2])
 
 
-def test_the_built_in_prose_is_prose(tokenizer):
-    text = tokenizer.decode(text_windows(ENCYCLOPEDIA, tokenizer, 512, 8).flatten())
-    assert text.count(" the ") > 20
-    assert not any(markup in text for markup in ("[[", "{{", "<ref", "thumb|"))
+@pytest.mark.parametrize("text", ["encyclopedia", "howto"])
+def test_the_built_in_texts_are_prose_and_apart_from_what_may_be_trained_on(text):
+    held_out, training = (list(heldout.paragraphs(name)) for name in (text, f"{text}-train"))
+    joined = "\n".join(held_out)
+    assert joined.count(" the ") > 5000
+    assert not any(markup in joined for markup in ("<ref", "thumb|", "[step]", "[title]"))
+    assert len(training) >= len(held_out)
+    assert not set(held_out) & set(training)
 
 
-def test_missing_and_short_texts_are_refused(tokenizer, tmp_path):
+def test_missing_and_short_texts_are_refused(tokenizer):
     with pytest.raises(UserError, match="no text at"):
-        text_windows("nowhere.txt", tokenizer, 8, 0)
-    short = tmp_path / "short.txt"
-    short.write_text("one")
+        heldout.paragraphs("nowhere.txt")
     with pytest.raises(UserError, match="less than one window"):
-        text_windows(str(short), tokenizer, 100, 0)
+        text_windows(["one"], tokenizer, 100, 0)
+
+
+def test_two_ranks_find_what_one_finds_and_nothing_is_measured_twice(tiny_directory, tmp_path, monkeypatch, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    where = [f"--model={tiny_directory}", f"--teacher={tiny_directory}", "--method=rtn", "--window=64", "--windows=5"]
+    all_of_it = [f"--text={text}", "--tasks=arc_easy,openbookqa", "--limit=5"]
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+
+    def evaluate(*flags) -> dict:
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *where, f"--output={one}", *flags])
+        launch.evaluate.main()
+        return json.loads(one.read_text())
+
+    found = evaluate(*all_of_it)
+    finish(start_training(2, *where, *all_of_it, f"--output={two}", script="evaluate"))
+    shared = json.loads(two.read_text())
+    assert shared["ranks"] == 2
+    scores, others = found["texts"][str(text)], shared["texts"][str(text)]
+    assert others["window_nll"] == pytest.approx(scores["window_nll"], rel=1e-5)
+    assert others["window_kl"] == pytest.approx(scores["window_kl"], rel=1e-3)
+    assert shared["tasks"] == found["tasks"]
+    assert [len(score["correct"]) for score in found["tasks"].values()] == [5, 5]
+
+    capsys.readouterr()
+    assert evaluate(*all_of_it) == found
+    assert "is there already" in capsys.readouterr().out
+    more = evaluate("--text=none", "--tasks=arc_easy,piqa", "--limit=5")
+    assert more["texts"] == found["texts"]
+    assert more["tasks"].keys() == {"arc_easy", "openbookqa", "piqa"}
+    assert evaluate(f"--text={text}", "--limit=6")["tasks"] == {}  # that is another evaluation
+
+
+@pytest.mark.slow
+def test_perplexity_of_the_real_model():
+    """As in README.md, whatever the code that finds it."""
+    directory = models.resolve(models.EMBEDDED)
+    windows = text_windows(heldout.paragraphs("encyclopedia"), models.load_tokenizer(directory), 512, 32)
+    measured = TextScore.of(score_windows(models.load(directory, torch.float32), windows), 512)
+    assert measured.perplexity == pytest.approx(23.32, abs=0.01)

@@ -1,0 +1,394 @@
+"""The paper's tables, one cell after another, with the real commands.
+
+python launch/reproduce.py runs all that is missing; --tables and --cells choose, --minutes limits. Stop it at any
+moment, kill it, start it again: it goes on from where it was, and a cell whose JSON is there is never computed again.
+
+A table is a recipe in launch/recipes/reproduce/. What a cell measured is <output>/cells/<name>.json; the cells of a
+table are collected in <output>/<table>.json.
+"""
+
+import dataclasses
+import fnmatch
+import itertools
+import json
+import random
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+
+from datagen import heldout
+from datagen.sampling import STRATEGIES
+from launch import cli
+from launch.stages import CPU_ONLY, Stages, free_port, interrupt
+from qat import models, report, results
+from qat.errors import UserError
+from qat.files import lock, wait_until_free, write_atomically
+from qat.preemption import RESUMABLE_EXIT
+from qat.prepare import QuantConfig
+from qat.training import CHECKPOINTS, FINAL, LOG, TrainConfig
+
+TABLES = ("main", "recipes", "kv", "distillation", "quantizers", "data")
+
+_LAUNCH = Path(__file__).parent
+_ROOT = _LAUNCH.parent
+_RECIPES = _LAUNCH / "recipes" / "reproduce"
+_PTQ = ("gptq", "smoothquant")
+_METHODS = ("full_precision", "rtn", *_PTQ, "qat")
+_CALIBRATION = 64
+"""Sequences that the post-training methods look at."""
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What to reproduce, on what.
+
+    Args:
+        model: a Hugging Face directory or hub name
+        tables: tables, with commas between: main, recipes, kv, distillation, quantizers, data
+        cells: only cells whose name matches one of these patterns, with commas between, say qat_4-8-4*; a cell's
+            accuracy is called qat_4-8-4.tasks
+        minutes: stop cleanly after so many; 0 for no limit
+        output: folder of the results
+        work: folder of everything else: training data, runs
+        ranks: how many train; their sequences are shared out, so it must divide 2. 0 for one per GPU, or 2 on a CPU
+        keep_models: keep the trained models
+    """
+
+    model: str = models.EMBEDDED
+    tables: str = ",".join(TABLES)
+    cells: str = "*"
+    minutes: float = 0
+    output: Path = Path("docs/results")
+    work: Path = Path("runs/reproduce")
+    ranks: int = 0
+    keep_models: bool = False
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.tables.split(",")) - set(TABLES):
+            raise UserError(f"tables={min(unknown)!r} is not possible: give {', '.join(TABLES)}, with commas between.")
+        if self.ranks not in (0, 1, 2):
+            raise UserError(f"ranks={self.ranks} is not possible: give 1 or 2, or 0 to choose by the machine.")
+        if self.minutes < 0:
+            raise UserError(f"minutes={self.minutes} is not possible: give 0 or more.")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every QAT cell of a table may use, and what every cell is measured on.
+
+    Args:
+        steps: optimizer steps of 2 sequences
+        max_length: longest training sequence, in tokens
+        lr: peak learning rate
+        warmup_steps: its linear warm-up
+        text: as launch/evaluate.py takes it
+        window: tokens of a window
+        windows: of each text
+    """
+
+    steps: int = 100
+    max_length: int = 256
+    lr: float = 2e-4
+    warmup_steps: int = 4
+    text: str = "encyclopedia,howto"
+    window: int = 512
+    windows: int = 16
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a table: a method, and what it is given.
+
+    Args:
+        method: full_precision, rtn, gptq, smoothquant or qat
+        quant: what is quantized, and how
+        budget: of the training and of the measurement
+        data: what is trained or calibrated on: top1, sample or hybrid (written by the teacher), or a text
+        loss: as launch/train.py takes it
+        seed: of the data and of its order
+    """
+
+    method: str
+    quant: QuantConfig
+    budget: Budget
+    data: str = "hybrid"
+    loss: str = "logits"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in _METHODS:
+            raise UserError(f"method={self.method!r} is not possible: give {', '.join(_METHODS)}.")
+
+    @property
+    def changes(self) -> list[str]:
+        """All that is not as usual."""
+        usual = Cell(self.method, dataclasses.replace(QuantConfig(), **_bits(str(self.quant))), Budget())
+        own, others = _flat(self), _flat(usual)
+        return [f"{key}={own[key]}" for key in own if own[key] != others[key]]
+
+    @property
+    def name(self) -> str:
+        return "_".join([self.method, str(self.quant), *self.changes])
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """What a cell is measured on beside texts.
+
+    Args:
+        tasks: as launch/evaluate.py takes it; "" for none
+        limit: documents of each
+    """
+
+    tasks: str = ""
+    limit: int = 200
+
+
+class Job(NamedTuple):
+    """A cell's perplexity and KL, or (``tasks``) its accuracy, and when its turn is: the lowest number first."""
+
+    priority: int
+    cell: Cell
+    tasks: Tasks | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.cell.name}.tasks" if self.tasks else self.cell.name
+
+
+def main() -> int:
+    (reproduction,) = cli.parse(__doc__, Reproduction)
+    signal.signal(signal.SIGTERM, interrupt)
+    lock(reproduction.work)
+    deadline = time.monotonic() + 60 * reproduction.minutes if reproduction.minutes else None
+    tables = {table: read_recipe(_RECIPES / f"{table}.yaml") for table in TABLES}
+    runner = _Runner(reproduction, deadline)
+    chosen = {table: tables[table] for table in reproduction.tables.split(",")}
+    jobs = [job for job in queue(chosen, reproduction.cells) if not runner.is_done(job)]
+    failures = []
+    try:
+        for number, job in enumerate(jobs, 1):
+            print(f"\n===== job {number} of {len(jobs)}: {job.name} =====", flush=True)
+            try:
+                runner.run(job, keep_model=any(later.cell == job.cell for later in jobs[number:]))
+            except UserError as error:  # one cell that cannot be must not stop the others
+                print(error, flush=True)
+                failures.append(job.name)
+            runner.collect(tables)
+    except KeyboardInterrupt:
+        print("\nstopped: the same command goes on from here", flush=True)
+        return RESUMABLE_EXIT
+    finally:
+        runner.collect(tables)
+    if failures:
+        raise UserError(f"{len(failures)} of {len(jobs)} jobs failed: {', '.join(failures)}.")
+    return 0
+
+
+def read_recipe(path: Path) -> list[Job]:
+    """The jobs of a table, in its order. A list in a recipe stands for each of its values in turn."""
+    jobs = []
+    for entry in yaml.safe_load(path.read_text()):
+        choices = [value if isinstance(value, list) else [value] for value in entry.values()]
+        for values in itertools.product(*choices):
+            jobs += _jobs(dict(zip(entry, values, strict=True)), path)
+    return jobs
+
+
+def _jobs(settings: dict[str, Any], path: Path) -> list[Job]:
+    priority, tasks_priority = settings.pop("priority", 1), settings.pop("tasks_priority", 4)
+    settings |= _bits(settings.pop("bits", "16-16-16"))
+
+    def take(kind: type) -> dict[str, Any]:
+        names = [field.name for field in fields(kind) if field.name in settings]
+        return {name: settings.pop(name) for name in names}
+
+    tasks = Tasks(**take(Tasks))
+    cell = Cell(quant=QuantConfig(**take(QuantConfig)), budget=Budget(**take(Budget)), **take(Cell))
+    if settings:
+        raise UserError(f"{path} has {min(settings)!r}, which is no setting of a cell.")
+    return [Job(priority, cell, None)] + ([Job(tasks_priority, cell, tasks)] if tasks.tasks else [])
+
+
+def queue(tables: dict[str, list[Job]], patterns: str) -> list[Job]:
+    """The chosen jobs of all tables, each once: by priority, then in the order of the tables."""
+    jobs = sorted((job for jobs in tables.values() for job in jobs), key=lambda job: job.priority)
+    chosen = [job for job in jobs if any(fnmatch.fnmatch(job.name, pattern) for pattern in patterns.split(","))]
+    unique: dict[tuple[Cell, Tasks | None], Job] = {}
+    for job in chosen:
+        unique.setdefault((job.cell, job.tasks), job)
+    return list(unique.values())
+
+
+class _Runner:
+    def __init__(self, reproduction: Reproduction, deadline: float | None):
+        self.reproduction, self.deadline = reproduction, deadline
+        self.work, self.cells = reproduction.work, reproduction.output / "cells"
+        self.cells.mkdir(parents=True, exist_ok=True)
+        self.model = models.resolve_full_precision(reproduction.model)
+        self.fingerprint = models.weights_fingerprint(self.model)
+        gpus = torch.cuda.device_count()
+        self.ranks = reproduction.ranks or min(gpus or 2, 2)
+        self.environment: dict[str, str] = {} if gpus else dict(CPU_ONLY)
+        self.ds_config = _ROOT / "ds_configs" / ("zero3.json" if gpus else "zero3_cpu.json")
+
+    def settings(self, job: Job) -> dict[str, Any]:
+        return {"model": self.fingerprint, **_flat(job.cell), **(asdict(job.tasks) if job.tasks else {})}
+
+    def path(self, job: Job) -> Path:
+        return self.cells / f"{job.name}.json"
+
+    def is_done(self, job: Job) -> bool:
+        path = self.path(job)
+        return path.is_file() and json.loads(path.read_text())["settings"] == self.settings(job)
+
+    def run(self, job: Job, keep_model: bool) -> None:
+        """Do a job, from where an earlier start left it, and write its JSON."""
+        cell = job.cell
+        folder = self.work / "cells" / cell.name
+        folder.mkdir(parents=True, exist_ok=True)
+        stages = Stages(folder / "stages.json", self.environment, self.deadline)
+        self._make(cell, folder, stages)
+        evaluation = folder / ("tasks.json" if job.tasks else "texts.json")
+        evaluate = [sys.executable, _LAUNCH / "evaluate.py", "--output", evaluation]
+        if cell.method == "rtn":
+            evaluate += ["--method=rtn", *_flags(cell.quant)]
+        evaluate += ["--model", folder / FINAL if (folder / FINAL).exists() else self.model]
+        if job.tasks:
+            evaluate += ["--text=none", "--tasks", job.tasks.tasks, "--limit", job.tasks.limit]
+        else:
+            budget = cell.budget
+            evaluate += ["--text", budget.text, "--teacher", self.model]
+            evaluate += ["--window", budget.window, "--windows", budget.windows]
+        stages.run(evaluation.stem, evaluate)
+        result = {
+            "settings": self.settings(job),
+            "name": cell.name,
+            "method": cell.method,
+            "bits": str(cell.quant),
+            "changes": cell.changes,
+            "seed": cell.seed,
+            "budget": asdict(cell.budget) | {"trained": _trained(folder)},
+            **{key: value for key, value in json.loads(evaluation.read_text()).items() if key != "settings"},
+            "stage_seconds": {name: round(seconds, 1) for name, seconds in stages.seconds.items()},
+        }
+        write_atomically(self.path(job), json.dumps(result, indent=1) + "\n")
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        if not (keep_model or self.reproduction.keep_models):
+            shutil.rmtree(folder / FINAL, ignore_errors=True)
+
+    def _make(self, cell: Cell, folder: Path, stages: Stages) -> None:
+        """Make the cell's model, if it has one of its own."""
+        if cell.method == "qat":
+            self._train(cell, folder, stages)
+        elif cell.method in _PTQ and not (folder / FINAL).exists():
+            data = self._data(cell, _CALIBRATION, stages)
+            quantize = [sys.executable, _LAUNCH / "quantize.py", "--method", cell.method, *_flags(cell.quant)]
+            quantize += ["--sequences", _CALIBRATION]
+            stages.run("quantize", quantize, ["--model", self.model, "--data", data, "--output", folder / FINAL])
+
+    def _train(self, cell: Cell, folder: Path, stages: Stages) -> None:
+        data = self._data(cell, 2 * cell.budget.steps, stages)
+        budget = cell.budget
+        config = TrainConfig(
+            loss=cell.loss,
+            steps=budget.steps,
+            lr=budget.lr,
+            warmup_steps=budget.warmup_steps,
+            gradient_accumulation_steps=2 // self.ranks,
+            gradient_checkpointing=False,
+            save_every=25,
+            keep=1,
+            seed=cell.seed,
+        )
+        wait_until_free(folder)  # a reproduction that was killed outright leaves its training behind, which ends well
+        stages.run(
+            "train",
+            [Path(sys.executable).parent / "deepspeed", f"--num_gpus={self.ranks}", f"--master_port={free_port()}"],
+            [_LAUNCH / "train.py", f"--deepspeed={self.ds_config}", *_flags(cell.quant), *_flags(config)],
+            ["--model", self.model, "--data", data, "--output", folder],
+        )
+
+    def _data(self, cell: Cell, sequences: int, stages: Stages) -> Path:
+        """The folder of the cell's training sequences, made if it is not there."""
+        budget = cell.budget
+        folder = self.work / "data" / f"{cell.data}-{sequences}x{budget.max_length}-seed{cell.seed}"
+        if cell.data in STRATEGIES:
+            source = ["--strategy", cell.data, "--seed", cell.seed, "--batch_size=50"]
+        else:
+            source = ["--corpus", self._corpus(cell)]
+        sizes = ["--sequences", sequences, "--max_length", budget.max_length, "--sequences_per_shard=50"]
+        generate = [sys.executable, _LAUNCH / "generate.py", "--model", self.model, "--output", folder]
+        stages.run("generate", generate, sizes, source)
+        return folder
+
+    def _corpus(self, cell: Cell) -> Path:
+        """A file with the documents of a text, in an order of the cell's seed."""
+        path = self.work / "texts" / f"{cell.data}-seed{cell.seed}.jsonl"
+        if not path.exists():
+            documents = list(heldout.paragraphs(cell.data))
+            random.Random(cell.seed).shuffle(documents)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, "".join(json.dumps({"text": document}) + "\n" for document in documents))
+        return path
+
+    def collect(self, tables: dict[str, list[Job]]) -> None:
+        """Write what there is so far: each table as JSON, and all of them as a page with pictures."""
+        done = {(job.cell.name, bool(job.tasks)): job for jobs in tables.values() for job in jobs if self.is_done(job)}
+        found = {key: json.loads(self.path(job).read_text()) for key, job in done.items()}
+        cells, accuracies = ({name: found[name, kind] for name, kind in found if kind == of} for of in (False, True))
+        output = self.reproduction.output
+        names = {table: list(dict.fromkeys(job.cell.name for job in jobs)) for table, jobs in tables.items()}
+        for table, listed in names.items():
+            rows = [_row(cells[name], accuracies.get(name)) for name in listed if name in cells]
+            write_atomically(output / f"{table}.json", json.dumps(rows, indent=1) + "\n")
+            if rows:
+                report.plot_cells([cells[name] for name in listed if name in cells], output / f"{table}.png")
+        report.plot_bits([*cells.values()], results.SETTINGS, output / "bits.png")
+        write_atomically(output / "README.md", results.markdown(names, cells, accuracies))
+
+
+def _trained(folder: Path) -> dict[str, Any]:
+    """What a training run took, and its KL at every step; nothing where nobody trained."""
+    if not (folder / LOG).is_file():
+        return {}
+    log = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+    return {"tokens": log[-1]["tokens"], "seconds": log[-1]["seconds"], "kl": [round(line["kl"], 5) for line in log]}
+
+
+def _row(cell: dict[str, Any], accuracy: dict[str, Any] | None) -> dict[str, Any]:
+    """A cell as it stands in a table: nothing that was measured window by window, document by document or step by
+    step."""
+    row = {key: cell[key] for key in ("name", "method", "bits", "seed", "settings", "budget", "machine", "versions")}
+    row["budget"] = row["budget"] | {"trained": {k: v for k, v in row["budget"]["trained"].items() if k != "kl"}}
+    for measure in ("perplexity", "nll", "nll_stderr", "kl", "kl_stderr"):
+        row[measure] = {text: score[measure] for text, score in cell["texts"].items()}
+    if accuracy:
+        for measure in ("metric", "accuracy", "stderr", "documents"):
+            row[f"task_{measure}"] = {task: score[measure] for task, score in accuracy["tasks"].items()}
+    return row
+
+
+def _flat(cell: Cell) -> dict[str, Any]:
+    settings = {**asdict(cell.quant), **asdict(cell.budget), "data": cell.data, "loss": cell.loss, "seed": cell.seed}
+    return {"method": cell.method, **settings}
+
+
+def _bits(short: str) -> dict[str, Any]:
+    """The three bit-widths of the field's short form, W-A-KV."""
+    return dict(zip(("w_bits", "a_bits", "kv_bits"), map(int, short.split("-")), strict=True))
+
+
+def _flags(config: Any) -> list[str]:
+    return [f"--{key}={value}" for key, value in asdict(config).items()]
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,83 @@
+"""Running the real commands one after another, and stopping them cleanly."""
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import FrameType
+
+from qat.errors import UserError
+from qat.files import write_atomically
+from qat.preemption import RESUMABLE_EXIT
+
+CPU_ONLY = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+"""Environment of stages that shall run on the CPU, also where there is a GPU."""
+
+_STOP_SECONDS = 60
+
+
+class Stages:
+    """Runs the commands, and keeps the seconds that each took, over all starts, in the JSON file ``path``.
+
+    Args:
+        environment: variables of the commands, beside those of this process
+        deadline: time.monotonic() at which a command that still runs is stopped; None for never
+    """
+
+    def __init__(self, path: Path, environment: Mapping[str, str], deadline: float | None = None):
+        self.path, self.environment, self.deadline = path, environment, deadline
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+
+    def run(self, name: str, *parts: Iterable[object]) -> None:
+        """Run a command to its end. Raises UserError if it fails; KeyboardInterrupt if it was told to stop."""
+        command = [str(argument) for part in parts for argument in part]
+        began = time.monotonic()
+        if self.deadline is not None and began >= self.deadline:
+            raise KeyboardInterrupt
+        print(f"\n[{name}] $ {shlex.join(command)}", flush=True)
+        process = subprocess.Popen(command, env=os.environ | self.environment, start_new_session=True)
+        try:
+            code = process.wait(None if self.deadline is None else self.deadline - began)
+        except (KeyboardInterrupt, subprocess.TimeoutExpired):
+            _stop(process)
+            raise KeyboardInterrupt from None
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+            write_atomically(self.path, json.dumps(self.seconds, indent=2) + "\n")
+        if code == RESUMABLE_EXIT:
+            raise KeyboardInterrupt
+        if code != 0:
+            raise UserError(f"The stage {name!r} failed (exit code {code}); its message is above.")
+
+    @property
+    def minutes(self) -> float:
+        return sum(self.seconds.values()) / 60
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """A signal handler: the signal does what Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def free_port() -> str:
+    """A port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """Tell the stage and all that it started to stop, and wait until they have: a training run saves first."""
+    print("\nstopping ...", flush=True)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        for _ in range(_STOP_SECONDS * 5):
+            process.poll()
+            os.killpg(process.pid, 0)  # fails when the last of them has ended
+            time.sleep(0.2)

@@ -1,0 +1,162 @@
+"""The paper's tasks, by lm-evaluation-harness with its own prompts.
+
+Every document's outcome is kept: two models' accuracies on the same documents are compared in pairs, which separates
+them much better than their standard errors do.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from qat.errors import UserError
+from qat.evaluate import standard_error
+
+ZERO_SHOT = {
+    "boolq": "acc",
+    "piqa": "acc_norm",
+    "social_iqa": "acc",
+    "hellaswag": "acc_norm",
+    "winogrande": "acc",
+    "arc_easy": "acc_norm",
+    "arc_challenge": "acc_norm",
+    "openbookqa": "acc_mutual_info",
+}
+"""The paper's zero-shot tasks, and the metric that is reported of each, as in the LLaMA paper: the likelihood of an
+answer over its length where the harness has that; for OBQA over its likelihood without the question, which the
+harness computes only if it is asked to."""
+
+FEW_SHOT = {"mmlu": "acc", "triviaqa": "exact_match"}
+"""The paper's 5-shot tasks."""
+
+METRICS = ZERO_SHOT | FEW_SHOT
+PAPER = "paper"
+"""Stands for all of them."""
+
+_SHOTS = 5
+_BATCH = {"cpu": 8, "cuda": 32}
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """What a model makes of a task.
+
+    Args:
+        metric: the harness's name of the metric that is reported
+        accuracy: its mean
+        stderr: its standard error
+        documents: how many questions
+        others: the means of the harness's other metrics
+        correct: "1" or "0" for each document, in order
+    """
+
+    metric: str
+    accuracy: float
+    stderr: float
+    documents: int
+    others: dict[str, float]
+    correct: str
+
+
+def task_names(listed: str) -> list[str]:
+    """The tasks of a list with commas between; raises UserError for one that is not known."""
+    entries = listed.split(",") if listed else []
+    names = [name for entry in entries for name in (METRICS if entry == PAPER else [entry])]
+    if unknown := [name for name in names if name not in METRICS]:
+        raise UserError(f"tasks={unknown[0]!r} is not possible: give {PAPER}, or some of {', '.join(METRICS)}.")
+    return list(dict.fromkeys(names))
+
+
+def run_task(
+    model: PreTrainedModel, tokenizer: Tokenizer, name: str, limit: int, parts: dict[str, dict[str, Any]]
+) -> TaskScore | None:
+    """Score ``model`` on a task; the ranks share the documents, and all but the first get None.
+
+    Args:
+        limit: documents, spread evenly over the parts; 0 for all
+        parts: the harness's tasks that it consists of (MMLU: one for each subject), each with changes to its
+            definition, which say where its data come from
+
+    Raises UserError if ``limit`` leaves a rank without a document of some part.
+    """
+    most = math.ceil(limit / len(parts))
+    if 0 < most < _world_size():  # the harness needs a document of every part on every rank
+        raise UserError(
+            f"limit={limit} leaves {most} documents of each of the {len(parts)} parts of {name} to {_world_size()} "
+            f"ranks: give 0, {len(parts) * _world_size()} or more, or fewer ranks."
+        )
+    shots = {"num_fewshot": _SHOTS if name in FEW_SHOT else 0}
+    results = simple_evaluate(
+        model=_RankedLM(model, tokenizer),
+        # In a group, a task inherits the registered one of its name.
+        tasks=[{"group": name, "task": [{"task": part, **shots, **_metrics(name), **parts[part]} for part in parts]}],
+        task_manager=TaskManager(),
+        limit=most or None,
+        bootstrap_iters=0,
+    )
+    if results is None:
+        return None
+    samples = [sample for part in parts for sample in sorted(results["samples"][part], key=lambda s: s["doc_id"])]
+    return _score(METRICS[name], samples)
+
+
+def hub_parts(name: str) -> dict[str, dict[str, Any]]:
+    """The parts of a task with the data sets that the harness fetches from the hub."""
+    return {part: {} for part in (TaskManager().load(name)["tasks"] if name == "mmlu" else [name])}
+
+
+class _RankedLM(HFLM):
+    """A model that is in memory, on every rank that the launcher started."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer):
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH[model.device.type])
+        if dist.is_initialized():
+            self._rank, self._world_size = dist.get_rank(), _world_size()
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, tensor.cpu())
+        return torch.stack(gathered)
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _metrics(name: str) -> dict[str, Any]:
+    if METRICS[name] != "acc_mutual_info":
+        return {}
+    metrics = ("acc", "acc_norm", "acc_mutual_info")
+    return {"metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in metrics]}
+
+
+def _score(metric: str, samples: list[dict[str, Any]]) -> TaskScore:
+    correct = [float(sample[metric]) for sample in samples]
+    others = {name for name in samples[0]["metrics"] if name != metric}
+    return TaskScore(
+        metric=metric,
+        accuracy=sum(correct) / len(correct),
+        stderr=standard_error(correct),
+        documents=len(correct),
+        others={name: sum(float(sample[name]) for sample in samples) / len(samples) for name in sorted(others)},
+        correct="".join(str(int(value)) for value in correct),
+    )
+
+
+def zero_shot_average(scores: Mapping[str, Mapping[str, Any]]) -> tuple[float, float]:
+    """Mean accuracy of the zero-shot tasks, and its standard error, from their scores as dictionaries."""
+    own = [scores[name] for name in ZERO_SHOT]
+    squares = sum(score["stderr"] ** 2 for score in own)
+    return sum(score["accuracy"] for score in own) / len(own), math.sqrt(squares) / len(own)

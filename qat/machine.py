@@ -1,0 +1,25 @@
+"""The hardware that figures are of."""
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+
+def machine() -> str:
+    """Processor or GPU, cores, memory, threads."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    cores = len(os.sched_getaffinity(0))
+    host = f"{_processor()}, {cores} cores, {memory:.0f} GiB, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()} on {host}"
+    return host
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    isa = "AVX512" if any("avx512f" in line for line in lines) else "AVX2" if any("avx2" in x for x in lines) else ""
+    return " ".join(filter(None, [names[0] if names else platform.machine(), isa]))

@@ -1,0 +1,283 @@
+"""Tables of results, and the paper's claims held against them.
+
+A cell is the JSON that launch/reproduce.py writes: a method, its settings, and what it measured. Two cells are compared
+by their KL to the teacher on the same windows of text, in pairs: that tells them apart where accuracies cannot.
+"""
+
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qat.evaluate import standard_error
+from qat.harness import ZERO_SHOT, zero_shot_average
+from qat.prepare import QuantConfig
+from qat.report import LABELS
+
+Cell = dict[str, Any]
+
+TITLES = {
+    "main": "Main results",
+    "recipes": "Recipes for 4-8-4",
+    "kv": "The KV cache",
+    "distillation": "What the student learns from",
+    "quantizers": "Quantizers",
+    "data": "Training data",
+}
+SETTINGS = ("4-8-4", "4-8-8", "4-6-16", "4-8-16", "4-16-16", "8-8-4", "8-8-8", "8-8-16")
+"""The paper's, W-A-KV."""
+
+_SURE = 2.0
+"""Standard errors by which two cells must differ to be told apart."""
+
+_TARGET = 0.75
+_PTQ = ("rtn", "gptq", "smoothquant")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean over the windows of KL(a) - KL(b), in nats, and its standard error."""
+
+    mean: float
+    stderr: float
+
+    @classmethod
+    def of(cls, a: Cell, b: Cell) -> "Difference":
+        pairs = [
+            first - second
+            for text in a["texts"]
+            for first, second in zip(a["texts"][text]["window_kl"], b["texts"][text]["window_kl"], strict=True)
+        ]
+        return cls(statistics.fmean(pairs), standard_error(pairs))
+
+    @property
+    def sure(self) -> bool:
+        return abs(self.mean) > _SURE * self.stderr
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f} ± {self.stderr:.4f}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the cells say of a claim: a verdict, and the numbers behind it."""
+
+    verdict: str
+    numbers: str
+
+
+HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
+NOT_MEASURED = Finding("not measured yet", "")
+
+
+def mean_kl(cell: Cell) -> float:
+    """Over all its texts, in nats per token."""
+    return statistics.fmean(score["kl"] for score in cell["texts"].values())
+
+
+def gap_closed(cell: Cell, rtn: Cell, full_precision: Cell) -> dict[str, float]:
+    """Of each text: the share of RTN's distance to full precision, in log-perplexity, that ``cell`` closes."""
+    closed = {}
+    for text, score in cell["texts"].items():
+        worst, best = rtn["texts"][text]["nll"], full_precision["texts"][text]["nll"]
+        closed[text] = (worst - score["nll"]) / (worst - best)
+    return closed
+
+
+def counterpart(cell: Cell, method: str, cells: Mapping[str, Cell]) -> Cell | None:
+    """The cell of ``method`` with the same quantization; for full precision, the only one."""
+    same = QuantConfig.__dataclass_fields__
+    for other in cells.values():
+        if other["method"] == method and (
+            method == "full_precision" or all(other["settings"][key] == cell["settings"][key] for key in same)
+        ):
+            return other
+    return None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That the first cell of each pair is nearer to the teacher than the second; or, if not ``strictly``, that it is
+    not farther. Cells are given by name."""
+
+    text: str
+    pairs: list[tuple[str, str]]
+    strictly: bool = True
+
+    def check(self, cells: Mapping[str, Cell]) -> Finding:
+        found = []
+        for first, second in self.pairs:
+            if first in cells and second in cells:
+                difference = Difference.of(cells[first], cells[second])
+                found.append((self._verdict(difference), f"{first} - {second}: {difference}"))
+        return _together(found)
+
+    def _verdict(self, difference: Difference) -> str:
+        if not difference.sure:
+            return UNDECIDED if self.strictly else HOLDS
+        return HOLDS if difference.mean < 0 else FAILS
+
+
+def closes(names: Iterable[str], cells: Mapping[str, Cell]) -> Finding:
+    """Whether each cell closes the target share of RTN's distance on every text."""
+    found = []
+    for name in names:
+        cell = cells.get(name)
+        rtn = counterpart(cell, "rtn", cells) if cell else None
+        full = counterpart(cell, "full_precision", cells) if cell else None
+        if cell and rtn and full:
+            closed = gap_closed(cell, rtn, full)
+            numbers = f"{name}: " + ", ".join(f"{text} {value:.0%}" for text, value in closed.items())
+            found.append((HOLDS if min(closed.values()) >= _TARGET else FAILS, numbers))
+    return _together(found)
+
+
+def _together(found: list[tuple[str, str]]) -> Finding:
+    """One finding from those of the pairs that were measured."""
+    if not found:
+        return NOT_MEASURED
+    verdicts, numbers = zip(*found, strict=True)
+    worst = next(verdict for verdict in (FAILS, UNDECIDED, HOLDS) if verdict in verdicts)
+    everywhere = worst == HOLDS or verdicts.count(worst) == len(verdicts)
+    held = "" if everywhere else f" (holds in {verdicts.count(HOLDS)} of {len(verdicts)})"
+    return Finding(worst + held, "; ".join(numbers))
+
+
+def _against_ptq(*settings: str) -> list[tuple[str, str]]:
+    return [(f"qat_{bits}", f"{method}_{bits}") for bits in settings for method in _PTQ]
+
+
+CLAIMS = (
+    Claim("4-8-4: LLM-QAT is better than every post-training method", _against_ptq("4-8-4")),
+    Claim("8-8-4: LLM-QAT is better than SmoothQuant", [("qat_8-8-4", "smoothquant_8-8-4")]),
+    Claim(
+        "4-8-8: RTN is the best post-training method",
+        [("rtn_4-8-8", "gptq_4-8-8"), ("rtn_4-8-8", "smoothquant_4-8-8")],
+        strictly=False,
+    ),
+    Claim("4-8-8: LLM-QAT is better than every post-training method", _against_ptq("4-8-8")),
+    Claim(
+        "With a 4-bit part or 6-bit activations LLM-QAT is the best, or not told apart from it",
+        _against_ptq("4-8-4", "4-8-8", "4-6-16", "4-8-16", "4-16-16", "8-8-4"),
+        strictly=False,
+    ),
+    Claim(
+        "Generated data are better than real text",
+        [("qat_4-6-16", f"qat_4-6-16_max_length=228_data={text}-train") for text in ("encyclopedia", "howto")],
+    ),
+    Claim("Sampled data are better than greedy data", [("qat_4-6-16_data=sample", "qat_4-6-16_data=top1")]),
+    Claim("Hybrid data are better than sampled data", [("qat_4-6-16", "qat_4-6-16_data=sample")]),
+    Claim(
+        "MinMax is not worse than quantizers that clip",
+        [
+            ("qat_4-8-16", f"qat_4-8-16_{clipping}")
+            for clipping in ("w_quantizer=statsq", "a_quantizer=lsq", "w_quantizer=statsq_a_quantizer=lsq")
+        ],
+        strictly=False,
+    ),
+    Claim("Distilling logits is better than learning labels", [("qat_4-6-16", "qat_4-6-16_loss=label")]),
+    Claim(
+        "Distilling attention or hidden states as well is worse",
+        [("qat_4-6-16", f"qat_4-6-16_loss=logits+{more}") for more in ("attention", "hidden")],
+    ),
+    Claim(
+        "Not the paper's: a rotated KV cache is better, untrained and trained",
+        [(f"{cell}_kv_rotation=hadamard", cell) for cell in ("rtn_16-16-4", "rtn_4-8-4", "qat_4-8-4")],
+    ),
+)
+
+RECIPES_4_8_4 = {
+    "the paper's recipe": ["qat_4-8-4_kv_granularity=token_lr=2e-05"],
+    "the same with the learning rate that suits so few steps": ["qat_4-8-4_kv_granularity=token"],
+    "one scale per token and head": ["qat_4-8-4", "qat_4-8-4_seed=1"],
+    "and a rotated cache": ["qat_4-8-4_kv_rotation=hadamard", "qat_4-8-4_kv_rotation=hadamard_seed=1"],
+    "and four times the steps": ["qat_4-8-4_kv_rotation=hadamard_steps=400"],
+}
+"""Of which each shall close the target share of the distance."""
+
+
+# Markdown.
+
+
+def markdown(tables: Mapping[str, list[str]], cells: Mapping[str, Cell], accuracies: Mapping[str, Cell]) -> str:
+    """The page of results: the claims, then every table.
+
+    Args:
+        tables: the names of each table's cells, in order
+        cells: what each cell measured on texts, by name
+        accuracies: what each cell measured on tasks, by name
+    """
+    claims = [
+        "| claim of the paper | at this scale | KL of the first less KL of the second, nats per token |",
+        "|-|-|-|",
+    ]
+    claims += [_finding_line(claim.text, claim.check(cells)) for claim in CLAIMS]
+    targets = [f"| 4-8-4 closes {_TARGET:.0%} of RTN's distance to full precision | | |", "|-|-|-|"]
+    targets += [_finding_line(recipe, closes(names, cells)) for recipe, names in RECIPES_4_8_4.items()]
+    spread = _spread(cells)
+    parts = [_INTRODUCTION, "## Claims", "\n".join(claims), "\n".join(targets), *([spread] if spread else [])]
+    for table, names in tables.items():
+        there = [name for name in names if name in cells]
+        parts += [f"## {TITLES[table]}", _table(there, cells, accuracies), f"{len(there)} of {len(names)} cells."]
+        parts += [f"![{TITLES[table]}]({table}.png)"] if there else []
+    parts += ["## Perplexity against bits", "![Perplexity of the four methods in the paper's settings](bits.png)"]
+    return "\n\n".join(parts) + "\n"
+
+
+_INTRODUCTION = """# Results
+
+Written by `python launch/reproduce.py`, which goes on from the cells that are there; each cell with all its settings,
+seeds, versions, times and the machine is a JSON in [cells/](cells). How to read it: perplexity and mean KL(teacher ‖
+student) in nats per token, ± its standard error over the windows, on two texts that no one trained on; *closed* is the
+share of RTN's distance to full precision, in log-perplexity, that is gone (both texts); a difference counts as one
+when it is larger than two standard errors of the differences by pairs, window by window."""
+
+
+def _finding_line(what: str, finding: Finding) -> str:
+    return f"| {what} | **{finding.verdict}** | {finding.numbers} |"
+
+
+def _spread(cells: Mapping[str, Cell]) -> str:
+    """What another seed changes."""
+    lines = []
+    for name, cell in cells.items():
+        base = cells.get(name.removesuffix(f"_seed={cell['seed']}"))
+        if cell["seed"] and base:
+            lines.append(f"- {base['name']}: mean KL {mean_kl(base):.4f} with seed 0, {mean_kl(cell):.4f} with seed 1")
+    return "Another seed (of the generated text and of its order):\n\n" + "\n".join(lines) if lines else ""
+
+
+def _table(names: list[str], cells: Mapping[str, Cell], accuracies: Mapping[str, Cell]) -> str:
+    texts = list(next(iter(cells.values()))["texts"]) if cells else []
+    head = ["method", "W-A-KV", "settings", *(f"ppl {t}" for t in texts), *(f"KL {t}" for t in texts), "closed"]
+    with_accuracy = any(name in accuracies for name in names)
+    head += ["zero-shot average", "MMLU", "TriviaQA"] * with_accuracy
+    lines = [" | ".join(head), "|".join("-" * len(head))]
+    for name in names:
+        cell = cells[name]
+        scores = [cell["texts"][text] for text in texts]
+        row = [LABELS[cell["method"]], cell["bits"], ", ".join(cell["changes"])]
+        row += [f"{score['perplexity']:.2f}" for score in scores]
+        row += [f"{score['kl']:.4f} ± {score['kl_stderr']:.4f}" for score in scores]
+        rtn, full = counterpart(cell, "rtn", cells), counterpart(cell, "full_precision", cells)
+        closes_a_gap = rtn and full and cell["method"] not in ("rtn", "full_precision")
+        row.append(" / ".join(f"{v:.0%}" for v in gap_closed(cell, rtn, full).values()) if closes_a_gap else "")  # type: ignore[arg-type]
+        row += _accuracy_columns(accuracies.get(name)) * with_accuracy
+        lines.append(" | ".join(row))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _accuracy_columns(cell: Cell | None) -> list[str]:
+    if cell is None:
+        return ["", "", ""]
+    tasks = cell["tasks"]
+    columns = []
+    if set(ZERO_SHOT) <= set(tasks):
+        mean, stderr = zero_shot_average(tasks)
+        columns.append(f"{100 * mean:.1f} ± {100 * stderr:.1f}")
+    else:
+        columns.append("")
+    for task in ("mmlu", "triviaqa"):
+        score = tasks.get(task)
+        columns.append(f"{100 * score['accuracy']:.1f} ± {100 * score['stderr']:.1f}" if score else "")
+    return columns

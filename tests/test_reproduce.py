@@ -1,0 +1,42 @@
+"""A cell of a table, from the teacher's text to its JSON, killed on its way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from conftest import ROOT, environment
+
+
+def start(model, folder, *flags: str) -> subprocess.Popen:
+    places = [f"--model={model}", f"--output={folder}/results", f"--work={folder}/work"]
+    command = [sys.executable, str(ROOT / "launch" / "reproduce.py"), *places, "--tables=main", *flags]
+    return subprocess.Popen(
+        command, env=environment(), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def test_killed_and_started_again(tiny_directory, tmp_path):
+    cells = "--cells=full_precision_16-16-16,rtn_4-8-4,qat_4-8-4"
+    run = tmp_path / "work" / "cells" / "qat_4-8-4"
+    first = start(tiny_directory, tmp_path, cells, "--minutes=10")
+    while first.poll() is None and not (run / "log.jsonl").exists():
+        time.sleep(0.1)
+    assert first.poll() is None, first.communicate()[0]
+    os.killpg(first.pid, signal.SIGKILL)
+    again = start(tiny_directory, tmp_path, cells)
+    output, _ = again.communicate(timeout=500)
+    assert again.returncode == 0, output
+    results = tmp_path / "results"
+    rows = json.loads((results / "main.json").read_text())
+    assert [row["name"] for row in rows] == ["full_precision_16-16-16", "rtn_4-8-4", "qat_4-8-4"]
+    assert rows[0]["kl"]["howto"] < 1e-6 < rows[2]["kl"]["howto"] < rows[1]["kl"]["howto"]
+    assert rows[2]["budget"]["trained"]["tokens"] > 1000
+    assert not (run / "final").exists()
+    assert "| LLM-QAT | 4-8-4 |" in (results / "README.md").read_text()
+    files = {file: file.stat().st_mtime_ns for file in (results / "cells").iterdir()}
+    assert start(tiny_directory, tmp_path, cells).wait() == 0
+    assert {file: file.stat().st_mtime_ns for file in (results / "cells").iterdir()} == files

@@ -1,0 +1,98 @@
+"""Claims are told from cells: by pairs of windows, and never by more than was measured."""
+
+import copy
+
+import pytest
+from conftest import ROOT
+
+from launch.reproduce import Budget, Cell, queue, read_recipe
+from qat import results
+from qat.prepare import QuantConfig
+from qat.results import Claim, Difference, Finding, closes
+
+RECIPES = ROOT / "launch" / "recipes" / "reproduce"
+WINDOWS = [1.0, 2.0, 3.0, 4.0]
+
+
+def cell(method: str, shift: float, nll: float = 3.0, **settings) -> dict:
+    """A cell whose windows all have KL higher by ``shift``, and a little noise."""
+    kl = [value + shift + 0.001 * number for number, value in enumerate(WINDOWS)]
+    quant = {name: getattr(QuantConfig(), name) for name in QuantConfig.__dataclass_fields__}
+    score = {"nll": nll, "kl": sum(kl) / 4, "kl_stderr": 0.1, "perplexity": 20.0, "window_kl": kl}
+    return {
+        "name": f"{method}_4-8-4", "method": method, "bits": "4-8-4", "changes": [], "seed": 0,
+        "settings": quant | settings, "texts": {"prose": score}, "tasks": {},
+    }  # fmt: skip
+
+
+def test_pairs_tell_apart_what_spreads_much_more_by_itself():
+    assert Difference.of(cell("qat", 0), cell("rtn", 0.1)).sure
+    assert Difference.of(cell("qat", 0), cell("rtn", 0.1)).mean == pytest.approx(-0.1)
+
+
+@pytest.mark.parametrize(
+    ("shift", "strictly", "verdict"),
+    [
+        (0.1, True, "holds"),
+        (-0.1, True, "does not hold"),
+        (0.0, True, "undecided"),
+        (0.0, False, "holds"),
+        (-0.1, False, "does not hold"),
+    ],
+)
+def test_verdicts(shift, strictly, verdict):
+    cells = {"a": cell("qat", 0), "b": cell("rtn", shift)}
+    noisy = cells["b"]["texts"]["prose"]["window_kl"]
+    noisy[0] += 0.01
+    noisy[1] -= 0.01
+    assert Claim("", [("a", "b")], strictly).check(cells).verdict == verdict
+
+
+def test_a_claim_of_several_pairs_fails_with_one_and_says_what_was_measured():
+    cells = {"a": cell("qat", 0), "b": cell("rtn", 0.1), "c": cell("gptq", -0.1)}
+    claim = Claim("", [("a", "b"), ("a", "c"), ("a", "missing")])
+    finding = claim.check(cells)
+    assert finding.verdict == "does not hold (holds in 1 of 2)"
+    assert "a - b: -0.1" in finding.numbers
+    assert "missing" not in finding.numbers
+    assert Claim("", [("a", "missing")]).check(cells) == Finding("not measured yet", "")
+
+
+def test_closing_the_gap():
+    cells = {"f": cell("full_precision", 0, nll=3.0), "r": cell("rtn", 1, nll=4.0), "q": cell("qat", 0.2, nll=3.2)}
+    assert closes(["q"], cells) == Finding("holds", "q: prose 80%")
+    cells["q"]["texts"]["prose"]["nll"] = 3.5
+    assert closes(["q"], cells) == Finding("does not hold", "q: prose 50%")
+    other = copy.deepcopy(cells["r"])
+    other["settings"]["w_group_size"] = 64
+    assert closes(["q"], {**cells, "r": other}) == results.NOT_MEASURED  # not the same quantization
+
+
+def test_the_claims_name_cells_that_the_recipes_make():
+    made = {job.cell.name for job in queue({path.stem: read_recipe(path) for path in RECIPES.glob("*.yaml")}, "*")}
+    claimed = {name for claim in results.CLAIMS for pair in claim.pairs for name in pair}
+    claimed |= {name for names in results.RECIPES_4_8_4.values() for name in names}
+    assert claimed <= made
+
+
+def test_the_page_shows_every_cell_and_every_claim():
+    cells = {"qat_4-8-4": cell("qat", 0)}
+    page = results.markdown({"main": ["qat_4-8-4", "rtn_4-8-4"]}, cells, {})
+    assert "| LLM-QAT | 4-8-4 |" in page
+    assert "1 of 2 cells." in page
+    assert all(claim.text in page for claim in results.CLAIMS)
+
+
+def test_a_recipe_stands_for_every_combination_once_and_in_order(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("- method: [rtn, qat]\n  bits: [4-8-4, 8-8-8]\n  tasks: paper\n- method: qat\n  bits: 4-8-4\n")
+    jobs = queue({"a": read_recipe(recipe), "b": read_recipe(recipe)}, "*")
+    assert [job.cell.name for job in jobs if not job.tasks] == ["rtn_4-8-4", "rtn_8-8-8", "qat_4-8-4", "qat_8-8-8"]
+    assert len(jobs) == 8
+    assert all(job.tasks for job in jobs[4:])  # accuracy comes after all of perplexity
+
+
+def test_a_cells_name_says_what_is_unusual():
+    assert Cell("qat", QuantConfig(), Budget()).name == "qat_4-8-4"
+    changed = Cell("qat", QuantConfig(4, 6, 16, kv_rotation="hadamard"), Budget(steps=400), data="top1", seed=2)
+    assert changed.name == "qat_4-6-16_kv_rotation=hadamard_steps=400_data=top1_seed=2"

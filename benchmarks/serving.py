@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 import qat
+from datagen import heldout
 from launch import cli
 from qat import loading, models, served
-from qat.evaluate import ENCYCLOPEDIA, perplexity, text_windows
+from qat.evaluate import TextScore, perplexity, text_windows
 from qat.packed import memory
 from qat.prepare import CONFIG_FILE
 from qat.quantizers import FULL_PRECISION
@@ -53,7 +54,9 @@ class Serving:
 
 def main() -> None:
     (config,) = cli.parse(__doc__, Serving)
-    windows = text_windows(ENCYCLOPEDIA, models.load_tokenizer(config.full), config.window, config.windows)
+    windows = text_windows(
+        heldout.paragraphs(heldout.ENCYCLOPEDIA), models.load_tokenizer(config.full), config.window, config.windows
+    )
     figures: dict[str, float] = {}
     print(common.machine())
     for name in (config.full, *map(str, config.exports)):
@@ -108,7 +111,8 @@ def _in_vllm(dtype: str) -> Any:
 
 def _serve(name: str, windows: Tensor, config: Serving, dtype: str) -> dict[str, float]:
     llm = served.engine(name, config.window + 1, dtype)
-    found = {f"vllm_{dtype}_perplexity": served.perplexity(llm, windows).perplexity}
+    score = TextScore.of(served.score_windows(llm, windows), config.window)
+    found = {f"vllm_{dtype}_perplexity": score.perplexity}
     for batch in (1, config.batch):
         prompts = [{"prompt_token_ids": windows[i % len(windows), i : i + 8].tolist()} for i in range(batch)]
         settings = served.greedy(config.new_tokens)

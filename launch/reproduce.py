@@ -302,7 +302,7 @@ class _Runner:
             steps=budget.steps,
             lr=budget.lr,
             warmup_steps=budget.warmup_steps,
-            gradient_accumulation_steps=2 // self.ranks,
+            batch_size=2,
             gradient_checkpointing=False,
             save_every=25,
             keep=1,

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from datagen import heldout
 from launch import cli
 from qat import engines, models
 from qat.data import Sample, TrainingData
@@ -54,7 +55,7 @@ class HeldOut:
 
     Args:
         eval_data: another folder of shards, made by launch/generate.py with another --seed
-        eval_text: a text file, or "encyclopedia" for the built-in prose
+        eval_text: a text file, or encyclopedia or howto for built-in prose
         eval_window: tokens of each piece that the text is cut into
         eval_sequences: how many sequences, or pieces, are used at most
     """
@@ -79,7 +80,7 @@ class HeldOut:
             numbers = range(min(len(folder), self.eval_sequences))
             texts["generated"] = [folder.sequence(number).input_ids for number in numbers]
         if self.eval_text:
-            windows = text_windows(self.eval_text, tokenizer, self.eval_window, self.eval_sequences)
+            windows = text_windows(heldout.paragraphs(self.eval_text), tokenizer, self.eval_window, self.eval_sequences)
             texts["text"] = list(windows.split(1))
         return texts
 

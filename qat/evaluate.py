@@ -76,6 +76,11 @@ def standard_error(values: list[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
+def perplexity(model: PreTrainedModel, windows: Tensor) -> TextScore:
+    """What ``model`` makes of token ids [windows, window]."""
+    return TextScore.of(score_windows(model, windows), windows.shape[1])
+
+
 def text_windows(paragraphs: Iterable[str], tokenizer: Tokenizer, window: int, most: int) -> Tensor:
     """Token ids [windows, window] of a text; at most ``most`` windows if that is not 0.
 

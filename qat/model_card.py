@@ -12,7 +12,7 @@ from qat.source import Student
 from qat.statements import differences
 
 _MANIFEST = "manifest.json"
-_TRAINING = ("loss", "steps", "lr", "warmup_steps", "gradient_accumulation_steps", "ranks", "seed")
+_TRAINING = ("loss", "steps", "lr", "warmup_steps", "batch_size", "seed")
 
 
 @dataclass(frozen=True)
@@ -113,18 +113,26 @@ def _data(run: dict[str, Any]) -> str:
 
 
 def _evaluation(files: list[Path], checks: str) -> str:
-    rows = [_row(file) for file in files]
+    rows = [row for file in files for row in _rows(file)]
     table = ["| evaluated | on | result |", "|---|---|---|", *rows, ""] if rows else []
     return "\n".join([*table, checks or "The export was not verified."])
 
 
-def _row(file: Path) -> str:
+def _rows(file: Path) -> list[str]:
     try:
         result: dict[str, Any] = json.loads(file.read_text())
         settings = result["settings"]
         what = Path(settings["model"]).name if settings["method"] == "as_is" else settings["method"]
-        measured = f"perplexity {result['perplexity']:.3f} ({result['tokens']:,} tokens)"
-        return f"| {what} | {settings['text']}, windows of {settings['window']} | {measured} |"
+        rows = [
+            f"| {what} | {text}, windows of {settings['window']} | "
+            f"perplexity {score['perplexity']:.3f} ({score['tokens']:,} tokens) |"
+            for text, score in result["texts"].items()
+        ]
+        rows += [
+            f"| {what} | {task} | {score['metric']} {score['accuracy']:.4f} ± {score['stderr']:.4f} |"
+            for task, score in result["tasks"].items()
+        ]
+        return rows
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{file} is no result of launch/evaluate.py ({type(error).__name__}: {error}).") from error
 

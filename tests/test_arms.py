@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from test_launch import error_of
 from test_train import log_of, losses
 
-from qat import export, models
+from qat import loading, models
 from qat.data import TrainingData
 from qat.prepare import STEPS_FILE, QuantConfig
 from qat.teacher_cache import TeacherCache
@@ -66,11 +66,11 @@ def test_learned_steps_are_saved_and_loaded(tiny_directory, tiny_data, tmp_path)
     values = torch.cat(list(steps.values()))
     assert (values > 0).all()
     assert len(values.unique()) == len(values), "each layer starts from its own input and learns"
-    model = export.load(str(run / "final"), torch.float32)
+    model = loading.load(str(run / "final"), torch.float32)
     assert model(torch.arange(2, 30)[None]).logits.isfinite().all()
     (run / "final" / STEPS_FILE).unlink()
     with pytest.raises(models.UserError, match=STEPS_FILE):
-        export.load(str(run / "final"), torch.float32)
+        loading.load(str(run / "final"), torch.float32)
 
 
 @pytest.fixture(scope="module")

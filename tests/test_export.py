@@ -360,7 +360,8 @@ def test_one_command_writes_a_model_its_card_and_what_was_verified(run, tmp_path
     assert "bit for bit" in said
     assert "differs: KV cache: trained with 4 bits" in said
     card = (tmp_path / "export" / "README.md").read_text()
+    (score,) = json.loads(result.read_text())["texts"].values()
     assert card.startswith("---\nbase_model: nobody/tiny\nlicense: cc0-1.0\n")
-    assert f"perplexity {json.loads(result.read_text())['perplexity']:.3f}" in card
+    assert f"perplexity {score['perplexity']:.3f}" in card
     for fact in ("W-A-KV 4-8-4", "lr 0.001", "steps 2", "vllm serve", "bit for bit", "KV cache: trained with 4 bits"):
         assert fact in card

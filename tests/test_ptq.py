@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 from test_prepare import FAMILIES, ids
 
 from launch import quantize as command
-from qat import export, models
+from qat import export, loading, models
 from qat.errors import UserError
+from qat.formats import INTEGERS
 from qat.models import load_tokenizer
 from qat.prepare import GRIDS_FILE, QuantConfig, freeze, load_grids, prepare
 from qat.ptq import gptq, layerwise, smoothquant
@@ -17,6 +18,7 @@ from qat.ptq.calibrate import Stream
 from qat.ptq.gptq import GPTQConfig
 from qat.ptq.smoothquant import GROUPS, SmoothQuantConfig, fold, largest_inputs
 from qat.quantizers import Format, Grid, Quantized, dequantize, grid_of, quantize, round_to_grid
+from qat.source import find
 
 FORMATS = [
     Format(4),
@@ -208,7 +210,7 @@ def test_stream_sees_what_the_written_model_sees(method, quant, tiny_directory, 
     quantize_layer = command.layer_quantizer(method, tiny_directory, GPTQConfig(), SmoothQuantConfig())
     with layerwise.appearing(tiny_directory, tmp_path / "out", quant, {}) as folder, torch.no_grad():
         layerwise.write(Stream(tiny_directory, quant, tokens), folder, method, spy)
-    model = export.load(str(tmp_path / "out"), torch.float32)
+    model = loading.load(str(tmp_path / "out"), torch.float32)
     assert (tmp_path / "out" / GRIDS_FILE).exists() == (method == "gptq")
     for sequence, expected in zip(tokens, seen[-1], strict=True):
         hidden = model(sequence, output_hidden_states=True).hidden_states[1]
@@ -274,7 +276,9 @@ def test_the_grid_is_kept_on_export(dtype, tmp_path):
     stream = Stream(source, QUANT, [ids(tiny_model())])
     with layerwise.appearing(source, tmp_path / "out", QUANT, {}) as folder:
         layerwise.write(stream, folder, "gptq", lambda *layer: gptq.quantize_layer(*layer, GPTQConfig()))
-    export.export(tmp_path / "out", tmp_path / "export")  # compares the logits
+    export.export(find(tmp_path / "out"), tmp_path / "export", INTEGERS)
+    in_memory, reloaded = (loading.load(str(tmp_path / name), torch.float32) for name in ("out", "export"))
+    assert torch.equal(in_memory(ids(in_memory)).logits, reloaded(ids(reloaded)).logits)
     stored = {}
     for file in (tmp_path / "out").glob("model-*.safetensors"):
         stored |= load_file(file)
@@ -302,7 +306,7 @@ def test_gptq_refuses_values_that_lose_their_codes(tmp_path):
 
 def test_rtn_is_prepare_without_training(tiny_directory, tmp_path):
     run_python("quantize", f"--model={tiny_directory}", f"--output={tmp_path / 'rtn'}", "--kv_rotation=hadamard")
-    loaded = export.load(str(tmp_path / "rtn"), torch.float32)
+    loaded = loading.load(str(tmp_path / "rtn"), torch.float32)
     expected = prepare(models.load(str(tiny_directory), torch.float32), QuantConfig(kv_rotation="hadamard"))
     assert torch.equal(loaded(ids(loaded)).logits, expected(ids(loaded)).logits)
 
@@ -314,7 +318,7 @@ def test_command(method, tiny_directory, tiny_data, tmp_path, quantize_command, 
     record = json.loads((tmp_path / "out" / layerwise.SETTINGS).read_text())
     assert record["method"] == method
     assert QuantConfig.load(tmp_path / "out") == QUANT
-    model = export.load(str(tmp_path / "out"), torch.float32)
+    model = loading.load(str(tmp_path / "out"), torch.float32)
     assert model(ids(model)).logits.isfinite().all()
     assert load_tokenizer(str(tmp_path / "out")).get_vocab() == load_tokenizer(str(tiny_directory)).get_vocab()
     quantize_command(*flags)

@@ -16,8 +16,9 @@ import torch
 from conftest import ROOT
 from torch.nn.functional import log_softmax
 
+from datagen import heldout
 from qat import export, loading, models, source
-from qat.evaluate import ENCYCLOPEDIA, text_windows
+from qat.evaluate import text_windows
 from qat.formats import INTEGERS
 from qat.prepare import QuantConfig
 
@@ -67,7 +68,7 @@ def exports(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def windows(exports) -> torch.Tensor:
-    return text_windows(ENCYCLOPEDIA, models.load_tokenizer(str(exports["full"])), 256, 2)
+    return text_windows(heldout.paragraphs(heldout.ENCYCLOPEDIA), models.load_tokenizer(str(exports["full"])), 256, 2)
 
 
 def run(vllm: Path, *command: object, **more) -> str:

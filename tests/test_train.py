@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from launch import cli
 from launch.train import Paths
-from qat import export, flops, models
+from qat import export, flops, loading, models, source
 from qat.checkpoint import TrainState
 from qat.data import TrainingData
 from qat.distill import Distiller, TeacherTargets, predicting
@@ -236,7 +236,7 @@ def test_a_loss_that_is_not_finite_or_explodes_stops_the_run(loss, norm, found, 
 
 def test_validation_is_the_perplexity_of_the_quantized_student(run, tiny_directory, held_out_data):
     """What the run logged of its held-out shards, against evaluation of the trained student in one process."""
-    student = export.load(str(run / "final"), torch.float32)
+    student = loading.load(str(run / "final"), torch.float32)
     data = TrainingData(held_out_data, models.load_tokenizer(str(tiny_directory)), 0)
     nats = tokens = 0.0
     for number in range(HELD_OUT):
@@ -277,10 +277,10 @@ def test_model_flops_are_those_that_pytorch_counts():
 
 
 def test_the_trained_student_exports_and_reloads_bit_for_bit(run, tmp_path):
-    export.export(run / "final", tmp_path / "export", check=False)
+    export.export(source.find(run / "final"), tmp_path / "export", export.FORMAT)
     ids = torch.arange(2, 50)[None]
-    in_memory = export.load(str(run / "final"), torch.float32)
-    reloaded = export.load(str(tmp_path / "export"), torch.float32)
+    in_memory = loading.load(str(run / "final"), torch.float32)
+    reloaded = loading.load(str(tmp_path / "export"), torch.float32)
     assert torch.equal(in_memory(ids).logits, reloaded(ids).logits)
 
 

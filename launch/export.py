@@ -14,7 +14,7 @@ from qat.errors import UserError
 from qat.evaluate import text_windows
 from qat.statements import differences
 
-_WINDOW, _WINDOWS = 512, 8
+_WINDOW, _WINDOWS = 512, 4
 
 
 @dataclass(frozen=True)

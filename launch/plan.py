@@ -216,7 +216,7 @@ def plan(
         "logits": chunk * config.vocab_size * (2 * width + 3 * 4),
         "optimizer step": 4.0 * group if optimizer_on == "gpu" else 0.0,
     }
-    received = _received(student, teacher, parameters, ranks, width)
+    received = _received(student, teacher, parameters, output_layer, ranks, width)
     moved = (2 * width * own * (parameters_on != "gpu")) + width * own * (teacher_on != "gpu")
     moved += (4 + width) * own * (optimizer_on != "gpu")
     seconds = {
@@ -247,13 +247,16 @@ def _activations(config: PretrainedConfig, tokens: int, width: int) -> float:
     return tokens * (inputs + block)
 
 
-def _received(student: dict[str, Any], teacher: dict[str, Any], parameters: int, ranks: int, width: int) -> float:
+def _received(
+    student: dict[str, Any], teacher: dict[str, Any], parameters: int, output_layer: int, ranks: int, width: int
+) -> float:
     """Weights for the student's forward and backward and the teacher's forward, and the gradients' parts.
 
-    What is used again soon enough stays gathered: the last blocks, between the student's two passes.
+    What is used again soon enough stays gathered between the student's two passes: the last blocks, but neither the
+    embedding nor the output layer.
     """
     reuse = student["zero_optimization"].get("stage3_max_reuse_distance", 1e9)
-    kept = min(_live(student, parameters), reuse / 2)
+    kept = min(_live(student, parameters), reuse / 2, parameters - 2 * output_layer)
     elements = 0.0
     for ds_config, gathered in ((student, 2 * parameters - kept), (teacher, parameters)):
         by_reduction = ds_config["zero_optimization"].get("stage3_use_all_reduce_for_fetch_params", False)

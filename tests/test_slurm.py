@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment, run_python
+from conftest import ROOT, environment, generate_flags, run_python
 from drill import losses, weights
 
 SCRIPTS = ROOT / "launch" / "slurm"
@@ -114,3 +114,13 @@ def test_evaluation(whole, cluster, tmp_path):
     Job("evaluate.sbatch", cluster, tmp_path / "log", text, MODEL=whole / "final", OUTPUT=result).finish()
     assert '"perplexity"' in result.read_text()
     run_python("evaluate", f"--model={whole / 'final'}", *text, f"--output={result}")  # finds it there already
+
+
+def test_generation(cluster, tiny_directory, tiny_data, tmp_path):
+    """One task of the array: its ranks write the shards that one process writes, byte for byte."""
+    output = tmp_path / "shards"
+    sizes = generate_flags(tiny_directory, output)[2:]
+    places = {"MODEL": tiny_directory, "OUTPUT": output}
+    Job("generate.sbatch", cluster, tmp_path / "log", sizes, [*FEWER, "--array=0"], **places).finish()
+    for shard in tiny_data.glob("shard-*.parquet"):
+        assert (output / shard.name).read_bytes() == shard.read_bytes()

@@ -66,7 +66,7 @@ def test_hybrid_is_greedy_first_then_sampled_to_the_first_stop_token(engine, dir
         if row.surprisal is not None:
             logp = logits.log_softmax(-1)[torch.arange(len(tokens) - 1), tokens[1:]]
             assert row.surprisal == pytest.approx(-logp[1 + row.greedy_tokens :].sum().item(), abs=1e-2)
-    assert 0.1 < sum(agreement) / len(agreement) < 0.9
+    assert sum(agreement) < 0.9 * len(agreement)
     assert {row.finish for row in rows} == {"eos", "length"}
 
 

@@ -7,8 +7,11 @@ them much better than their standard errors do.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+import lm_eval
 import torch
 import torch.distributed as dist
 from lm_eval import simple_evaluate
@@ -99,7 +102,7 @@ def run_task(
         model=_RankedLM(model, tokenizer),
         # In a group, a task inherits the registered one of its name.
         tasks=[{"group": name, "task": [{"task": part, **shots, **_metrics(name), **parts[part]} for part in parts]}],
-        task_manager=TaskManager(),
+        task_manager=tasks(),
         limit=most or None,
         bootstrap_iters=0,
     )
@@ -111,7 +114,14 @@ def run_task(
 
 def hub_parts(name: str) -> dict[str, dict[str, Any]]:
     """The parts of a task with the data sets that the harness fetches from the hub."""
-    return {part: {} for part in (TaskManager().load(name)["tasks"] if name == "mmlu" else [name])}
+    subjects = Path(lm_eval.__file__).parent.glob("tasks/mmlu/default/mmlu_*.yaml")
+    return {part: {} for part in (sorted(file.stem for file in subjects) if name == "mmlu" else [name])}
+
+
+@cache
+def tasks() -> TaskManager:
+    """The harness's tasks; reading their index takes seconds."""
+    return TaskManager()
 
 
 class _RankedLM(HFLM):

@@ -4,6 +4,7 @@ A cell is the JSON that launch/reproduce.py writes: a method, its settings, and 
 by their KL to the teacher on the same windows of text, in pairs: that tells them apart where accuracies cannot.
 """
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -36,13 +37,14 @@ _PTQ = ("rtn", "gptq", "smoothquant")
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean over the windows of KL(a) - KL(b), in nats, and its standard error."""
+    """A mean difference by pairs, and its standard error."""
 
     mean: float
     stderr: float
 
     @classmethod
     def of(cls, a: Cell, b: Cell) -> "Difference":
+        """Mean over the windows of KL(a) - KL(b), in nats per token."""
         pairs = [
             first - second
             for text in a["texts"]
@@ -73,6 +75,17 @@ NOT_MEASURED = Finding("not measured yet", "")
 def mean_kl(cell: Cell) -> float:
     """Over all its texts, in nats per token."""
     return statistics.fmean(score["kl"] for score in cell["texts"].values())
+
+
+def accuracy_difference(a: Cell, b: Cell) -> Difference:
+    """Zero-shot average of ``a`` less that of ``b``, in points, by pairs of documents."""
+    means, squares = [], 0.0
+    for task in ZERO_SHOT:
+        pairs = zip(a["tasks"][task]["correct"], b["tasks"][task]["correct"], strict=True)
+        own = [100.0 * (int(first) - int(second)) for first, second in pairs]
+        means.append(statistics.fmean(own))
+        squares += standard_error(own) ** 2
+    return Difference(statistics.fmean(means), math.sqrt(squares) / len(means))
 
 
 def gap_closed(cell: Cell, rtn: Cell, full_precision: Cell) -> dict[str, float]:
@@ -214,8 +227,8 @@ def markdown(tables: Mapping[str, list[str]], cells: Mapping[str, Cell], accurac
     claims += [_finding_line(claim.text, claim.check(cells)) for claim in CLAIMS]
     targets = [f"| 4-8-4 closes {_TARGET:.0%} of RTN's distance to full precision | | |", "|-|-|-|"]
     targets += [_finding_line(recipe, closes(names, cells)) for recipe, names in RECIPES_4_8_4.items()]
-    spread = _spread(cells)
-    parts = [_INTRODUCTION, "## Claims", "\n".join(claims), "\n".join(targets), *([spread] if spread else [])]
+    parts = [_INTRODUCTION, "## Claims", "\n".join(claims), "\n".join(targets)]
+    parts += filter(None, [_spread(cells), _accuracies_by_pairs(accuracies)])
     for table, names in tables.items():
         there = [name for name in names if name in cells]
         parts += [f"## {TITLES[table]}", _table(there, cells, accuracies), f"{len(there)} of {len(names)} cells."]
@@ -245,6 +258,22 @@ def _spread(cells: Mapping[str, Cell]) -> str:
         if cell["seed"] and base:
             lines.append(f"- {base['name']}: mean KL {mean_kl(base):.4f} with seed 0, {mean_kl(cell):.4f} with seed 1")
     return "Another seed (of the generated text and of its order):\n\n" + "\n".join(lines) if lines else ""
+
+
+def _accuracies_by_pairs(accuracies: Mapping[str, Cell]) -> str:
+    """LLM-QAT's zero-shot average less that of every other method with the same bits."""
+    lines = []
+    for name, cell in accuracies.items():
+        for other in accuracies.values():
+            rival = other["method"] == "full_precision" or (
+                other["method"] != "qat" and other["bits"] == cell["bits"] and other["changes"] == cell["changes"]
+            )
+            if cell["method"] == "qat" and rival and cell["settings"]["limit"] == other["settings"]["limit"]:
+                difference = accuracy_difference(cell, other)
+                lines.append(
+                    f"- {name} less {LABELS[other['method']]}: {difference.mean:+.1f} ± {difference.stderr:.1f}"
+                )
+    return "Zero-shot average, differences by pairs of documents, in points:\n\n" + "\n".join(lines) if lines else ""
 
 
 def _table(names: list[str], cells: Mapping[str, Cell], accuracies: Mapping[str, Cell]) -> str:

@@ -1,8 +1,6 @@
 """The offline tasks are those of the harness: whole, with the right answers."""
 
 import pytest
-from datasets import Dataset
-from lm_eval.tasks import TaskManager
 
 from datagen import taskdata
 from qat import harness
@@ -36,7 +34,8 @@ def test_a_question_and_its_answer(name):
         "openbookqa": ("A person wants to start saving money", None, "quit eating lunch out"),
         "winogrande": ("", None, None),
     }[name]
-    task = load(name)
+    part = {"task": name, **taskdata.parts(name)[name]}
+    task = harness.tasks().load([{"group": "g", "task": [part]}])["tasks"][name]
     doc = next(iter(task.eval_docs))
     assert question in str(task.doc_to_text(doc))
     offered = task.doc_to_choice(doc)
@@ -48,7 +47,9 @@ def test_a_question_and_its_answer(name):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_the_whole_evaluation_split(name):
-    assert len(load(name).eval_docs) == SIZES[name]
+    definition = taskdata.parts(name)[name]
+    splits = definition["custom_dataset"]()
+    assert len(splits[definition["test_split"] or definition["validation_split"]]) == SIZES[name]
 
 
 def test_mmlu_is_whole():
@@ -65,10 +66,3 @@ def test_a_list_of_tasks():
     assert harness.task_names("piqa,paper") == ["piqa", *(name for name in harness.METRICS if name != "piqa")]
     with pytest.raises(UserError, match="tasks='glue' is not possible"):
         harness.task_names("glue")
-
-
-def load(name: str):
-    (part,) = [{"task": part, **changes} for part, changes in taskdata.parts(name).items()]
-    task = TaskManager().load([{"group": "g", "task": [part]}])["tasks"][name]
-    assert isinstance(task.eval_docs, Dataset)
-    return task

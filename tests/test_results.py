@@ -7,6 +7,7 @@ from conftest import ROOT
 
 from launch.reproduce import Budget, Cell, queue, read_recipe
 from qat import results
+from qat.harness import ZERO_SHOT
 from qat.prepare import QuantConfig
 from qat.results import Claim, Difference, Finding, closes
 
@@ -66,6 +67,15 @@ def test_closing_the_gap():
     other = copy.deepcopy(cells["r"])
     other["settings"]["w_group_size"] = 64
     assert closes(["q"], {**cells, "r": other}) == results.NOT_MEASURED  # not the same quantization
+
+
+def test_accuracy_differs_by_pairs():
+    """The same documents right on both sides leave no spread."""
+    a, b = ({"tasks": {task: {"correct": outcome} for task in ZERO_SHOT}} for outcome in ("1101", "1001"))
+    difference = results.accuracy_difference(a, b)
+    assert difference.mean == pytest.approx(25)
+    assert difference.stderr == pytest.approx(25 / 8**0.5)
+    assert results.accuracy_difference(a, a) == Difference(0, 0)
 
 
 def test_the_claims_name_cells_that_the_recipes_make():

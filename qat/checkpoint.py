@@ -161,6 +161,7 @@ class _Writer(TorchCheckpointEngine):
 
     def __init__(self) -> None:
         super().__init__()
+        self.zipfile_serialization = True  # so that an export can map the files into memory
         self.failure = ""
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:

@@ -1,10 +1,8 @@
 """QuantConfig, and ``prepare``: the one place that knows where a model's Linear layers are."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -210,10 +208,10 @@ def load_grids(directory: Path, file: str = GRIDS_FILE) -> dict[str, Grid]:
     return {name: Grid(stored[f"{name}.weight_scale"], stored.get(f"{name}.weight_zero_point")) for name in names}
 
 
-def freeze(model: nn.Module, grids: Mapping[str, Grid] = MappingProxyType({})) -> None:
-    """Quantize every weight once and for all, on its grid in ``grids``, else on its own: for evaluation only."""
-    for name, linear in quant_linears(model).items():
-        linear.freeze(grids.get(name))
+def freeze(model: nn.Module) -> None:
+    """Quantize every weight once and for all: for evaluation, never for training."""
+    for linear in quant_linears(model).values():
+        linear.freeze()
 
 
 def check_supported(model: PreTrainedModel) -> None:

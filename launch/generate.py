@@ -47,16 +47,15 @@ class Stopped(Exception):
 
 
 def main() -> int:
-    stop = StopSignal()
     paths, config = cli.parse(__doc__, Paths, GenerateConfig)
     directory = models.resolve_full_precision(paths.model)
     tokenizer = models.load_tokenizer(directory)
     folder = ShardFolder(paths.output)
     try:
         if paths.corpus:
-            write_corpus(Corpus(paths.corpus), folder, directory, tokenizer, config, stop)
+            write_corpus(Corpus(paths.corpus), folder, directory, tokenizer, config)
         else:
-            write_generated(folder, directory, tokenizer, config, stop)
+            write_generated(folder, directory, tokenizer, config)
     except Stopped:
         if cli.is_first_rank():
             print(f"stopped by a signal: the same command goes on with {paths.output}", flush=True)
@@ -68,7 +67,7 @@ def main() -> int:
     return 0
 
 
-def write_generated(folder: ShardFolder, directory: str, tokenizer, config: GenerateConfig, stop: StopSignal) -> None:
+def write_generated(folder: ShardFolder, directory: str, tokenizer, config: GenerateConfig) -> None:
     vllm = config.engine == "vllm"
     if vllm and cli.ranks() > 1:
         raise UserError("engine=vllm starts its own ranks (--tensor_parallel): start it with plain python.")
@@ -81,6 +80,7 @@ def write_generated(folder: ShardFolder, directory: str, tokenizer, config: Gene
             "tokenizer": models.tokenizer_fingerprint(tokenizer),
         }
     )
+    stop = StopSignal()
     group.init()
     missing = [index for index in range(config.shards) if group.agree(folder.missing(index))]
     longest = sum(len(config.shard_range(index)) for index in missing) * (config.max_length - 1) // group.count
@@ -121,9 +121,7 @@ def writer(
     return lambda indices: write_sequences(model, vocabulary, config, indices, progress)
 
 
-def write_corpus(
-    corpus: Corpus, folder: ShardFolder, directory: str, tokenizer, config: GenerateConfig, stop: StopSignal
-) -> None:
+def write_corpus(corpus: Corpus, folder: ShardFolder, directory: str, tokenizer, config: GenerateConfig) -> None:
     """By the first rank alone: tokenizing is quick. Raises UserError for settings that only a model that writes has."""
     useless = [f.name for f in fields(config) if f.name not in _OF_TEXT and getattr(config, f.name) != f.default]
     if useless:
@@ -140,7 +138,8 @@ def write_corpus(
             "tokenizer": models.tokenizer_fingerprint(tokenizer),
         }
     )
-    group = Group.of(cli.rank(), cli.ranks(), 1)
+    stop = StopSignal()
+    group = Group.of(0, 1, 1)
     for index in group.shards(folder, [index for index in range(config.shards) if folder.missing(index)]):
         if stop.received:
             raise Stopped

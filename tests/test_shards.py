@@ -207,4 +207,4 @@ def test_a_corpus_takes_no_settings_of_a_writer(tmp_path):
     (tmp_path / "a.txt").write_text(TEXT)
     settings = GenerateConfig(temperature=0.5, batch_size=8)
     with pytest.raises(UserError, match="temperature, batch_size mean nothing"):
-        write_corpus(Corpus(str(tmp_path / "a.txt")), ShardFolder(tmp_path / "data"), "", None, settings, None)
+        write_corpus(Corpus(str(tmp_path / "a.txt")), ShardFolder(tmp_path / "data"), "", None, settings)

@@ -23,7 +23,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vocabulary(directory):
-    return Vocabulary(start=list(range(20, 300)), prefix=[0], stop=list(range(1, 20)))
+    return Vocabulary(start=list(range(20, 300)), prefix=[0], stop=list(range(1, 8)))
 
 
 @pytest.fixture(scope="module")

@@ -124,8 +124,9 @@ class Plan:
 
     @property
     def peak(self) -> float:
-        step = self.passing["optimizer step"]
-        return sum(self.device.values()) + max(step, sum(self.passing.values()) - step)
+        """Gathered weights and buckets stay during the optimizer's step; activations and logits are gone by then."""
+        either = self.passing["activations"] + self.passing["logits"], self.passing["optimizer step"]
+        return sum(self.device.values()) + sum(self.passing.values()) - min(either)
 
     @property
     def step_seconds(self) -> float:
@@ -210,7 +211,7 @@ def plan(
     bucket = min(zero.get("reduce_bucket_size", 5e8), parameters)
     passing = {
         "gathered student": width * _live(student, parameters),
-        "gathered teacher": width * min(_live(teacher, parameters), output_layer),
+        "gathered teacher": width * _live(teacher, parameters),
         "gradients in flight": width * (2 * bucket + output_layer),
         "activations": _activations(config, tokens, width),
         "logits": chunk * config.vocab_size * (2 * width + 3 * 4),

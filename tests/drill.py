@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,8 +62,9 @@ def run(drill: Drill, folder: Path) -> int:
         assert process.poll() is None, f"the run ended before it was killed: see {log_of(killed).name}"
         if victim == "one rank":
             dice.choice(ranks_of(process)).kill()
-            process.wait(timeout=120)  # the launcher ends the others
-        kill(process)
+            process.wait(timeout=300)  # the launcher ends the others
+        with suppress(ProcessLookupError):  # they are gone already
+            kill(process)
         half = [path.name for path in steps_of(killed) if not (path / MANIFEST).exists()]
         happened[f"{victim}, {moment}"] += 1
         print(f"killed {victim} while {moment}: latest {latest(killed) or 'none'}, half-written {half or 'none'}")

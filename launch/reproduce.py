@@ -351,7 +351,8 @@ class _Runner:
             write_atomically(output / f"{table}.json", json.dumps(rows, indent=1) + "\n")
             if rows:
                 report.plot_cells([cells[name] for name in listed if name in cells], output / f"{table}.png")
-        report.plot_bits([*cells.values()], results.SETTINGS, output / "bits.png")
+        averages = results.zero_shot_averages(accuracies)
+        report.plot_bits([*cells.values()], averages, results.SETTINGS, output / "bits.png")
         write_atomically(output / "README.md", results.markdown(names, cells, accuracies))
 
 

@@ -1,7 +1,7 @@
 """Pictures and sizes of a run."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,23 +67,39 @@ def plot_cells(cells: list[dict[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
-def plot_bits(cells: list[dict[str, Any]], settings: Sequence[str], path: Path) -> None:
-    """Log-perplexity of each method over the paper's settings, above full precision: one picture for each text."""
-    full = [cell for cell in cells if cell["method"] == "full_precision"]
+def plot_bits(
+    cells: list[dict[str, Any]], accuracy: Mapping[str, tuple[float, float]], settings: Sequence[str], path: Path
+) -> None:
+    """Perplexity of each method over the paper's settings, above full precision: one picture for each text; and one for
+    the zero-shot average, if there is any.
+
+    Args:
+        accuracy: zero-shot average and its standard error, by the name of the cell
+        settings: W-A-KV, in the order in which they stand
+    """
     usual = [cell for cell in cells if not cell["changes"]]
+    full = [cell for cell in usual if cell["method"] == "full_precision"]
     if not full:
         return
     texts = full[0]["texts"]
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for number, text in enumerate(texts, 1):
-        axes = figure.add_subplot(1, len(texts), number)
+    panels: list[tuple[str, dict[str, tuple[float, float]]]] = [
+        (f"perplexity, {text}", {cell["name"]: (cell["texts"][text]["perplexity"], 0.0) for cell in usual})
+        for text in texts
+    ]
+    if accuracy:
+        panels.append(("zero-shot average", dict(accuracy)))
+    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
+    for number, (title, values) in enumerate(panels, 1):
+        axes = figure.add_subplot(1, len(panels), number)
         for method in ("rtn", "gptq", "smoothquant", "qat"):
-            own = {cell["bits"]: cell["texts"][text]["perplexity"] for cell in usual if cell["method"] == method}
-            there = [place for place, bits in enumerate(settings) if bits in own]
-            axes.plot(there, [own[settings[p]] for p in there], "o-", color=_COLOURS[method], label=LABELS[method])
-        axes.axhline(texts[text]["perplexity"], color=_GREY, linestyle=":", label=LABELS["full_precision"])
+            places = [place for place, bits in enumerate(settings) if f"{method}_{bits}" in values]
+            points = [values[f"{method}_{settings[place]}"] for place in places]
+            means, errors = [mean for mean, _ in points], [error for _, error in points]
+            axes.errorbar(places, means, errors, fmt="o-", color=_COLOURS[method], label=LABELS[method])
+        if full[0]["name"] in values:
+            axes.axhline(values[full[0]["name"]][0], color=_GREY, linestyle=":", label=LABELS["full_precision"])
         axes.set_xticks(range(len(settings)), settings, rotation=45)
-        axes.set(yscale="log", ylabel="perplexity (lower is better)", title=text)
+        axes.set(title=title, yscale="log" if title.startswith("perplexity") else "linear")
         axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     _save(figure, path)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qat.evaluate import standard_error
-from qat.harness import ZERO_SHOT, zero_shot_average
+from qat.harness import FEW_SHOT, ZERO_SHOT, zero_shot_average
 from qat.prepare import QuantConfig
 from qat.report import LABELS
 
@@ -86,6 +86,12 @@ def accuracy_difference(a: Cell, b: Cell) -> Difference:
         means.append(statistics.fmean(own))
         squares += standard_error(own) ** 2
     return Difference(statistics.fmean(means), math.sqrt(squares) / len(means))
+
+
+def zero_shot_averages(accuracies: Mapping[str, Cell]) -> dict[str, tuple[float, float]]:
+    """Mean accuracy and standard error of each cell that has all of the zero-shot tasks, by its name."""
+    whole = {name: cell["tasks"] for name, cell in accuracies.items() if set(ZERO_SHOT) <= set(cell["tasks"])}
+    return {name: zero_shot_average(tasks) for name, tasks in whole.items()}
 
 
 def gap_closed(cell: Cell, rtn: Cell, full_precision: Cell) -> dict[str, float]:
@@ -233,7 +239,7 @@ def markdown(tables: Mapping[str, list[str]], cells: Mapping[str, Cell], accurac
         there = [name for name in names if name in cells]
         parts += [f"## {TITLES[table]}", _table(there, cells, accuracies), f"{len(there)} of {len(names)} cells."]
         parts += [f"![{TITLES[table]}]({table}.png)"] if there else []
-    parts += ["## Perplexity against bits", "![Perplexity of the four methods in the paper's settings](bits.png)"]
+    parts += ["## Perplexity and accuracy against bits", "![The four methods in the paper's settings](bits.png)"]
     return "\n\n".join(parts) + "\n"
 
 
@@ -297,16 +303,11 @@ def _table(names: list[str], cells: Mapping[str, Cell], accuracies: Mapping[str,
 
 
 def _accuracy_columns(cell: Cell | None) -> list[str]:
+    """Zero-shot average, MMLU and TriviaQA, in points."""
     if cell is None:
         return ["", "", ""]
-    tasks = cell["tasks"]
-    columns = []
-    if set(ZERO_SHOT) <= set(tasks):
-        mean, stderr = zero_shot_average(tasks)
-        columns.append(f"{100 * mean:.1f} ± {100 * stderr:.1f}")
-    else:
-        columns.append("")
-    for task in ("mmlu", "triviaqa"):
-        score = tasks.get(task)
-        columns.append(f"{100 * score['accuracy']:.1f} ± {100 * score['stderr']:.1f}" if score else "")
-    return columns
+    values = [zero_shot_averages({"": cell}).get("")]
+    for task in FEW_SHOT:
+        score = cell["tasks"].get(task)
+        values.append((score["accuracy"], score["stderr"]) if score else None)
+    return [f"{100 * value[0]:.1f} ± {100 * value[1]:.1f}" if value else "" for value in values]

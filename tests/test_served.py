@@ -24,10 +24,9 @@ from qat.prepare import QuantConfig
 pytestmark = pytest.mark.vllm
 
 SETTINGS = {"W8A8": QuantConfig(8, 8, 16), "W4A8": QuantConfig(4, 8, 16)}
-TOLERANCE = {"W8A8": 0.02, "W4A8": 0.10}
-"""Mean distance of log-probabilities, in nats. W8A8: vLLM rounds activations as we do, max/127 per token; only where
-the order of a sum decides on a code's neighbour do they differ. W4A8: vLLM's kernel rounds activations between their
-minimum and maximum in 256 steps. Both are served in fp32. Full precision is ten times as far away."""
+TOLERANCE = 0.05
+"""Mean distance of log-probabilities, in nats, served in fp32. vLLM's kernel rounds activations as we do, max/127 per
+token; only where the order of a sum decides on a code do they differ, and such steps add up over the layers."""
 
 SERVE = """
 import sys, torch
@@ -93,7 +92,7 @@ def test_vllm_gives_the_log_probabilities_of_our_own_model(name, vllm, exports, 
     found, expected = torch.load(tmp_path / "found.pt"), ours(exports[name], windows)
     full = ours(exports["full"], windows)
     distance = (found - expected).abs().mean()
-    assert distance < TOLERANCE[name]
+    assert distance < TOLERANCE
     assert distance < 0.3 * (full - expected).abs().mean()
 
 

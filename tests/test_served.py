@@ -81,7 +81,7 @@ def ours(directory: Path, windows: torch.Tensor, dtype: torch.dtype) -> torch.Te
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_vllm_gives_the_log_probabilities_of_our_own_model(name, vllm, exports, windows, tmp_path):
-    """Weights, scales and the activations' rule (max/127 per token) are the same; the order of the sums is not. Its last
+    """Weights, scales and the rule for activations (max/127 per token) are the same; the order of sums is not. Its last
     bits flip a code here and there, and a flipped code moves those of all later layers. So no two ways of adding agree
     token by token: our own model in fp64 is as far from itself in fp32 as vLLM is. On average they do agree."""
     torch.save(windows, tmp_path / "windows.pt")

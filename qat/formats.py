@@ -22,10 +22,12 @@ PACKED, INTEGERS = FORMATS = "pack-quantized", "int-quantized"
 
 _STORED_BITS = {
     PACKED: {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8},
-    INTEGERS: {2: 4, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8},
+    INTEGERS: dict.fromkeys(range(2, 9), 8),
 }
 """The bits that the format is told. Every code of 3 bits is one of 4 bits, with the same scale, and engines have
-kernels for those. Of 3, 5, 6 and 7 bits in an int32 there are two layouts besides, compressed-tensors' and vLLM's."""
+kernels for those. Of 3, 5, 6 and 7 bits in an int32 there are two layouts besides, compressed-tensors' and vLLM's. An
+int8 has room for them all, and vLLM's 8-bit kernel for CPUs rounds activations as training does; its 4-bit one does
+not, and on x86 is a plain loop."""
 
 _ENGINE_A_BITS = {PACKED: (4, 8), INTEGERS: (8,)}
 """The bits to which engines can round activations."""

@@ -27,7 +27,7 @@ def _weights(quant: QuantConfig, form: str, integers: bool) -> list[str]:
             f"Weights: the {quant.w_bits}-bit codes are declared as {bits}-bit ones, for which engines have kernels; "
             "values are the same."
         )
-    if form == PACKED or bits == 4:
+    if form == PACKED:
         said.append(
             "Weights: vLLM keeps these scales in the dtype that it computes in: exact with --dtype float32, rounded "
             "by up to 1 part in 256 with bfloat16, 1 in 2048 with float16."
@@ -49,11 +49,6 @@ def _activations(quant: QuantConfig, form: str, integers: bool) -> list[str]:
         said.append(f"{trained}; no engine has kernels for that, and they are rounded to {served}.")
     if quant.a_quantizer != "minmax":
         said.append(f"Activations: trained with {quant.a_quantizer}; engines round them to max/qmax per token.")
-    if form != PACKED and formats.stored_bits(quant, form) == 4:
-        said.append(
-            "Activations: vLLM's 4-bit kernel for CPUs rounds them between their minimum and maximum in 256 steps; "
-            "trained was max/127 in 255."
-        )
     said.append("Activations: transformers' own loader rounds them to max/127.5; trained was max/127.")
     return said
 

@@ -25,11 +25,6 @@ from qat.prepare import QuantConfig
 pytestmark = pytest.mark.vllm
 
 SETTINGS = {"W8A8": QuantConfig(8, 8, 16), "W4A8": QuantConfig(4, 8, 16)}
-TOLERANCE = {"W8A8": 0.02, "W4A8": 0.10}
-"""Mean distance of log-probabilities, in nats. W8A8: vLLM rounds activations as we do, max/127 per token; only where
-the order of a sum decides on a code's neighbour do they differ. W4A8: vLLM's kernel rounds activations between their
-minimum and maximum in 256 steps. Both are served in fp32. Full precision is ten times as far away."""
-
 SERVE = """
 import sys, torch
 from qat import served
@@ -79,23 +74,25 @@ def run(vllm: Path, *command: object, **more) -> str:
 
 
 @torch.inference_mode()
-def ours(directory: Path, windows: torch.Tensor) -> torch.Tensor:
-    model = loading.load(str(directory), torch.float32)
+def ours(directory: Path, windows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    model = loading.load(str(directory), dtype)
     found = [log_softmax(model(window[None]).logits[0, :-1].double(), -1) for window in windows]
     return torch.stack([given.gather(1, window[1:, None])[:, 0] for given, window in zip(found, windows, strict=True)])
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_vllm_gives_the_log_probabilities_of_our_own_model(name, vllm, exports, windows, tmp_path):
+    """Weights, scales and the rule for activations (max/127 per token) are the same; the order of sums is not. Its last
+    bits flip a code here and there, and a flipped code moves those of all later layers. So no two ways of adding agree
+    token by token: our own model in fp64 is as far from itself in fp32 as vLLM is. On average they do agree."""
     torch.save(windows, tmp_path / "windows.pt")
     script = tmp_path / "serve.py"
     script.write_text(SERVE)
     run(vllm, vllm / "python", script, exports[name], tmp_path / "windows.pt", tmp_path / "found.pt")
-    found, expected = torch.load(tmp_path / "found.pt"), ours(exports[name], windows)
-    full = ours(exports["full"], windows)
-    distance = (found - expected).abs().mean()
-    assert distance < TOLERANCE[name]
-    assert distance < 0.3 * (full - expected).abs().mean()
+    found, expected = torch.load(tmp_path / "found.pt"), ours(exports[name], windows, torch.float32)
+    other_sums = ours(exports[name], windows, torch.float64)
+    assert (found - expected).abs().mean() < 1.3 * (other_sums - expected).abs().mean()
+    assert (found.mean() - expected.mean()).abs() < 0.04, "nats: the difference of log-perplexities"
 
 
 TASK = """

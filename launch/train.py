@@ -21,7 +21,7 @@ from qat.files import lock, write_atomically
 from qat.preemption import RESUMABLE_EXIT, StopSignal
 from qat.prepare import QuantConfig
 from qat.teacher_cache import TeacherCache
-from qat.training import FINAL, SETTINGS, TENSORBOARD, TrainConfig, train
+from qat.training import FINAL, INTEGER_PRODUCT, SETTINGS, TENSORBOARD, TrainConfig, train
 from qat.validation import Texts
 
 CHANGES_NO_RESULT = ("save_every", "keep", "eval_every", "max_loss_ratio", "peak_flops")
@@ -131,8 +131,9 @@ def main() -> int:
         targets = teacher = engines.Teacher(model, engines.teacher_ds_config(teacher_json), config.loss)
         if quant.activations.learned:
             magnitudes = teacher.input_magnitudes(data.sample(cli.rank()).to(engines.device()))
+    product = engines.integer_product(paths.output / INTEGER_PRODUCT, quant, student_json)
     student = engines.student_engine(
-        model, quant, student_json, config.lr_factor, config.gradient_checkpointing, config.loss, magnitudes
+        model, quant, student_json, config.lr_factor, config.gradient_checkpointing, config.loss, magnitudes, product
     )
     if not train(student, targets, data, config, paths.output, stop, texts):
         return RESUMABLE_EXIT

@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.integrations import HfDeepSpeedConfig
 
-from qat import kv_cache, models, prepare, products
+from qat import kv_cache, models, prepare
 from qat.data import Sample
 from qat.distill import Distiller, LabelTargets, TeacherTargets, run
 from qat.errors import UserError
+from qat.files import write_atomically
 from qat.kv_cache import AttentionRecord
 from qat.prepare import QuantConfig
+from qat.products import INTEGER_PRODUCTS, IntegerProduct, speed_up
 
 _REFUSED = {
     "fp16.enabled": "the student computes in bf16 on GPUs and in fp32 on CPUs",
@@ -116,6 +118,22 @@ def resolve_ds_config(path: Path, learning: dict[str, Any]) -> dict[str, Any]:
     return ds_config
 
 
+def integer_product(record: Path, quant: QuantConfig, ds_config: dict[str, Any]) -> IntegerProduct | None:
+    """What multiplies codes in the student's forward pass; None for floats. All ranks must ask together.
+
+    The first rank tries what pays, once for a run: its choice is kept in the file ``record``, or a resumed run, which
+    may find otherwise, would not continue the losses bit for bit.
+    """
+    names = [""]
+    if dist.get_rank() == 0:
+        if not record.exists():
+            product = prepare.integer_product(quant, device(), _dtype(ds_config))
+            write_atomically(record, product.__name__ if product else "floats")
+        names = [record.read_text()]
+    dist.broadcast_object_list(names, 0)
+    return INTEGER_PRODUCTS.get(names[0])
+
+
 def student_engine(
     model: str,
     quant: QuantConfig,
@@ -124,6 +142,7 @@ def student_engine(
     gradient_checkpointing: bool,
     loss: str,
     input_magnitudes: dict[str, Tensor] | None = None,
+    integer_product: IntegerProduct | None = None,
 ) -> deepspeed.DeepSpeedEngine:
     """The quantized student, with its optimizer: ``engine(input_ids, targets)`` gives (loss, KL).
 
@@ -131,15 +150,15 @@ def student_engine(
         lr_factor: what the learning rate is multiplied with at each step
         loss: one of distill.LOSSES
         input_magnitudes: ``Teacher.input_magnitudes``, where activations have a learned step
+        integer_product: what multiplies codes in forward; see ``integer_product``
     """
     with partitioned_reading(ds_config):
         student = models.load(model, _dtype(ds_config))
     prepare.prepare(student, quant)
     if input_magnitudes is not None:
         prepare.initialise_steps(student, input_magnitudes)
-    product = prepare.integer_product(quant, device(), _dtype(ds_config))
-    if _all_ranks(product is not None) and product is not None:
-        prepare.multiply_integers(student, product)
+    if integer_product is not None:
+        prepare.multiply_integers(student, integer_product)
     student.train()
     if gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
@@ -163,7 +182,7 @@ class Teacher:
     def __init__(self, model: str, ds_config: dict[str, Any], loss: str = "logits"):
         with partitioned_reading(ds_config):
             language_model = models.load(model, _dtype(ds_config)).requires_grad_(False)
-        products.speed_up(language_model)
+        speed_up(language_model)
         if loss == "logits+attention":
             kv_cache.attend(language_model)
         self._loss = loss
@@ -255,13 +274,6 @@ class _HiddenStates(nn.Module):
 
     def forward(self, input_ids: Tensor, record: AttentionRecord | None, all_layers: bool):
         return run(self.language_model, input_ids, record, all_layers)
-
-
-def _all_ranks(verdict: bool) -> bool:
-    """Whether every rank says so."""
-    agreed = torch.tensor([verdict], dtype=torch.int32, device=device())
-    dist.all_reduce(agreed, dist.ReduceOp.MIN)
-    return bool(agreed.item())
 
 
 def _dtype(ds_config: dict[str, Any]) -> torch.dtype:

@@ -3,10 +3,8 @@
 A layer whose weights and inputs are symmetric integers computes ``(codes_x @ codes_w.T) * scale_x * scale_w``.
 The product of the codes is exact in int32 while ``in_features * 127 * 127 < 2**31``, that is up to 133,144 features.
 
-Products of fp32 matrices on CPUs go to oneDNN where it beats torch's own choice, MKL: on AMD processors with AVX-512
-MKL runs its AVX2 code, at less than half the speed.
-
-What pays is tried once, when it is first asked for.
+Products of fp32 matrices on CPUs go to oneDNN, not to torch's own choice, MKL: on AMD processors with AVX-512 MKL runs
+its AVX2 code, at less than half the speed.
 """
 
 import functools
@@ -34,7 +32,7 @@ once from it, in fp32."""
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a [rows, inner] @ b [inner, columns], without a gradient; either may be a transposed view."""
-    if a.device.type == "cpu" and a.dtype == torch.float32 and onednn_pays():
+    if a.device.type == "cpu" and a.dtype == torch.float32 and _has_onednn():
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
     return a @ b
 
@@ -89,6 +87,9 @@ def qlinear(codes: Tensor, weight: Tensor) -> Tensor:
     )
 
 
+INTEGER_PRODUCTS = {product.__name__: product for product in (int_mm, qlinear)}
+
+
 @functools.cache
 def integer_product(device: torch.device, dtype: torch.dtype, qmax: int) -> IntegerProduct | None:
     """The fastest product that is exact here for weight codes up to ``qmax``; None if products of ``dtype`` beat it."""
@@ -96,7 +97,7 @@ def integer_product(device: torch.device, dtype: torch.dtype, qmax: int) -> Inte
     shape = (_TEST_SIZE, _TEST_SIZE)
     codes = torch.randint(-127, 128, shape, generator=generator).to(device, torch.int8)
     weight = torch.randint(-qmax, qmax + 1, shape, generator=generator).to(device, torch.int8)
-    exact = [product for product in (int_mm, qlinear) if _is_exact(product, codes, weight, qmax)]
+    exact = [product for product in INTEGER_PRODUCTS.values() if _is_exact(product, codes, weight, qmax)]
     floats, weight_floats = codes.to(dtype), weight.to(dtype)
     speeds = {
         product: _speed(lambda p=product: p(codes, weight), lambda: matmul(floats, weight_floats.t()), device)  # type: ignore[misc]
@@ -126,20 +127,8 @@ def _is_exact(product: IntegerProduct, codes: Tensor, weight: Tensor, qmax: int)
 
 
 @functools.cache
-def onednn_pays() -> bool:
-    """Whether oneDNN multiplies fp32 matrices at least a quarter faster than torch's own choice."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    x = torch.randn(_TEST_SIZE, _TEST_SIZE, generator=torch.Generator().manual_seed(0))
-    try:
-        ratio = _speed(
-            lambda: torch.ops.mkldnn._linear_pointwise(x, x, None, "none", [], ""), lambda: x @ x.t(), x.device
-        )
-    except (AttributeError, RuntimeError):  # a build without the operator
-        return False
-    if ratio >= 1.25:
-        _logger.info("oneDNN multiplies fp32 matrices at %.1f times the speed of torch.mm: it is used", ratio)
-    return ratio >= 1.25
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _speed(one: Callable[[], object], other: Callable[[], object], device: torch.device) -> float:

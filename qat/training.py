@@ -21,7 +21,9 @@ from qat.run_log import RunLog
 from qat.validation import Texts, perplexities
 
 SETTINGS, CHECKPOINTS, LOG, TENSORBOARD, FINAL = "settings.json", "checkpoints", "log.jsonl", "tensorboard", "final"
-"""A run's folder: what it is, its checkpoints, one JSON line a step, the same for TensorBoard, the trained student."""
+INTEGER_PRODUCT = "integer_product"
+"""A run's folder: what it is, its checkpoints, one JSON line a step, the same for TensorBoard, the trained student,
+and how its forward pass multiplies."""
 
 _STEPS_BEFORE_JUDGING = 20
 """Steps that the average loss is over, and that must have been taken before a loss is called exploding."""

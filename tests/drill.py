@@ -70,6 +70,9 @@ def run(drill: Drill, folder: Path) -> int:
         print(f"killed {victim} while {moment}: latest {latest(killed) or 'none'}, half-written {half or 'none'}")
     finish(command, killed)
     same = losses(whole) == losses(killed) and weights(whole) == weights(killed)
+    pairs = zip(losses(whole), losses(killed), strict=True)
+    differing = [step for step, (one, other) in enumerate(pairs, 1) if one != other]
+    print(f"steps whose losses differ: {differing or 'none'}")
     print(", ".join(f"{count} x {name}" for name, count in sorted(happened.items())))
     print(f"{len(losses(killed))} steps, final weights {weights(killed)[:16]}: {'equal' if same else 'DIFFERENT'}")
     return 0 if same else 1

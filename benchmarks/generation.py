@@ -195,7 +195,8 @@ def vllm_rate(config: GenerationBenchmark, name: str, dtype: torch.dtype) -> flo
     if run.returncode:
         raise RuntimeError(f"vLLM failed:\n{run.stderr[-4000:]}")
     print(f"vLLM, with its start: {time.perf_counter() - began:.0f} s")
-    return json.loads(run.stdout.splitlines()[-1])["tokens_per_second"]
+    result = next(line for line in run.stdout.splitlines() if line.startswith("{"))  # vLLM prints of its own around it
+    return json.loads(result)["tokens_per_second"]
 
 
 if __name__ == "__main__":

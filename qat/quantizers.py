@@ -228,7 +228,7 @@ def _fused_dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, d
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, form: Format) -> Tensor:
-        return round_to_grid(x, form)[0]
+        return _fused_round(_rows(x, form), form.qmax, form.symmetric)[0].view(x.shape)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from conftest import really_compiles
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
@@ -183,3 +184,27 @@ def _equal(a, b):
     if a is None or a.dtype == torch.int8:
         return a is b or torch.equal(a[torch.arange(65) != 5], b[torch.arange(65) != 5])
     return torch.equal(a.nan_to_num(123.0), b.nan_to_num(123.0))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_compiled_quantizers_give_the_same_bits_as_eager_ones(symmetric, monkeypatch):
+    if not really_compiles():
+        pytest.skip("nothing compiles here")
+    monkeypatch.setattr(fused, "compiles", lambda: True)
+    quantize_rows, round_rows, dequantize_rows = (
+        fused.fused(function.__wrapped__)
+        for function in (quantizers._fused_quantize, quantizers._fused_round, quantizers._fused_dequantize)
+    )
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in ((7, 33), (64, 576)):
+            x = (torch.randn(shape) * torch.logspace(-42, 30, shape[0])[:, None]).to(dtype)
+            x[1], x[2, 3] = 0, 1e4
+            for qmax in (1, 7, 127):
+                codes, *grid = quantize_rows(x, qmax, symmetric)
+                expected_codes, *expected_grid = quantizers._fused_quantize.__wrapped__(x, qmax, symmetric)
+                assert torch.equal(codes, expected_codes)
+                assert all(a is b is None or torch.equal(a, b) for a, b in zip(grid, expected_grid, strict=True))
+                values = quantizers._fused_round.__wrapped__(x, qmax, symmetric)[0]
+                assert torch.equal(round_rows(x, qmax, symmetric)[0], values)
+                assert torch.equal(dequantize_rows(codes, *grid, dtype), values)

@@ -17,10 +17,10 @@ from pathlib import Path
 import common
 import torch
 import torch.distributed as dist
-from scaling import free_port
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from launch import cli
+from launch.stages import free_port
 from qat import engines, models
 from qat.run_log import peak_memory
 from qat.training import TrainConfig

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from launch import cli, plan
+from launch.stages import free_port
 from qat import checkpoint, engines, training
 from qat.data import Sample
 from qat.preemption import StopSignal
@@ -105,12 +106,6 @@ def start(config: ScalingBenchmark, model: Path, ranks: int) -> dict[str, float]
     command = [str(part) for part in (*launcher, __file__, *flags, f"--worker={model}")]
     subprocess.run(command, check=True)
     return json.loads((model / f"{ranks}.json").read_text())
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def rank(config: ScalingBenchmark, model: Path) -> None:

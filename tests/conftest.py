@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from launch.stages import free_port
 from qat import fused
 from qat.models import load_tokenizer
 
@@ -103,15 +103,12 @@ def start_training(
     ranks: int, *flags: str, script: str = "train", compiled: bool = False, output: int | IO = subprocess.PIPE
 ) -> subprocess.Popen:
     """``deepspeed launch/train.py`` on CPU ranks, in a process group of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     launcher = [
         str(Path(sys.executable).parent / "deepspeed"),
         "--num_gpus",
         str(ranks),
         "--master_port",
-        str(port),
+        free_port(),
     ]
     command = [*launcher, str(ROOT / "launch" / f"{script}.py"), *flags]
     return subprocess.Popen(

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from launch import cli
 from launch.stages import free_port
 from qat import engines, models
+from qat.report import weights_size
 from qat.run_log import peak_memory
 from qat.training import TrainConfig
 
@@ -51,7 +52,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         write_model(config, model)
-        size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+        size = weights_size(model)
         launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", 2, "--master_port", free_port()]
         command = [*launcher, __file__, f"--deepspeed={config.deepspeed}", f"--worker={model}"]
         subprocess.run([str(part) for part in command], check=True)
@@ -83,7 +84,7 @@ def rank(config: ReadingBenchmark, model: Path) -> None:
     with engines.partitioned_reading(ds_config):
         student = models.load(str(model), torch.float32)
     own = sum(parameter.ds_tensor.numel() for parameter in student.parameters())
-    assert own * 4 < 0.51 * sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    assert own * 4 < 0.51 * weights_size(model)
     figures: list = [None, None]
     dist.all_gather_object(figures, (before, peak_memory(), anonymous_memory()))
     if dist.get_rank() == 0:

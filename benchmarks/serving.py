@@ -20,7 +20,7 @@ from torch import Tensor
 import qat
 from datagen import heldout
 from launch import cli
-from qat import loading, models, served
+from qat import loading, models, report, served
 from qat.evaluate import TextScore, perplexity, text_windows
 from qat.packed import memory
 from qat.prepare import CONFIG_FILE
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def _disk(name: str, windows: Tensor, config: Serving) -> dict[str, float]:
-    return {"disk_MB": sum(file.stat().st_size for file in Path(name).glob("*.safetensors")) / 1e6}
+    return {"disk_MB": report.weights_size(Path(name)) / 1e6}
 
 
 def _ours(name: str, windows: Tensor, config: Serving) -> dict[str, float]:

@@ -15,10 +15,11 @@ from qat.errors import UserError
 from qat.files import lock
 from qat.prepare import QuantConfig, prepare
 from qat.ptq import layerwise, rtn
-from qat.ptq.calibrate import Stream, calibration_sequences, skeleton
+from qat.ptq.calibrate import Stream, calibration_sequences
 from qat.ptq.gptq import GPTQConfig, quantize_layer
 from qat.ptq.smoothquant import SmoothQuant, SmoothQuantConfig
 from qat.quantizers import FULL_PRECISION
+from qat.weight_files import skeleton
 
 METHODS = ("rtn", "gptq", "smoothquant")
 

@@ -30,7 +30,6 @@ FORMATS = (PACKED, INTEGERS, FAKE, GGUF)
 FORMAT = PACKED
 """The default."""
 
-_COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _FILE_BYTES = 2 * 10**9
 
@@ -59,7 +58,7 @@ def export(student: Student, output: Path, form: str, file_bytes: int = _FILE_BY
     if form == GGUF:
         llama_cpp.write(student, output)
         return
-    for file in {file for pattern in _COPIED for file in student.directory.glob(pattern)}:
+    for file in {file for pattern in weight_files.COMPANIONS for file in student.directory.glob(pattern)}:
         if file.name != weight_files.INDEX:
             shutil.copy(file, output)
     weight_files.write(output, _stored(student, form), file_bytes)

@@ -16,6 +16,9 @@ from qat.quantizers import Quantized
 
 INDEX = "model.safetensors.index.json"
 
+COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
+"""What else a model directory holds: config, index and tokenizer."""
+
 _NO_WEIGHTS = (STEPS_FILE, GRIDS_FILE)
 
 
@@ -25,7 +28,7 @@ def skeleton(directory: Path) -> PreTrainedModel:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
 
 
 def stored_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qat import models
 from qat.data import TrainingData
 from qat.errors import UserError
 from qat.prepare import QuantConfig, prepare, quant_linears
 from qat.quantizers import Grid
+from qat.weight_files import skeleton
 
 Weights = dict[str, Tensor]
 """The weights of one decoder layer, by their names in it (``self_attn.q_proj.weight``), in the dtype of the file."""
@@ -156,13 +156,6 @@ class Stream:
             del layer.forward
         base.embed_tokens.to("meta")
         return embedded
-
-
-def skeleton(directory: Path) -> PreTrainedModel:
-    """The model without memory for its weights."""
-    with torch.device("meta"):
-        config = AutoConfig.from_pretrained(directory)
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
 
 
 def fill(module: nn.Module, weights: Weights, device: torch.device | str) -> None:

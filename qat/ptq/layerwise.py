@@ -20,11 +20,10 @@ from qat.files import write_atomically
 from qat.prepare import GRIDS_FILE, QuantConfig, load_grids, save_grids
 from qat.ptq.calibrate import Stream, Weights
 from qat.quantizers import Grid
+from qat.weight_files import COMPANIONS, INDEX
 
 SETTINGS = "ptq.json"
 
-_COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
-_INDEX = "model.safetensors.index.json"
 
 QuantizeLayer = Callable[[Stream, Weights], tuple[Weights, dict[str, Grid], str]]
 """From the stream in front of a layer, and the layer's weights: its final weights, their grids by the layers' names
@@ -63,8 +62,8 @@ def appearing(source: Path, output: Path, quant: QuantConfig, settings: dict[str
     else:
         write_atomically(partial / SETTINGS, json.dumps(settings, indent=2) + "\n")
     yield partial
-    for file in (f for pattern in _COPIED for f in source.glob(pattern)):
-        if not (partial / file.name).exists() and file.name != _INDEX:
+    for file in (f for pattern in COMPANIONS for f in source.glob(pattern)):
+        if not (partial / file.name).exists() and file.name != INDEX:
             shutil.copy(file, partial)
     quant.save(partial)
     (partial / "lock").unlink(missing_ok=True)
@@ -109,7 +108,7 @@ def _write_index(folder: Path) -> None:
     for file in sorted(folder.glob("model-*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             places |= dict.fromkeys(opened.keys(), file.name)
-    write_atomically(folder / _INDEX, json.dumps({"metadata": {}, "weight_map": places}, indent=2) + "\n")
+    write_atomically(folder / INDEX, json.dumps({"metadata": {}, "weight_map": places}, indent=2) + "\n")
 
 
 def _merge_grids(folder: Path, count: int) -> None:

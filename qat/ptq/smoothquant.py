@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UserError
-from qat.ptq.calibrate import Stream, Weights, fill, skeleton
+from qat.ptq.calibrate import Stream, Weights, fill
 from qat.quantizers import Grid
+from qat.weight_files import skeleton
 
 ALPHAS = (0.1, 0.3, 0.5, 0.7)
 """What the search tries, beside no smoothing."""

@@ -1,5 +1,6 @@
 """What the entry points share: dataclasses from flags and YAML, and errors without tracebacks."""
 
+import atexit
 import logging
 import os
 import sys
@@ -35,17 +36,26 @@ def run(main: Callable[[], int | None]) -> None:
         _end(f"error: {error}", code=2)
     except KeyboardInterrupt:
         _end("interrupted: the same command goes on from here", code=130)
-    if dist.is_initialized():  # or its threads may outlive the interpreter, which aborts then
-        dist.destroy_process_group()
-    sys.exit(code)
+    _leave(code or 0)
 
 
 def _end(message: str, code: int) -> NoReturn:
-    if not is_first_rank():
+    if is_first_rank():
+        print(message, file=sys.stderr, flush=True)
+    else:
         time.sleep(10)  # the launchers kill all ranks when one has failed: let the first one speak before
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End this process. With other ranks, without the interpreter's own end: gloo's threads may still be letting go of
+    the last collective's tensors, and whoever asks for the interpreter then aborts the process."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         sys.exit(code)
-    print(message, file=sys.stderr, flush=True)
-    sys.exit(code)
+    atexit._run_exitfuncs()  # what others want to be done at the end: W&B's last upload
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def rank() -> int:

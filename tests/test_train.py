@@ -165,11 +165,10 @@ def test_another_number_of_ranks_goes_on_with_the_same_batches(run, weights, tin
     printed = finish(start_training(2, *command))
     assert "written by 1 ranks, for 2" in printed
     for resized, whole in zip(losses(output), losses(run), strict=True):
-        # Where it is killed varies, and so the order of the sums; a 3-bit code that flips is a large step.
-        assert resized == pytest.approx(whole, rel=1e-2)
+        assert resized == pytest.approx(whole, rel=1e-3)
     resumed = load_file(output / "final" / "model.safetensors")
     for name, weight in weights.items():
-        torch.testing.assert_close(resumed[name], weight, rtol=0, atol=2e-3, msg=name)
+        torch.testing.assert_close(resumed[name], weight, rtol=0, atol=2e-4, msg=name)
     for file in (output / "checkpoints" / latest(output)).glob("*_optim_states.pt"):
         adam = torch.load(file, weights_only=False)["optimizer_state_dict"]["optimizer_state_dict"]["state"]
         assert len(adam) > 1

@@ -44,6 +44,9 @@ _METHODS = ("full_precision", "rtn", *_PTQ, "qat")
 _CALIBRATION = 64
 """Sequences that the post-training methods look at."""
 
+_START = "start"
+"""In a cell's folder: what the student begins with, where that is not the model."""
+
 
 @dataclass(frozen=True)
 class Reproduction:
@@ -112,6 +115,7 @@ class Cell:
         budget: of the training and of the measurement
         data: what is trained or calibrated on: top1, sample or hybrid (written by the teacher), or a text
         loss: as launch/train.py takes it
+        student: what the training begins with: model, or what gptq or smoothquant make of it
         seed: of the data and of its order
     """
 
@@ -120,11 +124,13 @@ class Cell:
     budget: Budget
     data: str = "hybrid"
     loss: str = "logits"
+    student: str = "model"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.method not in _METHODS:
-            raise UserError(f"method={self.method!r} is not possible: give {', '.join(_METHODS)}.")
+        for name, choices in (("method", _METHODS), ("student", ("model", *_PTQ))):
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name}={getattr(self, name)!r} is not possible: give {', '.join(choices)}.")
 
     @property
     def changes(self) -> list[str]:
@@ -289,13 +295,19 @@ class _Runner:
         if cell.method == "qat":
             self._train(cell, folder, stages)
         elif cell.method in _PTQ and not (folder / FINAL).exists():
-            data = self._data(cell, _CALIBRATION, stages)
-            quantize = [sys.executable, _LAUNCH / "quantize.py", "--method", cell.method, *_flags(cell.quant)]
-            quantize += ["--sequences", _CALIBRATION]
-            stages.run("quantize", quantize, ["--model", self.model, "--data", data, "--output", folder / FINAL])
+            self._quantize(cell, cell.method, folder / FINAL, stages)
+
+    def _quantize(self, cell: Cell, method: str, output: Path, stages: Stages) -> None:
+        data = self._data(cell, _CALIBRATION, stages)
+        quantize = [sys.executable, _LAUNCH / "quantize.py", "--method", method, *_flags(cell.quant)]
+        quantize += ["--sequences", _CALIBRATION]
+        stages.run("quantize", quantize, ["--model", self.model, "--data", data, "--output", output])
 
     def _train(self, cell: Cell, folder: Path, stages: Stages) -> None:
-        data = self._data(cell, 2 * cell.budget.steps, stages)
+        data, begin = self._data(cell, 2 * cell.budget.steps, stages), []
+        if cell.student in _PTQ:
+            begin = ["--student", folder / _START]
+            self._quantize(cell, cell.student, folder / _START, stages)
         budget = cell.budget
         config = TrainConfig(
             loss=cell.loss,
@@ -313,8 +325,9 @@ class _Runner:
             "train",
             [Path(sys.executable).parent / "deepspeed", f"--num_gpus={self.ranks}", f"--master_port={free_port()}"],
             [_LAUNCH / "train.py", f"--deepspeed={self.ds_config}", *_flags(cell.quant), *_flags(config)],
-            ["--model", self.model, "--data", data, "--output", folder],
+            ["--model", self.model, "--data", data, "--output", folder, *begin],
         )
+        shutil.rmtree(folder / _START, ignore_errors=True)
 
     def _data(self, cell: Cell, sequences: int, stages: Stages) -> Path:
         """The folder of the cell's training sequences, made if it is not there."""
@@ -378,8 +391,8 @@ def _row(cell: dict[str, Any], accuracy: dict[str, Any] | None) -> dict[str, Any
 
 
 def _flat(cell: Cell) -> dict[str, Any]:
-    settings = {**asdict(cell.quant), **asdict(cell.budget), "data": cell.data, "loss": cell.loss, "seed": cell.seed}
-    return {"method": cell.method, **settings}
+    own = {name: value for name, value in asdict(cell).items() if name not in ("quant", "budget")}
+    return {**own, **asdict(cell.quant), **asdict(cell.budget)}
 
 
 def _bits(short: str) -> dict[str, Any]:

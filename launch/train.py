@@ -12,7 +12,7 @@ from typing import Any
 
 from datagen import heldout
 from launch import cli
-from qat import engines, models
+from qat import engines, models, source
 from qat.data import Sample, TrainingData
 from qat.distill import Targets
 from qat.errors import UserError, differences
@@ -23,6 +23,7 @@ from qat.prepare import QuantConfig
 from qat.teacher_cache import TeacherCache
 from qat.training import FINAL, INTEGER_PRODUCT, SETTINGS, TENSORBOARD, TrainConfig, train
 from qat.validation import Texts
+from qat.weight_files import shapes
 
 CHANGES_NO_RESULT = ("save_every", "keep", "eval_every", "max_loss_ratio", "peak_flops")
 """Settings that a run may be gone on with under other values."""
@@ -34,6 +35,7 @@ class Paths:
 
     Args:
         model: the pretrained model, teacher and starting point: a Hugging Face directory or hub name
+        student: another starting point: what launch/quantize.py wrote, or the final/ of an earlier run
         data: folder of training shards, made by launch/generate.py
         output: folder of this run: checkpoints, log.jsonl, and the trained student in final/
         deepspeed: DeepSpeed configuration of the student
@@ -44,6 +46,7 @@ class Paths:
     model: str
     data: Path
     output: Path
+    student: Path | None = None
     deepspeed: Path = Path("ds_configs/zero3.json")
     teacher_deepspeed: Path | None = None
     teacher_cache: Path | None = None
@@ -96,6 +99,7 @@ def main() -> int:
         raise UserError(f"{paths.data} has {len(data)} sequences, a step takes {config.batch_size}: generate more.")
     texts = held_out.read(tokenizer, data)
     check_teacher(paths.teacher_cache, quant, config)
+    begin = starting_point(paths.student, model, quant) if paths.student else model
     cache = None
     if paths.teacher_cache:
         cache = TeacherCache(paths.teacher_cache)
@@ -109,6 +113,7 @@ def main() -> int:
         **asdict(quant),
         **asdict(config),
         "model": models.weights_fingerprint(model),
+        "student": models.weights_fingerprint(begin),
         "data": data.fingerprint,
         "teacher_cache": cache.fingerprint() if cache else None,
         "optimizer": student_json["optimizer"],
@@ -133,12 +138,24 @@ def main() -> int:
             magnitudes = teacher.input_magnitudes(data.sample(cli.rank()).to(engines.device()))
     product = engines.integer_product(paths.output / INTEGER_PRODUCT, quant, student_json)
     student = engines.student_engine(
-        model, quant, student_json, config.lr_factor, config.gradient_checkpointing, config.loss, magnitudes, product
+        begin, quant, student_json, config.lr_factor, config.gradient_checkpointing, config.loss, magnitudes, product
     )
     if not train(student, targets, data, config, paths.output, stop, texts):
         return RESUMABLE_EXIT
     engines.save_student(student, final, quant, tokenizer)
     return 0
+
+
+def starting_point(student: Path, model: str, quant: QuantConfig) -> str:
+    """The directory of the weights that the student begins with; raises UserError if ``model`` cannot teach them."""
+    found = source.find(student)
+    if found.is_checkpoint:
+        raise UserError(f"{student} is a checkpoint: give the final/ of a run, or what launch/quantize.py wrote.")
+    if shapes(found.directory) != shapes(Path(model)):
+        raise UserError(f"{student} is not made from {model}: its weights have other names or shapes.")
+    if quant.activations.learned:
+        raise UserError("a_quantizer=lsq takes its first steps from the teacher's activations: leave out --student.")
+    return str(found.directory)
 
 
 def check_teacher(cache: Path | None, quant: QuantConfig, config: TrainConfig) -> None:

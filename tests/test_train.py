@@ -325,6 +325,37 @@ def test_every_way_of_running_learns_the_same_and_survives_a_kill(
     assert losses(killed) == losses(whole)
 
 
+def test_a_student_begins_where_smoothquant_ended(tiny_directory, tiny_data, tmp_path):
+    """The first step's KL is that of the post-training model on the same samples, and training lowers it."""
+    smooth, output = tmp_path / "smooth", tmp_path / "out"
+    quantize = [f"--model={tiny_directory}", f"--data={tiny_data}", f"--output={smooth}", "--w_bits=3"]
+    run_python("quantize", "--method=smoothquant", *quantize)
+    finish(start_training(2, *flags(tiny_directory, tiny_data, output), f"--student={smooth}"))
+    teacher, student = models.load(str(tiny_directory), torch.float32), loading.load(str(smooth), torch.float32)
+    data = TrainingData(tiny_data, models.load_tokenizer(str(tiny_directory)), CONFIG.seed)
+    expected = []
+    for number in (0, 1):
+        ids = data.sample(number).input_ids
+        with torch.no_grad():
+            log_p, log_q = (model(ids).logits[0, :-1].log_softmax(-1) for model in (teacher, student))
+        expected.append((log_p.exp() * (log_p - log_q)).sum(-1).mean().item())
+    kl = [record["kl"] for record in log_of(output)]
+    assert kl[0] == pytest.approx(sum(expected) / 2, rel=1e-3)
+    assert sum(kl[6:]) < sum(kl[:6])
+
+
+def test_a_student_of_another_model_is_refused(monkeypatch, tiny_directory, tiny_data, run, tmp_path):
+    other = tmp_path / "other"
+    tiny_model(intermediate_size=128).save_pretrained(other)
+    shutil.copytree(
+        tiny_directory, other, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors*", "config*")
+    )
+    command = flags(other, tiny_data, tmp_path / "out")
+    assert "is not made from" in error_of(monkeypatch, "train", *command, f"--student={run / 'final'}")
+    assert "holds no student" in error_of(monkeypatch, "train", *command, f"--student={tiny_directory}")
+    assert "is a checkpoint" in error_of(monkeypatch, "train", *command, f"--student={run / 'checkpoints'}")
+
+
 def test_a_finished_run_is_left_alone(run, tiny_directory, tiny_data):
     before = (run / "final" / "model.safetensors").stat().st_mtime_ns
     finish(start_training(2, *flags(tiny_directory, tiny_data, run)))

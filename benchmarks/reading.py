@@ -3,14 +3,15 @@
 python benchmarks/reading.py
 
 Writes a checkpoint of random weights, lets two CPU ranks read it as the training does, and reports the most that each
-has held resident. That includes pages of the file itself, which the kernel takes back when it needs them; what the
-process has allocated is reported beside it.
+has held. Resident memory includes pages of the file itself, which ranks share and the kernel takes back when it needs
+them; what the process had allocated at most is reported beside it.
 """
 
 import json
 import subprocess
 import sys
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,12 +59,8 @@ def main() -> None:
         subprocess.run([str(part) for part in command], check=True)
         ranks = json.loads((model / "ranks.json").read_text())
     figures = {"checkpoint_gb": size / 1e9}
-    for number, (before, peak, anonymous) in enumerate(ranks):
-        figures |= {
-            f"rank{number}_before_gb": before / 1e9,
-            f"rank{number}_peak_resident_gb": peak / 1e9,
-            f"rank{number}_allocated_after_gb": anonymous / 1e9,
-        }
+    for number, figures_of_rank in enumerate(ranks):
+        figures |= {f"rank{number}_{name}_gb": size / 1e9 for name, size in figures_of_rank.items()}
     common.write(config.json, figures)
 
 
@@ -80,15 +77,43 @@ def write_model(config: ReadingBenchmark, directory: Path) -> None:
 def rank(config: ReadingBenchmark, model: Path) -> None:
     ds_config = engines.resolve_ds_config(config.deepspeed, TrainConfig(batch_size=2).ds_settings(2))
     engines.init_distributed()
-    before = peak_memory()
-    with engines.partitioned_reading(ds_config):
+    before = anonymous_memory()
+    with PeakAllocated() as allocated, engines.partitioned_reading(ds_config):
         student = models.load(str(model), torch.float32)
     own = sum(parameter.ds_tensor.numel() for parameter in student.parameters())
     assert own * 4 < 0.51 * weights_size(model)
+    own_figures = {
+        "part": own * 4,
+        "allocated_before": before,
+        "peak_allocated": allocated.peak,
+        "allocated_after": anonymous_memory(),
+        "peak_resident": peak_memory(),
+    }
     figures: list = [None, None]
-    dist.all_gather_object(figures, (before, peak_memory(), anonymous_memory()))
+    dist.all_gather_object(figures, own_figures)
     if dist.get_rank() == 0:
         (model / "ranks.json").write_text(json.dumps(figures))
+
+
+class PeakAllocated:
+    """Within it, another thread looks every few milliseconds at what is allocated."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> "PeakAllocated":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.005):
+            self.peak = max(self.peak, anonymous_memory())
 
 
 def anonymous_memory() -> int:

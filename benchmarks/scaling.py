@@ -84,6 +84,7 @@ def main() -> None:
         "checkpoint_seconds": two["saving"],
         "peak_gb_per_rank_1": one["peak"] / 1e9,
         "peak_gb_per_rank_2": two["peak"] / 1e9,
+        "peak_over_plan_1_rank": one["peak"] / one["planned"],
         "peak_over_plan_2_ranks": two["peak"] / two["planned"],
     }
     common.write(config.json, figures)

@@ -40,6 +40,9 @@ WAYS = (
 PROCESS = {"cpu": 0.57e9, "cuda": 1.5e9}
 """Bytes that a rank holds without a model: Python and the libraries, measured; on a GPU the CUDA context, assumed."""
 
+_KEPT_ON_CPU = {"alone": 0.55, "with others": 1.0}
+"""Part of what comes and goes that a CPU rank holds besides: freed memory that the C library keeps in pieces
+(qat/cpu.py), and gloo's copies of what ranks exchange. Fitted to two models; docs/training.md checks it on a third."""
 
 _OPTIMIZER_TRAFFIC = 28
 """Bytes that Adam on the host reads and writes for a parameter: weight, moments (both ways), and gradient, in fp32."""
@@ -124,9 +127,7 @@ class Plan:
 
     @property
     def peak(self) -> float:
-        """Gathered weights and buckets stay during the optimizer's step; activations and logits are gone by then."""
-        either = self.passing["activations"] + self.passing["logits"], self.passing["optimizer step"]
-        return sum(self.device.values()) + sum(self.passing.values()) - min(either)
+        return sum(self.device.values()) + at_once(self.passing)
 
     @property
     def step_seconds(self) -> float:
@@ -141,6 +142,11 @@ class Plan:
             f"{self.nvme / 1e9:.0f} GB of NVMe": self.nvme > machine.nvme * 1e9,
         }
         return ", ".join(need for need, lacking in needs.items() if lacking)
+
+
+def at_once(passing: Mapping[str, float]) -> float:
+    """Gathered weights and buckets stay during the optimizer's step; activations and logits are gone by then."""
+    return sum(passing.values()) - min(passing["activations"] + passing["logits"], passing["optimizer step"])
 
 
 def main() -> None:
@@ -217,6 +223,8 @@ def plan(
         "logits": chunk * config.vocab_size * (2 * width + 3 * 4),
         "optimizer step": 4.0 * group if optimizer_on == "gpu" else 0.0,
     }
+    if not bf16:
+        passing["kept on CPU"] = _KEPT_ON_CPU["alone" if ranks == 1 else "with others"] * at_once(passing)
     received = _received(student, teacher, parameters, output_layer, ranks, width)
     moved = (2 * width * own * (parameters_on != "gpu")) + width * own * (teacher_on != "gpu")
     moved += (4 + width) * own * (optimizer_on != "gpu")

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from datagen import sampling
 from datagen.decoder import Decoder
 from datagen.shards import Sequence
-from qat.errors import UserError
+from qat.errors import UserError, check_choice, check_least
 
 ENGINES = ("torch", "vllm")
 
@@ -50,20 +50,8 @@ class GenerateConfig:
     tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
-        if self.strategy not in sampling.STRATEGIES:
-            raise UserError(f"strategy={self.strategy!r} is not possible: give {', '.join(sampling.STRATEGIES)}.")
-        if self.engine not in ENGINES:
-            raise UserError(f"engine={self.engine!r} is not possible: give {', '.join(ENGINES)}.")
-        for name, least in {
-            "sequences": 1,
-            "max_length": 8,
-            "batch_size": 1,
-            "sequences_per_shard": 1,
-            "top_k": 0,
-            "tensor_parallel": 1,
-        }.items():
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)} is not possible: give {least} or more.")
+        check_choice(self, strategy=sampling.STRATEGIES, engine=ENGINES)
+        check_least(self, sequences=1, max_length=8, batch_size=1, sequences_per_shard=1, top_k=0, tensor_parallel=1)
         if not 0 <= self.seed < 2**31:
             raise UserError(f"seed={self.seed} is not possible: give 0 to {2**31 - 1}.")
         if not self.temperature > 0:

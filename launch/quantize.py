@@ -11,7 +11,7 @@ from typing import Any
 from launch import cli
 from qat import models
 from qat.data import TrainingData
-from qat.errors import UserError
+from qat.errors import UserError, check_choice, check_least
 from qat.files import lock
 from qat.prepare import QuantConfig, prepare
 from qat.ptq import layerwise, rtn
@@ -43,14 +43,12 @@ class Quantization:
     sequences: int = 128
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise UserError(f"method={self.method!r} is not possible: give {', '.join(METHODS)}.")
+        check_choice(self, method=METHODS)
+        check_least(self, sequences=0)
         if self.method != "rtn" and self.data is None:
             raise UserError(
                 f"method={self.method} needs calibration text: give --data, a folder of launch/generate.py."
             )
-        if self.sequences < 0:
-            raise UserError(f"sequences={self.sequences} is not possible: give 0 for all, or more.")
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from datagen.sampling import STRATEGIES
 from launch import cli
 from launch.stages import CPU_ONLY, Stages, free_port, interrupt
 from qat import models, report, results
-from qat.errors import UserError
+from qat.errors import UserError, check_choice, check_least
 from qat.files import lock, wait_until_free, write_atomically
 from qat.preemption import RESUMABLE_EXIT
 from qat.prepare import QuantConfig
@@ -78,8 +78,7 @@ class Reproduction:
             raise UserError(f"tables={min(unknown)!r} is not possible: give {', '.join(TABLES)}, with commas between.")
         if self.ranks not in (0, 1, 2):
             raise UserError(f"ranks={self.ranks} is not possible: give 1 or 2, or 0 to choose by the machine.")
-        if self.minutes < 0:
-            raise UserError(f"minutes={self.minutes} is not possible: give 0 or more.")
+        check_least(self, minutes=0)
 
 
 @dataclass(frozen=True)
@@ -128,9 +127,7 @@ class Cell:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, choices in (("method", _METHODS), ("student", ("model", *_PTQ))):
-            if getattr(self, name) not in choices:
-                raise UserError(f"{name}={getattr(self, name)!r} is not possible: give {', '.join(choices)}.")
+        check_choice(self, method=_METHODS, student=("model", *_PTQ))
 
     @property
     def changes(self) -> list[str]:

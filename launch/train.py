@@ -15,7 +15,7 @@ from launch import cli
 from qat import engines, models, source
 from qat.data import Sample, TrainingData
 from qat.distill import Targets
-from qat.errors import UserError, differences
+from qat.errors import UserError, check_least, differences
 from qat.evaluate import text_windows
 from qat.files import lock, write_atomically
 from qat.preemption import RESUMABLE_EXIT, StopSignal
@@ -69,9 +69,7 @@ class HeldOut:
     eval_sequences: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("eval_window", "eval_sequences"):
-            if getattr(self, name) < 2:
-                raise UserError(f"{name}={getattr(self, name)} is not possible: give 2 or more.")
+        check_least(self, eval_window=2, eval_sequences=2)
 
     def read(self, tokenizer: models.Tokenizer, data: TrainingData) -> Texts:
         """The token ids; raises UserError for a folder that is trained on."""

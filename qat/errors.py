@@ -1,5 +1,6 @@
-"""The one exception that users are meant to see, and a phrase that many of its messages need."""
+"""The one exception that users are meant to see, and what many of its messages share."""
 
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -8,6 +9,22 @@ class UserError(ValueError):
 
     The entry points in ``launch/`` print the message alone, without a traceback.
     """
+
+
+def check_choice(settings: object, **choices: Iterable[str]) -> None:
+    """Raise UserError if a field of ``settings`` has none of the values that ``choices`` allows it."""
+    for name, allowed in choices.items():
+        given = getattr(settings, name)
+        if given not in allowed:
+            raise UserError(f"{name}={given!r} is not possible: give {' or '.join(allowed)}.")
+
+
+def check_least(settings: object, **least: float) -> None:
+    """Raise UserError if a field of ``settings`` is below the number that ``least`` allows it."""
+    for name, allowed in least.items():
+        given = getattr(settings, name)
+        if given < allowed:
+            raise UserError(f"{name}={given} is not possible: give {allowed} or more.")
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qat import kv_cache, products
-from qat.errors import UserError
+from qat.errors import UserError, check_choice
 from qat.linear import InputQuantizer, QuantLinear, can_multiply_integers
 from qat.products import IntegerProduct
 from qat.quantizers import FULL_PRECISION, Format, Grid, lsq_initial_step
@@ -79,9 +79,7 @@ class QuantConfig:
             bits = getattr(self, name)
             if bits not in (2, 3, 4, 5, 6, 7, 8, FULL_PRECISION):
                 raise UserError(f"{name}={bits} is not possible: give 2 to 8, or 16 for full precision.")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise UserError(f"{name}={getattr(self, name)!r} is not possible: give {' or '.join(choices)}.")
+        check_choice(self, **_CHOICES)
         if self.w_group_size < 0:
             raise UserError(f"w_group_size={self.w_group_size} is not possible: give 0, or 32, 64, 128.")
         if self.kv_rotation == "hadamard" and self.kv_site == "pre_rope":

@@ -15,7 +15,7 @@ from qat.checkpoint import TrainState
 from qat.data import Sample, TrainingData
 from qat.distill import LOSSES, Targets
 from qat.engines import Teacher, device
-from qat.errors import UserError
+from qat.errors import UserError, check_choice, check_least
 from qat.preemption import StopSignal
 from qat.run_log import RunLog
 from qat.validation import Texts, perplexities
@@ -68,14 +68,9 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise UserError(f"loss={self.loss!r} is not possible: give {', '.join(LOSSES)}.")
-        for name in ("steps", "warmup_steps", "min_lr_ratio", "gradient_clipping", "max_loss_ratio", "peak_flops"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} is not possible: give 0 or more.")
-        for name in ("batch_size", "save_every", "keep", "eval_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} is not possible: give 1 or more.")
+        check_choice(self, loss=LOSSES)
+        check_least(self, steps=0, warmup_steps=0, min_lr_ratio=0, gradient_clipping=0, max_loss_ratio=0, peak_flops=0)
+        check_least(self, batch_size=1, save_every=1, keep=1, eval_every=1)
         if not 0 < self.lr < 1:
             raise UserError(f"lr={self.lr} is not possible: give a learning rate above 0 and below 1, say 2e-5.")
 

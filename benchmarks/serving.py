@@ -121,6 +121,7 @@ def _serve(name: str, windows: Tensor, config: Serving, dtype: str) -> dict[str,
         llm.generate(prompts, settings, use_tqdm=False)
         seconds = time.perf_counter() - began
         found[f"vllm_{dtype}_tokens_per_second_batch{batch}"] = batch * config.new_tokens / seconds
+    llm.llm_engine.engine_core.shutdown()  # this process would wait for the engine's at its end, and forever
     return found
 
 

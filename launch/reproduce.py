@@ -388,8 +388,8 @@ def _row(cell: dict[str, Any], accuracy: dict[str, Any] | None) -> dict[str, Any
 
 
 def _flat(cell: Cell) -> dict[str, Any]:
-    own = {name: value for name, value in asdict(cell).items() if name not in ("quant", "budget")}
-    return {**own, **asdict(cell.quant), **asdict(cell.budget)}
+    own = asdict(cell)
+    return {"method": own.pop("method"), **own.pop("quant"), **own.pop("budget"), **own}
 
 
 def _bits(short: str) -> dict[str, Any]:

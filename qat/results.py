@@ -137,8 +137,12 @@ class Claim:
         return HOLDS if difference.mean < 0 else FAILS
 
 
+_PAPERS_RTN = "rtn_4-8-4_kv_granularity=token"
+
+
 def closes(names: Iterable[str], cells: Mapping[str, Cell]) -> Finding:
-    """Whether each cell closes the target share of RTN's distance on every text."""
+    """Whether each cell closes the target share of RTN's distance, with the same quantization, on every text. Beside it
+    stands the share of the distance that RTN has with the paper's quantization."""
     found = []
     for name in names:
         cell = cells.get(name)
@@ -146,9 +150,15 @@ def closes(names: Iterable[str], cells: Mapping[str, Cell]) -> Finding:
         full = counterpart(cell, "full_precision", cells) if cell else None
         if cell and rtn and full:
             closed = gap_closed(cell, rtn, full)
-            numbers = f"{name}: " + ", ".join(f"{text} {value:.0%}" for text, value in closed.items())
+            numbers = f"{name}: {_shares(closed)}"
+            if (papers := cells.get(_PAPERS_RTN, rtn)) is not rtn:
+                numbers += f" (of the paper's RTN's: {_shares(gap_closed(cell, papers, full))})"
             found.append((HOLDS if min(closed.values()) >= _TARGET else FAILS, numbers))
     return _together(found)
+
+
+def _shares(closed: Mapping[str, float]) -> str:
+    return ", ".join(f"{text} {share:.0%}" for text, share in closed.items())
 
 
 def _together(found: list[tuple[str, str]]) -> Finding:
@@ -211,6 +221,8 @@ RECIPES_4_8_4 = {
     "one scale per token and head": ["qat_4-8-4", "qat_4-8-4_seed=1"],
     "and a rotated cache": ["qat_4-8-4_kv_rotation=hadamard", "qat_4-8-4_kv_rotation=hadamard_seed=1"],
     "and four times the steps": ["qat_4-8-4_kv_rotation=hadamard_steps=400"],
+    "rotated, and begun with GPTQ's weights": ["qat_4-8-4_kv_rotation=hadamard_student=gptq"],
+    "the same in groups of 64 weights": ["qat_4-8-4_w_group_size=64_kv_rotation=hadamard_student=gptq"],
 }
 """Of which each shall close the target share of the distance."""
 

@@ -66,6 +66,8 @@ def test_closing_the_gap():
     assert closes(["q"], cells) == Finding("does not hold", "q: prose 50%")
     other = copy.deepcopy(cells["r"])
     other["settings"]["w_group_size"] = 64
+    worse = {**cells, results._PAPERS_RTN: cell("rtn", 1, nll=4.5)}
+    assert closes(["q"], worse).numbers == "q: prose 50% (of the paper's RTN's: prose 67%)"
     assert closes(["q"], {**cells, "r": other}) == results.NOT_MEASURED  # not the same quantization
 
 

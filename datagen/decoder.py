@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from datagen import sampling
 from datagen.attention import Attention
+from datagen.cuda_graphs import CudaGraphs
 
 Product = Callable[[Tensor], Tensor]
 
@@ -31,7 +32,7 @@ class Decoder:
     def __init__(self, model: PreTrainedModel, slots: int, max_length: int):
         base: Any = model.model
         config = model.config
-        self.device, self.slots = model.device, slots
+        self.device, self.slots, self.max_length = model.device, slots, max_length
         self.eps = config.rms_norm_eps
         self.parallel = isinstance(base.layers[0].self_attn.o_proj.weight, DTensor)
         self.embedding = _local(base.embed_tokens.weight)
@@ -61,12 +62,22 @@ class Decoder:
             positions = torch.arange(max_length, device=self.device)[None]
             cos, sin = base.rotary_emb(self.embedding[:1, None], positions)
         self.cos, self.sin = cos[0].contiguous(), sin[0].contiguous()
+        self.graphs = self._new_graphs()
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, position: Tensor) -> Tensor:
-        """Tokens [slots] at their positions [slots], both int64 on the CPU -> fp32 logits [slots, vocabulary]."""
+        """Tokens [slots] at their positions [slots], both int64 on the CPU -> fp32 logits [slots, vocabulary].
+
+        The next call may overwrite them.
+        """
         columns = int(position.max()) + 1
         tokens, position = tokens.to(self.device), position.to(self.device)
+        if self.graphs is None:
+            return self.logits(tokens, position, columns)
+        return self.graphs(self.logits, tokens, position, columns)
+
+    def logits(self, tokens: Tensor, position: Tensor, columns: int) -> Tensor:
+        """``step`` by tensors on the device, where attention reads so many columns of the cache."""
         cos, sin = self.cos[position], self.sin[position]
         x = self._embedded(tokens)
         for layer in self.layers:
@@ -102,6 +113,14 @@ class Decoder:
         slots = slots.to(self.device)
         for layer in self.layers:
             layer.attention.keep(slots)
+        self.slots = len(slots)
+        self.graphs = self._new_graphs()
+
+    def _new_graphs(self) -> CudaGraphs | None:
+        """For a GPU that holds the whole model; they know where the cache lies, and must be made anew if it moves."""
+        if self.device.type != "cuda" or self.parallel:
+            return None
+        return CudaGraphs(self.slots, self.max_length, self.device)
 
     def _embedded(self, tokens: Tensor) -> Tensor:
         if not self.embedding_is_split:

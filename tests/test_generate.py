@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
@@ -7,6 +8,7 @@ from conftest import generate_flags, run_python, tiny_model
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from datagen import attention
+from datagen.cuda_graphs import rounded_up
 from datagen.decoder import Decoder
 from datagen.generate import GenerateConfig, Vocabulary, write_sequences
 from datagen.shards import ShardFolder
@@ -54,6 +56,27 @@ def test_a_decoding_step_equals_the_models_own_forward(kernel, family, heads, mo
         position = (start + step).clamp(0)
         logits = decoder.step(tokens[rows, position], position)
         torch.testing.assert_close(logits, expected[rows, position], rtol=0, atol=2e-5 * expected.abs().max())
+
+
+def test_attention_may_read_further_than_it_must(monkeypatch):
+    """A CUDA graph reads so many columns for all positions up to them."""
+    monkeypatch.setattr(attention, "kernel", lambda *sizes: None)
+    decoder, tokens, position = Decoder(tiny_model(), 3, 300), torch.tensor([5, 6, 7]), torch.tensor([0, 2, 0])
+    assert [rounded_up(columns, 300) for columns in (1, 128, 129, 299)] == [128, 128, 256, 300]
+    with torch.inference_mode():
+        expected = decoder.logits(tokens, position, 3)
+        for columns in (128, 300):
+            torch.testing.assert_close(decoder.logits(tokens, position, columns), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_graphs_decode_what_eager_steps_decode(monkeypatch):
+    model = tiny_model(max_position_embeddings=512).to("cuda", torch.bfloat16)
+    config = replace(CONFIG, max_length=300, strategy="top1")
+    graphs = write_sequences(model, replace(VOCABULARY, stop=[1]), config, range(11))
+    monkeypatch.setattr(Decoder, "_new_graphs", lambda self: None)
+    eager = write_sequences(model, replace(VOCABULARY, stop=[1]), config, range(11))
+    assert [sequence.input_ids for sequence in graphs] == [sequence.input_ids for sequence in eager]
 
 
 @pytest.mark.parametrize("prefix", [[], [0]])
@@ -119,7 +142,7 @@ def test_surprisal_is_that_of_the_sampled_tokens():
         ({"top_p": 0.0}, "above 0"),
         ({"top_p": 1.5}, "above 0"),
         ({"top_k": -1}, "0 or more"),
-        ({"engine": "tgi"}, "torch, vllm"),
+        ({"engine": "tgi"}, "torch or vllm"),
     ],
 )
 def test_settings_that_contradict_are_refused(settings, message):

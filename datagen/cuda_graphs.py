@@ -1,0 +1,64 @@
+"""A decoding step as CUDA graphs: the GPU gets one launch a step, where eager code gives it hundreds.
+
+A graph replays fixed kernels on fixed memory. A step's tokens, positions, weights and KV cache lie where they are; what
+varies is how far attention must read, so there is a graph for each multiple of ``_COLUMNS``, captured when a sequence
+first comes so far.
+"""
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_logger = logging.getLogger("qat.cuda_graphs")
+
+_COLUMNS = 128
+"""Columns of the KV cache by which graphs differ: attention reads at most so many for nothing."""
+
+Step = Callable[[Tensor, Tensor, int], Tensor]
+"""Tokens [slots], positions [slots] and how many columns attention reads -> logits, all on the device."""
+
+
+def rounded_up(columns: int, max_length: int) -> int:
+    """The columns that the graph for ``columns`` reads."""
+    return min(-(-columns // _COLUMNS) * _COLUMNS, max_length)
+
+
+class CudaGraphs:
+    """Calls a ``Step``, always the same one, by replaying it. Its result is overwritten by the next call."""
+
+    def __init__(self, slots: int, max_length: int, device: torch.device):
+        self._max_length = max_length
+        self._tokens, self._position = torch.zeros(2, slots, dtype=torch.int64, device=device)
+        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._works = True
+
+    def __call__(self, step: Step, tokens: Tensor, position: Tensor, columns: int) -> Tensor:
+        if not self._works:
+            return step(tokens, position, columns)
+        self._tokens.copy_(tokens)
+        self._position.copy_(position)
+        columns = rounded_up(columns, self._max_length)
+        if columns not in self._captured:
+            try:
+                self._captured[columns] = self._capture(step, columns)
+            except RuntimeError as error:
+                _logger.warning("decoding steps cannot be captured as CUDA graphs (%s): they run eagerly", error)
+                self._works = False
+                return step(tokens, position, columns)
+        graph, logits = self._captured[columns]
+        graph.replay()
+        return logits
+
+    def _capture(self, step: Step, columns: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # what libraries set up at a first call cannot be captured
+            step(self._tokens, self._position, columns)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            logits = step(self._tokens, self._position, columns)
+        return graph, logits

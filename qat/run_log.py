@@ -45,7 +45,8 @@ class RunLog:
             raise UserError(f"{self._path} cannot be written ({error}): make room and start again.") from error
         if self._monitor.enabled:
             numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
-            self._monitor.write_events([(f"train/{name}", value, state.step) for name, value in numbers.items()])
+            # By samples, as DeepSpeed's own events are: Weights & Biases ignores what comes under a lower number.
+            self._monitor.write_events([(f"train/{name}", value, state.samples) for name, value in numbers.items()])
         shown = {name: f"{figures[name]:.3f}" for name in ("loss", "kl")}
         self._bar.set_postfix(shown | {"tok_s": f"{figures['tokens_per_second']:.0f}"})
         self._bar.update()

@@ -261,7 +261,9 @@ def test_tensorboard_gets_what_the_log_has(run):
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     for name in ("loss", "kl", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_gb"):
         points = {event.step: event.value for event in events.Scalars(f"train/{name}")}
-        assert points == {record["step"]: pytest.approx(record[name], rel=1e-6) for record in log_of(run)}, name
+        assert points == {
+            record["step"] * CONFIG.batch_size: pytest.approx(record[name], rel=1e-6) for record in log_of(run)
+        }, name
 
 
 def test_model_flops_are_those_that_pytorch_counts():

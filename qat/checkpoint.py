@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import torch
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
@@ -128,7 +129,27 @@ def _load(engine: deepspeed.DeepSpeedEngine, folder: Path) -> TrainState:
         for group in engine.optimizer.optimizer.state.values():
             if hasattr(group["step"], "clone"):
                 group["step"] = group["step"].clone()
-    return TrainState(**{name: client_state[name] for name in TrainState.__dataclass_fields__})
+    state = TrainState(**{name: client_state[name] for name in TrainState.__dataclass_fields__})
+    if engine.zero_nvme_offload_optimizer():
+        _load_adam_of_nvme(engine, state.step)
+    return state
+
+
+def _load_adam_of_nvme(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
+    """Make Adam go on with the moments that lie on the disk.
+
+    DeepSpeed copies their files back and loads nothing else: Adam would begin with moments of 0, at step 1, with the
+    learning rate of the first step.
+    """
+    adam, swapper = engine.optimizer.optimizer, engine.optimizer.optimizer_swapper
+    for part in engine.optimizer.fp32_partitioned_groups_flat:
+        stored = swapper.swap_params_info[part.ds_id]
+        moments = {name: torch.empty(stored.numel()) for name in ("exp_avg", "exp_avg_sq")}
+        adam.state[part] = {"step": step, **moments}
+        swapper._update_param_state_info(stored, part)
+        stored.release_memory()
+    for group, lr in zip(adam.param_groups, engine.lr_scheduler.get_last_lr(), strict=True):
+        group["lr"] = lr
 
 
 def _converted(folder: Path, ranks: int) -> Path:

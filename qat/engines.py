@@ -169,7 +169,21 @@ def student_engine(
         config=ds_config,
         lr_scheduler=lambda optimizer: LambdaLR(optimizer, lr_factor),
     )
+    if engine.zero_nvme_offload_optimizer():
+        _check_nvme_parts(engine.optimizer)
     return engine
+
+
+def _check_nvme_parts(optimizer: Any) -> None:
+    """Raise UserError if a part of the optimizer is too small for the disk: DeepSpeed keeps it in memory then, and in
+    no checkpoint."""
+    parts = range(len(optimizer.fp32_partitioned_groups_flat))
+    if not all(optimizer._swappable_optimizer_subgroup(part) for part in parts):
+        least = optimizer.optimizer_swapper.min_aio_bytes / 2**20
+        raise UserError(
+            f"With the optimizer on NVMe, each of a rank's parts (sub_group_size) must have {least:g} MiB or more, and "
+            "one has less: give ds_configs/zero3_offload.json, or another sub_group_size."
+        )
 
 
 class Teacher:

@@ -1,7 +1,5 @@
 """Claims are told from cells: by pairs of windows, and never by more than was measured."""
 
-import copy
-
 import pytest
 from conftest import ROOT
 
@@ -60,15 +58,14 @@ def test_a_claim_of_several_pairs_fails_with_one_and_says_what_was_measured():
 
 
 def test_closing_the_gap():
-    cells = {"f": cell("full_precision", 0, nll=3.0), "r": cell("rtn", 1, nll=4.0), "q": cell("qat", 0.2, nll=3.2)}
+    cells = {"f": cell("full_precision", 0, nll=3.0), "q": cell("qat", 0.2, nll=3.2)}
+    assert closes(["q"], cells) == results.NOT_MEASURED
+    cells[results._PAPERS_RTN] = cell("rtn", 1, nll=4.0, kv_granularity="token")
     assert closes(["q"], cells) == Finding("holds", "q: prose 80%")
-    cells["q"]["texts"]["prose"]["nll"] = 3.5
-    assert closes(["q"], cells) == Finding("does not hold", "q: prose 50%")
-    other = copy.deepcopy(cells["r"])
-    other["settings"]["w_group_size"] = 64
-    worse = {**cells, results._PAPERS_RTN: cell("rtn", 1, nll=4.5)}
-    assert closes(["q"], worse).numbers == "q: prose 50% (of the paper's RTN's: prose 67%)"
-    assert closes(["q"], {**cells, "r": other}) == results.NOT_MEASURED  # not the same quantization
+    cells["r"] = cell("rtn", 1, nll=3.5)
+    assert closes(["q"], cells) == Finding("holds", "q: prose 80% (of its own RTN's: prose 60%)")
+    cells["q"]["texts"]["prose"]["nll"] = 3.3
+    assert closes(["q"], cells).verdict == "does not hold"
 
 
 def test_accuracy_differs_by_pairs():

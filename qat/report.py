@@ -99,7 +99,11 @@ def plot_bits(
         if full[0]["name"] in values:
             axes.axhline(values[full[0]["name"]][0], color=_GREY, linestyle=":", label=LABELS["full_precision"])
         axes.set_xticks(range(len(settings)), settings, rotation=45)
-        axes.set(title=title, yscale="log" if title.startswith("perplexity") else "linear")
+        axes.set(title=title)
+        if title.startswith("perplexity"):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:.0f}")
+            axes.yaxis.set_minor_formatter("{x:.0f}")
         axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     _save(figure, path)

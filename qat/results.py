@@ -6,7 +6,7 @@ by their KL to the teacher on the same windows of text, in pairs: that tells the
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,7 +129,7 @@ class Claim:
             if first in cells and second in cells:
                 difference = Difference.of(cells[first], cells[second])
                 found.append((self._verdict(difference), f"{first} - {second}: {difference}"))
-        return _together(found)
+        return _together(found, len(self.pairs))
 
     def _verdict(self, difference: Difference) -> str:
         if not difference.sure:
@@ -140,7 +140,7 @@ class Claim:
 _PAPERS_RTN = "rtn_4-8-4_kv_granularity=token"
 
 
-def closes(names: Iterable[str], cells: Mapping[str, Cell]) -> Finding:
+def closes(names: Sequence[str], cells: Mapping[str, Cell]) -> Finding:
     """Whether each cell closes, on every text, the target share of the distance that RTN has with the paper's
     quantization. Beside it stands the share of the distance that RTN has with the cell's own."""
     found = []
@@ -154,22 +154,23 @@ def closes(names: Iterable[str], cells: Mapping[str, Cell]) -> Finding:
             if own and own is not rtn:
                 numbers += f" (of its own RTN's: {_shares(gap_closed(cell, own, full))})"
             found.append((HOLDS if min(closed.values()) >= _TARGET else FAILS, numbers))
-    return _together(found)
+    return _together(found, len(names))
 
 
 def _shares(closed: Mapping[str, float]) -> str:
     return ", ".join(f"{text} {share:.0%}" for text, share in closed.items())
 
 
-def _together(found: list[tuple[str, str]]) -> Finding:
-    """One finding from those of the pairs that were measured."""
+def _together(found: list[tuple[str, str]], of: int) -> Finding:
+    """One finding from those of the pairs that were measured, ``of`` so many."""
     if not found:
         return NOT_MEASURED
     verdicts, numbers = zip(*found, strict=True)
     worst = next(verdict for verdict in (FAILS, UNDECIDED, HOLDS) if verdict in verdicts)
     everywhere = worst == HOLDS or verdicts.count(worst) == len(verdicts)
-    held = "" if everywhere else f" (holds in {verdicts.count(HOLDS)} of {len(verdicts)})"
-    return Finding(worst + held, "; ".join(numbers))
+    remarks = [] if everywhere else [f"holds in {verdicts.count(HOLDS)} of {len(verdicts)}"]
+    remarks += [f"{len(found)} of {of} measured"] if len(found) < of else []
+    return Finding(worst + (f" ({', '.join(remarks)})" if remarks else ""), "; ".join(numbers))
 
 
 def _against_ptq(*settings: str) -> list[tuple[str, str]]:

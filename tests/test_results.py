@@ -51,7 +51,7 @@ def test_a_claim_of_several_pairs_fails_with_one_and_says_what_was_measured():
     cells = {"a": cell("qat", 0), "b": cell("rtn", 0.1), "c": cell("gptq", -0.1)}
     claim = Claim("", [("a", "b"), ("a", "c"), ("a", "missing")])
     finding = claim.check(cells)
-    assert finding.verdict == "does not hold (holds in 1 of 2)"
+    assert finding.verdict == "does not hold (holds in 1 of 2, 2 of 3 measured)"
     assert "a - b: -0.1" in finding.numbers
     assert "missing" not in finding.numbers
     assert Claim("", [("a", "missing")]).check(cells) == Finding("not measured yet", "")

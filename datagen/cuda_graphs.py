@@ -26,7 +26,10 @@ def rounded_up(columns: int, max_length: int) -> int:
 
 
 class CudaGraphs:
-    """Calls a ``Step``, always the same one, by replaying it. Its result is overwritten by the next call."""
+    """Calls a ``Step``, always the same one, by replaying it. Its result is overwritten by the next call.
+
+    It is given at each call and not kept: its owner, with the KV cache, would live on until a garbage collection.
+    """
 
     def __init__(self, slots: int, max_length: int, device: torch.device):
         self._max_length = max_length

@@ -23,7 +23,7 @@ from qat.prepare import QuantConfig
 from qat.teacher_cache import TeacherCache
 from qat.training import FINAL, INTEGER_PRODUCT, SETTINGS, TENSORBOARD, TrainConfig, train
 from qat.validation import Texts
-from qat.weight_files import shapes
+from qat.weight_files import shapes, skeleton
 
 CHANGES_NO_RESULT = ("save_every", "keep", "eval_every", "max_loss_ratio", "peak_flops")
 """Settings that a run may be gone on with under other values."""
@@ -149,7 +149,7 @@ def starting_point(student: Path, model: str, quant: QuantConfig) -> str:
     found = source.find(student)
     if found.is_checkpoint:
         raise UserError(f"{student} is a checkpoint: give the final/ of a run, or what launch/quantize.py wrote.")
-    if shapes(found.directory) != shapes(Path(model)):
+    if shapes(skeleton(found.directory)) != shapes(skeleton(Path(model))):
         raise UserError(f"{student} is not made from {model}: its weights have other names or shapes.")
     if quant.activations.learned:
         raise UserError("a_quantizer=lsq takes its first steps from the teacher's activations: leave out --student.")

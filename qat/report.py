@@ -102,8 +102,8 @@ def plot_bits(
         axes.set(title=title)
         if title.startswith("perplexity"):
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter("{x:.0f}")
-            axes.yaxis.set_minor_formatter("{x:.0f}")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
         axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     _save(figure, path)

@@ -31,9 +31,9 @@ def skeleton(directory: Path) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
 
 
-def shapes(directory: Path) -> dict[str, torch.Size]:
-    """The shape of each weight of the model that ``config.json`` describes, by name."""
-    return _shapes(skeleton(directory))
+def shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
+    """The shape of each weight, by name."""
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
 def stored_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
@@ -72,7 +72,7 @@ def checked(
     weights: Iterable[tuple[str, Tensor | Quantized]], model: PreTrainedModel, where: Path
 ) -> Iterator[tuple[str, Tensor | Quantized]]:
     """Hand on ``weights``; raises UserError unless they are those of ``model``: same names, same shapes."""
-    expected = _shapes(model)
+    expected = shapes(model)
     for name, weight in weights:
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue  # another name of the embedding
@@ -113,10 +113,6 @@ def write(directory: Path, tensors: Iterable[tuple[str, Tensor]], file_bytes: in
         (directory / f"part-{number}").rename(directory / name)
     index = {"metadata": {"total_size": total}, "weight_map": {name: names[number] for name, number in places.items()}}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
-    return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
 def _file_name(number: int, files: int) -> str:

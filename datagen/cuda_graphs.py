@@ -56,12 +56,13 @@ class CudaGraphs:
         return logits
 
     def _capture(self, step: Step, columns: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # what libraries set up at a first call cannot be captured
-            step(self._tokens, self._position, columns)
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            logits = step(self._tokens, self._position, columns)
+        with torch.cuda.device(self._tokens.device):  # a stream is of the current device, and kernels are of their own
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):  # what libraries set up at a first call cannot be captured
+                step(self._tokens, self._position, columns)
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=aside):
+                logits = step(self._tokens, self._position, columns)
         return graph, logits

@@ -12,6 +12,7 @@ from transformers.distributed import DistributedConfig
 
 from datagen.shards import ShardFolder
 from qat.errors import UserError
+from qat.models import take_gpu
 
 
 def ranks_from_slurm(environment: MutableMapping[str, str]) -> None:
@@ -86,12 +87,10 @@ class Group:
                 "tensor_parallel needs MASTER_ADDR and MASTER_PORT, which torchrun and deepspeed set: use one of "
                 "them, or export both before srun."
             )
-        cuda = torch.cuda.is_available()
-        if cuda:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        take_gpu()
         store, _, _ = next(iter(dist.rendezvous("env://")))
         dist.init_process_group(
-            "nccl" if cuda else "gloo",
+            "nccl" if torch.cuda.is_available() else "gloo",
             store=dist.PrefixStore(f"group-{self.number}", store),
             rank=self.rank,
             world_size=self.size,

@@ -81,8 +81,15 @@ def load(name: str, dtype: torch.dtype | str) -> PreTrainedModel:
 
 def place(model: torch.nn.Module) -> None:
     """Move a model to this process's GPU, if there is one."""
+    take_gpu()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def take_gpu() -> None:
+    """Make this process's GPU, if there is one, the current device: where a launcher shows each process its own
+    (srun --gpus-per-task=1), that; where it shows them all, the one of the local rank."""
     if torch.cuda.is_available():
-        model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.device_count() > 1 else 0)
 
 
 def inference_dtype() -> torch.dtype:

@@ -3,6 +3,7 @@
 Where there are fewer than 8 cores, sbatch is told to start fewer ranks than the 8 that the scripts ask for.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -108,19 +109,36 @@ def test_four_nodes_take_the_same_batches(whole, cluster, tiny_directory, tiny_d
         assert four[0] == pytest.approx(one[0], rel=1e-3)
 
 
-def test_evaluation(whole, cluster, tmp_path):
-    text = [f"--text={ROOT / 'LICENSE'}", "--window=64", "--windows=16"]
+def test_a_signalled_evaluation_goes_on_with_what_is_missing(whole, cluster, tmp_path):
+    """Stopped when the first of two texts is measured."""
+    texts = [f"--text={ROOT / 'LICENSE'},{ROOT / 'README.md'}", "--window=64", "--windows=100"]
     result = tmp_path / "result.json"
-    Job("evaluate.sbatch", cluster, tmp_path / "log", text, MODEL=whole / "final", OUTPUT=result).finish()
-    assert '"perplexity"' in result.read_text()
-    run_python("evaluate", f"--model={whole / 'final'}", *text, f"--output={result}")  # finds it there already
+    job = Job("evaluate.sbatch", cluster, tmp_path / "log", texts, MODEL=whole / "final", OUTPUT=result)
+    job.wait(result.exists)
+    job.slurm("scancel", "--batch", "--signal=USR1", job.number)
+    job.wait(lambda: job.state() == "PENDING")
+    first = json.loads(result.read_text())
+    assert len(first["texts"]) == 1
+    job.finish()
+    assert job.field("Restarts") == "1"
+    both = json.loads(result.read_text())
+    assert len(both["texts"]) == 2 and both["seconds"].items() > first["seconds"].items(), "nothing measured twice"
+    again = run_python("evaluate", f"--model={whole / 'final'}", *texts, f"--output={result}")
+    assert "is there already" in again.stdout
 
 
-def test_generation(cluster, tiny_directory, tiny_data, tmp_path):
-    """One task of the array: its ranks write the shards that one process writes, byte for byte."""
+def test_two_signalled_generations_share_the_shards(cluster, tiny_directory, tiny_data, tmp_path):
+    """Two jobs on one folder, one of them stopped: together they write what one process writes, byte for byte."""
     output = tmp_path / "shards"
     sizes = generate_flags(tiny_directory, output)[2:]
     places = {"MODEL": tiny_directory, "OUTPUT": output}
-    Job("generate.sbatch", cluster, tmp_path / "log", sizes, [*FEWER, "--array=0"], **places).finish()
+    jobs = [
+        Job("generate.sbatch", cluster, tmp_path / f"log{number}", sizes, [*FEWER, "--array=0"], **places)
+        for number in range(2)
+    ]
+    jobs[0].wait((output / "manifest.json").exists)
+    jobs[0].slurm("scancel", "--batch", "--signal=USR1", jobs[0].number)
+    for job in jobs:
+        job.finish()
     for shard in tiny_data.glob("shard-*.parquet"):
         assert (output / shard.name).read_bytes() == shard.read_bytes()

@@ -1,12 +1,11 @@
 # Sourced by the batch scripts of this folder.
 #
-# run_ranks DONE COMMAND...: start COMMAND on every task of the job, as one rank each. Where the job is told to stop
-# (SIGUSR1, which --signal=B:USR1@N sends N seconds before the time is up; SIGTERM, where it is preempted), tell the
-# ranks, wait until they have saved, and put the job back into the queue, unless the file or folder DONE is there.
+# run_ranks COMMAND...: start COMMAND on every task of the job, as one rank each. Where the job is told to stop (SIGUSR1,
+# which --signal=B:USR1@N sends N seconds before the time is up; SIGTERM, where it is preempted), tell the ranks, wait
+# until they have saved, and put the job back into the queue, unless they had come to their end.
 
 run_ranks() {
-    local finished=$1 told=0 code=0 first ranks
-    shift
+    local told=0 code=0 first ranks
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
     export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
@@ -16,11 +15,11 @@ run_ranks() {
     ranks=$!
     trap 'told=1; kill -USR1 $ranks' USR1 TERM # srun passes it on to all tasks
     while kill -0 $ranks 2>/dev/null; do # a signal ends the wait, not the ranks
-        code=0
-        wait $ranks || code=$?
+        wait $ranks
     done
+    wait $ranks || code=$?
     trap - USR1 TERM
-    if [ ! -e "$finished" ] && [ $told = 1 ]; then
+    if [ $code != 0 ] && [ $told = 1 ]; then
         echo "stopped and saved: job $SLURM_JOB_ID goes back into the queue"
         scontrol requeue "$SLURM_JOB_ID"
         return 0

@@ -1,4 +1,4 @@
-# make quickstart   set up, then run the main job (20 minutes on 2 cores)
+# make quickstart   set up, then run the main job (11 to 20 minutes on 2 cores)
 # make test         set up, then pass the tests
 # make test-slow    the tests on a real model, minutes each
 # make check        lint and types

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from launch import cli
 from launch.stages import free_port
-from qat import engines, models
+from qat import ds_json, engines, models
 from qat.report import weights_size
 from qat.run_log import peak_memory
 from qat.training import TrainConfig
@@ -75,7 +75,7 @@ def write_model(config: ReadingBenchmark, directory: Path) -> None:
 
 
 def rank(config: ReadingBenchmark, model: Path) -> None:
-    ds_config = engines.resolve_ds_config(config.deepspeed, TrainConfig(batch_size=2).ds_settings(2))
+    ds_config = ds_json.resolve(config.deepspeed, TrainConfig(batch_size=2).ds_settings(2))
     engines.init_distributed()
     before = anonymous_memory()
     with PeakAllocated() as allocated, engines.partitioned_reading(ds_config):

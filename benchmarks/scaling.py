@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from launch import cli, plan
 from launch.stages import free_port
-from qat import checkpoint, engines, training
+from qat import checkpoint, ds_json, engines, training
 from qat.data import Sample
 from qat.preemption import StopSignal
 from qat.prepare import QuantConfig
@@ -113,10 +113,10 @@ def rank(config: ScalingBenchmark, model: Path) -> None:
     """One rank's part: the two kinds of steps take turns."""
     stop, ranks = StopSignal(), cli.ranks()
     settings = TrainConfig(steps=1000, batch_size=ranks)
-    ds_config = engines.resolve_ds_config(config.deepspeed, settings.ds_settings(ranks))
+    ds_config = ds_json.resolve(config.deepspeed, settings.ds_settings(ranks))
     engines.init_distributed()
     data = RandomSequences(config.tokens, LlamaConfig.from_pretrained(model).vocab_size)
-    teacher = engines.Teacher(str(model), engines.teacher_ds_config(ds_config))
+    teacher = engines.Teacher(str(model), ds_json.for_teacher(ds_config))
     product = engines.integer_product(model / training.INTEGER_PRODUCT, QuantConfig(), ds_config)
     student = engines.student_engine(
         str(model), QuantConfig(), ds_config, settings.lr_factor, settings.gradient_checkpointing, settings.loss, None,

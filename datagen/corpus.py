@@ -7,8 +7,10 @@ begins with BOS where the tokenizer puts it.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,10 +27,13 @@ HUB = {
 
 _FIELD = "text"
 _BATCH = 64
-"""Documents that are tokenized together."""
+"""Pieces of text that are tokenized together."""
 
 _BLOCK = 2**20
-"""Characters of a plain text that are tokenized at one time; it is cut at a line's end."""
+"""Characters of a piece of plain text, which is cut at a line's end."""
+
+Piece = tuple[str, bool]
+"""Text that can be tokenized by itself, and whether a document ends with it."""
 
 
 class Corpus:
@@ -49,8 +54,8 @@ class Corpus:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
         return digest.hexdigest()[:16]
 
-    def documents(self) -> Iterator[list[str]]:
-        """Each document, in pieces that can be tokenized by themselves."""
+    def pieces(self) -> Iterator[Piece]:
+        """The documents, piece by piece; those without text are left out."""
         if self.files:
             for file in self.files:
                 yield from _READERS[file.suffix](file)
@@ -59,24 +64,19 @@ class Corpus:
 
     def sequences(self, tokenizer: Tokenizer, prefix: list[int], count: int, length: int) -> list[Sequence]:
         """The first ``count`` sequences of ``length`` tokens; raises UserError if the corpus has fewer."""
-        rows = list(islice(_cut(_tokens(self.documents(), tokenizer), prefix, length), count))
+        rows = list(islice(_cut(_tokens(self.pieces(), tokenizer), prefix, length), count))
         if len(rows) < count:
             advice = f"give --sequences {len(rows)} or less" if rows else "give more text, or a smaller --max_length"
             raise UserError(f"{self.source} makes {len(rows)} sequences of {length} tokens, not {count}: {advice}.")
         return [Sequence(row, row[len(prefix)], 0, "length", None) for row in rows]
 
 
-def _tokens(documents: Iterable[list[str]], tokenizer: Tokenizer) -> Iterator[list[int]]:
+def _tokens(pieces: Iterator[Piece], tokenizer: Tokenizer) -> Iterator[list[int]]:
     """Token ids, piece by piece; the end-of-text token after each document."""
-    documents = iter(documents)
-    while batch := list(islice(documents, _BATCH)):
-        pieces = [piece for document in batch for piece in document]
-        ids = iter(tokenizer(pieces, add_special_tokens=False, verbose=False).input_ids if pieces else [])
-        for document in batch:
-            for _ in document:
-                yield next(ids)
-            if document:
-                yield [tokenizer.eos_token_id]
+    while batch := list(islice(pieces, _BATCH)):
+        ids = tokenizer([text for text, _ in batch], add_special_tokens=False, verbose=False).input_ids
+        for own, (_, ends) in zip(ids, batch, strict=True):
+            yield [*own, tokenizer.eos_token_id] if ends else own
 
 
 def _cut(tokens: Iterable[list[int]], prefix: list[int], length: int) -> Iterator[list[int]]:
@@ -100,52 +100,64 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _from_txt(file: Path) -> Iterator[list[str]]:
+def _from_txt(file: Path) -> Iterator[Piece]:
     """A text file is one document."""
-    try:
-        with file.open(encoding="utf-8") as stream:
-            yield list(iter(lambda: stream.read(_BLOCK) + stream.readline(), ""))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text ({error}): convert it.") from error
+    with _utf8(file) as stream:
+        block = stream.read(_BLOCK) + stream.readline()
+        while block:
+            following = stream.read(_BLOCK) + stream.readline()
+            yield block, not following
+            block = following
 
 
-def _from_jsonl(file: Path) -> Iterator[list[str]]:
+def _from_jsonl(file: Path) -> Iterator[Piece]:
     """A line is a document: an object with the field "text"."""
-    with file.open(encoding="utf-8") as stream:
+    with _utf8(file) as stream:
         for number, line in enumerate(stream, start=1):
             try:
-                text = json.loads(line)[_FIELD]
-                if not isinstance(text, str):
-                    raise TypeError(f"{_FIELD} is no string")
-            except (ValueError, KeyError, TypeError) as error:
+                yield from _document(json.loads(line)[_FIELD])
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise UserError(
                     f'{file}, line {number}, is not an object with the field "{_FIELD}" ({error}): mend it.'
                 ) from error
-            yield [text] if text else []
 
 
-def _from_parquet(file: Path) -> Iterator[list[str]]:
+def _from_parquet(file: Path) -> Iterator[Piece]:
     """A row is a document, in the column "text"."""
     try:
         with pq.ParquetFile(file) as table:
             for batch in table.iter_batches(batch_size=1024, columns=[_FIELD]):
                 for text in batch.column(_FIELD).to_pylist():
-                    yield [text] if text else []
-    except (pa.ArrowException, OSError, KeyError) as error:
+                    yield from _document(text or "")
+    except (pa.ArrowException, OSError, KeyError, TypeError) as error:
         raise UserError(f'{file} cannot be read as Parquet with a column "{_FIELD}" ({error}): mend it.') from error
+
+
+def _document(text: Any) -> list[Piece]:
+    """A short document is one piece; nothing is none. Raises TypeError for what is no text."""
+    if not isinstance(text, str):
+        raise TypeError(f"{_FIELD} is no string")
+    return [(text, True)] if text else []
+
+
+@contextmanager
+def _utf8(file: Path) -> Iterator[IO[str]]:
+    try:
+        with file.open(encoding="utf-8") as stream:
+            yield stream
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text ({error}): convert it.") from error
 
 
 _READERS = {".txt": _from_txt, ".jsonl": _from_jsonl, ".parquet": _from_parquet}
 
 
-def _from_hub(repository: str, configuration: str) -> Iterator[list[str]]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise UserError("Corpora by name come through the package datasets: pip install datasets==5.2.0") from error
+def _from_hub(repository: str, configuration: str) -> Iterator[Piece]:
+    from datasets import load_dataset  # slow to import, seldom needed
+
     try:
         for row in load_dataset(repository, configuration, split="train", streaming=True):
-            yield [row[_FIELD]] if row[_FIELD] else []
+            yield from _document(row[_FIELD])
     except (OSError, ValueError) as error:  # no way to the hub, or not there
         reason = str(error).strip().splitlines()
         raise UserError(

@@ -12,7 +12,7 @@ from transformers.distributed import DistributedConfig
 
 from datagen.shards import ShardFolder
 from qat.errors import UserError
-from qat.models import take_gpu
+from qat.machine import take_gpu
 
 
 def ranks_from_slurm(environment: MutableMapping[str, str]) -> None:

@@ -68,6 +68,8 @@ class ShardFolder:
         with self._writing():
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock_file = os.open(self.directory / LOCK, os.O_CREAT | os.O_RDWR, 0o666)
+            with self.alone():  # a file system that has no POSIX locks says so here
+                pass
         with self.alone():
             if not (self.directory / MANIFEST).exists():
                 if self.shards():

@@ -40,6 +40,7 @@ class VllmEngine:
             tensor_parallel_size=config.tensor_parallel,
             enable_prefix_caching=False,
             skip_tokenizer_init=True,
+            logprobs_mode="processed_logprobs",  # of the distribution that is drawn from
             seed=config.seed,
             **memory,
         )
@@ -47,14 +48,13 @@ class VllmEngine:
     def write_sequences(
         self, vocabulary: Vocabulary, config: GenerateConfig, indices: range, progress: Callable[[int, int], None]
     ) -> list[Sequence]:
-        """The sequences numbered ``indices``, in order. ``progress`` is called once a stage: see datagen.generate."""
+        """The sequences numbered ``indices``, in order. ``progress`` is called at their end: see datagen.generate."""
         begin = Beginnings.of(vocabulary, config, indices)
         ids = [list(given) for given in begin.prefix]
         surprisal = [0.0] * len(ids)
         limits = [min(k, config.max_length - len(given)) for k, given in zip(begin.greedy, ids, strict=True)]
         for place, chosen, _ in self._complete(ids, limits, vocabulary, [{"temperature": 0.0}] * len(ids)):
             ids[place] += chosen
-        progress(0, 0)
         seeds = sampling.seeds(config.seed, torch.arange(indices.start, indices.stop))
         options = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p, "logprobs": 0}
         limits = [

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from launch import cli
-from qat import engines, models
+from qat import ds_json, engines, models
 from qat.data import Sample, TrainingData
-from qat.errors import check_least
+from qat.errors import UserError, check_least
 from qat.files import lock
 from qat.teacher_cache import SEQUENCES_PER_FILE, TeacherCache, entry_of
 
@@ -46,8 +46,11 @@ class CacheConfig:
 def main() -> None:
     (config,) = cli.parse(__doc__, CacheConfig)
     model = models.resolve_full_precision(config.model)
+    vocabulary = models.read_config(model).vocab_size
+    if config.top_k > vocabulary:
+        raise UserError(f"top_k={config.top_k} is more than the {vocabulary} tokens of the vocabulary: give 0, or 64.")
     data = TrainingData(config.data, models.load_tokenizer(model), seed=0)
-    ds_config = engines.read_ds_config(config.deepspeed)
+    ds_config = ds_json.read_for_here(config.deepspeed)
     cache = TeacherCache(config.output)
     if cli.is_first_rank():
         cache.claim(settings(model, data) | {"top_k": config.top_k})
@@ -56,7 +59,7 @@ def main() -> None:
     engines.init_distributed()
     missing = [cache.missing(len(data))]
     dist.broadcast_object_list(missing, 0)
-    teacher = engines.Teacher(model, engines.teacher_ds_config(ds_config))
+    teacher = engines.Teacher(model, ds_json.for_teacher(ds_config))
     if config.top_k == 0:
         with teacher.head() as weight:
             if cli.is_first_rank():

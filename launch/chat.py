@@ -64,7 +64,7 @@ def _answer(model: PreTrainedModel, tokenizer: models.Tokenizer, history: list[d
         inputs = tokenizer(history[-1]["content"], return_tensors="pt")
     inputs = inputs.to(model.device)
     prompt = inputs.input_ids.shape[1]
-    models.check_length(model, prompt + settings.max_new_tokens, "the conversation with max_new_tokens")
+    models.check_length(model.config, prompt + settings.max_new_tokens, "the conversation with max_new_tokens")
     sampled = {"temperature": settings.temperature} if settings.temperature else {}
     ids = model.generate(  # type: ignore[operator]
         **inputs,

@@ -20,7 +20,7 @@ from qat.errors import UserError
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Call an entry point's ``main``. A UserError is one sentence on stderr, from rank 0, and exit code 2."""
+    """Call an entry point's ``main``. A UserError is one sentence on stderr, and exit code 2."""
     # The launchers put this folder first on sys.path, where its evaluate.py would hide other packages'.
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).parent]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -40,10 +40,9 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def _end(message: str, code: int) -> NoReturn:
-    if is_first_rank():
-        print(message, file=sys.stderr, flush=True)
-    else:
-        time.sleep(10)  # the launchers kill all ranks when one has failed: let the first one speak before
+    if not is_first_rank():
+        time.sleep(10)  # the launchers kill all ranks when one has failed: if the first one has too, it speaks for all
+    print(message, file=sys.stderr, flush=True)
     _leave(code)
 
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from datagen import heldout, taskdata
 from launch import cli
-from qat import harness, loading, models, served
+from qat import harness, loading, models, served, source
 from qat.errors import UserError, check_choice, check_least
 from qat.evaluate import TextScore, WindowScore, score_windows, text_windows
 from qat.files import write_atomically
@@ -78,11 +78,18 @@ def main() -> None:
     rtn = evaluation.method == "rtn"
     name = models.resolve_full_precision(evaluation.model) if rtn else models.resolve(evaluation.model)
     teacher_name = models.resolve_full_precision(evaluation.teacher) if evaluation.teacher else None
-    stored = QuantConfig.load(Path(name)) if (Path(name) / CONFIG_FILE).is_file() else None
+    stored = source.read_quant(Path(name)) if (Path(name) / CONFIG_FILE).is_file() else None
     rounded = quant if rtn else stored
+    if quant not in (QuantConfig(), rounded):
+        raise UserError(
+            f"{evaluation.model} is measured as it is ({stored or 'in full precision'}), and the flags say how to "
+            "quantize it otherwise: give --method rtn, or leave them out."
+        )
     if rtn and quant.activations.learned:
         raise UserError("method=rtn rounds without training, and a_quantizer=lsq has learned steps: give minmax.")
-    window = min(evaluation.window, models.positions(name), models.positions(teacher_name or name))
+    longest = min(models.positions(name), models.positions(teacher_name or name))
+    # vLLM does not score a text without writing a token after it.
+    window = min(evaluation.window, longest - (evaluation.engine == "vllm"))
     tokenizer = models.load_tokenizer(name)
     texts = {
         text: text_windows(heldout.paragraphs(text), tokenizer, window, evaluation.windows)
@@ -152,7 +159,7 @@ class _Results:
             "machine": machine(),
             "versions": {package: importlib.metadata.version(package) for package in packages},
         }
-        if path and path.is_file() and (there := json.loads(path.read_text()))["settings"] == settings:
+        if path and path.exists() and (there := self._read(path))["settings"] == settings:
             self._content = there
         self.texts, self.tasks = self._content["texts"], self._content["tasks"]
 
@@ -165,6 +172,14 @@ class _Results:
         if self._path and cli.is_first_rank():
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self._path, json.dumps(self._content, indent=2) + "\n")
+
+    @staticmethod
+    def _read(path: Path) -> dict[str, Any]:
+        try:
+            there = json.loads(path.read_text())
+            return there | {"settings": there["settings"]}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is no result of launch/evaluate.py: give another --output.") from error
 
     def show(self, texts: list[str], tasks: list[str]) -> None:
         for text in texts:

@@ -51,6 +51,8 @@ def main() -> int:
     directory = models.resolve_full_precision(paths.model)
     tokenizer = models.load_tokenizer(directory)
     folder = ShardFolder(paths.output)
+    if paths.corpus and not cli.is_first_rank():
+        return 0  # tokenizing is quick: the first rank does it alone
     try:
         if paths.corpus:
             write_corpus(Corpus(paths.corpus), folder, directory, tokenizer, config)
@@ -89,15 +91,19 @@ def write_generated(folder: ShardFolder, directory: str, tokenizer, config: Gene
     ) as bar:
 
         def progress(tokens: int, spared: int) -> None:
-            if group.agree(stop.received):
-                raise Stopped
             bar.total -= spared  # sequences that ended early
             bar.update(tokens)
 
+        def progress_unless_stopped(tokens: int, spared: int) -> None:
+            if group.agree(stop.received):
+                raise Stopped
+            progress(tokens, spared)
+
         write: Callable[[range], list[Sequence]] | None = None
         for index in group.shards(folder, missing):
-            progress(0, 0)
-            write = write or writer(directory, tokenizer, config, group, progress)
+            progress_unless_stopped(0, 0)
+            # vLLM writes a shard in one call, and speaks when it is done: too late to abandon it.
+            write = write or writer(directory, tokenizer, config, group, progress if vllm else progress_unless_stopped)
             sequences = write(config.shard_range(index))
             if group.leads:
                 folder.write(index, sequences)
@@ -122,12 +128,11 @@ def writer(
 
 
 def write_corpus(corpus: Corpus, folder: ShardFolder, directory: str, tokenizer, config: GenerateConfig) -> None:
-    """By the first rank alone: tokenizing is quick. Raises UserError for settings that only a model that writes has."""
+    """Raises UserError for settings that only a model that writes has."""
     useless = [f.name for f in fields(config) if f.name not in _OF_TEXT and getattr(config, f.name) != f.default]
     if useless:
         raise UserError(f"--corpus is real text, for which {', '.join(useless)} mean nothing: leave them out.")
-    if not cli.is_first_rank():
-        return
+    check(directory, config, 1)
     prefix = Vocabulary.of(tokenizer, directory).prefix
     sequences = corpus.sequences(tokenizer, prefix, config.sequences, config.max_length)
     folder.claim(
@@ -148,7 +153,7 @@ def write_corpus(corpus: Corpus, folder: ShardFolder, directory: str, tokenizer,
 
 
 def check(directory: str, config: GenerateConfig, ranks: int) -> None:
-    """Raise UserError for a model that cannot write so."""
+    """Raise UserError for a model that cannot write, or read, so."""
     model = AutoConfig.from_pretrained(directory)
     longest = min(model.max_position_embeddings, getattr(model, "sliding_window", None) or config.max_length)
     if config.max_length > longest:

@@ -6,7 +6,6 @@ Nothing is loaded: the model is built on the meta device from its config. The fo
 docs/training.md, with what they were checked against.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,10 +14,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from launch import cli
-from qat import flops
+from qat import ds_json, flops, models
 from qat.distill import CHUNK_TOKENS
 from qat.errors import UserError
 
@@ -53,7 +52,7 @@ class Question:
     """What is to be trained.
 
     Args:
-        model: a Hugging Face directory or config.json, or llama-7b, llama-13b, llama-30b
+        model: a Hugging Face directory, config.json or hub name, or llama-7b, llama-13b, llama-30b
         deepspeed: DeepSpeed configuration of the student; by default those of ds_configs/ are tried in turn
         teacher_deepspeed: DeepSpeed configuration of the teacher; by default the student's
         tokens: length of the sequences
@@ -156,7 +155,7 @@ def main() -> None:
     ways = ways or [(Path("ds_configs") / student, Path("ds_configs") / teacher) for student, teacher in WAYS]
     plans = {}
     for student, teacher in ways:
-        plans[student.name] = plan(config, _read(student), _read(teacher), machine, question.tokens)
+        plans[student.name] = plan(config, ds_json.read(student), ds_json.read(teacher), machine, question.tokens)
     Console(width=140).print(table(question, machine, plans))
     fitting = [name for name, found in plans.items() if not found.missing(machine)]
     if not fitting:
@@ -174,10 +173,9 @@ def config_of(model: str) -> PretrainedConfig:
             num_attention_heads=heads,
         )  # fmt: skip
     try:
-        return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        names = ", ".join(LLAMA)
-        raise UserError(f"{model} has no readable config: give a Hugging Face directory, or {names}.") from error
+        return models.read_config(models.resolve(model) if model == models.EMBEDDED else model)
+    except UserError as error:
+        raise UserError(f"{error} Without a model: {', '.join(LLAMA)}.") from error
 
 
 def plan(
@@ -294,13 +292,6 @@ def table(question: Question, machine: Machine, plans: dict[str, Plan]) -> Table
 
 def _gb(size: float) -> str:
     return f"{size / 1e9:.2f}" if size else "-"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no DeepSpeed configuration ({error}): see ds_configs/.") from error
 
 
 if __name__ == "__main__":

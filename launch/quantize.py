@@ -63,7 +63,7 @@ def main() -> None:
     model = prepare(skeleton(source), quant)  # nothing is written if it cannot be quantized so
     sequences = calibration_sequences(data, settings.sequences) if data else []
     for ids in sequences:
-        models.check_length(model, ids.shape[1], "The length of a calibration sequence")
+        models.check_length(model.config, ids.shape[1], "The length of a calibration sequence")
     lock(layerwise.partial_of(settings.output))
     with layerwise.appearing(source, settings.output, quant, record) as folder:
         if settings.method == "rtn":

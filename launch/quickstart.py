@@ -18,7 +18,7 @@ from datagen.heldout import ENCYCLOPEDIA
 from launch import cli
 from launch.stages import CPU_ONLY, Stages, free_port, interrupt
 from qat import export, models, report
-from qat.files import lock, wait_until_free, write_atomically
+from qat.files import lock, read_lines, wait_until_free, write_atomically
 from qat.prepare import CONFIG_FILE, QuantConfig
 from qat.training import FINAL, LOG, SETTINGS
 
@@ -82,7 +82,7 @@ def _report(settings: Quickstart, model: str, stages: Stages) -> None:
     out = settings.output
     texts = {name: json.loads((out / f"{name}.json").read_text())["texts"] for name in ("teacher", "rtn", "qat")}
     measured = {name: scores[ENCYCLOPEDIA] for name, scores in texts.items()}
-    log = [json.loads(line) for line in (out / "train" / LOG).read_text().splitlines()]
+    log = read_lines(out / "train" / LOG)
     teacher, rtn, qat = (measured[name]["nll"] for name in ("teacher", "rtn", "qat"))
     full_size, low_size = report.weights_size(Path(model)), report.weights_size(out / "export")
     train = json.loads((out / "train" / SETTINGS).read_text())["settings"]

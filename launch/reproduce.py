@@ -29,7 +29,7 @@ from launch import cli
 from launch.stages import CPU_ONLY, Stages, free_port, interrupt
 from qat import models, report, results
 from qat.errors import UserError, check_choice, check_least
-from qat.files import lock, wait_until_free, write_atomically
+from qat.files import lock, read_lines, wait_until_free, write_atomically
 from qat.preemption import RESUMABLE_EXIT
 from qat.prepare import QuantConfig
 from qat.training import CHECKPOINTS, FINAL, LOG, TrainConfig
@@ -234,13 +234,25 @@ class _Runner:
     def __init__(self, reproduction: Reproduction, deadline: float | None):
         self.reproduction, self.deadline = reproduction, deadline
         self.work, self.cells = reproduction.work, reproduction.output / "cells"
-        self.cells.mkdir(parents=True, exist_ok=True)
         self.model = models.resolve_full_precision(reproduction.model)
         self.fingerprint = models.weights_fingerprint(self.model)
+        self._claim()
         gpus = torch.cuda.device_count()
         self.ranks = reproduction.ranks or min(gpus or 2, 2)
         self.environment: dict[str, str] = {} if gpus else dict(CPU_ONLY)
         self.ds_config = _ROOT / "ds_configs" / ("zero3.json" if gpus else "zero3_cpu.json")
+
+    def _claim(self) -> None:
+        """Raise UserError if results or work of another model are in the folders."""
+        self.cells.mkdir(parents=True, exist_ok=True)
+        if any(
+            json.loads(path.read_text())["settings"]["model"] != self.fingerprint for path in self.cells.glob("*.json")
+        ):
+            raise UserError(f"{self.cells} holds results of another model: give another --output and --work.")
+        record = self.work / "model"
+        if record.exists() and record.read_text() != self.fingerprint:
+            raise UserError(f"{self.work} holds the work on another model: give another --work.")
+        write_atomically(record, self.fingerprint)
 
     def settings(self, job: Job) -> dict[str, Any]:
         return {"model": self.fingerprint, **_flat(job.cell), **(asdict(job.tasks) if job.tasks else {})}
@@ -288,10 +300,12 @@ class _Runner:
             shutil.rmtree(folder / FINAL, ignore_errors=True)
 
     def _make(self, cell: Cell, folder: Path, stages: Stages) -> None:
-        """Make the cell's model, if it has one of its own."""
+        """Make the cell's model, if it has one of its own and that is not there."""
+        if (folder / FINAL).exists():
+            return
         if cell.method == "qat":
             self._train(cell, folder, stages)
-        elif cell.method in _PTQ and not (folder / FINAL).exists():
+        elif cell.method in _PTQ:
             self._quantize(cell, cell.method, folder / FINAL, stages)
 
     def _quantize(self, cell: Cell, method: str, output: Path, stages: Stages) -> None:
@@ -370,7 +384,7 @@ def _trained(folder: Path) -> dict[str, Any]:
     """What a training run took, and its KL at every step; nothing where nobody trained."""
     if not (folder / LOG).is_file():
         return {}
-    log = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+    log = read_lines(folder / LOG)
     return {"tokens": log[-1]["tokens"], "seconds": log[-1]["seconds"], "kl": [round(line["kl"], 5) for line in log]}
 
 

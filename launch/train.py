@@ -12,7 +12,7 @@ from typing import Any
 
 from datagen import heldout
 from launch import cli
-from qat import engines, models, source
+from qat import ds_json, engines, models, source
 from qat.data import Sample, TrainingData
 from qat.distill import Targets
 from qat.errors import UserError, check_least, differences
@@ -96,16 +96,20 @@ def main() -> int:
     if config.steps == 0:
         raise UserError(f"{paths.data} has {len(data)} sequences, a step takes {config.batch_size}: generate more.")
     texts = held_out.read(tokenizer, data)
+    lengths = {"data": data.longest, **{name: max(ids.shape[1] for ids in text) for name, text in texts.items()}}
+    for name, length in lengths.items():
+        models.check_length(models.read_config(model), length, f"The longest sequence of {name}")
     check_teacher(paths.teacher_cache, quant, config)
     begin = starting_point(paths.student, model, quant) if paths.student else model
     cache = None
     if paths.teacher_cache:
         cache = TeacherCache(paths.teacher_cache)
         cache.check({"teacher": models.weights_fingerprint(model), "data": data.fingerprint})
+        cache.check_complete(len(data))
 
     ds_settings = config.ds_settings(cli.ranks())
-    student_json = engines.resolve_ds_config(paths.deepspeed, ds_settings)
-    teacher_json = engines.resolve_ds_config(paths.teacher_deepspeed or paths.deepspeed, ds_settings)
+    student_json = ds_json.resolve(paths.deepspeed, ds_settings)
+    teacher_json = ds_json.resolve(paths.teacher_deepspeed or paths.deepspeed, ds_settings)
     student_json.setdefault("tensorboard", {"enabled": True, "output_path": str(paths.output), "job_name": TENSORBOARD})
     identity = {
         **asdict(quant),
@@ -131,7 +135,7 @@ def main() -> int:
     if cache or config.loss == "label":
         targets: Callable[[Sample], Targets] = cache or engines.labels
     else:
-        targets = teacher = engines.Teacher(model, engines.teacher_ds_config(teacher_json), config.loss)
+        targets = teacher = engines.Teacher(model, ds_json.for_teacher(teacher_json), config.loss)
         if quant.activations.learned:
             magnitudes = teacher.input_magnitudes(data.sample(cli.rank()).to(engines.device()))
     product = engines.integer_product(paths.output / INTEGER_PRODUCT, quant, student_json)
@@ -153,6 +157,11 @@ def starting_point(student: Path, model: str, quant: QuantConfig) -> str:
         raise UserError(f"{student} is not made from {model}: its weights have other names or shapes.")
     if quant.activations.learned:
         raise UserError("a_quantizer=lsq takes its first steps from the teacher's activations: leave out --student.")
+    if found.ptq_method == "gptq" and found.quant.weights != quant.weights:
+        raise UserError(
+            f"{student} has rounded weights ({found.quant.weights}), which would be rounded again ({quant.weights}): "
+            "give the same w_bits, w_quantizer and w_group_size."
+        )
     return str(found.directory)
 
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -42,6 +43,8 @@ class TrainingData:
         self._sequences = folder.sequences()
         self.fingerprint = hashlib.sha256(json.dumps(folder.manifest(), sort_keys=True).encode()).hexdigest()[:16]
         """Equal for folders made from the same settings, teacher and tokenizer."""
+        self.longest = int(pc.max(pc.list_value_length(self._sequences)).as_py())
+        """Tokens of its longest sequence."""
         self._seed = seed
         self._order: tuple[int, Tensor] | None = None
 

@@ -4,7 +4,6 @@ Under ZeRO-3 both are partitioned while they are read from disk, and both are sh
 """
 
 import copy
-import json
 import os
 import shutil
 import socket
@@ -20,31 +19,15 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.integrations import HfDeepSpeedConfig
 
-from qat import kv_cache, models, prepare
+from qat import ds_json, kv_cache, models, prepare
 from qat.data import Sample
 from qat.distill import Distiller, LabelTargets, TeacherTargets, run
 from qat.errors import UserError
 from qat.files import write_atomically
 from qat.kv_cache import AttentionRecord
+from qat.machine import take_gpu
 from qat.prepare import QuantConfig
-from qat.products import INTEGER_PRODUCTS, IntegerProduct, speed_up
-
-_REFUSED = {
-    "fp16.enabled": "the student computes in bf16 on GPUs and in fp32 on CPUs",
-    "torch_autocast.enabled": "it would cast what the quantizers compute in fp32",
-    "bf16.bf16_master_weights_and_grads": "at the paper's learning rate most bf16 weights never move",
-    "bf16.bf16_optimizer_states": "Adam's moments are kept in fp32",
-    "tensor_parallel": "AutoTP replaces the quantized layers by its own",
-    "expert_parallel": "it replaces layers by its own",
-    "hybrid_engine": "it replaces layers by its own",
-    "zero_optimization.zero_quantized_weights": "it would quantize the teacher and the student a second time",
-    "zero_optimization.zero_quantized_nontrainable_weights": "it would quantize the teacher",
-    "zero_optimization.zero_quantized_gradients": "it would round the student's gradients",
-    "zero_optimization.zenflow": "it updates the weights late, and what is late is in no checkpoint",
-    "zero_optimization.elastic_checkpoint": "another number of ranks goes on without it",
-    "checkpoint": "checkpoints are written, checked and found again without it",
-    "scheduler": "the learning rate is set by --lr, --warmup_steps and --min_lr_ratio",
-}
+from qat.products import INTEGER_PRODUCTS, IntegerProduct, is_exact, speed_up
 
 
 def init_distributed() -> None:
@@ -65,7 +48,7 @@ def init_distributed() -> None:
             "MASTER_PORT": port,
         }
         os.environ.update(alone)
-    models.take_gpu()
+    take_gpu()
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
@@ -77,46 +60,6 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def read_ds_config(path: Path) -> dict[str, Any]:
-    """The DeepSpeed JSON at ``path``; raises UserError if it cannot be used here."""
-    try:
-        ds_config = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"There is no DeepSpeed configuration at {path}: see ds_configs/.") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error}.") from error
-    if _get(ds_config, "zero_optimization.stage") != 3:
-        raise UserError(f"{path} must set zero_optimization.stage to 3: teacher and student are sharded.")
-    for key, reason in _REFUSED.items():
-        if _get(ds_config, key):
-            raise UserError(f"{path} sets {key}, which is refused: {reason}. Remove it.")
-    for part in ("offload_optimizer", "offload_param"):
-        nvme = _get(ds_config, f"zero_optimization.{part}.nvme_path")
-        if nvme and not Path(nvme).is_dir():
-            raise UserError(f"{path} puts {part} on {nvme}, which is not there: give a folder on a local NVMe disk.")
-    return ds_config
-
-
-def resolve_ds_config(path: Path, learning: dict[str, Any]) -> dict[str, Any]:
-    """The JSON at ``path`` with the flags filled in.
-
-    The JSON says how to run; the flags say what is learned. ``learning`` maps dotted keys of the JSON to the
-    flags' values. A key that the JSON leaves out, or calls "auto", takes the flag's value; raises UserError
-    if it holds another one.
-    """
-    ds_config = read_ds_config(path)
-    for key, value in learning.items():
-        there = _get(ds_config, key)
-        if there not in (None, "auto", value):
-            raise UserError(
-                f'{path} says {key} = {there}, the flags say {value}: change one, or write "auto" in the JSON.'
-            )
-        _set(ds_config, key, value)
-    if unresolved := _autos(ds_config):
-        raise UserError(f'{path} says {unresolved[0]} = "auto", but no flag sets it: give a value.')
-    return ds_config
-
-
 def integer_product(record: Path, quant: QuantConfig, ds_config: dict[str, Any]) -> IntegerProduct | None:
     """What multiplies codes in the student's forward pass; None for floats. All ranks must ask together.
 
@@ -126,11 +69,17 @@ def integer_product(record: Path, quant: QuantConfig, ds_config: dict[str, Any])
     names = [""]
     if dist.get_rank() == 0:
         if not record.exists():
-            product = prepare.integer_product(quant, device(), _dtype(ds_config))
+            product = prepare.integer_product(quant, device(), ds_json.dtype(ds_config))
             write_atomically(record, product.__name__ if product else "floats")
         names = [record.read_text()]
     dist.broadcast_object_list(names, 0)
-    return INTEGER_PRODUCTS.get(names[0])
+    product = INTEGER_PRODUCTS.get(names[0])
+    if product and not is_exact(product, device(), quant.weights.qmax):
+        raise UserError(
+            f"The run multiplies integers by {names[0]}, which is not exact on this machine, another one than it began "
+            "on: go on with it on one like that."
+        )
+    return product
 
 
 def student_engine(
@@ -152,7 +101,7 @@ def student_engine(
         integer_product: what multiplies codes in forward; see ``integer_product``
     """
     with partitioned_reading(ds_config):
-        student = models.load(model, _dtype(ds_config))
+        student = models.load(model, ds_json.dtype(ds_config))
     prepare.prepare(student, quant)
     if input_magnitudes is not None:
         prepare.initialise_steps(student, input_magnitudes)
@@ -194,7 +143,7 @@ class Teacher:
 
     def __init__(self, model: str, ds_config: dict[str, Any], loss: str = "logits"):
         with partitioned_reading(ds_config):
-            language_model = models.load(model, _dtype(ds_config)).requires_grad_(False)
+            language_model = models.load(model, ds_json.dtype(ds_config)).requires_grad_(False)
         speed_up(language_model)
         if loss == "logits+attention":
             kv_cache.attend(language_model)
@@ -241,15 +190,6 @@ def labels(sample: Sample) -> LabelTargets:
     return LabelTargets(sample.input_ids[0, 1:])
 
 
-def teacher_ds_config(student: dict[str, Any]) -> dict[str, Any]:
-    """The student's way of running, without anything that learns: the teacher is sharded like the student."""
-    config = copy.deepcopy(student)
-    for key in ("optimizer", "gradient_clipping", "gradient_accumulation_steps", "tensorboard", "wandb"):
-        config.pop(key, None)
-    config.get("zero_optimization", {}).pop("offload_optimizer", None)
-    return config
-
-
 def save_student(
     engine: deepspeed.DeepSpeedEngine, directory: Path, quant: QuantConfig, tokenizer: models.Tokenizer
 ) -> None:
@@ -287,32 +227,3 @@ class _HiddenStates(nn.Module):
 
     def forward(self, input_ids: Tensor, record: AttentionRecord | None, all_layers: bool):
         return run(self.language_model, input_ids, record, all_layers)
-
-
-def _dtype(ds_config: dict[str, Any]) -> torch.dtype:
-    return torch.bfloat16 if _get(ds_config, "bf16.enabled") else torch.float32
-
-
-def _get(config: dict[str, Any], dotted: str) -> Any:
-    value: Any = config
-    for key in dotted.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
-
-
-def _autos(config: dict[str, Any], prefix: str = "") -> list[str]:
-    """The dotted keys that are still "auto"."""
-    found = []
-    for key, value in config.items():
-        if isinstance(value, dict):
-            found += _autos(value, f"{prefix}{key}.")
-        elif value == "auto":
-            found.append(prefix + key)
-    return found
-
-
-def _set(config: dict[str, Any], dotted: str, value: Any) -> None:
-    *path, last = dotted.split(".")
-    for key in path:
-        config = config.setdefault(key, {})
-    config[last] = value

@@ -1,8 +1,10 @@
 """Files that are whole or not there, and folders that one process works in."""
 
 import fcntl
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from qat.errors import UserError
 
@@ -12,6 +14,11 @@ def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     partial.write_text(text)
     partial.replace(path)
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The values of a file with one JSON value a line; a last line that a kill left unfinished is left out."""
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def lock(directory: Path) -> None:

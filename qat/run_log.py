@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from qat.checkpoint import TrainState
 from qat.errors import UserError
-from qat.files import write_atomically
+from qat.files import read_lines, write_atomically
 
 
 class RunLog:
@@ -23,7 +23,7 @@ class RunLog:
     """
 
     def __init__(self, path: Path, student: deepspeed.DeepSpeedEngine, state: TrainState, steps: int):
-        kept = [record for record in read(path) if record["step"] <= state.step] if path.exists() else []
+        kept = [record for record in read_lines(path) if record["step"] <= state.step] if path.exists() else []
         write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._path, self._file, self._steps = path, path.open("a", buffering=1), steps
         self._monitor = student.monitor
@@ -50,12 +50,6 @@ class RunLog:
         shown = {name: f"{figures[name]:.3f}" for name in ("loss", "kl")}
         self._bar.set_postfix(shown | {"tok_s": f"{figures['tokens_per_second']:.0f}"})
         self._bar.update()
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a log; a last line that a killed run left unfinished is left out."""
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def peak_memory() -> int:

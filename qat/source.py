@@ -19,6 +19,7 @@ from transformers import AutoConfig
 
 from qat import models
 from qat.errors import UserError
+from qat.files import read_lines
 from qat.prepare import CONFIG_FILE, QuantConfig, load_grids, quantizable_linears
 from qat.quantizers import Quantized, quantize
 from qat.weight_files import checked, skeleton, stored_tensors
@@ -92,8 +93,7 @@ class Student:
         """What the run's log says of the step that these weights are from."""
         run = self.path.parent.parent if self.is_checkpoint else self.path.parent
         step = int(self.path.name.removeprefix("step-")) if self.is_checkpoint else None
-        lines = (run / _LOG).read_text().splitlines() if (run / _LOG).is_file() else []
-        records = [json.loads(line) for line in lines]
+        records = read_lines(run / _LOG) if (run / _LOG).is_file() else []
         return next((record for record in reversed(records) if step in (None, record["step"])), None)
 
     def _stored(self) -> Iterator[tuple[str, Tensor]]:

@@ -67,6 +67,14 @@ class TeacherCache:
         """The numbers of the files that a folder of ``sequences`` sequences still lacks."""
         return [i for i in range(-(-sequences // SEQUENCES_PER_FILE)) if not self.path(i).exists()]
 
+    def check_complete(self, sequences: int) -> None:
+        """Raise UserError if a folder of ``sequences`` sequences lacks a file."""
+        if missing := self.missing(sequences):
+            raise UserError(
+                f"{self.directory} is incomplete: {self.path(missing[0]).name} is missing, and {len(missing) - 1} "
+                "other files. Run launch/cache_teacher.py again."
+            )
+
     def write(self, number: int, entries: list[dict[str, Tensor]]) -> None:
         """Write file ``number``: one dictionary of tensors [tokens, ...] for each of its sequences."""
         lengths = torch.tensor([0] + [len(next(iter(entry.values()))) for entry in entries])
@@ -81,10 +89,6 @@ class TeacherCache:
         """The teacher's targets for a sample of the data, on the sample's device."""
         number, position = divmod(sample.sequence, SEQUENCES_PER_FILE)
         path, device = self.path(number), sample.input_ids.device
-        if not path.is_file():
-            raise UserError(
-                f"{self.directory} is incomplete: {path.name} is missing. Run launch/cache_teacher.py again."
-            )
         with safe_open(path, framework="pt") as file:
             first, last = file.get_slice("offsets")[position : position + 2].tolist()
             entry = {name: file.get_slice(name)[first:last].to(device) for name in file.keys() if name != "offsets"}  # noqa: SIM118

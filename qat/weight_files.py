@@ -51,14 +51,20 @@ def stored_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files that the index names, or all there are; raises UserError if any is missing."""
-    index = directory / INDEX
+    """The files that the index names; without one, ``model.safetensors``, or, if that is not there either, all there
+    are. Others are not the model's: Mistral's directories hold a second copy under other names.
+
+    Raises UserError if any is missing.
+    """
+    index, whole = directory / INDEX, directory / _file_name(1, 1)
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{index} is damaged ({error}): copy it again, or write it anew.") from error
         files = [directory / name for name in names]
+    elif whole.is_file():
+        files = [whole]
     else:
         files = sorted(file for file in directory.glob("*.safetensors") if file.name not in _NO_WEIGHTS)
     if not files:

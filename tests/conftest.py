@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 from typing import IO
 
+# Also on a host with GPUs the tests are of CPU code, but for those that need a GPU. To be said before CUDA looks.
+if os.environ.get("QAT_TEST_GPU") != "1":
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+
 import pytest
 import torch
 from hypothesis import settings

@@ -115,6 +115,11 @@ def test_a_cache_of_other_data_is_refused(monkeypatch, tiny_directory, tiny_data
     run = flags(tiny_directory, tiny_data, tmp_path / "run")
     assert "teacher was 'another'" in error_of(monkeypatch, "train", *run, f"--teacher_cache={tmp_path}")
     assert "no teacher cache" in error_of(monkeypatch, "train", *run, f"--teacher_cache={tmp_path / 'none'}")
+    begun = {"teacher": models.weights_fingerprint(str(tiny_directory)), "data": data.fingerprint}
+    TeacherCache(tmp_path / "begun").claim(begun)
+    assert "incomplete" in error_of(monkeypatch, "train", *run, f"--teacher_cache={tmp_path / 'begun'}")
+    cache = [f"--model={tiny_directory}", f"--data={tiny_data}", f"--output={tmp_path / 'out'}"]
+    assert "the 300 tokens of the voc" in error_of(monkeypatch, "cache_teacher", *cache, "--top_k=301")
 
 
 @pytest.mark.parametrize(

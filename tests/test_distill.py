@@ -92,8 +92,8 @@ def test_top_k_loss_is_the_cross_entropy_of_k_tokens_and_the_rest(k, tokens):
     torch.testing.assert_close(gradient, logits.grad)
 
 
-def test_hidden_state_and_attention_losses_equal_the_naive_formulas():
-    teacher, student = tiny_model().double(), tiny_model().double()
+def test_hidden_state_and_attention_losses_and_gradients_equal_the_naive_formulas():
+    teacher, student = tiny_model().double().requires_grad_(False), tiny_model().double()
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.mul_(1.1)
@@ -115,14 +115,24 @@ def test_hidden_state_and_attention_losses_equal_the_naive_formulas():
         ]
     ).mean()
 
+    (expected_attention + expected_hidden).backward()
+    expected_gradients = {name: parameter.grad for name, parameter in student.named_parameters()}
+    student.zero_grad()
+
     records, states = [], []
     for model in (student, teacher):
         attend(model)
         records.append(AttentionRecord())
         states.append(run(model, tokens, records[-1], all_layers=True)[1])
     # Both are summed in fp32, whatever the model computes in.
-    torch.testing.assert_close(distill.attention_loss(*records).double(), expected_attention, rtol=1e-5, atol=0)
-    torch.testing.assert_close(distill.hidden_state_loss(*states).double(), expected_hidden, rtol=1e-5, atol=0)
+    attention, hidden = distill.attention_loss(*records), distill.hidden_state_loss(*states)
+    torch.testing.assert_close(attention.double(), expected_attention, rtol=1e-5, atol=0)
+    torch.testing.assert_close(hidden.double(), expected_hidden, rtol=1e-5, atol=0)
+    (attention + hidden).backward()
+    for name, parameter in student.named_parameters():
+        if expected_gradients[name] is not None:
+            error = (parameter.grad - expected_gradients[name]).norm() / expected_gradients[name].norm()
+            assert error < 1e-4, name
 
 
 @pytest.mark.parametrize("loss", ["logits+hidden", "logits+attention"])

@@ -1,10 +1,12 @@
 import json
 import math
+import shutil
 import sys
 
 import pytest
 import torch
-from conftest import TEXT, finish, start_training, tiny_model
+from conftest import ROOT, TEXT, finish, start_training, tiny_model
+from test_launch import error_of
 from torch.nn.functional import kl_div
 
 import launch.evaluate
@@ -109,3 +111,18 @@ def test_perplexity_of_the_real_model():
     windows = text_windows(heldout.paragraphs("encyclopedia"), models.load_tokenizer(directory), 512, 32)
     measured = TextScore.of(score_windows(models.load(directory, torch.float32), windows), 512)
     assert measured.perplexity == pytest.approx(23.32, abs=0.01)
+
+
+def test_flags_that_would_be_ignored_are_refused(tiny_directory, monkeypatch):
+    message = error_of(monkeypatch, "evaluate", f"--model={tiny_directory}", "--kv_rotation=hadamard")
+    assert "is measured as it is (in full precision)" in message
+
+
+def test_damaged_and_foreign_files_are_named(tiny_directory, tmp_path, monkeypatch):
+    damaged = shutil.copytree(tiny_directory, tmp_path / "model")
+    (damaged / "quant_config.json").write_text("{")
+    assert "is damaged" in error_of(monkeypatch, "evaluate", f"--model={damaged}")
+    text = [f"--model={tiny_directory}", f"--text={ROOT / 'LICENSE'}", "--window=64"]
+    (tmp_path / "foreign.json").write_text("[]")
+    for output in (tmp_path, tmp_path / "foreign.json"):
+        assert "is no result of" in error_of(monkeypatch, "evaluate", *text, f"--output={output}")

@@ -20,29 +20,38 @@ SIZES = {
 """Questions of the evaluation splits, as published."""
 
 
-@pytest.mark.parametrize("name", ["boolq", "piqa", "arc_easy", "arc_challenge", "openbookqa", "winogrande"])
+FIRST = {
+    "boolq": ("does ethanol take more energy make that produces", "no"),
+    "piqa": (
+        "How do I ready a guinea pig cage",
+        "Provide the guinea pig with a cage full of a few inches of bedding made of",
+    ),
+    "social_iqa": ("What does Tracy need to do before this?", "Find somewhere to go"),
+    "hellaswag": ("Roof shingle removal: A man is sitting on a roof.", "starts pulling up roofing on a roof."),
+    "winogrande": ("", "Sarah was a much better surgeon than Maria so Maria"),
+    "arc_easy": ("photosynthesis is the foundation of most food webs", "Sunlight is the source of energy"),
+    "arc_challenge": ("planet rotates faster after a meteorite impact", "Planetary days will become shorter."),
+    "openbookqa": ("A person wants to start saving money", "quit eating lunch out"),
+    "mmlu": ("Find the degree for the given field extension", "B"),
+    "triviaqa": ("Which Lloyd Webber musical premiered in the US on 10th December 1993", "Sunset Boulevard"),
+}
+"""The first question of each, and how its right answer begins."""
+
+
+@pytest.mark.parametrize("name", FIRST)
 def test_a_question_and_its_answer(name):
-    question, choices, answer = {
-        "boolq": ("does ethanol take more energy make that produces", ["no", "yes"], "no"),
-        "piqa": ("guinea pig cage", None, None),
-        "arc_easy": ("photosynthesis is the foundation of most food webs", None, "Sunlight is the source of energy"),
-        "arc_challenge": (
-            "planet rotates faster after a meteorite impact",
-            None,
-            "Planetary days will become shorter.",
-        ),
-        "openbookqa": ("A person wants to start saving money", None, "quit eating lunch out"),
-        "winogrande": ("", None, None),
-    }[name]
-    part = {"task": name, **taskdata.parts(name)[name]}
-    task = harness.tasks().load([{"group": "g", "task": [part]}])["tasks"][name]
+    question, answer = FIRST[name]
+    part, definition = next(iter(taskdata.parts(name).items()))
+    task = harness.tasks().load([{"group": "g", "task": [{"task": part, **definition}]}])["tasks"][part]
     doc = next(iter(task.eval_docs))
-    assert question in str(task.doc_to_text(doc))
-    offered = task.doc_to_choice(doc)
-    if choices:
-        assert offered == choices
-    if answer:
-        assert offered[task.doc_to_target(doc)].startswith(answer)
+    if name == "triviaqa":
+        assert question in task.doc_to_text(doc)
+        assert answer in task.doc_to_target(doc)
+        return
+    # WinoGrande has no question: the choices are two beginnings of one sentence, and its "text" is the right one.
+    right = task.doc_to_text(doc) if name == "winogrande" else task.doc_to_target(doc)
+    assert name == "winogrande" or question in task.doc_to_text(doc)
+    assert task.doc_to_choice(doc)[int(right)].startswith(answer)
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -42,6 +42,12 @@ def test_wrong_model_path(script, monkeypatch, tmp_path):
     assert "no model at '/nowhere'" in error_of(monkeypatch, script, "--model=/nowhere", *places)
 
 
+def test_an_error_of_another_rank_is_told_too(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("launch.cli.time.sleep", lambda seconds: None)
+    assert "no model at '/nowhere'" in error_of(monkeypatch, "evaluate", "--model=/nowhere")
+
+
 def test_model_that_the_hub_does_not_give(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "no model at 'nobody/nothing'" in error_of(monkeypatch, "evaluate", "--model=nobody/nothing")
@@ -61,6 +67,7 @@ def test_unsupported_architecture(monkeypatch, tmp_path, tiny_data):
 def test_impossible_bits(monkeypatch, tiny_directory, tiny_data, tmp_path):
     flags = train_flags(tiny_directory, tiny_data, tmp_path / "out")
     assert "w_bits=1 is not possible: give 2 to 8, or 16" in error_of(monkeypatch, "train", *flags, "--w_bits=1")
+    assert "w_group_size=9 is not possible" in error_of(monkeypatch, "train", *flags, "--w_group_size=9")
 
 
 def test_empty_data_folder(monkeypatch, tiny_directory, tmp_path):
@@ -160,7 +167,7 @@ def test_help_names_every_flag_with_its_meaning(script, monkeypatch, capsys):
 
 
 def test_imports_run_one_way():
-    allowed = {"datagen": {"datagen", "qat.errors", "qat.files"}, "qat": {"qat", "datagen"}}
+    allowed = {"datagen": {"datagen", "qat.errors", "qat.files", "qat.machine"}, "qat": {"qat", "datagen"}}
     for package, names in allowed.items():
         for file in (ROOT / package).rglob("*.py"):
             imported = re.findall(r"^\s*(?:from|import) ((?:qat|datagen|launch)[\w.]*)", file.read_text(), re.MULTILINE)

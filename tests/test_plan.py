@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 from conftest import CONFIG, ROOT
 from test_launch import error_of
-from transformers import LlamaConfig
+from transformers import GPT2Config, LlamaConfig
 
 from launch import plan
 from launch.plan import Machine
+from qat import ds_json
 
 JSONS = sorted((ROOT / "ds_configs").glob("zero3*.json"))
 
@@ -66,5 +67,14 @@ def test_one_rank_receives_nothing():
     assert plan.plan(LlamaConfig(**CONFIG), ds_config, ds_config, Machine(gpus=1), tokens=24).received_per_step == 0
 
 
-def test_a_model_without_a_config_is_refused(monkeypatch):
+def test_a_model_of_which_nothing_can_be_said_is_refused(monkeypatch, tmp_path):
     assert "llama-13b" in error_of(monkeypatch, "plan", "--model=/nowhere")
+    GPT2Config().save_pretrained(tmp_path)
+    assert "'gpt2', which is not supported" in error_of(monkeypatch, "plan", f"--model={tmp_path}")
+
+
+def test_the_teachers_parameters_have_an_nvme_folder_of_their_own():
+    offload = {"device": "nvme", "nvme_path": "/nvme"}
+    student = {"zero_optimization": {"stage": 3, "offload_param": offload, "offload_optimizer": offload}}
+    teacher = ds_json.for_teacher(student)["zero_optimization"]
+    assert teacher == {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/nvme/teacher"}}

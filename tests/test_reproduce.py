@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-from conftest import ROOT, environment
+from conftest import ROOT, environment, tiny_model
 
 
 def start(model, folder, *flags: str) -> subprocess.Popen:
@@ -40,3 +40,6 @@ def test_killed_and_started_again(tiny_directory, tmp_path):
     files = {file: file.stat().st_mtime_ns for file in (results / "cells").iterdir()}
     assert start(tiny_directory, tmp_path, cells).wait() == 0
     assert {file: file.stat().st_mtime_ns for file in (results / "cells").iterdir()} == files
+    tiny_model().save_pretrained(tmp_path / "other")
+    output, _ = start(tmp_path / "other", tmp_path, cells).communicate(timeout=100)
+    assert "holds results of another model" in output

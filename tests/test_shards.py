@@ -11,10 +11,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import TEXT, generate_flags, run_python
+from conftest import TEXT, generate_flags, run_python, run_ranks
 from datasets import load_dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from test_launch import error_of
 
 from datagen import card
 from datagen.corpus import Corpus
@@ -185,11 +186,28 @@ def test_generate_makes_shards_of_a_corpus(tiny_directory, tmp_path):
     assert "corpus.jsonl" in (tmp_path / "data" / card.CARD).read_text()
 
 
+def test_only_the_first_rank_makes_shards_of_a_corpus_also_after_a_kill_before_the_card(tiny_directory, tmp_path):
+    source = corpora(tmp_path)["jsonl"]
+    flags = [flag for flag in generate_flags(tiny_directory, tmp_path / "data") if "batch_size" not in flag]
+    run_python("generate", *flags, f"--corpus={source}")
+    (tmp_path / "data" / card.CARD).unlink()
+    run_ranks("generate", *flags, f"--corpus={source}")
+    assert (tmp_path / "data" / card.CARD).exists()
+
+
+def test_a_corpus_longer_than_the_model_attends_over_is_refused(tiny_directory, tmp_path, monkeypatch):
+    source = corpora(tmp_path)["jsonl"]
+    flags = [f"--model={tiny_directory}", f"--output={tmp_path / 'data'}", f"--corpus={source}", "--max_length=257"]
+    assert "longer than the 256 positions" in error_of(monkeypatch, "generate", *flags)
+
+
 def test_what_is_no_corpus_is_refused(tokenizer, tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"content": "bad"}\n')
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
     (tmp_path / "c.parquet").write_bytes(b"PAR1")
     (tmp_path / "d.csv").write_text("text\n")
+    (tmp_path / "e.jsonl").write_bytes(b'{"text": "good"}\n{"text": "\xff"}\n')
+    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "f.parquet")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for source, message in {
         tmp_path / "nowhere.txt": "There is no corpus at",
@@ -197,6 +215,8 @@ def test_what_is_no_corpus_is_refused(tokenizer, tmp_path, monkeypatch):
         tmp_path / "b.txt": "not UTF-8",
         tmp_path / "c.parquet": "cannot be read as Parquet",
         tmp_path / "d.csv": "no text that can be read",
+        tmp_path / "e.jsonl": "not UTF-8",
+        tmp_path / "f.parquet": "text is no string",
         "wikitext": "The hub does not give Salesforce/wikitext",
     }.items():
         with pytest.raises(UserError, match=message):

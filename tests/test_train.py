@@ -26,6 +26,7 @@ from qat.checkpoint import TrainState
 from qat.data import TrainingData
 from qat.distill import Distiller, TeacherTargets, predicting
 from qat.errors import UserError
+from qat.preemption import RESUMABLE_EXIT
 from qat.prepare import QuantConfig, integer_product, multiply_integers, prepare
 from qat.training import TrainConfig, check_sane
 
@@ -141,6 +142,7 @@ def test_a_signal_saves_and_the_run_goes_on(run, weights, tiny_directory, tiny_d
     assert process.poll() is None, process.communicate()[0]
     os.killpg(process.pid, signal.SIGTERM)
     process.communicate(timeout=120)
+    assert process.returncode == RESUMABLE_EXIT
     saved = (output / "checkpoints" / "latest").read_text()
     assert int(saved.removeprefix("step-")) == len(log_of(output)) < STEPS
     finish(start_training(1, *flags(tiny_directory, tiny_data, output)))
@@ -196,6 +198,14 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(monkeypatch, tiny_direct
     monkeypatch.setenv("WORLD_SIZE", "3")
     message = error_of(monkeypatch, "train", *flags(tiny_directory, tiny_data, tmp_path / "out"))
     assert "batch_size=2 cannot be shared by 3 ranks" in message
+
+
+def test_text_that_is_longer_than_the_model_attends_over_is_refused(monkeypatch, tiny_directory, tiny_data, tmp_path):
+    short = shutil.copytree(tiny_directory, tmp_path / "short")
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16}))
+    message = error_of(monkeypatch, "train", *flags(short, tiny_data, tmp_path / "out"))
+    assert "The longest sequence of data=24 is longer than the 16 positions" in message
 
 
 def test_an_output_that_cannot_be_written_to_is_refused(monkeypatch, tiny_directory, tiny_data, tmp_path):
@@ -286,12 +296,13 @@ def test_the_trained_student_exports_and_reloads_bit_for_bit(run, tmp_path):
     assert torch.equal(in_memory(ids).logits, reloaded(ids).logits)
 
 
-def test_the_gpu_configuration_computes_in_bf16(run, tiny_directory, tiny_data, tmp_path):
+def test_the_gpu_configuration_computes_in_bf16_and_survives_a_kill(run, tiny_directory, tiny_data, tmp_path):
     """Same JSON as on GPUs, here on two CPU ranks: bf16 compute, fp32 master weights."""
-    output = tmp_path / "bf16"
-    finish(start_training(2, *flags(tiny_directory, tiny_data, output, "zero3.json")))
-    assert all(weight.dtype == torch.bfloat16 for weight in load_file(output / "final" / "model.safetensors").values())
-    for bf16, fp32 in zip(losses(output), losses(run), strict=True):
+    ds_config = ROOT / "ds_configs" / "zero3.json"
+    whole = losses_killed_or_not(tiny_directory, tiny_data, tmp_path, ds_config, ds_config.name)
+    weights = load_file(tmp_path / "killed" / "final" / "model.safetensors")
+    assert all(weight.dtype == torch.bfloat16 for weight in weights.values())
+    for bf16, fp32 in zip(whole, losses(run), strict=True):
         assert bf16[0] == pytest.approx(fp32[0], rel=0.02)
 
 

@@ -28,6 +28,7 @@ def vocabulary(directory):
 
 @pytest.fixture(scope="module")
 def engine(directory):
+    pytest.importorskip("vllm", reason="run it with the environment's own python")
     from datagen.vllm_engine import VllmEngine
 
     return VllmEngine(str(directory), torch.float32, GenerateConfig(**SETTINGS, engine="vllm"))
@@ -68,6 +69,17 @@ def test_hybrid_is_greedy_first_then_sampled_to_the_first_stop_token(engine, dir
             assert row.surprisal == pytest.approx(-logp[1 + row.greedy_tokens :].sum().item(), abs=1e-2)
     assert sum(agreement) < 0.9 * len(agreement)
     assert {row.finish for row in rows} == {"eos", "length"}
+
+
+def test_surprisal_is_of_the_distribution_that_is_drawn_from(engine, directory, vocabulary):
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    for row in write(engine, vocabulary, strategy="sample", temperature=0.5, top_k=20):
+        tokens = torch.tensor(row.input_ids)
+        with torch.inference_mode():
+            logits = model(tokens[None, :-1]).logits[0] / 0.5
+        logits[logits < logits.topk(20).values[:, -1:]] = -torch.inf
+        logp = logits.log_softmax(-1)[torch.arange(len(tokens) - 1), tokens[1:]]
+        assert row.surprisal == pytest.approx(-logp[1:].sum().item(), abs=2e-2)
 
 
 def test_a_seed_is_a_result(engine, vocabulary):

@@ -17,7 +17,7 @@ from qat.data import TrainingData
 from qat.errors import UserError
 from qat.prepare import QuantConfig, prepare, quant_linears
 from qat.quantizers import Grid
-from qat.weight_files import skeleton
+from qat.weight_files import skeleton, weight_files
 
 Weights = dict[str, Tensor]
 """The weights of one decoder layer, by their names in it (``self_attn.q_proj.weight``), in the dtype of the file."""
@@ -32,12 +32,7 @@ class WeightFiles:
     """The weights of a Hugging Face directory, read when they are asked for."""
 
     def __init__(self, directory: Path):
-        self._files: dict[str, Path] = {}
-        for file in sorted(directory.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as opened:
-                self._files |= dict.fromkeys(opened.keys(), file)
-        if not self._files:
-            raise UserError(f"{directory} has no weights in the safetensors format: save the model so.")
+        self._files = weight_files(directory)
 
     def layer(self, number: int) -> Weights:
         """The weights of decoder layer ``number``."""
@@ -49,7 +44,7 @@ class WeightFiles:
 
     def _read(self, wanted: Callable[[str], bool], prefix: str) -> Weights:
         weights = {}
-        for file in sorted(set(self._files.values())):
+        for file in self._files:
             with safe_open(file, framework="pt") as opened:
                 for name in filter(wanted, opened.keys()):
                     weights[name.removeprefix(prefix)] = opened.get_tensor(name)

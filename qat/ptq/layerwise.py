@@ -63,7 +63,7 @@ def appearing(source: Path, output: Path, quant: QuantConfig, settings: dict[str
         write_atomically(partial / SETTINGS, json.dumps(settings, indent=2) + "\n")
     yield partial
     for file in (f for pattern in COMPANIONS for f in source.glob(pattern)):
-        if not (partial / file.name).exists() and file.name != INDEX:
+        if file.name not in (INDEX, SETTINGS):  # of those, the folder has its own
             shutil.copy(file, partial)
     quant.save(partial)
     (partial / "lock").unlink(missing_ok=True)

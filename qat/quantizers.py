@@ -247,9 +247,11 @@ class _LearnedStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, step = ctx.saved_tensors
-        grad_x, slope = _learned_step_gradients(grad, x, _usable(step.float()), ctx.form.qmax)
+        rows = (grad.reshape(-1, x.shape[-1]), x.reshape(-1, x.shape[-1]))
+        grad_x, slope = _learned_step_gradients(*rows, _usable(step.float()), ctx.form.qmax)
         # LSQ's gradient scale (section 2.2 there) keeps the step's updates as large as the weights'.
-        return grad_x, (slope.sum() / (x.numel() * ctx.form.qmax) ** 0.5).to(step.dtype).view(step.shape), None
+        grad_step = (slope.sum() / (x.numel() * ctx.form.qmax) ** 0.5).to(step.dtype).view(step.shape)
+        return grad_x.view(x.shape), grad_step, None
 
 
 @fused

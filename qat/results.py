@@ -247,7 +247,7 @@ def markdown(tables: Mapping[str, list[str]], cells: Mapping[str, Cell], accurac
     target = f"4-8-4 closes {_TARGET:.0%} of the distance to full precision of RTN with the paper's quantization"
     targets = [f"| {target} | | share of it |", "|-|-|-|"]
     targets += [_finding_line(recipe, closes(names, cells)) for recipe, names in RECIPES_4_8_4.items()]
-    parts = [_INTRODUCTION, "## Claims", "\n".join(claims), "\n".join(targets)]
+    parts = [*filter(None, [_INTRODUCTION, _budget(cells)]), "## Claims", "\n".join(claims), "\n".join(targets)]
     parts += filter(None, [_spread(cells), _accuracies_by_pairs(accuracies)])
     for table, names in tables.items():
         there = [name for name in names if name in cells]
@@ -264,6 +264,19 @@ seeds, versions, times and the machine is a JSON in [cells/](cells). How to read
 student) in nats per token, ± its standard error over the windows, on two texts that no one trained on; *closed* is the
 share of RTN's distance to full precision, in log-perplexity, that is gone (both texts); a difference counts as one
 when it is larger than two standard errors of the differences by pairs, window by window."""
+
+
+def _budget(cells: Mapping[str, Cell]) -> str:
+    """What the usual cell was given."""
+    if not (cell := cells.get("qat_4-8-4")):
+        return ""
+    budget = cell["budget"]
+    return (
+        f"Every LLM-QAT cell took {budget['steps']} optimizer steps of 2 sequences of at most {budget['max_length']} "
+        f"tokens ({budget['trained']['tokens']:,} tokens in all here), at a peak learning rate of {budget['lr']:g}, "
+        "unless its settings say otherwise; GPTQ and SmoothQuant are calibrated on such sequences. Each text is "
+        f"measured on {budget['windows']} windows of {budget['window']} tokens."
+    )
 
 
 def _finding_line(what: str, finding: Finding) -> str:

@@ -1,5 +1,7 @@
 """Claims are told from cells: by pairs of windows, and never by more than was measured."""
 
+from dataclasses import asdict
+
 import pytest
 from conftest import ROOT
 
@@ -21,6 +23,7 @@ def cell(method: str, shift: float, nll: float = 3.0, **settings) -> dict:
     return {
         "name": f"{method}_4-8-4", "method": method, "bits": "4-8-4", "changes": [], "seed": 0,
         "settings": quant | settings, "texts": {"prose": score}, "tasks": {},
+        "budget": asdict(Budget()) | {"trained": {"tokens": 1234}},
     }  # fmt: skip
 
 
@@ -89,6 +92,7 @@ def test_the_page_shows_every_cell_and_every_claim():
     page = results.markdown({"main": ["qat_4-8-4", "rtn_4-8-4"]}, cells, {})
     assert "| LLM-QAT | 4-8-4 |" in page
     assert "1 of 2 cells." in page
+    assert "100 optimizer steps of 2 sequences of at most 256 tokens (1,234 tokens" in page
     assert all(claim.text in page for claim in results.CLAIMS)
 
 

@@ -116,7 +116,7 @@ def _from_jsonl(file: Path) -> Iterator[Piece]:
         for number, line in enumerate(stream, start=1):
             try:
                 yield from _document(json.loads(line)[_FIELD])
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
                     f'{file}, line {number}, is not an object with the field "{_FIELD}" ({error}): mend it.'
                 ) from error
@@ -128,7 +128,7 @@ def _from_parquet(file: Path) -> Iterator[Piece]:
         with pq.ParquetFile(file) as table:
             for batch in table.iter_batches(batch_size=1024, columns=[_FIELD]):
                 for text in batch.column(_FIELD).to_pylist():
-                    yield from _document(text or "")
+                    yield from _document("" if text is None else text)
     except (pa.ArrowException, OSError, KeyError, TypeError) as error:
         raise UserError(f'{file} cannot be read as Parquet with a column "{_FIELD}" ({error}): mend it.') from error
 
@@ -157,7 +157,7 @@ def _from_hub(repository: str, configuration: str) -> Iterator[Piece]:
 
     try:
         for row in load_dataset(repository, configuration, split="train", streaming=True):
-            yield from _document(row[_FIELD])
+            yield from _document(row[_FIELD] or "")
     except (OSError, ValueError) as error:  # no way to the hub, or not there
         reason = str(error).strip().splitlines()
         raise UserError(

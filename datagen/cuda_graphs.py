@@ -35,7 +35,7 @@ class CudaGraphs:
         self._max_length = max_length
         self._tokens, self._position = torch.zeros(2, slots, dtype=torch.int64, device=device)
         self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
         self._works = True
 
     def __call__(self, step: Step, tokens: Tensor, position: Tensor, columns: int) -> Tensor:
@@ -57,12 +57,11 @@ class CudaGraphs:
 
     def _capture(self, step: Step, columns: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         with torch.cuda.device(self._tokens.device):  # a stream is of the current device, and kernels are of their own
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):  # what libraries set up at a first call cannot be captured
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):  # what libraries set up at a first call cannot be captured
                 step(self._tokens, self._position, columns)
-            torch.cuda.current_stream().wait_stream(aside)
+            torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=aside):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 logits = step(self._tokens, self._position, columns)
         return graph, logits

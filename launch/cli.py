@@ -42,6 +42,7 @@ def run(main: Callable[[], int | None]) -> None:
 def _end(message: str, code: int) -> NoReturn:
     if not is_first_rank():
         time.sleep(10)  # the launchers kill all ranks when one has failed: if the first one has too, it speaks for all
+        message += f" (rank {rank()})"
     print(message, file=sys.stderr, flush=True)
     _leave(code)
 

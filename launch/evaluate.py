@@ -41,6 +41,7 @@ class Evaluation:
         text: for perplexity; one or more, with commas between: encyclopedia or howto (built in, need no hub),
             wikitext2 or c4 (from the hub), or text files; none for no text
         window: tokens per window; windows do not overlap. Models with fewer positions get as many as they have
+            (with vllm one less)
         windows: how many windows of each text; 0 for the whole text
         teacher: full-precision model; where it is given, mean KL(teacher || model) is measured on the same tokens
         tasks: for accuracy; one or more, with commas between: boolq, piqa, social_iqa, hellaswag, winogrande, arc_easy,

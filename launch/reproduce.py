@@ -28,7 +28,7 @@ from datagen.sampling import STRATEGIES
 from launch import cli
 from launch.stages import CPU_ONLY, Stages, free_port, interrupt
 from qat import models, report, results
-from qat.errors import UserError, check_choice, check_least
+from qat.errors import UserError, check_choice, check_least, differences
 from qat.files import lock, read_lines, wait_until_free, write_atomically
 from qat.preemption import RESUMABLE_EXIT
 from qat.prepare import QuantConfig
@@ -254,6 +254,14 @@ class _Runner:
             raise UserError(f"{self.work} holds the work on another model: give another --work.")
         write_atomically(record, self.fingerprint)
 
+    def _claim_cell(self, job: Job, folder: Path) -> None:
+        """Raise UserError if the work in ``folder`` is that of other settings, which its name does not show."""
+        folder.mkdir(parents=True, exist_ok=True)
+        record, settings = folder / "cell.json", self.settings(job._replace(tasks=None))
+        if record.exists() and (listed := differences(json.loads(record.read_text()), settings)):
+            raise UserError(f"{folder} holds work of other settings ({listed}): delete it, or give another --work.")
+        write_atomically(record, json.dumps(settings, indent=1) + "\n")
+
     def settings(self, job: Job) -> dict[str, Any]:
         return {"model": self.fingerprint, **_flat(job.cell), **(asdict(job.tasks) if job.tasks else {})}
 
@@ -268,7 +276,7 @@ class _Runner:
         """Do a job, from where an earlier start left it, and write its JSON."""
         cell = job.cell
         folder = self.work / "cells" / cell.name
-        folder.mkdir(parents=True, exist_ok=True)
+        self._claim_cell(job, folder)
         stages = Stages(folder / "stages.json", self.environment, self.deadline)
         self._make(cell, folder, stages)
         evaluation = folder / ("tasks.json" if job.tasks else "texts.json")
@@ -295,7 +303,8 @@ class _Runner:
             "stage_seconds": {name: round(seconds, 1) for name, seconds in stages.seconds.items()},
         }
         write_atomically(self.path(job), json.dumps(result, indent=1) + "\n")
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        for passing in (CHECKPOINTS, _START):
+            shutil.rmtree(folder / passing, ignore_errors=True)
         if not (keep_model or self.reproduction.keep_models):
             shutil.rmtree(folder / FINAL, ignore_errors=True)
 
@@ -338,7 +347,6 @@ class _Runner:
             [_LAUNCH / "train.py", f"--deepspeed={self.ds_config}", *_flags(cell.quant), *_flags(config)],
             ["--model", self.model, "--data", data, "--output", folder, *begin],
         )
-        shutil.rmtree(folder / _START, ignore_errors=True)
 
     def _data(self, cell: Cell, sequences: int, stages: Stages) -> Path:
         """The folder of the cell's training sequences, made if it is not there."""

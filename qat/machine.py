@@ -8,10 +8,13 @@ import torch
 
 
 def take_gpu() -> None:
-    """Make this process's GPU, if there is one, the current device: where a launcher shows each process its own
-    (srun --gpus-per-task=1), that; where it shows them all, the one of the local rank."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.device_count() > 1 else 0)
+    """Make this process's GPU, if there is one, the current device: the one of its local rank; where the launcher shows
+    each process its own alone (srun --gpus-per-task=1), that, and so that DeepSpeed and transformers find it, too."""
+    if not torch.cuda.is_available():
+        return
+    if torch.cuda.device_count() == 1:
+        os.environ["LOCAL_RANK"] = "0"
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def machine() -> str:

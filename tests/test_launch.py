@@ -45,7 +45,9 @@ def test_wrong_model_path(script, monkeypatch, tmp_path):
 def test_an_error_of_another_rank_is_told_too(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr("launch.cli.time.sleep", lambda seconds: None)
-    assert "no model at '/nowhere'" in error_of(monkeypatch, "evaluate", "--model=/nowhere")
+    message = error_of(monkeypatch, "evaluate", "--model=/nowhere")
+    assert "no model at '/nowhere'" in message
+    assert message.endswith("(rank 1)")
 
 
 def test_model_that_the_hub_does_not_give(monkeypatch):

@@ -94,7 +94,6 @@ def test_gptq_equals_the_textbook(layer):
     hessian = gptq.hessian_of([inputs[:300], inputs[300:]])
     ours = dequantize(gptq.gptq(weight, hessian, Format(4), GPTQConfig(act_order=False)), torch.float32)
     expected = obq(weight, hessian, Format(4), 0.01)
-    assert (ours != expected).float().mean() < 0.01
     assert torch.equal(ours, expected)
 
 
@@ -146,7 +145,7 @@ def test_gptq_equals_gptqmodel(act_order, layer):
     theirs.add_batch(inputs[None], None)
     expected = theirs.quantize()[0].float()
     ours = dequantize(gptq.gptq(weight, gptq.hessian_of([inputs]), Format(4), GPTQConfig(act_order)), torch.float32)
-    assert _error(weight, ours, inputs) == pytest.approx(_error(weight, expected, inputs), rel=0.01)
+    assert torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize("config_class", FAMILIES)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment, generate_flags, run_python
+from conftest import ROOT, environment, run_python
 from drill import losses, weights
 
 SCRIPTS = ROOT / "launch" / "slurm"
@@ -128,18 +128,19 @@ def test_a_signalled_evaluation_goes_on_with_what_is_missing(whole, cluster, tmp
     assert "is there already" in again.stdout
 
 
-def test_two_signalled_generations_share_the_shards(cluster, tiny_directory, tiny_data, tmp_path):
-    """Two jobs on one folder, one of them stopped: together they write what one process writes, byte for byte."""
-    output = tmp_path / "shards"
-    sizes = generate_flags(tiny_directory, output)[2:]
-    places = {"MODEL": tiny_directory, "OUTPUT": output}
+def test_two_generations_one_of_them_signalled_share_the_shards(cluster, tiny_directory, tmp_path):
+    """Together they write what one process writes, byte for byte."""
+    sizes = ["--sequences=400", "--max_length=24", "--batch_size=1", "--sequences_per_shard=4"]
+    places = {"MODEL": tiny_directory, "OUTPUT": tmp_path / "shards"}
     jobs = [
         Job("generate.sbatch", cluster, tmp_path / f"log{number}", sizes, [*FEWER, "--array=0"], **places)
         for number in range(2)
     ]
-    jobs[0].wait((output / "manifest.json").exists)
+    jobs[0].wait(lambda: any((tmp_path / "shards").glob("shard-*")))
     jobs[0].slurm("scancel", "--batch", "--signal=USR1", jobs[0].number)
     for job in jobs:
         job.finish()
-    for shard in tiny_data.glob("shard-*.parquet"):
-        assert (output / shard.name).read_bytes() == shard.read_bytes()
+    assert [job.field("Restarts") for job in jobs] == ["1", "0"]
+    run_python("generate", f"--model={tiny_directory}", f"--output={tmp_path / 'alone'}", *sizes)
+    for shard in (tmp_path / "alone").glob("shard-*"):
+        assert (tmp_path / "shards" / shard.name).read_bytes() == shard.read_bytes()

@@ -2,9 +2,10 @@
 #
 # run_ranks COMMAND...: start COMMAND on every task of the job, as one rank each. Where the job is told to stop (SIGUSR1,
 # which --signal=B:USR1@N sends N seconds before the time is up; SIGTERM, where it is preempted), tell the ranks, wait
-# until they have saved, and put the job back into the queue, unless they had come to their end.
+# until they have saved, and put the job back into the queue, unless they had come to their end or failed.
 
 run_ranks() {
+    set +o posix # in which bash forgets the exit code of what it has waited for
     local told=0 code=0 first ranks
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
@@ -19,8 +20,8 @@ run_ranks() {
     done
     wait $ranks || code=$?
     trap - USR1 TERM
-    if [ $code != 0 ] && [ $told = 1 ]; then
-        echo "stopped and saved: job $SLURM_JOB_ID goes back into the queue"
+    if [ $told = 1 ] && { [ $code = 85 ] || [ $code -gt 128 ]; }; then # 85: saved; above 128: ended by a signal
+        echo "stopped: job $SLURM_JOB_ID goes back into the queue"
         scontrol requeue "$SLURM_JOB_ID"
         return 0
     fi

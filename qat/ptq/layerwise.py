@@ -64,7 +64,7 @@ def appearing(source: Path, output: Path, quant: QuantConfig, settings: dict[str
     yield partial
     for file in (f for pattern in COMPANIONS for f in source.glob(pattern)):
         if file.name not in (INDEX, SETTINGS):  # of those, the folder has its own
-            shutil.copy(file, partial)
+            shutil.copyfile(file, partial / file.name)
     quant.save(partial)
     (partial / "lock").unlink(missing_ok=True)
     partial.rename(output)

@@ -60,6 +60,17 @@ def test_a_claim_of_several_pairs_fails_with_one_and_says_what_was_measured():
     assert Claim("", [("a", "missing")]).check(cells) == Finding("not measured yet", "")
 
 
+def test_a_claim_may_be_about_one_text():
+    cells = {"a": cell("qat", 0), "b": cell("rtn", 0.1)}
+    for name, own in cells.items():
+        own["texts"] |= {"verse": cell("", 0.3 if name == "a" else 0.0)["texts"]["prose"]}
+    claim = Claim("", [("a", "b"), ("a", "b")], on=("prose", "verse"))
+    finding = claim.check(cells)
+    assert finding.verdict == "does not hold (holds in 1 of 2)"
+    assert "a - b on prose: -0.1" in finding.numbers
+    assert "a - b on verse: +0.3" in finding.numbers
+
+
 def test_closing_the_gap():
     cells = {"f": cell("full_precision", 0, nll=3.0), "q": cell("qat", 0.2, nll=3.2)}
     assert closes(["q"], cells) == results.NOT_MEASURED

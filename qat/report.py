@@ -1,5 +1,6 @@
 """Pictures and sizes of a run."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -92,10 +93,10 @@ def plot_bits(
     for number, (title, values) in enumerate(panels, 1):
         axes = figure.add_subplot(1, len(panels), number)
         for method in ("rtn", "gptq", "smoothquant", "qat"):
-            places = [place for place, bits in enumerate(settings) if f"{method}_{bits}" in values]
-            points = [values[f"{method}_{settings[place]}"] for place in places]
-            means, errors = [mean for mean, _ in points], [error for _, error in points]
-            axes.errorbar(places, means, errors, fmt="o-", color=_COLOURS[method], label=LABELS[method])
+            # What is not measured yet is a gap.
+            points = [values.get(f"{method}_{bits}", (math.nan, math.nan)) for bits in settings]
+            means, errors = zip(*points, strict=True)
+            axes.errorbar(range(len(settings)), means, errors, fmt="o-", color=_COLOURS[method], label=LABELS[method])
         if full[0]["name"] in values:
             axes.axhline(values[full[0]["name"]][0], color=_GREY, linestyle=":", label=LABELS["full_precision"])
         axes.set_xticks(range(len(settings)), settings, rotation=45)

@@ -114,10 +114,24 @@ def counterpart(cell: Cell, method: str, cells: Mapping[str, Cell]) -> Cell | No
     return None
 
 
+def seeds(cells: Mapping[str, Cell]) -> list[tuple[Cell, Cell]]:
+    """The cells that were made twice: with seed 0, and with another."""
+    bases = [(cells.get(name.removesuffix(f"_seed={cell['seed']}")), cell) for name, cell in cells.items()]
+    return [(base, cell) for base, cell in bases if base and base is not cell]
+
+
+def seed_spread(cells: Mapping[str, Cell]) -> float:
+    """The most that another seed changes the mean KL by; 0 where none was tried."""
+    return max((abs(mean_kl(base) - mean_kl(cell)) for base, cell in seeds(cells)), default=0.0)
+
+
 @dataclass(frozen=True)
 class Claim:
     """That the first cell of each pair is nearer to the teacher than the second; or, if not ``strictly``, that it is
     not farther. Cells are given by name.
+
+    Two cells are told apart where their difference is larger than its standard errors, and, if one of them was trained,
+    than what another seed changes.
 
     Args:
         on: for each pair, the text that it is measured on; all texts, where there is none
@@ -129,16 +143,18 @@ class Claim:
     on: tuple[str | None, ...] = ()
 
     def check(self, cells: Mapping[str, Cell]) -> Finding:
-        found = []
+        found, by_seed = [], seed_spread(cells)
         for (first, second), on in zip(self.pairs, self.on or [None] * len(self.pairs), strict=True):
             if first in cells and second in cells:
                 difference = Difference.of(cells[first], cells[second], on)
+                trained = "qat" in (cells[first]["method"], cells[second]["method"])
                 where = f" on {on}" if on else ""
-                found.append((self._verdict(difference), f"{first} - {second}{where}: {difference}"))
+                verdict = self._verdict(difference, by_seed if trained else 0.0)
+                found.append((verdict, f"{first} - {second}{where}: {difference}"))
         return _together(found, len(self.pairs))
 
-    def _verdict(self, difference: Difference) -> str:
-        if not difference.sure:
+    def _verdict(self, difference: Difference, by_seed: float) -> str:
+        if not difference.sure or abs(difference.mean) <= by_seed:
             return UNDECIDED if self.strictly else HOLDS
         return HOLDS if difference.mean < 0 else FAILS
 
@@ -271,7 +287,8 @@ Written by `python launch/reproduce.py`, which goes on from the cells that are t
 seeds, versions, times and the machine is a JSON in [cells/](cells). How to read it: perplexity and mean KL(teacher ‖
 student) in nats per token, ± its standard error over the windows, on two texts that no one trained on; *closed* is the
 share of RTN's distance to full precision, in log-perplexity, that is gone (both texts); a difference counts as one
-when it is larger than two standard errors of the differences by pairs, window by window."""
+when it is larger than two standard errors of the differences by pairs, window by window, and, where one of the two was
+trained, larger than what another seed has changed anywhere."""
 
 
 def _budget(cells: Mapping[str, Cell]) -> str:
@@ -293,11 +310,11 @@ def _finding_line(what: str, finding: Finding) -> str:
 
 def _spread(cells: Mapping[str, Cell]) -> str:
     """What another seed changes."""
-    lines = []
-    for name, cell in cells.items():
-        base = cells.get(name.removesuffix(f"_seed={cell['seed']}"))
-        if cell["seed"] and base:
-            lines.append(f"- {base['name']}: mean KL {mean_kl(base):.4f} with seed 0, {mean_kl(cell):.4f} with seed 1")
+    lines = [
+        f"- {base['name']}: mean KL {mean_kl(base):.4f} with seed {base['seed']}, {mean_kl(cell):.4f} with seed "
+        f"{cell['seed']}"
+        for base, cell in seeds(cells)
+    ]
     return "Another seed (of the generated text and of its order):\n\n" + "\n".join(lines) if lines else ""
 
 

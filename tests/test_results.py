@@ -60,6 +60,16 @@ def test_a_claim_of_several_pairs_fails_with_one_and_says_what_was_measured():
     assert Claim("", [("a", "missing")]).check(cells) == Finding("not measured yet", "")
 
 
+def test_what_another_seed_changes_is_no_difference():
+    cells = {"a": cell("qat", 0), "b": cell("qat", 0.1), "r": cell("rtn", 0.1), "q": cell("gptq", 0.2)}
+    assert Claim("", [("a", "b")]).check(cells).verdict == "holds"
+    cells["a_seed=1"] = cell("qat", 0.15) | {"seed": 1}
+    assert results.seed_spread(cells) == pytest.approx(0.15)
+    assert Claim("", [("a", "b")]).check(cells).verdict == "undecided"
+    assert Claim("", [("a", "b")], strictly=False).check(cells).verdict == "holds"
+    assert Claim("", [("r", "q")]).check(cells).verdict == "holds", "of two that were not trained"
+
+
 def test_a_claim_may_be_about_one_text():
     cells = {"a": cell("qat", 0), "b": cell("rtn", 0.1)}
     for name, own in cells.items():

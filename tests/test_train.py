@@ -26,7 +26,6 @@ from qat.checkpoint import TrainState
 from qat.data import TrainingData
 from qat.distill import Distiller, TeacherTargets, predicting
 from qat.errors import UserError
-from qat.preemption import RESUMABLE_EXIT
 from qat.prepare import QuantConfig, integer_product, multiply_integers, prepare
 from qat.training import TrainConfig, check_sane
 
@@ -142,7 +141,6 @@ def test_a_signal_saves_and_the_run_goes_on(run, weights, tiny_directory, tiny_d
     assert process.poll() is None, process.communicate()[0]
     os.killpg(process.pid, signal.SIGTERM)
     process.communicate(timeout=120)
-    assert process.returncode == RESUMABLE_EXIT
     saved = (output / "checkpoints" / "latest").read_text()
     assert int(saved.removeprefix("step-")) == len(log_of(output)) < STEPS
     finish(start_training(1, *flags(tiny_directory, tiny_data, output)))

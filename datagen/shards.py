@@ -68,8 +68,6 @@ class ShardFolder:
         with self._writing():
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock_file = os.open(self.directory / LOCK, os.O_CREAT | os.O_RDWR, 0o666)
-            with self.alone():  # a file system that has no POSIX locks says so here
-                pass
         with self.alone():
             if not (self.directory / MANIFEST).exists():
                 if self.shards():
@@ -125,7 +123,8 @@ class ShardFolder:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Wait until no other process is about to write files that are no shards."""
-        fcntl.lockf(self._lock_file, fcntl.LOCK_EX, 1, _NO_SHARD)
+        with self._writing():  # not on a file system without POSIX locks
+            fcntl.lockf(self._lock_file, fcntl.LOCK_EX, 1, _NO_SHARD)
         try:
             yield
         finally:

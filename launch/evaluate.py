@@ -177,10 +177,12 @@ class _Results:
     @staticmethod
     def _read(path: Path) -> dict[str, Any]:
         try:
-            there = json.loads(path.read_text())
-            return there | {"settings": there["settings"]}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is no result of launch/evaluate.py: give another --output.") from error
+            content = json.loads(path.read_text())
+        except (OSError, ValueError):
+            content = None
+        if not isinstance(content, dict) or "settings" not in content:
+            raise UserError(f"{path} is no result of launch/evaluate.py: give another --output.")
+        return content
 
     def show(self, texts: list[str], tasks: list[str]) -> None:
         for text in texts:

@@ -97,8 +97,9 @@ def main() -> int:
         raise UserError(f"{paths.data} has {len(data)} sequences, a step takes {config.batch_size}: generate more.")
     texts = held_out.read(tokenizer, data)
     lengths = {"data": data.longest, **{name: max(ids.shape[1] for ids in text) for name, text in texts.items()}}
+    config_of_model = models.read_config(model)
     for name, length in lengths.items():
-        models.check_length(models.read_config(model), length, f"The longest sequence of {name}")
+        models.check_length(config_of_model, length, f"The longest sequence of {name}")
     check_teacher(paths.teacher_cache, quant, config)
     begin = starting_point(paths.student, model, quant) if paths.student else model
     cache = None

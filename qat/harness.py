@@ -131,6 +131,20 @@ class _RankedLM(HFLM):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH[model.device.type])
         if dist.is_initialized():
             self._rank, self._world_size = dist.get_rank(), _world_size()
+        self._longest = 0
+
+    def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+        self._longest = max((len(continuation) for _, _, continuation in requests), default=0)
+        return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+    def _model_call(self, inps: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Logits of the last positions only, [batch, positions, vocabulary], of which the harness takes the answers':
+        the others', most of them of 5-shot prompts, cost as much as all layers of a small quantized model."""
+        positions = torch.arange(1, inps.shape[1] + 1, device=inps.device)
+        shortest = int((positions * (inps != 0)).amax(dim=1).min())  # it pads with zeros, on the right
+        needed = self._longest + inps.shape[1] - shortest
+        with torch.no_grad():
+            return self.model(inps, logits_to_keep=needed).logits
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         gathered: list[Any] = [None] * self.world_size

@@ -1,6 +1,10 @@
 """The offline tasks are those of the harness: whole, with the right answers."""
 
 import pytest
+from conftest import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lm_eval.models.huggingface import HFLM
 
 from datagen import taskdata
 from qat import harness
@@ -75,3 +79,28 @@ def test_a_list_of_tasks():
     assert harness.task_names("piqa,paper") == ["piqa", *(name for name in harness.METRICS if name != "piqa")]
     with pytest.raises(UserError, match="tasks='glue' is not possible"):
         harness.task_names("glue")
+
+
+TOKENS = st.lists(st.integers(0, 299), min_size=1, max_size=6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    contexts=st.lists(TOKENS, min_size=1, max_size=6),
+    answers=st.lists(TOKENS, min_size=1, max_size=4),
+    choices=st.sets(st.integers(0, 299), max_size=4),
+)
+def test_the_answers_likelihoods_are_those_of_the_whole_logits(model_and_tokenizer, contexts, answers, choices):
+    requests = [
+        (("", ""), context, answer) for context in contexts for answer in [*answers, *([choice] for choice in choices)]
+    ]
+    ours = harness._RankedLM(*model_and_tokenizer)._loglikelihood_tokens(requests)
+    model, tokenizer = model_and_tokenizer
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)._loglikelihood_tokens(requests)
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+    assert [value for value, _ in ours] == pytest.approx([value for value, _ in theirs], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def model_and_tokenizer(tokenizer):
+    return tiny_model(), tokenizer

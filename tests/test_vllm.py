@@ -77,7 +77,7 @@ def test_surprisal_is_of_the_distribution_that_is_drawn_from(engine, directory, 
         tokens = torch.tensor(row.input_ids)
         with torch.inference_mode():
             logits = model(tokens[None, :-1]).logits[0] / 0.5
-        logits[logits < logits.topk(20).values[:, -1:]] = -torch.inf
+        logits = logits.masked_fill(logits < logits.topk(20).values[:, -1:], -torch.inf)
         logp = logits.log_softmax(-1)[torch.arange(len(tokens) - 1), tokens[1:]]
         assert row.surprisal == pytest.approx(-logp[1:].sum().item(), abs=2e-2)
 

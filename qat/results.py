@@ -246,8 +246,9 @@ RECIPES_4_8_4 = {
     "one scale per token and head": ["qat_4-8-4", "qat_4-8-4_seed=1"],
     "and a rotated cache": ["qat_4-8-4_kv_rotation=hadamard", "qat_4-8-4_kv_rotation=hadamard_seed=1"],
     "and four times the steps": ["qat_4-8-4_kv_rotation=hadamard_steps=400"],
+    "rotated, in groups of 64 weights": ["qat_4-8-4_w_group_size=64_kv_rotation=hadamard"],
     "rotated, and begun with GPTQ's weights": ["qat_4-8-4_kv_rotation=hadamard_student=gptq"],
-    "the same in groups of 64 weights": ["qat_4-8-4_w_group_size=64_kv_rotation=hadamard_student=gptq"],
+    "rotated, in groups, and begun with GPTQ's": ["qat_4-8-4_w_group_size=64_kv_rotation=hadamard_student=gptq"],
 }
 """Of which each shall close the target share of the distance."""
 

@@ -139,7 +139,7 @@ class _RankedLM(HFLM):
 
     def _model_call(self, inps: Tensor, *_: Any, **__: Any) -> Tensor:
         """Logits of the last positions only, [batch, positions, vocabulary], of which the harness takes the answers':
-        the others', most of them of 5-shot prompts, cost as much as all layers of a small quantized model."""
+        those of a batch's whole 5-shot prompts take gigabytes."""
         positions = torch.arange(1, inps.shape[1] + 1, device=inps.device)
         shortest = int((positions * (inps != 0)).amax(dim=1).min())  # it pads with zeros, on the right
         needed = self._longest + inps.shape[1] - shortest

@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import tiny_model
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from lm_eval.models.huggingface import HFLM
 
@@ -90,6 +90,7 @@ TOKENS = st.lists(st.integers(0, 299), min_size=1, max_size=6)
     answers=st.lists(TOKENS, min_size=1, max_size=4),
     choices=st.sets(st.integers(0, 299), max_size=4),
 )
+@example(contexts=[[5, 6, 7], [8]], answers=[[9, 10]], choices=set())  # the shortest row has the longest answer
 def test_the_answers_likelihoods_are_those_of_the_whole_logits(model_and_tokenizer, contexts, answers, choices):
     requests = [
         (("", ""), context, answer) for context in contexts for answer in [*answers, *([choice] for choice in choices)]

@@ -19,7 +19,7 @@ Cell = dict[str, Any]
 
 TITLES = {
     "main": "Main results",
-    "recipes": "Recipes for 4-8-4",
+    "recipes": "Recipes",
     "kv": "The KV cache",
     "distillation": "What the student learns from",
     "quantizers": "Quantizers",
@@ -77,14 +77,16 @@ def mean_kl(cell: Cell) -> float:
     return statistics.fmean(score["kl"] for score in cell["texts"].values())
 
 
-def accuracy_difference(a: Cell, b: Cell) -> Difference:
-    """Zero-shot average of ``a`` less that of ``b``, in points, by pairs of documents."""
+def accuracy_difference(pairs: Sequence[tuple[Cell, Cell]]) -> Difference:
+    """Zero-shot average of the first of each pair less that of the second, in points, the mean over the pairs; by
+    pairs of documents, which must be the same everywhere."""
     means, squares = [], 0.0
     for task in ZERO_SHOT:
-        pairs = zip(a["tasks"][task]["correct"], b["tasks"][task]["correct"], strict=True)
-        own = [100.0 * (int(first) - int(second)) for first, second in pairs]
-        means.append(statistics.fmean(own))
-        squares += standard_error(own) ** 2
+        outcomes = [(a["tasks"][task]["correct"], b["tasks"][task]["correct"]) for a, b in pairs]
+        gained = [[int(x) - int(y) for x, y in zip(a, b, strict=True)] for a, b in outcomes]
+        documents = [100 * statistics.fmean(document) for document in zip(*gained, strict=True)]
+        means.append(statistics.fmean(documents))
+        squares += standard_error(documents) ** 2
     return Difference(statistics.fmean(means), math.sqrt(squares) / len(means))
 
 
@@ -248,6 +250,7 @@ RECIPES_4_8_4 = {
     "and four times the steps": ["qat_4-8-4_kv_rotation=hadamard_steps=400"],
     "rotated, in groups of 64 weights": ["qat_4-8-4_w_group_size=64_kv_rotation=hadamard"],
     "rotated, and begun with GPTQ's weights": ["qat_4-8-4_kv_rotation=hadamard_student=gptq"],
+    "rotated, and begun with SmoothQuant's": ["qat_4-8-4_kv_rotation=hadamard_student=smoothquant"],
     "rotated, in groups, and begun with GPTQ's": ["qat_4-8-4_w_group_size=64_kv_rotation=hadamard_student=gptq"],
 }
 """Of which each shall close the target share of the distance."""
@@ -320,19 +323,35 @@ def _spread(cells: Mapping[str, Cell]) -> str:
 
 
 def _accuracies_by_pairs(accuracies: Mapping[str, Cell]) -> str:
-    """LLM-QAT's zero-shot average less that of every other method with the same bits."""
-    lines = []
+    """LLM-QAT's zero-shot average less that of every other method with the same quantization, one by one and
+    together."""
+    rivals = ("full_precision", *_PTQ)
+    columns: dict[str, list[tuple[Cell, Cell]]] = {method: [] for method in rivals}
+    rows = []
     for name, cell in accuracies.items():
-        for other in accuracies.values():
-            rival = other["method"] == "full_precision" or (
-                other["method"] != "qat" and other["bits"] == cell["bits"] and other["changes"] == cell["changes"]
-            )
-            if cell["method"] == "qat" and rival and cell["settings"]["limit"] == other["settings"]["limit"]:
-                difference = accuracy_difference(cell, other)
-                lines.append(
-                    f"- {name} less {LABELS[other['method']]}: {difference.mean:+.1f} ± {difference.stderr:.1f}"
-                )
-    return "Zero-shot average, differences by pairs of documents, in points:\n\n" + "\n".join(lines) if lines else ""
+        if cell["method"] != "qat":
+            continue
+        comparable = {n: c for n, c in accuracies.items() if c["settings"]["limit"] == cell["settings"]["limit"]}
+        row = [name]
+        for method in rivals:
+            other = counterpart(cell, method, comparable)
+            columns[method] += [(cell, other)] if other else []
+            row.append(_points(accuracy_difference([(cell, other)])) if other else "")
+        rows.append(row)
+    if not rows:
+        return ""
+    if len(rows) > 1:
+        rows.append(["all of these", *(_points(accuracy_difference(pairs)) for pairs in columns.values())])
+    scores = next(iter(accuracies.values()))["tasks"]
+    documents = ", ".join(f"{name} {score['documents']}" for name, score in scores.items())
+    head = [["zero-shot average, in points", *(f"less {LABELS[method]}" for method in rivals)], ["-"] * 5]
+    said = f"Accuracy, by pairs of documents ({documents}; in the tables beside its standard error):"
+    return "\n".join([said, "", *("| " + " | ".join(row) + " |" for row in [*head, *rows])])
+
+
+def _points(difference: Difference) -> str:
+    text = f"{difference.mean:+.1f} ± {difference.stderr:.1f}"
+    return f"**{text}**" if difference.sure else text
 
 
 def _table(names: list[str], cells: Mapping[str, Cell], accuracies: Mapping[str, Cell]) -> str:

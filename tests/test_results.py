@@ -92,13 +92,19 @@ def test_closing_the_gap():
     assert closes(["q"], cells).verdict == "does not hold"
 
 
+def accuracies(outcome):
+    return {"tasks": {task: {"correct": outcome} for task in ZERO_SHOT}}
+
+
 def test_accuracy_differs_by_pairs():
     """The same documents right on both sides leave no spread."""
-    a, b = ({"tasks": {task: {"correct": outcome} for task in ZERO_SHOT}} for outcome in ("1101", "1001"))
-    difference = results.accuracy_difference(a, b)
+    a, b = accuracies("1101"), accuracies("1001")
+    difference = results.accuracy_difference([(a, b)])
     assert difference.mean == pytest.approx(25)
     assert difference.stderr == pytest.approx(25 / 8**0.5)
-    assert results.accuracy_difference(a, a) == Difference(0, 0)
+    assert results.accuracy_difference([(a, a)]) == Difference(0, 0)
+    assert results.accuracy_difference([(a, b)] * 3) == difference  # measured thrice, they are not more documents
+    assert results.accuracy_difference([(a, b), (b, a)]) == Difference(0, 0)
 
 
 def test_the_claims_name_cells_that_the_recipes_make():

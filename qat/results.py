@@ -194,7 +194,7 @@ def _together(found: list[tuple[str, str]], of: int) -> Finding:
     everywhere = worst == HOLDS or verdicts.count(worst) == len(verdicts)
     remarks = [] if everywhere else [f"holds in {verdicts.count(HOLDS)} of {len(verdicts)}"]
     remarks += [f"{len(found)} of {of} measured"] if len(found) < of else []
-    return Finding(worst + (f" ({', '.join(remarks)})" if remarks else ""), "; ".join(numbers))
+    return Finding(worst + (f" ({', '.join(remarks)})" if remarks else ""), "<br>".join(numbers))
 
 
 def _against_ptq(*settings: str) -> list[tuple[str, str]]:
@@ -342,10 +342,11 @@ def _accuracies_by_pairs(accuracies: Mapping[str, Cell]) -> str:
         return ""
     if len(rows) > 1:
         rows.append(["all of these", *(_points(accuracy_difference(pairs)) for pairs in columns.values())])
-    scores = next(iter(accuracies.values()))["tasks"]
-    documents = ", ".join(f"{name} {score['documents']}" for name, score in scores.items())
-    head = [["zero-shot average, in points", *(f"less {LABELS[method]}" for method in rivals)], ["-"] * 5]
-    said = f"Accuracy, by pairs of documents ({documents}; in the tables beside its standard error):"
+    counts = {task: score["documents"] for task, score in next(iter(accuracies.values()))["tasks"].items()}
+    usual = statistics.mode(counts.values())
+    others = "".join(f", {count} of {task}" for task, count in counts.items() if count != usual)
+    head = [["zero-shot average, points", *(f"less {LABELS[method]}" for method in rivals)], ["-"] * 5]
+    said = f"Accuracies are of {usual} documents of each task{others}. By pairs of documents, LLM-QAT's differ by:"
     return "\n".join([said, "", *("| " + " | ".join(row) + " |" for row in [*head, *rows])])
 
 

@@ -5,6 +5,8 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, finish, generate_flags, kill, run_python, start_training, tiny_model
+from conftest import ROOT, environment, finish, generate_flags, kill, run_python, start_training, tiny_model
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -26,6 +28,7 @@ from qat.checkpoint import TrainState
 from qat.data import TrainingData
 from qat.distill import Distiller, TeacherTargets, predicting
 from qat.errors import UserError
+from qat.preemption import RESUMABLE_EXIT
 from qat.prepare import QuantConfig, integer_product, multiply_integers, prepare
 from qat.training import TrainConfig, check_sane
 
@@ -147,6 +150,17 @@ def test_a_signal_saves_and_the_run_goes_on(run, weights, tiny_directory, tiny_d
     # One rank that accumulates two sequences takes the same global batches as two ranks.
     for one, two in zip(losses(output), losses(run), strict=True):
         assert one == pytest.approx(two, rel=1e-3)
+
+
+def test_a_rank_that_a_signal_stops_exits_with_the_resumable_code(tiny_directory, tiny_data, tmp_path):
+    """By it launch/slurm/resumable.sh puts a job back into the queue. Started by plain python, a rank is alone."""
+    command = [sys.executable, str(ROOT / "launch" / "train.py"), *flags(tiny_directory, tiny_data, tmp_path)]
+    process = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not (tmp_path / "log.jsonl").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(120) == RESUMABLE_EXIT
+    assert int(latest(tmp_path).removeprefix("step-")) == len(log_of(tmp_path))
 
 
 def test_another_number_of_ranks_goes_on_with_the_same_batches(run, weights, tiny_directory, tiny_data, tmp_path):

@@ -4,6 +4,7 @@ A cell is the JSON that launch/reproduce.py writes: a method, its settings, and 
 by their KL to the teacher on the same windows of text, in pairs: that tells them apart where accuracies cannot.
 """
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -325,29 +326,28 @@ def _spread(cells: Mapping[str, Cell]) -> str:
 def _accuracies_by_pairs(accuracies: Mapping[str, Cell]) -> str:
     """LLM-QAT's zero-shot average less that of every other method with the same quantization, one by one and
     together."""
+    if not accuracies:
+        return ""
+    first = next(iter(accuracies.values()))
+    comparable = {name: c for name, c in accuracies.items() if c["settings"]["limit"] == first["settings"]["limit"]}
     rivals = ("full_precision", *_PTQ)
-    columns: dict[str, list[tuple[Cell, Cell]]] = {method: [] for method in rivals}
-    rows = []
-    for name, cell in accuracies.items():
-        if cell["method"] != "qat":
-            continue
-        comparable = {n: c for n, c in accuracies.items() if c["settings"]["limit"] == cell["settings"]["limit"]}
-        row = [name]
-        for method in rivals:
-            other = counterpart(cell, method, comparable)
-            columns[method] += [(cell, other)] if other else []
-            row.append(_points(accuracy_difference([(cell, other)])) if other else "")
-        rows.append(row)
+    rows = {
+        name: [[(cell, other)] if (other := counterpart(cell, method, comparable)) else [] for method in rivals]
+        for name, cell in comparable.items()
+        if cell["method"] == "qat"
+    }
     if not rows:
         return ""
     if len(rows) > 1:
-        rows.append(["all of these", *(_points(accuracy_difference(pairs)) for pairs in columns.values())])
-    counts = {task: score["documents"] for task, score in next(iter(accuracies.values()))["tasks"].items()}
+        rows["all of these"] = [[*itertools.chain(*column)] for column in zip(*rows.values(), strict=True)]
+    counts = {task: score["documents"] for task, score in first["tasks"].items()}
     usual = statistics.mode(counts.values())
     others = "".join(f", {count} of {task}" for task, count in counts.items() if count != usual)
-    head = [["zero-shot average, points", *(f"less {LABELS[method]}" for method in rivals)], ["-"] * 5]
     said = f"Accuracies are of {usual} documents of each task{others}. By pairs of documents, LLM-QAT's differ by:"
-    return "\n".join([said, "", *("| " + " | ".join(row) + " |" for row in [*head, *rows])])
+    head = ["zero-shot average, points", *(f"less {LABELS[method]}" for method in rivals)]
+    lines = [head, ["-"] * len(head)]
+    lines += [[name, *(_points(accuracy_difference(p)) if p else "" for p in row)] for name, row in rows.items()]
+    return "\n".join([said, "", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
 def _points(difference: Difference) -> str:

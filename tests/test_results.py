@@ -107,6 +107,17 @@ def test_accuracy_differs_by_pairs():
     assert results.accuracy_difference([(a, b), (b, a)]) == Difference(0, 0)
 
 
+def test_accuracies_without_a_rival_leave_their_column_empty():
+    """Two students and full precision, as --cells 'full*,qat*' leaves them."""
+    made = {}
+    for name, method, bits in (("f", "full_precision", 16), ("q", "qat", 4), ("p", "qat", 8)):
+        scores = {task: {"correct": "1101", "documents": 4} for task in ZERO_SHOT}
+        made[name] = {"method": method, "settings": asdict(QuantConfig(w_bits=bits)) | {"limit": 4}, "tasks": scores}
+    lines = results._accuracies_by_pairs(made).splitlines()
+    assert lines[-1] == "| all of these | +0.0 ± 0.0 |  |  |  |"
+    assert len(lines) == 7
+
+
 def test_the_claims_name_cells_that_the_recipes_make():
     made = {job.cell.name for job in queue({path.stem: read_recipe(path) for path in RECIPES.glob("*.yaml")}, "*")}
     claimed = {name for claim in results.CLAIMS for pair in claim.pairs for name in pair}

@@ -26,7 +26,7 @@ from qat.errors import UserError, check_choice, check_least
 from qat.evaluate import TextScore, WindowScore, score_windows, text_windows
 from qat.files import write_atomically
 from qat.machine import machine
-from qat.prepare import CONFIG_FILE, QuantConfig, freeze, prepare
+from qat.prepare import CONFIG_FILE, QuantConfig, freeze, integer_product, multiply_integers, prepare
 
 NO_TEXT = "none"
 
@@ -122,14 +122,20 @@ def main() -> None:
         results.show([*texts], tasks)
         return
     _join_ranks()
-    model = loading.load(name, models.inference_dtype())
+    dtype = models.inference_dtype()
+    product = integer_product(rounded, models.device(), dtype) if rounded else None
+    results.products = product.__name__ if product else "floats"
+    model = loading.load(name, dtype, product)
     models.place(model)
     if rtn:
-        freeze(prepare(model, quant))
+        prepare(model, quant)
+        if product is not None:
+            multiply_integers(model, product)
+        freeze(model)
     if new_texts:
         teacher = None
         if teacher_name:
-            teacher = loading.load(teacher_name, models.inference_dtype())
+            teacher = loading.load(teacher_name, dtype)
             models.place(teacher)
         for text in new_texts:
             with results.timed(text):
@@ -163,6 +169,7 @@ class _Results:
         if path and path.exists() and (there := self._read(path))["settings"] == settings:
             self._content = there
         self.texts, self.tasks = self._content["texts"], self._content["tasks"]
+        self.products = "floats"
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -170,6 +177,7 @@ class _Results:
         began = time.monotonic()
         yield
         self._content["seconds"][name] = round(time.monotonic() - began, 1)
+        self._content.setdefault("products", {})[name] = self.products
         if self._path and cli.is_first_rank():
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self._path, json.dumps(self._content, indent=2) + "\n")

@@ -93,6 +93,7 @@ class QuantLinear(nn.Linear):
         input_format: how x is quantized
         input_step: LSQ's learned step, [1]; None for the other methods
         integer_product: multiplies codes, not values, in forward; None for values
+        codes, codes_scale: the frozen weight's codes [out, in] and scale [out, 1], where the layer multiplies codes
     """
 
     weight_format: Format
@@ -100,6 +101,8 @@ class QuantLinear(nn.Linear):
     input_quantizer: InputQuantizer | None
     input_step: nn.Parameter | None
     integer_product: IntegerProduct | None
+    codes: Tensor | None
+    codes_scale: Tensor | None
 
     @classmethod
     def convert(cls, linear: nn.Linear, weight: Format, inputs: Format, shared: InputQuantizer | None) -> "QuantLinear":
@@ -109,6 +112,8 @@ class QuantLinear(nn.Linear):
         linear.weight_format, linear.input_format = weight, inputs
         linear.input_quantizer = shared
         linear.integer_product = None
+        for buffer in ("codes", "codes_scale"):
+            linear.register_buffer(buffer, None, persistent=False)
         step = nn.Parameter(torch.full((1,), torch.nan)) if inputs.learned else None  # NaN until it is initialised
         linear.register_parameter("input_step", step)
         return linear
@@ -124,8 +129,20 @@ class QuantLinear(nn.Linear):
         """Put the quantized weight in the Parameter's place, so that evaluation quantizes it once; on ``grid``,
         if one is given."""
         if self.weight_format.quantizes:
+            if self.integer_product is not None:
+                self.keep_codes(quantize(self.weight, self.weight_format, grid))
             self.weight.copy_(round_to_grid(self.weight, self.weight_format, grid)[0])
             self.weight_format = Format(FULL_PRECISION)
+
+    def keep_codes(self, weight: Quantized) -> None:
+        """Multiply these codes from now on, the frozen weight's."""
+        self.codes, self.codes_scale = weight.codes, weight.grid.scale
+
+    def integers(self) -> Quantized | None:
+        """The weight as integers; None where it is in full precision."""
+        if self.codes is not None and self.codes_scale is not None:
+            return Quantized(self.codes, Grid(self.codes_scale))
+        return quantize(self.weight, self.weight_format) if self.weight_format.quantizes else None
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight={self.weight_format}, input={self.input_format}"
@@ -149,8 +166,7 @@ class _QuantLinear(torch.autograd.Function):
         grid = Grid(None, None)  # type: ignore[arg-type]
         rows = x.numel() // x.shape[-1]
         product = layer.integer_product if codes_fit(rows, layer.in_features, layer.out_features, x.device) else None
-        if product is not None and shared is not None and form.quantizes:
-            quantized = quantize(weight, form)
+        if product is not None and shared is not None and (quantized := layer.integers()) is not None:
             grid = quantized.grid
             y = matmul_codes(product, shared.quantized, quantized, x.dtype)
         else:

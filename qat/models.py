@@ -91,8 +91,13 @@ def load(name: str, dtype: torch.dtype | str) -> PreTrainedModel:
 
 def place(model: torch.nn.Module) -> None:
     """Move a model to this process's GPU, if there is one."""
+    model.to(device())
+
+
+def device() -> torch.device:
+    """This process's GPU, if there is one."""
     take_gpu()
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def inference_dtype() -> torch.dtype:

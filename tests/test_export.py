@@ -22,7 +22,9 @@ from qat import export, formats, llama_cpp, loading, models, source
 from qat.errors import UserError
 from qat.export import FAKE, GGUF
 from qat.formats import INTEGERS, PACKED
-from qat.prepare import CONFIG_FILE, GRIDS_FILE, QuantConfig, prepare, quant_linears, save_grids
+from qat.linear import can_multiply_integers
+from qat.prepare import CONFIG_FILE, GRIDS_FILE, QuantConfig, multiply_integers, prepare, quant_linears, save_grids
+from qat.products import int_mm
 from qat.quantizers import Format, Grid, Quantized, dequantize, grid_of, quantize
 from qat.statements import differences
 
@@ -64,6 +66,16 @@ def test_reloaded_equals_what_was_trained(form, quant, dtype, tmp_path):
     trained = prepare(models.load(str(tmp_path / "final"), dtype), quant)  # not frozen: as it is trained
     reloaded = loading.load(str(tmp_path / "export"), dtype)
     assert torch.equal(reloaded(ids(reloaded)).logits, trained(ids(trained)).logits)
+
+
+@pytest.mark.parametrize("quant", [q for q in SETTINGS if can_multiply_integers(q.weights, q.activations)], ids=str)
+def test_integers_are_evaluated_as_they_were_trained(quant, tmp_path):
+    export.export(write_student(tmp_path / "final", quant), tmp_path / "export", INTEGERS)
+    trained = prepare(models.load(str(tmp_path / "final"), torch.float32), quant)
+    multiply_integers(trained, int_mm)
+    for place in ("final", "export"):
+        evaluated = loading.load(str(tmp_path / place), torch.float32, int_mm)
+        assert torch.equal(evaluated(ids(evaluated)).logits, trained(ids(trained)).logits)
 
 
 @pytest.mark.parametrize("form", [PACKED, INTEGERS, FAKE])

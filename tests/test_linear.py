@@ -138,8 +138,9 @@ def test_saves_codes_and_the_parameter_itself(integers):
     assert sum(t.nbytes for t in others) == expected, "int8 codes, and one fp32 scale per token and output channel"
 
 
-def test_frozen_layer_gives_the_same_bits():
-    layer = make()
+@pytest.mark.parametrize("integers", [False, True])
+def test_frozen_layer_gives_the_same_bits(integers):
+    layer = make(integers=integers)
     x = torch.randn(3, 48)
     before = layer(x)
     layer.freeze()

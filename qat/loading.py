@@ -26,7 +26,7 @@ def load(directory: str, dtype: torch.dtype, product: IntegerProduct | None = No
     Weights are quantized once, here; activations and KV cache as ``quant_config.json`` says.
 
     Args:
-        product: what multiplies integer codes, if its formats allow that (see prepare.integer_product); None for values
+        product: what multiplies integer codes, as prepare.integer_product found for its formats; None for values
     """
     path = Path(directory)
     if not (path / CONFIG_FILE).is_file():

@@ -169,7 +169,7 @@ class _Results:
         if path and path.exists() and (there := self._read(path))["settings"] == settings:
             self._content = there
         self.texts, self.tasks = self._content["texts"], self._content["tasks"]
-        self.products = "floats"
+        self.products: str | None = None  # unknown where another engine multiplies
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -177,7 +177,8 @@ class _Results:
         began = time.monotonic()
         yield
         self._content["seconds"][name] = round(time.monotonic() - began, 1)
-        self._content.setdefault("products", {})[name] = self.products
+        if self.products:
+            self._content.setdefault("products", {})[name] = self.products
         if self._path and cli.is_first_rank():
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self._path, json.dumps(self._content, indent=2) + "\n")

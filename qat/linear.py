@@ -129,9 +129,10 @@ class QuantLinear(nn.Linear):
         """Put the quantized weight in the Parameter's place, so that evaluation quantizes it once; on ``grid``,
         if one is given."""
         if self.weight_format.quantizes:
+            quantized = quantize(self.weight, self.weight_format, grid)
             if self.integer_product is not None:
-                self.keep_codes(quantize(self.weight, self.weight_format, grid))
-            self.weight.copy_(round_to_grid(self.weight, self.weight_format, grid)[0])
+                self.keep_codes(quantized)
+            self.weight.copy_(dequantize(quantized, self.weight.dtype))
             self.weight_format = Format(FULL_PRECISION)
 
     def keep_codes(self, weight: Quantized) -> None:

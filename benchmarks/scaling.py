@@ -29,6 +29,7 @@ from launch import cli, plan
 from launch.stages import free_port
 from qat import checkpoint, ds_json, engines, training
 from qat.data import Sample
+from qat.machine import device
 from qat.preemption import StopSignal
 from qat.prepare import QuantConfig
 from qat.run_log import RunLog, peak_memory
@@ -132,7 +133,7 @@ def rank(config: ScalingBenchmark, model: Path) -> None:
             log.step(state, figures)
 
     def bare() -> None:
-        sample = data.sample(cli.rank()).to(engines.device())
+        sample = data.sample(cli.rank()).to(device())
         loss, _ = student(sample.input_ids, teacher(sample))
         student.backward(loss)
         student.step()

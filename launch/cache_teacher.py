@@ -17,6 +17,7 @@ from qat import ds_json, engines, models
 from qat.data import Sample, TrainingData
 from qat.errors import UserError, check_least
 from qat.files import lock
+from qat.machine import device
 from qat.teacher_cache import SEQUENCES_PER_FILE, TeacherCache, entry_of
 
 
@@ -74,7 +75,7 @@ def main() -> None:
             for place in range(steps_of(turn, len(data))):  # in step with the other ranks, which share the teacher
                 busy = place < len(sequences)
                 sample = data.sequence(sequences[place]) if busy else Sample(-1, torch.zeros(1, 2, dtype=torch.long))
-                entry = entry_of(teacher(sample.to(engines.device())), config.top_k)
+                entry = entry_of(teacher(sample.to(device())), config.top_k)
                 if busy:
                     entries.append(entry)
                 bar.update()

@@ -25,7 +25,7 @@ from qat import harness, loading, models, served, source
 from qat.errors import UserError, check_choice, check_least
 from qat.evaluate import TextScore, WindowScore, score_windows, text_windows
 from qat.files import write_atomically
-from qat.machine import machine
+from qat.machine import device, machine
 from qat.prepare import CONFIG_FILE, QuantConfig, freeze, integer_product, multiply_integers, prepare
 
 NO_TEXT = "none"
@@ -123,7 +123,7 @@ def main() -> None:
         return
     _join_ranks()
     dtype = models.inference_dtype()
-    product = integer_product(rounded, models.device(), dtype) if rounded else None
+    product = integer_product(rounded, device(), dtype) if rounded else None
     results.products = product.__name__ if product else "floats"
     model = loading.load(name, dtype, product)
     models.place(model)

@@ -18,6 +18,7 @@ from qat.distill import Targets
 from qat.errors import UserError, check_least, differences
 from qat.evaluate import text_windows
 from qat.files import lock, write_atomically
+from qat.machine import device
 from qat.preemption import RESUMABLE_EXIT, StopSignal
 from qat.prepare import QuantConfig
 from qat.teacher_cache import TeacherCache
@@ -138,7 +139,7 @@ def main() -> int:
     else:
         targets = teacher = engines.Teacher(model, ds_json.for_teacher(teacher_json), config.loss)
         if quant.activations.learned:
-            magnitudes = teacher.input_magnitudes(data.sample(cli.rank()).to(engines.device()))
+            magnitudes = teacher.input_magnitudes(data.sample(cli.rank()).to(device()))
     product = engines.integer_product(paths.output / INTEGER_PRODUCT, quant, student_json)
     student = engines.student_engine(
         begin, quant, student_json, config.lr_factor, config.gradient_checkpointing, config.loss, magnitudes, product

@@ -25,7 +25,7 @@ from qat.distill import Distiller, LabelTargets, TeacherTargets, run
 from qat.errors import UserError
 from qat.files import write_atomically
 from qat.kv_cache import AttentionRecord
-from qat.machine import take_gpu
+from qat.machine import device, take_gpu
 from qat.prepare import QuantConfig
 from qat.products import INTEGER_PRODUCTS, IntegerProduct, is_exact, speed_up
 
@@ -54,10 +54,6 @@ def init_distributed() -> None:
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     deepspeed.init_distributed()
-
-
-def device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def integer_product(record: Path, quant: QuantConfig, ds_config: dict[str, Any]) -> IntegerProduct | None:

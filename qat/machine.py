@@ -17,6 +17,12 @@ def take_gpu() -> None:
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def device() -> torch.device:
+    """This process's GPU, if there is one."""
+    take_gpu()
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def machine() -> str:
     """Processor or GPU, cores, memory, threads."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qat.errors import UserError
-from qat.machine import take_gpu
+from qat.machine import device
 from qat.prepare import CONFIG_FILE, SUPPORTED_MODEL_TYPES
 
 EMBEDDED = "smollm2-135m-instruct"
@@ -92,12 +92,6 @@ def load(name: str, dtype: torch.dtype | str) -> PreTrainedModel:
 def place(model: torch.nn.Module) -> None:
     """Move a model to this process's GPU, if there is one."""
     model.to(device())
-
-
-def device() -> torch.device:
-    """This process's GPU, if there is one."""
-    take_gpu()
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def inference_dtype() -> torch.dtype:

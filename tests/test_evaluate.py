@@ -14,6 +14,8 @@ from datagen import heldout
 from qat import models
 from qat.errors import UserError
 from qat.evaluate import TextScore, WindowScore, score_windows, text_windows
+from qat.prepare import STEPS_FILE
+from qat.weight_files import weight_files
 
 WINDOWS = torch.randint(2, 300, (3, 40), generator=torch.Generator().manual_seed(0))
 
@@ -126,3 +128,19 @@ def test_damaged_and_foreign_files_are_named(tiny_directory, tmp_path, monkeypat
     (tmp_path / "foreign.json").write_text("[]")
     for output in (tmp_path, tmp_path / "foreign.json"):
         assert "is no result of" in error_of(monkeypatch, "evaluate", *text, f"--output={output}")
+
+
+def test_weights_are_known_by_the_files_that_are_the_models(tiny_directory, tmp_path):
+    copy = shutil.copytree(tiny_directory, tmp_path / "model")
+    weights = weight_files(copy)[-1]
+    first = models.weights_fingerprint(str(copy))
+    assert first == models.weights_fingerprint(str(tiny_directory))
+    shutil.copy(weights, copy / "consolidated.safetensors")  # as Mistral's directories have it
+    assert models.weights_fingerprint(str(copy)) == first
+    shutil.copy(weights, copy / STEPS_FILE)
+    assert models.weights_fingerprint(str(copy)) != first
+    (copy / STEPS_FILE).unlink()
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert models.weights_fingerprint(str(copy)) != first

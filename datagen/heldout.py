@@ -38,7 +38,7 @@ _HELD_OUT_HOWTOS = 42_000
 _SHORTEST = 2000
 """Characters: shorter pages are redirects and stubs."""
 
-_C4_DOCUMENTS, _C4_TOKENS = 1100, 256 * 2048
+_C4, _C4_DOCUMENTS, _C4_TOKENS = "c4", 1100, 256 * 2048
 """What the GPTQ protocol takes of C4's validation set: the first documents, and of these the first tokens."""
 
 _FOOTNOTE = re.compile(r"<ref[^<>]*/>|<ref.*?</ref>", re.DOTALL)
@@ -53,6 +53,11 @@ def paragraphs(text: str) -> Iterable[str]:
     if Path(text).is_file():
         return [Path(text).read_text()]
     raise UserError(f"There is no text at {text!r}: give a text file, or one of {', '.join(_TEXTS)}.")
+
+
+def most_windows(text: str, window: int) -> int:
+    """How many windows of ``window`` tokens the GPTQ protocol measures of a text; 0 for all there are."""
+    return _C4_TOKENS // window if text == _C4 else 0
 
 
 def package_folder(package: str, version: str) -> Path:
@@ -131,5 +136,5 @@ _TEXTS: dict[str, Callable[[], Iterator[str]]] = {
     "encyclopedia-train": partial(_articles, False),
     "howto-train": partial(_howtos, False),
     "wikitext2": _wikitext2,
-    "c4": _c4,
+    _C4: _c4,
 }

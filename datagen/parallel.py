@@ -12,7 +12,7 @@ from transformers.distributed import DistributedConfig
 
 from datagen.shards import ShardFolder
 from qat.errors import UserError
-from qat.machine import take_gpu
+from qat.machine import device, take_gpu
 
 
 def ranks_from_slurm(environment: MutableMapping[str, str]) -> None:
@@ -58,8 +58,7 @@ class Group:
         """Whether any rank of the group says so. All must ask."""
         if self.size == 1:
             return value
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
-        answer = torch.tensor(int(value), device=device)
+        answer = torch.tensor(int(value), device=device())
         dist.all_reduce(answer, op=dist.ReduceOp.MAX)
         return bool(answer)
 

@@ -27,6 +27,7 @@ from qat.evaluate import TextScore, WindowScore, score_windows, text_windows
 from qat.files import write_atomically
 from qat.machine import device, machine
 from qat.prepare import CONFIG_FILE, QuantConfig, freeze, integer_product, multiply_integers, prepare
+from qat.products import INTEGER_PRODUCTS
 
 NO_TEXT = "none"
 
@@ -93,7 +94,9 @@ def main() -> None:
     window = min(evaluation.window, longest - (evaluation.engine == "vllm"))
     tokenizer = models.load_tokenizer(name)
     texts = {
-        text: text_windows(heldout.paragraphs(text), tokenizer, window, evaluation.windows)
+        text: text_windows(
+            heldout.paragraphs(text), tokenizer, window, evaluation.windows or heldout.most_windows(text, window)
+        )
         for text in evaluation.text.split(",")
         if text != NO_TEXT
     }
@@ -123,8 +126,8 @@ def main() -> None:
         return
     _join_ranks()
     dtype = models.inference_dtype()
-    product = integer_product(rounded, device(), dtype) if rounded else None
-    results.products = product.__name__ if product else "floats"
+    results.products = _products(rounded, dtype)
+    product = INTEGER_PRODUCTS.get(results.products)
     model = loading.load(name, dtype, product)
     models.place(model)
     if rtn:
@@ -216,6 +219,12 @@ def _join_ranks() -> None:
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, torch.get_num_threads() // cli.ranks()))
     dist.init_process_group("gloo")
+
+
+def _products(quant: QuantConfig | None, dtype: torch.dtype) -> str:
+    """The integer product that pays, by its name, or "floats". The first rank chooses: others may time it otherwise."""
+    own = integer_product(quant, device(), dtype) if quant and cli.is_first_rank() else None
+    return _gather([own.__name__ if own else "floats"])[0][0]
 
 
 def _score(model: PreTrainedModel, windows: Tensor, teacher: PreTrainedModel | None) -> list[WindowScore]:

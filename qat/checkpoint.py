@@ -44,6 +44,7 @@ class TrainState:
         tokens: tokens predicted, over all ranks
         seconds: wall time spent training
         average_loss: of the steps so far, the newest weigh most
+        measured: the step of the last measurement on held-out sequences
     """
 
     step: int = 0
@@ -51,6 +52,7 @@ class TrainState:
     tokens: int = 0
     seconds: float = 0.0
     average_loss: float = 0.0
+    measured: int = 0
 
 
 def save(engine: deepspeed.DeepSpeedEngine, directory: Path, state: TrainState, keep: int) -> None:
@@ -129,7 +131,8 @@ def _load(engine: deepspeed.DeepSpeedEngine, folder: Path) -> TrainState:
         for group in engine.optimizer.optimizer.state.values():
             if hasattr(group["step"], "clone"):
                 group["step"] = group["step"].clone()
-    state = TrainState(**{name: client_state[name] for name in TrainState.__dataclass_fields__})
+    known = TrainState.__dataclass_fields__.keys() & client_state.keys()  # runs of earlier versions lack the newest
+    state = TrainState(**{name: client_state[name] for name in known})
     if engine.zero_nvme_offload_optimizer():
         _load_adam_of_nvme(engine, state.step)
     return state

@@ -124,7 +124,9 @@ class DistillationHead(nn.Linear):
         """hidden [tokens, hidden] and targets -> (cross-entropy, KL), both scalars; without targets: logits."""
         if targets is None:
             return super().forward(hidden)
-        return _DistillationLoss.apply(hidden, self.weight, targets)
+        # Without a gradient to come, no time or memory for it: autograd alone would not tell the function.
+        weight = self.weight if torch.is_grad_enabled() else self.weight.detach()
+        return _DistillationLoss.apply(hidden, weight, targets)
 
 
 class Distiller(nn.Module):

@@ -29,23 +29,26 @@ def fused(function: F) -> F:
         nonlocal compiled
         if len(args[0]) < 2:  # one row would be compiled as a case of its own
             return function(*args)
+        if not compiles(args[0].device.type):
+            return function(*args)
         if compiled is None:
-            compiled = torch.compile(function, dynamic=True, options=_OPTIONS) if compiles() else function
+            compiled = torch.compile(function, dynamic=True, options=_OPTIONS)
         return compiled(*args)
 
     return call  # type: ignore[return-value]
 
 
 @functools.cache
-def compiles() -> bool:
-    """Whether ``torch.compile`` works here: tried once, with a tiny function."""
+def compiles(device: str) -> bool:
+    """Whether ``torch.compile`` works here for tensors of a device type: tried once, with a tiny function."""
     if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         return False
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.compile(lambda x: (x + 1).sin(), dynamic=True)(torch.ones(8, device=device))
     except Exception as error:  # whatever is missing or broken, training goes on without it
         reason = str(error).strip().splitlines()
-        _logger.warning("torch.compile does not work here (%s): quantizers run eagerly.", reason[0] if reason else "?")
+        _logger.warning(
+            "torch.compile does not work here on %s (%s): quantizers run eagerly.", device, reason[0] if reason else "?"
+        )
         return False
     return True

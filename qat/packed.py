@@ -21,7 +21,7 @@ from qat.integer_cache import IntegerCache, pack, unpack
 from qat.linear import QuantLinear, lsq
 from qat.prepare import CONFIG_FILE, load_steps, prepare, quant_linears
 from qat.products import matmul
-from qat.quantizers import Grid, Quantized, dequantize
+from qat.quantizers import Quantized, dequantize
 
 
 @dataclass(frozen=True)
@@ -99,18 +99,16 @@ class PackedLinear(QuantLinear):
         linear.__class__ = cls
         assert isinstance(linear, cls)
         del linear.weight
-        codes, (scale, zero_point) = weight
-        grid = Grid(scale.reshape(-1, 1), None if zero_point is None else zero_point.reshape(-1, 1))
-        rows = Quantized(codes.reshape(len(grid.scale), -1), grid)
+        grid = weight.grid.map(lambda part: part.reshape(-1, 1))
+        rows = Quantized(weight.codes.reshape(len(grid.scale), -1), grid)
         linear.register_buffer("packed", pack(rows, linear.weight_format), persistent=False)
         linear.trained_dtype = trained_dtype
 
     def unpacked(self) -> Quantized:
         """Codes [out, in] and grid [out, groups]."""
-        codes, (scale, zero_point) = unpack(self.packed, self.weight_format)
+        codes, grid = unpack(self.packed, self.weight_format)
         rows = self.out_features
-        grid = Grid(scale.view(rows, -1), None if zero_point is None else zero_point.view(rows, -1))
-        return Quantized(codes.reshape(rows, -1), grid)
+        return Quantized(codes.reshape(rows, -1), grid.map(lambda part: part.view(rows, -1)))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.input_step is not None:

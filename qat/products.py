@@ -20,7 +20,8 @@ from qat.quantizers import Quantized
 
 _logger = logging.getLogger(__name__)
 
-_TEST_SIZE = 512
+_TEST_SIZE = {"cpu": 512, "cuda": 4096}
+"""Rows, columns and outputs of the products that are timed: on a GPU smaller ones measure how long a launch takes."""
 
 _WORTH_IT = 1.2
 """Times the speed of floats from which integers are used: scaling their products takes a pass of its own."""
@@ -128,7 +129,7 @@ def is_exact(product: IntegerProduct, device: torch.device, qmax: int) -> bool:
 def _test_codes(device: torch.device, qmax: int) -> tuple[Tensor, Tensor]:
     """Codes of inputs and of weights, [size, size] each."""
     generator = torch.Generator().manual_seed(0)
-    shape = (_TEST_SIZE, _TEST_SIZE)
+    shape = (_TEST_SIZE[device.type], _TEST_SIZE[device.type])
     codes = torch.randint(-127, 128, shape, generator=generator)
     weight = torch.randint(-qmax, qmax + 1, shape, generator=generator)
     return codes.to(device, torch.int8), weight.to(device, torch.int8)

@@ -19,6 +19,7 @@ The gradient is straight-through, and 0 where a value was clipped. ``round_to_gr
 ``dequantize(quantize(x))`` without the integers in between: training simulates exactly what is exported.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -72,6 +73,10 @@ class Grid(NamedTuple):
 
     scale: Tensor
     zero_point: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Grid":
+        """Both parts, changed alike."""
+        return Grid(change(self.scale), None if self.zero_point is None else change(self.zero_point))
 
 
 class Quantized(NamedTuple):
@@ -154,12 +159,12 @@ def _rows(x: Tensor, form: Format) -> Tensor:
 def _unrow(grid: Grid, x: Tensor, form: Format) -> Grid:
     """[rows, 1] -> [..., groups]."""
     shape = (*x.shape[:-1], x.shape[-1] // form.group_size if form.group_size else 1)
-    return Grid(*(None if part is None else part.view(shape) for part in grid))  # type: ignore[arg-type]
+    return grid.map(lambda part: part.view(shape))
 
 
 def _rowed(grid: Grid) -> Grid:
     """[..., groups] -> [rows, 1]."""
-    return Grid(*(None if part is None else part.reshape(-1, 1) for part in grid))  # type: ignore[arg-type]
+    return grid.map(lambda part: part.reshape(-1, 1))
 
 
 def _grid(rows: Tensor, form: Format) -> Grid:
@@ -170,12 +175,17 @@ def _grid(rows: Tensor, form: Format) -> Grid:
 
 def _minmax(rows: Tensor, qmax: int, symmetric: bool) -> Grid:
     if symmetric:
-        return Grid(_usable(rows.abs().amax(-1, keepdim=True).float() / qmax))
+        return Grid(_usable(_divided(rows.abs().amax(-1, keepdim=True).float(), qmax)))
     low = rows.amin(-1, keepdim=True).float().clamp(max=0)
     high = rows.amax(-1, keepdim=True).float().clamp(min=0)
     levels = 2 * qmax + 1
-    scale = _usable(high / levels - low / levels)
+    scale = _usable(_divided(high, levels) - _divided(low, levels))
     return Grid(scale, torch.round(-low / scale) - (qmax + 1))
+
+
+def _divided(x: Tensor, number: int) -> Tensor:
+    """x / number, rounded correctly everywhere: by a number that is no tensor, GPUs multiply by its reciprocal."""
+    return x / torch.full_like(x, number)
 
 
 def _usable(scale: Tensor) -> Tensor:

@@ -119,12 +119,14 @@ def train(
     while state.step < config.steps and not stopped:
         figures, stopped = take_step(student, teacher, data, config, state, stop)
         check_sane(figures, config, state, run / CHECKPOINTS)
-        due = state.step % config.eval_every == 0 or state.step == config.steps
-        if held_out and due and not stopped:  # who is told to stop has seconds
+        last = state.step == config.steps
+        due = state.step // config.eval_every > state.measured // config.eval_every
+        if held_out and (last or (due and not stopped)):  # who is told to stop has seconds, and measures later
             figures |= {f"ppl_{name}": ppl for name, ppl in perplexities(student, held_out, device()).items()}
+            state.measured = state.step
         if log is not None:
             log.step(state, figures)
-        if state.step % config.save_every == 0 or state.step == config.steps or stopped:
+        if state.step % config.save_every == 0 or last or stopped:
             checkpoint.save(student, run / CHECKPOINTS, state, config.keep)
     return state.step == config.steps
 

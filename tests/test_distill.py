@@ -49,6 +49,19 @@ def test_a_student_that_equals_its_teacher_has_no_kl_and_no_gradient():
     assert all(p.grad.abs().max() < 1e-6 for p in student.parameters())
 
 
+def test_a_measurement_does_no_work_for_gradients(monkeypatch):
+    student, products = tiny_model(), []
+    tokens = ids(student)
+    distiller = Distiller(student)
+    monkeypatch.setattr(distill, "matmul", lambda a, b: products.append(b.shape) or a @ b)
+    with torch.no_grad():
+        measured, _ = distiller(tokens, LabelTargets(tokens[0, 1:]))
+    assert len(products) == 1
+    learned, _ = distiller(tokens, LabelTargets(tokens[0, 1:]))
+    assert torch.equal(measured, learned.detach())
+    assert len(products) == 4
+
+
 def test_without_targets_the_head_gives_logits():
     student, plain = tiny_model(), tiny_model()
     Distiller(student)

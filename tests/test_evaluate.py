@@ -68,6 +68,12 @@ def test_the_built_in_texts_are_prose_and_apart_from_what_may_be_trained_on(text
     assert not set(held_out) & set(training)
 
 
+def test_c4_is_cut_where_the_gptq_protocol_cuts_it():
+    assert heldout.most_windows("c4", 2048) == 256
+    assert heldout.most_windows("c4", 512) == 1024
+    assert heldout.most_windows("wikitext2", 2048) == 0
+
+
 def test_missing_and_short_texts_are_refused(tokenizer):
     with pytest.raises(UserError, match="no text at"):
         heldout.paragraphs("nowhere.txt")

@@ -39,7 +39,7 @@ def test_a_decoding_step_equals_the_models_own_forward(kernel, family, heads, mo
     if kernel == "torch's":
         monkeypatch.setattr(attention, "kernel", lambda *sizes: None)
     elif heads[-1] % 16 == 0:
-        if not really_compiles():
+        if not really_compiles("cpu"):
             pytest.skip("needs a C++ compiler")
         assert attention.kernel(heads[2], heads[0] // heads[1]) is not None
     query, kv, size = heads

@@ -85,7 +85,7 @@ def test_a_product_that_saturates_is_not_exact(monkeypatch):
         pairs = ((codes.int()[:, None] + 128) * weight.int()).unflatten(-1, (-1, 2)).sum(-1)
         return pairs.clamp(-(2**15), 2**15 - 1).sum(-1) - 128 * weight.int().sum(-1)
 
-    monkeypatch.setattr(products, "_TEST_SIZE", 32)
+    monkeypatch.setattr(products, "_TEST_SIZE", {"cpu": 32})
     assert products.is_exact(saturating, torch.device("cpu"), qmax=63)
     assert not products.is_exact(saturating, torch.device("cpu"), qmax=127)
 

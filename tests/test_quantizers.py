@@ -152,7 +152,7 @@ def test_gradient_is_straight_through_for_outliers_too(bits):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_equals_eager_bit_for_bit(dtype, monkeypatch):
     """The fused functions themselves, on what makes rounding hard: halves, outliers, zero rows, denormals, NaN."""
-    if not really_compiles():
+    if not really_compiles("cpu"):
         pytest.skip("needs a C++ compiler")
     x = torch.randn(65, 96, generator=torch.Generator().manual_seed(0))
     x[1], x[2, 3], x[3] = 0, 1e30, torch.arange(96) / 2 - 20
@@ -191,9 +191,9 @@ def _equal(a, b):
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_compiled_quantizers_give_the_same_bits_as_eager_ones(symmetric, monkeypatch):
-    if not really_compiles():
+    if not really_compiles("cpu"):
         pytest.skip("nothing compiles here")
-    monkeypatch.setattr(fused, "compiles", lambda: True)
+    monkeypatch.setattr(fused, "compiles", lambda device: True)
     quantize_rows, round_rows, dequantize_rows = (
         fused.fused(function.__wrapped__)
         for function in (quantizers._fused_quantize, quantizers._fused_round, quantizers._fused_dequantize)
@@ -211,3 +211,18 @@ def test_compiled_quantizers_give_the_same_bits_as_eager_ones(symmetric, monkeyp
                 values = quantizers._fused_round.__wrapped__(x, qmax, symmetric)[0]
                 assert torch.equal(round_rows(x, qmax, symmetric)[0], values)
                 assert torch.equal(dequantize_rows(codes, *grid, dtype), values)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and QAT_TEST_GPU=1")
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_gpu_eager_and_compiled_gives_the_bits_of_the_cpu(symmetric):
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = (torch.randn(64, 576) * torch.logspace(-30, 30, 64)[:, None]).to(dtype)
+        for qmax in (1, 7, 127):
+            for function in (quantizers._fused_quantize, quantizers._fused_round):
+                eager = function.__wrapped__
+                expected = eager(x, qmax, symmetric)
+                for on_gpu in (eager, torch.compile(eager, dynamic=True, options=fused._OPTIONS)):
+                    found = on_gpu(x.cuda(), qmax, symmetric)
+                    assert all(a is b is None or torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))

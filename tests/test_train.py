@@ -11,6 +11,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from launch import cli
 from launch.train import Paths
-from qat import export, flops, loading, models, source
+from qat import export, flops, loading, models, source, training
 from qat.checkpoint import TrainState
 from qat.data import TrainingData
 from qat.distill import Distiller, TeacherTargets, predicting
@@ -270,6 +271,28 @@ def test_validation_is_the_perplexity_of_the_quantized_student(run, tiny_directo
     assert [record["step"] for record in evaluated] == [8, STEPS]
     assert evaluated[-1]["ppl_generated"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
     assert all("ppl_text" in record for record in evaluated)
+
+
+def test_a_measurement_that_a_signal_kept_off_is_made_afterwards(monkeypatch, tmp_path):
+    """Of the loop alone: what it calls is recorded. The signals come in steps 4, 8 and 10, of which the first two are
+    due and the last is the run's end."""
+    state, logged = TrainState(), []
+
+    def take_step(*_):
+        state.step += 1
+        return {"loss": 2.0, "grad_norm": 1.0}, state.step in (4, 8, 10)
+
+    log = SimpleNamespace(step=lambda state, figures: logged.append((state.step, "ppl_text" in figures)))
+    monkeypatch.setattr(training, "take_step", take_step)
+    monkeypatch.setattr(training, "perplexities", lambda *_: {"text": 9.0})
+    monkeypatch.setattr(training, "RunLog", lambda *_: log)
+    monkeypatch.setattr(training.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(training.checkpoint, "resume", lambda *_: state)
+    monkeypatch.setattr(training.checkpoint, "save", lambda *_: None)
+    config = TrainConfig(steps=10, eval_every=4)
+    ends = [training.train(None, None, None, config, tmp_path, None, {"text": [torch.zeros(1, 2)]}) for _ in range(3)]
+    assert ends == [False, False, True]
+    assert [step for step, measured in logged if measured] == [5, 9, 10]
 
 
 def test_the_training_data_is_not_validated_on(monkeypatch, tiny_directory, tiny_data, tmp_path):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qat import models
 from qat.data import TrainingData
 from qat.errors import UserError
+from qat.machine import device
 from qat.prepare import QuantConfig, prepare, quant_linears
 from qat.quantizers import Grid
 from qat.weight_files import skeleton, weight_files
@@ -63,7 +64,7 @@ class Stream:
 
     def __init__(self, source: Path, quant: QuantConfig, sequences: list[Tensor]):
         """Raises UserError if the model's blocks cannot be quantized, or its weights are incomplete."""
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device()
         self.dtype = models.inference_dtype()
         self.files = WeightFiles(source)
         self._weight_format = quant.weights
@@ -95,7 +96,7 @@ class Stream:
         layer = self.load(weights)
         for name, linear in quant_linears(layer).items():
             grid = grids.get(name)
-            linear.freeze(grid and Grid(*(None if part is None else part.to(self.device) for part in grid)))  # type: ignore[arg-type]
+            linear.freeze(grid and grid.map(lambda part: part.to(self.device)))
         return layer.to(self.dtype)
 
     def unload(self) -> None:
@@ -145,7 +146,8 @@ class Stream:
         for ids in sequences:
             base(ids, use_cache=False)
             embedded.append(base.embed_tokens(ids))  # type: ignore[operator]
-            self._arguments[ids.shape[1]] = [_moved(arguments, self.device) for arguments in noted]
+            moved: dict[int, Tensor] = {}  # the layers share their positions, on another device too
+            self._arguments[ids.shape[1]] = [_moved(arguments, self.device, moved) for arguments in noted]
             noted.clear()
         for layer in self.layers:
             del layer.forward
@@ -166,12 +168,17 @@ def _prefix(number: int) -> str:
     return f"model.layers.{number}."
 
 
-def _moved(arguments: Any, device: torch.device) -> Any:
+def _moved(arguments: Any, device: torch.device, moved: dict[int, Tensor]) -> Any:
+    """``arguments`` with each tensor on ``device``, once: ``moved`` has those that are, by the id of the original."""
     if isinstance(arguments, dict):
-        return {name: _moved(value, device) for name, value in arguments.items()}
+        return {name: _moved(value, device, moved) for name, value in arguments.items()}
     if isinstance(arguments, tuple):
-        return tuple(_moved(value, device) for value in arguments)
-    return arguments.to(device) if isinstance(arguments, Tensor) else arguments
+        return tuple(_moved(value, device, moved) for value in arguments)
+    if not isinstance(arguments, Tensor):
+        return arguments
+    if id(arguments) not in moved:
+        moved[id(arguments)] = arguments.to(device)
+    return moved[id(arguments)]
 
 
 class _Reached(Exception):

@@ -87,7 +87,7 @@ def quantize_layer(stream: Stream, weights: Weights, config: GPTQConfig) -> tupl
             ours += error_of(weight - values.float(), hessian)
             rtn += error_of(weight - round_to_grid(weight, linear.weight_format)[0], hessian)
             rounded[f"{name}.weight"] = values.cpu()
-            grids[name] = Grid(*(None if part is None else part.cpu() for part in quantized.grid))  # type: ignore[arg-type]
+            grids[name] = quantized.grid.map(Tensor.cpu)
             linear.weight.copy_(values)
             linear.weight_format = Format(FULL_PRECISION)  # rounded already
     stream.unload()

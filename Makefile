@@ -1,6 +1,6 @@
 # make quickstart   set up, then run the main job (11 to 20 minutes on 2 cores)
 # make test         set up, then pass the tests
-# make test-slow    the tests on a real model, minutes each
+# make test-slow    tests that take minutes each: the real model, offload, many kills
 # make check        lint and types
 
 PYTHON ?= python3

@@ -54,7 +54,7 @@ class Question:
     Args:
         model: a Hugging Face directory, config.json or hub name, or llama-7b, llama-13b, llama-30b
         deepspeed: DeepSpeed configuration of the student; by default those of ds_configs/ are tried in turn
-        teacher_deepspeed: DeepSpeed configuration of the teacher; by default the student's
+        teacher_deepspeed: DeepSpeed configuration of the teacher, beside deepspeed; by default the same
         tokens: length of the sequences
         sequences: how many sequences are trained on
     """
@@ -64,6 +64,12 @@ class Question:
     teacher_deepspeed: Path | None = None
     tokens: int = 1024
     sequences: int = 100_000
+
+    def __post_init__(self) -> None:
+        if self.teacher_deepspeed and not self.deepspeed:
+            raise UserError(
+                f"teacher_deepspeed={self.teacher_deepspeed} without deepspeed: give both, or neither to try all ways."
+            )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The paper's tables, one cell after another, with the real commands.
 
 python launch/reproduce.py runs all that is missing; --tables and --cells choose, --minutes limits. Stop it at any
-moment, kill it, start it again: it goes on from where it was, and a cell whose JSON is there is never computed again.
+moment, kill it, start it again: it goes on from where it was, and a cell whose JSON is there, with the same
+settings, is not computed again.
 
 A table is a recipe in launch/recipes/reproduce/. What a cell measured is <output>/cells/<name>.json; the cells of a
 table are collected in <output>/<table>.json.

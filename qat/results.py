@@ -7,7 +7,7 @@ by their KL to the teacher on the same windows of text, in pairs: that tells the
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -290,8 +290,8 @@ _INTRODUCTION = """# Results
 
 Written by `python launch/reproduce.py`, which goes on from the cells that are there; each cell with all its settings,
 seeds, versions, times and the machine is a JSON in [cells/](cells). How to read it: perplexity and mean KL(teacher ‖
-student) in nats per token, ± its standard error over the windows, on two texts that no one trained on; *closed* is the
-share of RTN's distance to full precision, in log-perplexity, that is gone (both texts); a difference counts as one
+student) in nats per token, ± its standard error over the windows, on two texts that we did not train on; *closed* is
+the share of RTN's distance to full precision, in log-perplexity, that is gone (both texts); a difference counts as one
 when it is larger than two standard errors of the differences by pairs, window by window, and, where one of the two was
 trained, larger than what another seed has changed anywhere."""
 
@@ -347,7 +347,23 @@ def _accuracies_by_pairs(accuracies: Mapping[str, Cell]) -> str:
     head = ["zero-shot average, points", *(f"less {LABELS[method]}" for method in rivals)]
     lines = [head, ["-"] * len(head)]
     lines += [[name, *(_points(accuracy_difference(p)) if p else "" for p in row)] for name, row in rows.items()]
-    return "\n".join([said, "", *(f"| {' | '.join(line)} |" for line in lines)])
+    table = "\n".join([said, "", *(f"| {' | '.join(line)} |" for line in lines)])
+    return "\n\n".join(filter(None, [table, _measured_on(accuracies.values())]))
+
+
+def _measured_on(cells: Iterable[Cell]) -> str:
+    """The machines and arithmetics of ``cells``; nothing if they are the same for all."""
+    ways = {
+        f"{cell['machine'].partition(',')[0]} ({products})"
+        for cell in cells
+        for products in {*cell.get("products", {"": "floats"}).values()}
+    }
+    if len(ways) == 1:
+        return ""
+    return (
+        f"They were not all measured alike: {'; '.join(sorted(ways))}. That moves quantized models a little: "
+        "[what rounding alone changes](../evaluation.md#what-rounding-alone-changes)."
+    )
 
 
 def _points(difference: Difference) -> str:

@@ -73,6 +73,11 @@ def test_a_model_of_which_nothing_can_be_said_is_refused(monkeypatch, tmp_path):
     assert "'gpt2', which is not supported" in error_of(monkeypatch, "plan", f"--model={tmp_path}")
 
 
+def test_a_teachers_json_alone_is_refused(monkeypatch):
+    flags = ["--model=llama-7b", "--teacher_deepspeed=ds_configs/teacher_zero3.json"]
+    assert "without deepspeed: give both" in error_of(monkeypatch, "plan", *flags)
+
+
 def test_the_teachers_parameters_have_an_nvme_folder_of_their_own():
     offload = {"device": "nvme", "nvme_path": "/nvme"}
     student = {"zero_optimization": {"stage": 3, "offload_param": offload, "offload_optimizer": offload}}

@@ -112,10 +112,14 @@ def test_accuracies_without_a_rival_leave_their_column_empty():
     made = {}
     for name, method, bits in (("f", "full_precision", 16), ("q", "qat", 4), ("p", "qat", 8)):
         scores = {task: {"correct": "1101", "documents": 4} for task in ZERO_SHOT}
-        made[name] = {"method": method, "settings": asdict(QuantConfig(w_bits=bits)) | {"limit": 4}, "tasks": scores}
+        settings = asdict(QuantConfig(w_bits=bits)) | {"limit": 4}
+        made[name] = {"method": method, "settings": settings, "tasks": scores, "machine": "a Xeon, 2 cores"}
     lines = results._accuracies_by_pairs(made).splitlines()
     assert lines[-1] == "| all of these | +0.0 ± 0.0 |  |  |  |"
     assert len(lines) == 7
+    made["q"]["products"] = {"piqa": "int_mm"}
+    assert results._accuracies_by_pairs(made).splitlines()[:7] == lines
+    assert "a Xeon (floats); a Xeon (int_mm)" in results._accuracies_by_pairs(made)
 
 
 def test_the_claims_name_cells_that_the_recipes_make():

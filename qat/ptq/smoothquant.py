@@ -25,7 +25,7 @@ ALPHAS = (0.1, 0.3, 0.5, 0.7)
 
 SEARCH_TOKENS = 1024
 """Calibration tokens that the search looks at: the alphas are compared on the same tokens, and a layer runs over them
-17 times."""
+17 times rounded, once not."""
 
 
 @dataclass(frozen=True)

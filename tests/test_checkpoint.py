@@ -90,6 +90,17 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_goes_on_exactly(found, 
     assert checkpoint.resume(engine(seed=1), trained).step == 8, "what was damaged has been written anew"
 
 
+def test_where_a_run_is_comes_back_whole(tmp_path, monkeypatch):
+    student, state = engine(), TrainState(step=4, samples=8, tokens=160, seconds=1.5, average_loss=2.5, measured=4)
+    learn(student, 0)
+    checkpoint.save(student, tmp_path, state, keep=1)
+    assert checkpoint.resume(engine(), tmp_path) == state
+    older = {name: value for name, value in vars(state).items() if name != "measured"}
+    monkeypatch.setattr(checkpoint, "asdict", lambda _: older)
+    checkpoint.save(student, tmp_path, state, keep=1)
+    assert checkpoint.resume(engine(), tmp_path) == TrainState(**older)
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_anew_in_silence(trained):
     for folder in trained.glob("step-*"):
         flip(folder / OPTIMIZER_FILE)

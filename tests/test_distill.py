@@ -49,6 +49,17 @@ def test_a_student_that_equals_its_teacher_has_no_kl_and_no_gradient():
     assert all(p.grad.abs().max() < 1e-6 for p in student.parameters())
 
 
+def test_logits_in_bf16_are_compared_in_fp32():
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = (4 * torch.randn(32, 5000, generator=generator).bfloat16() for _ in range(2))
+    expected_student = student.double()
+    expected = distill._logit_loss(teacher.double(), 32, expected_student)
+    for found, exact in zip(distill._logit_loss(teacher, 32, student), expected, strict=True):
+        assert found.item() == pytest.approx(exact.item(), rel=1e-5)
+    # The gradient takes the logits' place: rounded to bf16 at its end, and nowhere before.
+    torch.testing.assert_close(student.double(), expected_student, rtol=2**-8, atol=1e-9)
+
+
 def test_a_measurement_does_no_work_for_gradients(monkeypatch):
     student, products = tiny_model(), []
     tokens = ids(student)

@@ -110,6 +110,9 @@ def test_two_ranks_find_what_one_finds_and_nothing_is_measured_twice(tiny_direct
     assert more["texts"] == found["texts"]
     assert more["tasks"].keys() == {"arc_easy", "openbookqa", "piqa"}
     assert evaluate(f"--text={text}", "--limit=6")["tasks"] == {}  # that is another evaluation
+    text.write_text(TEXT[::-1])  # under the same name
+    digests = [result["texts"][str(text)]["digest"] for result in (found, evaluate(f"--text={text}", "--limit=6"))]
+    assert digests[0] != digests[1]
 
 
 @pytest.mark.slow
@@ -124,6 +127,8 @@ def test_perplexity_of_the_real_model():
 def test_flags_that_would_be_ignored_are_refused(tiny_directory, monkeypatch):
     message = error_of(monkeypatch, "evaluate", f"--model={tiny_directory}", "--kv_rotation=hadamard")
     assert "is measured as it is (in full precision)" in message
+    message = error_of(monkeypatch, "evaluate", f"--model={tiny_directory}", "--method=rtn", "--a_quantizer=lsq")
+    assert "rounds without training" in message
     message = error_of(monkeypatch, "evaluate", f"--model={tiny_directory}", "--text=none")
     assert "nothing to measure" in message
 

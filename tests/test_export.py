@@ -23,7 +23,18 @@ from qat.errors import UserError
 from qat.export import FAKE, GGUF
 from qat.formats import INTEGERS, PACKED
 from qat.linear import can_multiply_integers
-from qat.prepare import CONFIG_FILE, GRIDS_FILE, QuantConfig, multiply_integers, prepare, quant_linears, save_grids
+from qat.prepare import (
+    CONFIG_FILE,
+    GRIDS_FILE,
+    STEP_SUFFIX,
+    QuantConfig,
+    load_steps,
+    multiply_integers,
+    prepare,
+    quant_linears,
+    save_grids,
+    save_steps,
+)
 from qat.products import int_mm
 from qat.quantizers import Format, Grid, Quantized, dequantize, grid_of, quantize
 from qat.statements import differences
@@ -35,6 +46,7 @@ SETTINGS = [
     QuantConfig(5, 8, 4, w_quantizer="statsq", kv_granularity="token"),
     QuantConfig(2, 16, 4, kv_site="pre_rope", a_quantizer="minmax_asymmetric"),
     QuantConfig(4, 8, 16, w_group_size=32),
+    QuantConfig(4, 8, 4, a_quantizer="lsq"),
 ]
 WINDOWS = torch.randint(2, 300, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -44,6 +56,10 @@ def write_student(directory: Path, quant: QuantConfig, dtype=torch.float32, **ho
     tiny_model(**how).to(dtype).save_pretrained(directory, max_shard_size="100KB")
     tiny_tokenizer().save_pretrained(directory)
     quant.save(directory)
+    if quant.activations.learned:
+        names = quant_linears(prepare(tiny_model(**how), quant))
+        steps = {f"{name}{STEP_SUFFIX}": torch.tensor([0.01 + place / 1000]) for place, name in enumerate(names)}
+        save_steps(steps, directory)
     return source.find(directory)
 
 
@@ -64,8 +80,21 @@ def test_reloaded_equals_what_was_trained(form, quant, dtype, tmp_path):
         return
     export.export(student, tmp_path / "export", form)
     trained = prepare(models.load(str(tmp_path / "final"), dtype), quant)  # not frozen: as it is trained
+    load_steps(trained, tmp_path / "final")
     reloaded = loading.load(str(tmp_path / "export"), dtype)
     assert torch.equal(reloaded(ids(reloaded)).logits, trained(ids(trained)).logits)
+
+
+def test_weights_are_rounded_in_the_dtype_that_was_trained(tmp_path):
+    """Their values lie on the grid of bf16 numbers rounded to bf16, also where fp32 computes."""
+    form = QuantConfig(4, 8, 4).weights
+    export.export(write_student(tmp_path / "final", QuantConfig(4, 8, 4), torch.bfloat16), tmp_path / "export", PACKED)
+    weight = tiny_model().model.layers[0].mlp.up_proj.weight.bfloat16()
+    expected = dequantize(quantize(weight, form), torch.bfloat16).float()
+    assert not torch.equal(expected, dequantize(quantize(weight, form), torch.float32))
+    for place in ("final", "export"):
+        loaded = loading.load(str(tmp_path / place), torch.float32)
+        assert torch.equal(loaded.get_parameter("model.layers.0.mlp.up_proj.weight"), expected)
 
 
 @pytest.mark.parametrize("quant", [q for q in SETTINGS if can_multiply_integers(q.weights, q.activations)], ids=str)
@@ -343,6 +372,11 @@ def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
     (tmp_path / "final" / CONFIG_FILE).unlink()
     with pytest.raises(UserError, match="holds no student"):
         source.find(tmp_path / "final")
+
+
+def test_an_export_is_not_exported_again(exported):
+    with pytest.raises(UserError, match="is an export already"):
+        source.find(exported)
 
 
 def test_a_student_without_a_tokenizer_is_refused(tmp_path):

@@ -157,7 +157,12 @@ def test_recipe_and_flags_set_the_same_fields(monkeypatch, tmp_path):
     assert (quant.w_bits, config.lr) == (3, 5e-4)
 
 
-@pytest.mark.parametrize("script", ["train", "generate", "evaluate", "export", "quickstart", "reproduce"])
+SCRIPTS = [
+    file.stem for file in (ROOT / "launch").glob("*.py") if "cli.run(main)" in file.read_text() and file.stem != "cli"
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help_names_every_flag_with_its_meaning(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
     with pytest.raises(SystemExit):

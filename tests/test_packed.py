@@ -1,5 +1,7 @@
 """qat.load: what is deployed computes what was trained, in the memory that the bits promise."""
 
+import sys
+
 import pytest
 import torch
 from conftest import run_python, tiny_model
@@ -8,6 +10,7 @@ from test_prepare import ids
 from transformers.cache_utils import DynamicCache
 
 import qat
+from launch import chat
 from qat import export, loading, models, packed
 from qat.errors import UserError
 from qat.formats import PACKED
@@ -61,6 +64,32 @@ def test_full_precision_models_are_refused(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="give an integer export"):
         qat.load(str(tmp_path))
+
+
+def test_chat_remembers_the_turns_before(tmp_path, monkeypatch):
+    """By the tokenizer's template, until an empty line or the end of the input."""
+    write_student(tmp_path, QuantConfig())
+    tokenizer = models.load_tokenizer(str(tmp_path))
+    tokenizer.chat_template = "{% for turn in messages %}[{{ turn.role }}]{{ turn.content }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    lines, prompts = iter(["Licensed", "Work"]), []
+    model = qat.load(str(tmp_path))
+    own = model.generate
+
+    def generate(input_ids, **how):
+        prompts.append(tokenizer.decode(input_ids[0]))
+        assert how["do_sample"]
+        return own(input_ids=input_ids, **how)
+
+    monkeypatch.setattr(model, "generate", generate)
+    monkeypatch.setattr(qat, "load", lambda _: model)
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, ""))
+    flags = [f"--model={tmp_path}", "--max_new_tokens=3", "--temperature=0.7"]
+    monkeypatch.setattr(sys, "argv", ["chat.py", *flags])
+    chat.main()
+    assert prompts[0] == "[user]Licensed"
+    assert prompts[1].startswith("[user]Licensed[assistant]")
+    assert prompts[1].endswith("[user]Work")
 
 
 def test_chat_says_what_generate_says(tmp_path):

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment, finish, run_python, start_training, tiny_model
+from conftest import ROOT, environment, finish, kill, run_python, start_training, tiny_model
 from transformers import Qwen2Config
 
 from datagen.parallel import Group, ranks_from_slurm
@@ -108,8 +108,12 @@ def test_a_signal_ends_it_with_the_resumable_code(tiny_directory, whole, tmp_pat
     assert content(tmp_path / "data") == content(whole)
 
 
-def test_two_ranks_make_the_bytes_of_one(tiny_directory, whole, tmp_path):
+def test_two_ranks_killed_and_restarted_make_the_bytes_of_one(tiny_directory, whole, tmp_path):
     flags = [f"--model={tiny_directory}", f"--output={tmp_path / 'data'}", *FLAGS]
+    killed = start_training(2, *flags, script="generate")
+    wait_for(tmp_path / "data" / "shard-00002.parquet", killed)
+    kill(killed)
+    assert not (tmp_path / "data" / "README.md").exists(), "the kill was to come before the end"
     finish(start_training(2, *flags, script="generate"))
     assert content(tmp_path / "data") == content(whole)
 

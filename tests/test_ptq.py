@@ -1,6 +1,7 @@
 import json
 import shutil
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def quantize_command(monkeypatch):
     return call
 
 
-def obq(weight, hessian, form, damping):
+def obq(weight, hessian, form, damping, act_order):
     """The same rounding by the textbook, in fp64 and unblocked: after each channel, the inverse Hessian loses it by
     Gaussian elimination (arXiv 2210.17323, equations 2 and 3)."""
     left = weight.double()
@@ -63,8 +64,10 @@ def obq(weight, hessian, form, damping):
     inverse = torch.linalg.inv(damped)
     grid = grid_of(weight, form)
     rounded = torch.zeros_like(left)
-    for i in range(weight.shape[1]):
-        column = round_to_grid(left[:, i : i + 1].float(), Format(form.bits), grid)[0].double()
+    for i in hessian.diagonal().argsort(descending=True).tolist() if act_order else range(weight.shape[1]):
+        group = i // (form.group_size or weight.shape[1])
+        own = grid.map(lambda part: part[:, group : group + 1])  # noqa: B023
+        column = round_to_grid(left[:, i : i + 1].float(), Format(form.bits, form.method), own)[0].double()
         rounded[:, i : i + 1] = column
         left = left - (left[:, i : i + 1] - column) * inverse[i] / inverse[i, i]
         inverse = inverse - torch.outer(inverse[:, i], inverse[i]) / inverse[i, i]
@@ -89,11 +92,13 @@ def test_factor_is_of_the_damped_inverse(layer):
     torch.testing.assert_close((factor.t() @ factor).double() @ damped, torch.eye(160).double(), atol=2e-3, rtol=0)
 
 
-def test_gptq_equals_the_textbook(layer):
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gptq_equals_the_textbook(form, act_order, layer):
     weight, inputs = layer
     hessian = gptq.hessian_of([inputs[:300], inputs[300:]])
-    ours = dequantize(gptq.gptq(weight, hessian, Format(4), GPTQConfig(act_order=False)), torch.float32)
-    expected = obq(weight, hessian, Format(4), 0.01)
+    ours = dequantize(gptq.gptq(weight, hessian, form, GPTQConfig(act_order)), torch.float32)
+    expected = obq(weight, hessian, form, 0.01, act_order)
     assert torch.equal(ours, expected)
 
 
@@ -243,26 +248,45 @@ def test_gptq_calibrates_on_rounded_inputs(tiny_directory):
         assert len(token.unique()) <= 15  # 4 bits
 
 
+def test_within_a_layer_too_gptq_sees_what_the_rounded_layers_make(tiny_directory, monkeypatch):
+    """The inputs that the last of them is calibrated on are those of the layer that is written."""
+    stream, seen, own = Stream(tiny_directory, QUANT, [ids(tiny_model())]), {}, gptq.quantized_inputs
+
+    def spy(stream, layer, linears):
+        seen[next(iter(linears))] = inputs = list(own(stream, layer, linears))
+        return inputs
+
+    monkeypatch.setattr(gptq, "quantized_inputs", spy)
+    rounded, grids, _ = gptq.quantize_layer(stream, stream.files.layer(0), GPTQConfig())
+    name = "mlp.down_proj"
+    with torch.inference_mode():
+        layer = stream.load_rounded(rounded, grids)
+        written = torch.cat(list(own(stream, layer, {name: layer.get_submodule(name)})))
+    torch.testing.assert_close(torch.cat(seen[name]), written, atol=1e-5, rtol=1e-5)
+
+
 def test_a_killed_run_goes_on(tiny_directory, tmp_path):
     """The same files as those of an uninterrupted run, and no finished layer is rounded again."""
     tokens = [ids(tiny_model())]
     calls: list[int] = []
 
-    def run(output, fail_at=None):
+    def run(output, fail_at=None, quant=QUANT):
         def quantize_layer(stream, weights):
             calls.append(stream.position)
             if stream.position == fail_at:
                 raise KeyboardInterrupt
             return gptq.quantize_layer(stream, weights, GPTQConfig())
 
-        with layerwise.appearing(tiny_directory, output, QUANT, {"method": "gptq"}) as folder:
-            layerwise.write(Stream(tiny_directory, QUANT, tokens), folder, "gptq", quantize_layer)
+        with layerwise.appearing(tiny_directory, output, quant, asdict(quant)) as folder:
+            layerwise.write(Stream(tiny_directory, quant, tokens), folder, "gptq", quantize_layer)
 
     run(tmp_path / "whole")
     calls.clear()
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "stopped", fail_at=1)
     assert not (tmp_path / "stopped").exists()
+    with pytest.raises(UserError, match="an unfinished run of other settings"):
+        run(tmp_path / "stopped", quant=QuantConfig(3, 8, 4))
     run(tmp_path / "stopped")
     assert calls == [0, 1, 1]
     files = sorted(path.name for path in (tmp_path / "whole").iterdir())

@@ -11,6 +11,7 @@ from qat import fused, quantizers
 from qat.quantizers import (
     METHODS,
     Format,
+    Grid,
     dequantize,
     fake_quantize,
     grid_of,
@@ -136,9 +137,24 @@ def test_sixteen_bits_is_identity():
     assert fake_quantize(x, Format(16)) is x
 
 
-def test_bf16_is_quantized_in_fp32_arithmetic():
-    x = torch.randn(64, 256).bfloat16()
-    same(quantize(x, Format(8)).codes, quantize(x.float(), Format(8)).codes)
+def test_halves_are_rounded_to_even():
+    codes = quantize(torch.tensor([[7.0, 0.5, 1.5, 2.5, -0.5, -1.5]]), Format(4)).codes
+    assert codes.tolist() == [[7, 0, 2, 2, 0, -2]]
+
+
+@pytest.mark.parametrize("method", FIXED)
+def test_bf16_is_quantized_in_fp32_arithmetic(method):
+    x, form = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16(), Format(8, method)
+    (codes, grid), (expected, expected_grid) = quantize(x, form), quantize(x.float(), form)
+    same(codes, expected)
+    same(grid.scale, expected_grid.scale)
+
+
+@given(tensors(), st.floats(1e-3, 10), BITS)
+def test_a_learned_step_gives_integers_times_that_step(x, step, bits):
+    form, learned = Format(bits, "lsq"), torch.tensor([step])
+    grid = Grid(learned.expand(*x.shape[:-1], 1))
+    same(lsq(x, learned, form), dequantize(quantize(x, form, grid), x.dtype))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

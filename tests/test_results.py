@@ -120,6 +120,8 @@ def test_accuracies_without_a_rival_leave_their_column_empty():
     made["q"]["products"] = {"piqa": "int_mm"}
     assert results._accuracies_by_pairs(made).splitlines()[:7] == lines
     assert "a Xeon (floats); a Xeon (int_mm)" in results._accuracies_by_pairs(made)
+    made["p"]["products"] = {"piqa": "int_mm"}
+    assert results._accuracies_by_pairs(made).splitlines() == lines, "full precision always multiplies floats"
 
 
 def test_the_claims_name_cells_that_the_recipes_make():

@@ -15,6 +15,12 @@ def test_draws_depend_on_seed_sequence_and_position_alone(seed, sequences, posit
     assert ((together >= 0) & (together < 1)).all()
 
 
+def test_no_two_seeds_sequences_or_positions_share_a_draw():
+    sequences, positions = torch.arange(40)[:, None].expand(40, 30), torch.arange(30)[None]
+    draws = torch.stack([sampling.uniform(seed, sequences, positions) for seed in range(5)])
+    assert len(draws.unique()) == draws.numel()
+
+
 def test_draws_are_uniform_and_uncorrelated():
     sequences, positions = torch.arange(2000)[:, None], torch.arange(50)[None]
     draws = sampling.uniform(3, sequences.expand(2000, 50), positions)

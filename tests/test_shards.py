@@ -60,7 +60,8 @@ def test_a_damaged_shard_is_missing(sequences, data):
         content = folder.path(0).read_bytes()
         folder.path(0).write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
         assert folder.missing(0)
-        pages = pq.ParquetFile(pa.BufferReader(content)).metadata.row_group(0).column(0)
+        group = pq.ParquetFile(pa.BufferReader(content)).metadata.row_group(0)
+        pages = group.column(data.draw(st.integers(0, group.num_columns - 1)))
         start = pages.dictionary_page_offset or pages.data_page_offset
         place = start + pages.total_compressed_size - 1
         folder.path(0).write_bytes(content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :])
@@ -186,13 +187,18 @@ def test_generate_makes_shards_of_a_corpus(tiny_directory, tmp_path):
     assert "corpus.jsonl" in (tmp_path / "data" / card.CARD).read_text()
 
 
-def test_only_the_first_rank_makes_shards_of_a_corpus_also_after_a_kill_before_the_card(tiny_directory, tmp_path):
+def test_only_the_first_rank_makes_shards_of_a_corpus_also_after_a_kill_before_the_card(
+    tiny_directory, tmp_path, monkeypatch
+):
     source = corpora(tmp_path)["jsonl"]
     flags = [flag for flag in generate_flags(tiny_directory, tmp_path / "data") if "batch_size" not in flag]
     run_python("generate", *flags, f"--corpus={source}")
     (tmp_path / "data" / card.CARD).unlink()
     run_ranks("generate", *flags, f"--corpus={source}")
     assert (tmp_path / "data" / card.CARD).exists()
+    monkeypatch.setenv("RANK", "1")
+    run_python("generate", *flags, f"--corpus={source}", f"--output={tmp_path / 'second'}")
+    assert not (tmp_path / "second").exists()
 
 
 def test_a_corpus_longer_than_the_model_attends_over_is_refused(tiny_directory, tmp_path, monkeypatch):

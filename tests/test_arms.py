@@ -112,7 +112,7 @@ def test_a_whole_cache_is_left_alone(tiny_directory, tiny_data, tmp_path):
 
 def test_a_cache_of_several_files_is_gone_on_with(tiny_directory, tokenizer, tmp_path):
     """270 sequences: a whole file of the first rank's, a short one of the second's."""
-    sizes = ["--sequences=270", "--max_length=6", "--batch_size=30", "--sequences_per_shard=135"]
+    sizes = ["--sequences=270", "--max_length=8", "--batch_size=30", "--sequences_per_shard=135"]
     run_python("generate", f"--model={tiny_directory}", f"--output={tmp_path / 'data'}", *sizes)
     flags = ["--model", tiny_directory, "--data", tmp_path / "data", "--output", tmp_path / "cache", JSON, "--top_k=0"]
     run_ranks("cache_teacher", *flags)

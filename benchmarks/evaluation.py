@@ -14,7 +14,7 @@ from launch import cli
 from qat import loading, models
 from qat.errors import UserError
 from qat.machine import device
-from qat.prepare import QuantConfig, freeze, integer_product, multiply_integers, prepare
+from qat.prepare import QuantConfig, freeze, integer_product, prepare
 from qat.products import IntegerProduct
 
 
@@ -65,11 +65,8 @@ def load(name: str) -> PreTrainedModel:
 
 def rounded(name: str, quant: QuantConfig, product: IntegerProduct | None = None) -> PreTrainedModel:
     """As ``launch/evaluate.py --method rtn`` prepares it."""
-    model = load(name)
-    prepare(model, quant)
-    if product:
-        multiply_integers(model, product)
-    freeze(model)
+    model = prepare(load(name), quant)
+    freeze(model, product)
     return model
 
 

@@ -26,7 +26,7 @@ from qat.errors import UserError, check_choice, check_least
 from qat.evaluate import TextScore, WindowScore, score_windows, text_windows
 from qat.files import write_atomically
 from qat.machine import device, machine
-from qat.prepare import CONFIG_FILE, QuantConfig, freeze, integer_product, multiply_integers, prepare
+from qat.prepare import CONFIG_FILE, QuantConfig, freeze, integer_product, prepare
 from qat.products import INTEGER_PRODUCTS
 
 NO_TEXT = "none"
@@ -138,10 +138,7 @@ def _load(name: str, quant: QuantConfig | None, rtn: bool, results: "_Results") 
     model = loading.load(name, dtype, product)
     models.place(model)
     if rtn and quant:
-        prepare(model, quant)
-        if product is not None:
-            multiply_integers(model, product)
-        freeze(model)
+        freeze(prepare(model, quant), product)
     return model
 
 

@@ -206,8 +206,10 @@ def load_grids(directory: Path, file: str = GRIDS_FILE) -> dict[str, Grid]:
     return {name: Grid(stored[f"{name}.weight_scale"], stored.get(f"{name}.weight_zero_point")) for name in names}
 
 
-def freeze(model: nn.Module) -> None:
-    """Quantize every weight once and for all: for evaluation, never for training."""
+def freeze(model: nn.Module, product: IntegerProduct | None = None) -> None:
+    """Quantize every weight once and for all: for evaluation, never for training. ``product`` multiplies the codes."""
+    if product is not None:
+        multiply_integers(model, product)
     for linear in quant_linears(model).values():
         linear.freeze()
 

@@ -157,9 +157,7 @@ def test_recipe_and_flags_set_the_same_fields(monkeypatch, tmp_path):
     assert (quant.w_bits, config.lr) == (3, 5e-4)
 
 
-SCRIPTS = [
-    file.stem for file in (ROOT / "launch").glob("*.py") if "cli.run(main)" in file.read_text() and file.stem != "cli"
-]
+SCRIPTS = sorted(file.stem for file in (ROOT / "launch").glob("*.py") if "cli.run(main)" in file.read_text())
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

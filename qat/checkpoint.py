@@ -127,10 +127,11 @@ def _load(engine: deepspeed.DeepSpeedEngine, folder: Path) -> TrainState:
     _, client_state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     engine._config.load_universal_checkpoint = False
     if universal:
-        # DeepSpeed gives all groups of Parameters one tensor that counts the steps, and each of them counts it up.
-        for group in engine.optimizer.optimizer.state.values():
-            if hasattr(group["step"], "clone"):
-                group["step"] = group["step"].clone()
+        # DeepSpeed gives all groups of Parameters one tensor that counts the steps, on the CPU. Each of them counts it
+        # up, and on a GPU a fused Adam wants it there.
+        for part, group in engine.optimizer.optimizer.state.items():
+            if torch.is_tensor(group["step"]):
+                group["step"] = group["step"].to(part.device, torch.float32, copy=True)
     known = TrainState.__dataclass_fields__.keys() & client_state.keys()  # runs of earlier versions lack the newest
     state = TrainState(**{name: client_state[name] for name in known})
     if engine.zero_nvme_offload_optimizer():

@@ -9,6 +9,10 @@ import torch
 
 from qat.errors import UserError
 
+_FP32_BUFFERS = "inv_freq"
+"""RoPE's frequencies. ``zero.Init`` and the engine cast all floating tensors to bf16, which would put a phase of
+thousands of radians off by whole ones; DeepSpeed leaves alone the buffers that it is told."""
+
 _REFUSED = {
     "fp16.enabled": "the student computes in bf16 on GPUs and in fp32 on CPUs",
     "torch_autocast.enabled": "it would cast what the quantizers compute in fp32",
@@ -40,6 +44,8 @@ def read(path: Path) -> dict[str, Any]:
     for key, reason in _REFUSED.items():
         if _get(ds_config, key):
             raise UserError(f"{path} sets {key}, which is refused: {reason}. Remove it.")
+    kept = _get(ds_config, "data_types.keep_in_fp32_modules")
+    _set(ds_config, "data_types.keep_in_fp32_modules", [*(kept if isinstance(kept, list) else []), _FP32_BUFFERS])
     return ds_config
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from qat import ds_json, kv_cache, models, prepare
@@ -96,8 +97,7 @@ def student_engine(
         input_magnitudes: ``Teacher.input_magnitudes``, where activations have a learned step
         integer_product: what multiplies codes in forward; see ``integer_product``
     """
-    with partitioned_reading(ds_config):
-        student = models.load(model, ds_json.dtype(ds_config))
+    student = _read_partitioned(model, ds_config)
     prepare.prepare(student, quant)
     if input_magnitudes is not None:
         prepare.initialise_steps(student, input_magnitudes)
@@ -115,6 +115,7 @@ def student_engine(
     )
     if engine.zero_nvme_offload_optimizer():
         _check_nvme_parts(engine.optimizer)
+    _check_rope(student)
     return engine
 
 
@@ -138,14 +139,14 @@ class Teacher:
     """
 
     def __init__(self, model: str, ds_config: dict[str, Any], loss: str = "logits"):
-        with partitioned_reading(ds_config):
-            language_model = models.load(model, ds_json.dtype(ds_config)).requires_grad_(False)
+        language_model = _read_partitioned(model, ds_config).requires_grad_(False)
         speed_up(language_model)
         if loss == "logits+attention":
             kv_cache.attend(language_model)
         self._loss = loss
         self._engine, *_ = deepspeed.initialize(model=_HiddenStates(language_model), config=ds_config)
         self._engine.eval()
+        _check_rope(language_model)
 
     @torch.no_grad()
     def __call__(self, sample: Sample) -> TeacherTargets:
@@ -206,6 +207,27 @@ def save_student(
         prepare.save_steps(steps, partial)
         partial.rename(directory)
     dist.barrier()
+
+
+def _read_partitioned(model: str, ds_config: dict[str, Any]) -> PreTrainedModel:
+    """The model at ``model`` for an engine, each rank with its part of the weights."""
+    with partitioned_reading(ds_config):
+        language_model = models.load(model, ds_json.dtype(ds_config))
+    models.renew_rope(language_model)
+    models.place(language_model.base_model.rotary_emb)  # zero.Init has placed the rest
+    return language_model
+
+
+def _check_rope(model: PreTrainedModel) -> None:
+    """Raise UserError if the engine has changed RoPE's frequencies: what is trained would not be what is served."""
+    rope = model.base_model.rotary_emb
+    for name, expected in type(rope)(model.config).named_buffers():  # type: ignore[operator]
+        found = rope.get_buffer(name)  # type: ignore[operator]
+        if found.dtype != expected.dtype or not torch.equal(found.cpu(), expected):
+            raise UserError(
+                f"DeepSpeed has rounded the model's RoPE frequencies ({name} is {found.dtype}, which must be "
+                f"{expected.dtype}): install the deepspeed of requirements.txt."
+            )
 
 
 @contextmanager

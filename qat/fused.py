@@ -16,8 +16,9 @@ F = TypeVar("F", bound=Callable)
 
 _logger = logging.getLogger(__name__)
 
-_OPTIONS: dict[str, str | int | bool | Callable] = {"eager_numerics.division_rounding": True}
-"""Triton's own division is approximate; eager mode's, and ours, is rounded correctly."""
+_DIVISION = ("eager_numerics.division_rounding", "emulate_divison_rounding")
+"""Triton's own division is approximate; eager mode's, and ours, is rounded correctly. The option's name from torch 2.11
+on, and in 2.10."""
 
 
 def fused(function: F) -> F:
@@ -32,7 +33,7 @@ def fused(function: F) -> F:
         if not compiles(args[0].device.type):
             return function(*args)
         if compiled is None:
-            compiled = torch.compile(function, dynamic=True, options=_OPTIONS)
+            compiled = torch.compile(function, dynamic=True, options=_options())
         return compiled(*args)
 
     return call  # type: ignore[return-value]
@@ -40,11 +41,16 @@ def fused(function: F) -> F:
 
 @functools.cache
 def compiles(device: str) -> bool:
-    """Whether ``torch.compile`` works here for tensors of a device type: tried once, with a tiny function."""
+    """Whether ``torch.compile`` works here for tensors of a device type, with the options that ``fused`` gives it:
+    tried once, with a tiny function."""
     if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         return False
     try:
-        torch.compile(lambda x: (x + 1).sin(), dynamic=True)(torch.ones(8, device=device))
+        options = _options()
+        if device != "cpu" and not options:
+            raise RuntimeError(f"this torch, {torch.__version__}, has no option for exact division")
+        x = torch.ones(8, device=device)
+        torch.compile(lambda x: (x / (x + 1)).sin(), dynamic=True, options=options)(x)
     except Exception as error:  # whatever is missing or broken, training goes on without it
         reason = str(error).strip().splitlines()
         _logger.warning(
@@ -52,3 +58,9 @@ def compiles(device: str) -> bool:
         )
         return False
     return True
+
+
+@functools.cache
+def _options() -> dict[str, str | int | bool | Callable]:
+    known = torch._inductor.list_options()
+    return {name: True for name in _DIVISION if name in known}

@@ -90,6 +90,13 @@ def load(name: str, dtype: torch.dtype | str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa").eval()
 
 
+def renew_rope(model: PreTrainedModel) -> None:
+    """Give ``model`` the RoPE frequencies that its config says, in fp32, computed on the CPU as everywhere: no file
+    holds them, and a model made on the meta device or under ``zero.Init`` has lost or rounded them."""
+    base = model.base_model
+    base.rotary_emb = type(base.rotary_emb)(model.config)  # type: ignore[operator]
+
+
 def place(model: torch.nn.Module) -> None:
     """Move a model to this process's GPU, if there is one."""
     model.to(device())

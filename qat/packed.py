@@ -59,8 +59,7 @@ def load(directory: str) -> PreTrainedModel:
             rest[name] = weight.to(dtype)
     model.load_state_dict(rest, strict=False, assign=True)
     model.tie_weights()
-    inner = model.base_model
-    inner.rotary_emb = type(inner.rotary_emb)(model.config)  # it holds no weights, and was made without memory
+    models.renew_rope(model)
     load_steps(model, path)
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)

@@ -184,8 +184,10 @@ def _minmax(rows: Tensor, qmax: int, symmetric: bool) -> Grid:
 
 
 def _divided(x: Tensor, number: int) -> Tensor:
-    """x / number, rounded correctly everywhere: by a number that is no tensor, GPUs multiply by its reciprocal."""
-    return x / torch.full_like(x, number)
+    """fp32 x / number, rounded correctly by whatever computes it. Compilers and GPUs turn a division by a number into
+    a product with its reciprocal; in fp64 the error of that is too small to change the rounding to fp32, as no quotient
+    by an odd number below 2^9 lies nearer than 2^-34 to the middle between two fp32 numbers."""
+    return (x.double() / number).float()
 
 
 def _usable(scale: Tensor) -> Tensor:

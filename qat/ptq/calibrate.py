@@ -132,8 +132,7 @@ class Stream:
             module = base.get_submodule(name)
             fill(module, {key.removeprefix(f"{name}."): w for key, w in rest.items() if key.startswith(name)}, "cpu")
             module.to(self.dtype)
-        # On the meta device it has lost its frequencies, which are computed and not stored.
-        base.rotary_emb = type(base.rotary_emb)(self.model.config)
+        models.renew_rope(self.model)
         noted: list[dict[str, Any]] = []
 
         def note(hidden: Tensor, **arguments: Any) -> Tensor:

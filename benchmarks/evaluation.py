@@ -1,4 +1,4 @@
-"""A rounded model's forward pass, as evaluation runs it: by integer products, by floats, and in full precision.
+"""A rounded model's forward pass, as evaluation runs it, beside the full-precision model's.
 
 python benchmarks/evaluation.py --w_bits 8 --a_bits 8 --kv_bits 8
 """
@@ -12,10 +12,8 @@ from transformers import PreTrainedModel
 
 from launch import cli
 from qat import loading, models
-from qat.errors import UserError
 from qat.machine import device
-from qat.prepare import QuantConfig, freeze, integer_product, prepare
-from qat.products import IntegerProduct
+from qat.prepare import QuantConfig, freeze, prepare
 
 
 @dataclass(frozen=True)
@@ -40,33 +38,18 @@ class EvaluationBenchmark:
 def main() -> None:
     config, quant = cli.parse(__doc__, EvaluationBenchmark, QuantConfig)
     name = models.resolve_full_precision(config.model)
-    product = integer_product(quant, device(), models.inference_dtype())
-    if product is None:
-        raise UserError(f"{quant} has no integer products on this machine: give other bits, or measure elsewhere.")
-    full, floats, integers = load(name), rounded(name, quant), rounded(name, quant, product)
+    full, rounded = load(name), prepare(load(name), quant)
+    freeze(rounded)
     ids = torch.randint(5, full.config.vocab_size, (config.batch, config.length), device=device())
     run = torch.no_grad()(lambda model: model(ids, logits_to_keep=20))
-    seconds = common.median_seconds(
-        {"integers": lambda: run(integers), "floats": lambda: run(floats), "full precision": lambda: run(full)},
-        config.repeats,
-    )
-    print(f"{common.machine()}; {quant}: " + ", ".join(f"{way} {time:.2f} s" for way, time in seconds.items()))
-    common.write(
-        config.json,
-        {f"integers_vs_{way.replace(' ', '_')}": seconds["integers"] / seconds[way] for way in [*seconds][1:]},
-    )
+    seconds = common.median_seconds({str(quant): lambda: run(rounded), "full": lambda: run(full)}, config.repeats)
+    print(f"{common.machine()}: " + ", ".join(f"{way} {time:.2f} s" for way, time in seconds.items()))
+    common.write(config.json, {"vs_full_precision": seconds[str(quant)] / seconds["full"]})
 
 
 def load(name: str) -> PreTrainedModel:
     model = loading.load(name, models.inference_dtype())
     models.place(model)
-    return model
-
-
-def rounded(name: str, quant: QuantConfig, product: IntegerProduct | None = None) -> PreTrainedModel:
-    """As ``launch/evaluate.py --method rtn`` prepares it."""
-    model = prepare(load(name), quant)
-    freeze(model, product)
     return model
 
 

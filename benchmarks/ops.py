@@ -96,9 +96,10 @@ def compare_products(rows: int, columns: int, out: int, device: torch.device, dt
         "ours, rounded floats": lambda: products.matmul(values, fake_quantize(weight, Format(4)).t()),
         **{
             f"ours, integers by {product.__name__}": lambda p=product: products.matmul_codes(
-                p, x, quantize(weight, Format(4)), dtype
+                x, quantize(weight, Format(4)), Format(4).qmax, dtype, p
             )
-            for product in ([products.int_mm, products.qlinear] if device.type == "cpu" else [products.int_mm])
+            for product in products.INTEGER_PRODUCTS
+            if products.is_exact(product, device, Format(4).qmax)
         },
     }
     seconds = common.median_seconds(ways, repeats)

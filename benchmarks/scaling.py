@@ -118,11 +118,9 @@ def rank(config: ScalingBenchmark, model: Path) -> None:
     engines.init_distributed()
     data = RandomSequences(config.tokens, LlamaConfig.from_pretrained(model).vocab_size)
     teacher = engines.Teacher(str(model), ds_json.for_teacher(ds_config))
-    product = engines.integer_product(model / training.INTEGER_PRODUCT, QuantConfig(), ds_config)
     student = engines.student_engine(
-        str(model), QuantConfig(), ds_config, settings.lr_factor, settings.gradient_checkpointing, settings.loss, None,
-        product,
-    )  # fmt: skip
+        str(model), QuantConfig(), ds_config, settings.lr_factor, settings.gradient_checkpointing, settings.loss
+    )
     state = checkpoint.TrainState()
     log = RunLog(model / "log.jsonl", student, state, settings.steps) if cli.is_first_rank() else None
 

@@ -25,9 +25,9 @@ from qat import harness, loading, models, served, source
 from qat.errors import UserError, check_choice, check_least
 from qat.evaluate import TextScore, WindowScore, score_windows, text_windows
 from qat.files import write_atomically
-from qat.machine import device, machine
-from qat.prepare import CONFIG_FILE, QuantConfig, freeze, integer_product, prepare
-from qat.products import INTEGER_PRODUCTS
+from qat.linear import ARITHMETIC
+from qat.machine import machine
+from qat.prepare import CONFIG_FILE, QuantConfig, freeze, prepare
 
 NO_TEXT = "none"
 
@@ -123,22 +123,19 @@ def main() -> None:
                 results.keep_text(text, windows, served.score_windows(llm, windows))
     else:
         _join_ranks()
-        model = _load(name, rounded, rtn, results)
+        model = _load(name, quant if rtn else None)
         _measure_texts(model, teacher_name, new_texts, results)
         _measure_tasks(model, tokenizer, new_tasks, evaluation, results)
     if cli.is_first_rank():
         results.show([*texts], tasks)
 
 
-def _load(name: str, quant: QuantConfig | None, rtn: bool, results: "_Results") -> PreTrainedModel:
-    """The model, rounded by ``quant`` if it is not yet; ``results`` hears by which products it multiplies."""
-    dtype = models.inference_dtype()
-    results.products = _products(quant, dtype)
-    product = INTEGER_PRODUCTS.get(results.products)
-    model = loading.load(name, dtype, product)
+def _load(name: str, rtn: QuantConfig | None) -> PreTrainedModel:
+    """The model, as it is or rounded by ``rtn``."""
+    model = loading.load(name, models.inference_dtype())
     models.place(model)
-    if rtn and quant:
-        freeze(prepare(model, quant), product)
+    if rtn:
+        freeze(prepare(model, rtn))
     return model
 
 
@@ -177,12 +174,14 @@ class _Results:
             "seconds": {},
             "ranks": cli.ranks(),
             "machine": machine(),
+            "arithmetic": ARITHMETIC,
             "versions": {package: importlib.metadata.version(package) for package in packages},
         }
-        if path and path.exists() and (there := self._read(path))["settings"] == settings:
-            self._content = there
+        if path and path.exists():
+            there = self._read(path)
+            if there["settings"] == settings and there.get("arithmetic") == ARITHMETIC:
+                self._content = there
         self.texts, self.tasks = self._content["texts"], self._content["tasks"]
-        self.products: str | None = None  # unknown where another engine multiplies
 
     def has(self, text: str, windows: Tensor) -> bool:
         return self.texts.get(text, {}).get("digest") == _digest(windows)
@@ -196,8 +195,6 @@ class _Results:
         began = time.monotonic()
         yield
         self._content["seconds"][name] = round(time.monotonic() - began, 1)
-        if self.products:
-            self._content.setdefault("products", {})[name] = self.products
         if self._path and cli.is_first_rank():
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self._path, json.dumps(self._content, indent=2) + "\n")
@@ -239,12 +236,6 @@ def _join_ranks() -> None:
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, torch.get_num_threads() // cli.ranks()))
     dist.init_process_group("gloo")
-
-
-def _products(quant: QuantConfig | None, dtype: torch.dtype) -> str:
-    """The integer product that pays, by its name, or "floats". The first rank chooses: others may time it otherwise."""
-    own = integer_product(quant, device(), dtype) if quant and cli.is_first_rank() else None
-    return _gather([own.__name__ if own else "floats"])[0][0]
 
 
 def _score(model: PreTrainedModel, windows: Tensor, teacher: PreTrainedModel | None) -> list[WindowScore]:

@@ -18,11 +18,12 @@ from qat.distill import Targets
 from qat.errors import UserError, check_least, differences
 from qat.evaluate import text_windows
 from qat.files import lock, write_atomically
+from qat.linear import ARITHMETIC
 from qat.machine import device
 from qat.preemption import RESUMABLE_EXIT, StopSignal
 from qat.prepare import QuantConfig
 from qat.teacher_cache import TeacherCache
-from qat.training import FINAL, INTEGER_PRODUCT, SETTINGS, TENSORBOARD, TrainConfig, train
+from qat.training import FINAL, SETTINGS, TENSORBOARD, TrainConfig, arithmetic_of, train
 from qat.validation import Texts
 from qat.weight_files import shapes, skeleton
 
@@ -122,6 +123,7 @@ def main() -> int:
         "teacher_cache": cache.fingerprint() if cache else None,
         "optimizer": student_json["optimizer"],
         "bf16": student_json.get("bf16"),
+        "arithmetic": ARITHMETIC,
     }
     claim(paths.output, identity, student_json, {"model": paths.model, "data": str(paths.data)})
     final = paths.output / FINAL
@@ -140,9 +142,8 @@ def main() -> int:
         targets = teacher = engines.Teacher(model, ds_json.for_teacher(teacher_json), config.loss)
         if quant.activations.learned:
             magnitudes = teacher.input_magnitudes(data.sample(cli.rank()).to(device()))
-    product = engines.integer_product(paths.output / INTEGER_PRODUCT, quant, student_json)
     student = engines.student_engine(
-        begin, quant, student_json, config.lr_factor, config.gradient_checkpointing, config.loss, magnitudes, product
+        begin, quant, student_json, config.lr_factor, config.gradient_checkpointing, config.loss, magnitudes
     )
     if not train(student, targets, data, config, paths.output, stop, texts):
         return RESUMABLE_EXIT
@@ -198,6 +199,12 @@ def claim(output: Path, settings: dict[str, Any], ds_config: dict[str, Any], pla
         raise UserError(f"{output} cannot be written to ({error}): give another --output, or make it so.") from error
     if path.exists():
         started = json.loads(path.read_text())["settings"]
+        if (began_with := arithmetic_of(started, output)) != ARITHMETIC:
+            raise UserError(
+                f"{output} was begun by a version that computed otherwise ({began_with}; now {ARITHMETIC}), and would "
+                "not go on with the same losses: finish it with that version, or give another --output."
+            )
+        started["arithmetic"] = ARITHMETIC
         free = {name: settings[name] for name in CHANGES_NO_RESULT}
         if listed := differences(started | free, settings):
             raise UserError(f"{output} was started with other settings ({listed}): give the same, or another --output.")

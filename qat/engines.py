@@ -24,11 +24,10 @@ from qat import ds_json, kv_cache, models, prepare
 from qat.data import Sample
 from qat.distill import Distiller, LabelTargets, TeacherTargets, run
 from qat.errors import UserError
-from qat.files import write_atomically
 from qat.kv_cache import AttentionRecord
-from qat.machine import device, take_gpu
+from qat.machine import take_gpu
 from qat.prepare import QuantConfig
-from qat.products import INTEGER_PRODUCTS, IntegerProduct, is_exact, speed_up
+from qat.products import speed_up
 
 
 def init_distributed() -> None:
@@ -57,28 +56,6 @@ def init_distributed() -> None:
     deepspeed.init_distributed()
 
 
-def integer_product(record: Path, quant: QuantConfig, ds_config: dict[str, Any]) -> IntegerProduct | None:
-    """What multiplies codes in the student's forward pass; None for floats. All ranks must ask together.
-
-    The first rank tries what pays, once for a run: its choice is kept in the file ``record``, or a resumed run, which
-    may find otherwise, would not continue the losses bit for bit.
-    """
-    names = [""]
-    if dist.get_rank() == 0:
-        if not record.exists():
-            product = prepare.integer_product(quant, device(), ds_json.dtype(ds_config))
-            write_atomically(record, product.__name__ if product else "floats")
-        names = [record.read_text()]
-    dist.broadcast_object_list(names, 0)
-    product = INTEGER_PRODUCTS.get(names[0])
-    if product and not is_exact(product, device(), quant.weights.qmax):
-        raise UserError(
-            f"The run multiplies integers by {names[0]}, which is not exact on this machine, another one than it began "
-            "on: go on with it on one like that."
-        )
-    return product
-
-
 def student_engine(
     model: str,
     quant: QuantConfig,
@@ -87,7 +64,6 @@ def student_engine(
     gradient_checkpointing: bool,
     loss: str,
     input_magnitudes: dict[str, Tensor] | None = None,
-    integer_product: IntegerProduct | None = None,
 ) -> deepspeed.DeepSpeedEngine:
     """The quantized student, with its optimizer: ``engine(input_ids, targets)`` gives (loss, KL).
 
@@ -95,14 +71,11 @@ def student_engine(
         lr_factor: what the learning rate is multiplied with at each step
         loss: one of distill.LOSSES
         input_magnitudes: ``Teacher.input_magnitudes``, where activations have a learned step
-        integer_product: what multiplies codes in forward; see ``integer_product``
     """
     student = _read_partitioned(model, ds_config)
     prepare.prepare(student, quant)
     if input_magnitudes is not None:
         prepare.initialise_steps(student, input_magnitudes)
-    if integer_product is not None:
-        prepare.multiply_integers(student, integer_product)
     student.train()
     if gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
@@ -214,15 +187,15 @@ def _read_partitioned(model: str, ds_config: dict[str, Any]) -> PreTrainedModel:
     with partitioned_reading(ds_config):
         language_model = models.load(model, ds_json.dtype(ds_config))
     models.renew_rope(language_model)
-    models.place(language_model.base_model.rotary_emb)  # zero.Init has placed the rest
+    models.place(language_model.get_submodule("model.rotary_emb"))  # zero.Init has placed the rest
     return language_model
 
 
 def _check_rope(model: PreTrainedModel) -> None:
     """Raise UserError if the engine has changed RoPE's frequencies: what is trained would not be what is served."""
-    rope = model.base_model.rotary_emb
-    for name, expected in type(rope)(model.config).named_buffers():  # type: ignore[operator]
-        found = rope.get_buffer(name)  # type: ignore[operator]
+    rope: Any = model.base_model.rotary_emb
+    for name, expected in type(rope)(model.config).named_buffers():
+        found = rope.get_buffer(name)
         if found.dtype != expected.dtype or not torch.equal(found.cpu(), expected):
             raise UserError(
                 f"DeepSpeed has rounded the model's RoPE frequencies ({name} is {found.dtype}, which must be "

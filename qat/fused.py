@@ -20,6 +20,8 @@ _DIVISION = ("eager_numerics.division_rounding", "emulate_divison_rounding")
 """Triton's own division is approximate; eager mode's, and ours, is rounded correctly. The option's name from torch 2.11
 on, and in 2.10."""
 
+_VARIANTS = 64
+
 
 def fused(function: F) -> F:
     """``function`` of tensors [rows, ...], compiled at its first call; as it is, where nothing compiles."""
@@ -33,8 +35,11 @@ def fused(function: F) -> F:
         if not compiles(args[0].device.type):
             return function(*args)
         if compiled is None:
-            compiled = torch.compile(function, dynamic=True, options=_options())
-        return compiled(*args)
+            # Dtypes, strides and modes make variants, more than the eight after which torch would give up for good.
+            torch._dynamo.config.recompile_limit = _VARIANTS
+            compiled = torch.compile(function, dynamic=True, options=options())
+        with torch.no_grad():  # none of these is differentiated, and its mode would make two variants of each
+            return compiled(*args)
 
     return call  # type: ignore[return-value]
 
@@ -46,11 +51,10 @@ def compiles(device: str) -> bool:
     if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         return False
     try:
-        options = _options()
-        if device != "cpu" and not options:
+        if device != "cpu" and not options():
             raise RuntimeError(f"this torch, {torch.__version__}, has no option for exact division")
         x = torch.ones(8, device=device)
-        torch.compile(lambda x: (x / (x + 1)).sin(), dynamic=True, options=options)(x)
+        torch.compile(lambda x: (x / (x + 1)).sin(), dynamic=True, options=options())(x)
     except Exception as error:  # whatever is missing or broken, training goes on without it
         reason = str(error).strip().splitlines()
         _logger.warning(
@@ -61,6 +65,7 @@ def compiles(device: str) -> bool:
 
 
 @functools.cache
-def _options() -> dict[str, str | int | bool | Callable]:
+def options() -> dict[str, str | int | bool | Callable]:
+    """What ``torch.compile`` is given, so that divisions are rounded correctly."""
     known = torch._inductor.list_options()
     return {name: True for name in _DIVISION if name in known}

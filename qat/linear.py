@@ -4,6 +4,9 @@ The class of an existing ``nn.Linear`` is swapped (``QuantLinear.convert``), so 
 state dicts stay what they were, and DeepSpeed ZeRO-3 partitions the layer like any other. No
 dequantized weight outlives the call: backward quantizes the Parameter again, on the grid that forward found,
 which ZeRO-3 has gathered again anyway. What a layer saves is its input's int8 codes, and scales.
+
+Where the formats allow it (``multiplies_codes``) forward multiplies the codes and scales their sum, which is the same
+in training, evaluation and serving; elsewhere it multiplies the values, in the dtype of the input.
 """
 
 from dataclasses import dataclass
@@ -11,9 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qat.products import IntegerProduct, codes_fit, matmul, matmul_codes
+from qat.products import matmul, matmul_codes
 from qat.quantizers import (
-    FULL_PRECISION,
     Format,
     Grid,
     Quantized,
@@ -23,6 +25,10 @@ from qat.quantizers import (
     quantize,
     round_to_grid,
 )
+
+ARITHMETIC = "products of codes"
+"""What the numbers of a quantized model come from. It is recorded with runs and results, and changes where the same
+settings would give other numbers."""
 
 
 class InputQuantizer:
@@ -92,17 +98,18 @@ class QuantLinear(nn.Linear):
         input_quantizer: quantizes x per token; None where x stays as it is, or has a learned step
         input_format: how x is quantized
         input_step: LSQ's learned step, [1]; None for the other methods
-        integer_product: multiplies codes, not values, in forward; None for values
-        codes, codes_scale: the frozen weight's codes [out, in] and scale [out, 1], where the layer multiplies codes
+        frozen: whether the Parameter holds values that are on their grid already, and stay there
+        codes, scale_bits: the frozen weight's codes [out, in] and fp32 scale [out, 1], where the layer multiplies
+            codes. The scale's bits are kept as integers: what casts a model to bf16 leaves them alone
     """
 
     weight_format: Format
     input_format: Format
     input_quantizer: InputQuantizer | None
     input_step: nn.Parameter | None
-    integer_product: IntegerProduct | None
+    frozen: bool
     codes: Tensor | None
-    codes_scale: Tensor | None
+    scale_bits: Tensor | None
 
     @classmethod
     def convert(cls, linear: nn.Linear, weight: Format, inputs: Format, shared: InputQuantizer | None) -> "QuantLinear":
@@ -111,9 +118,7 @@ class QuantLinear(nn.Linear):
         assert isinstance(linear, cls)
         linear.weight_format, linear.input_format = weight, inputs
         linear.input_quantizer = shared
-        linear.integer_product = None
-        for buffer in ("codes", "codes_scale"):
-            linear.register_buffer(buffer, None, persistent=False)
+        linear.thaw()
         step = nn.Parameter(torch.full((1,), torch.nan)) if inputs.learned else None  # NaN until it is initialised
         linear.register_parameter("input_step", step)
         return linear
@@ -124,34 +129,44 @@ class QuantLinear(nn.Linear):
         shared = None if self.input_quantizer is None else self.input_quantizer(x)
         return _QuantLinear.apply(x, self.weight, self.bias, self, shared)
 
+    @property
+    def multiplies_codes(self) -> bool:
+        """Whether forward multiplies codes: both are integers with one scale per row and no zero point, so that the
+        scales come out of the sum."""
+        return can_multiply_codes(self.weight_format, self.input_format)
+
     @torch.no_grad()
     def freeze(self, grid: Grid | None = None) -> None:
-        """Put the quantized weight in the Parameter's place, so that evaluation quantizes it once; on ``grid``,
-        if one is given."""
+        """Quantize the weight once and for all: for evaluation; on ``grid``, if one is given."""
         if self.weight_format.quantizes:
             quantized = quantize(self.weight, self.weight_format, grid)
-            if self.integer_product is not None:
-                self.keep_codes(quantized)
             self.weight.copy_(dequantize(quantized, self.weight.dtype))
-            self.weight_format = Format(FULL_PRECISION)
+            self.hold(quantized)
 
-    def keep_codes(self, weight: Quantized) -> None:
-        """Multiply these codes from now on, the frozen weight's."""
-        self.codes, self.codes_scale = weight.codes, weight.grid.scale
+    def hold(self, weight: Quantized) -> None:
+        """From now on the weight is these integers, whose values the Parameter has."""
+        self.frozen = True
+        if self.multiplies_codes:
+            self.codes, self.scale_bits = weight.codes, weight.grid.scale.view(torch.int32)
 
-    def integers(self) -> Quantized | None:
-        """The weight as integers; None where it is in full precision."""
-        if self.codes is not None and self.codes_scale is not None:
-            return Quantized(self.codes, Grid(self.codes_scale))
-        return quantize(self.weight, self.weight_format) if self.weight_format.quantizes else None
+    def thaw(self) -> None:
+        """Quantize the Parameter at each call, as in training."""
+        self.frozen = False
+        for buffer in ("codes", "scale_bits"):
+            self.register_buffer(buffer, None, persistent=False)
+
+    def integers(self) -> Quantized:
+        """The weight as integers, of a layer that multiplies codes."""
+        if self.codes is not None and self.scale_bits is not None:
+            return Quantized(self.codes, Grid(self.scale_bits.view(torch.float32)))
+        return quantize(self.weight, self.weight_format)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight={self.weight_format}, input={self.input_format}"
 
 
-def can_multiply_integers(weight: Format, inputs: Format) -> bool:
-    """Whether both are integers with one scale per row and no zero point, so that their scales come out of the
-    product."""
+def can_multiply_codes(weight: Format, inputs: Format) -> bool:
+    """See ``QuantLinear.multiplies_codes``."""
     if not weight.quantizes or not inputs.quantizes:
         return False
     whole_rows = weight.group_size == 0 and inputs.group_size == 0
@@ -163,20 +178,18 @@ class _QuantLinear(torch.autograd.Function):
     def forward(
         ctx, x: Tensor, weight: Tensor, bias: Tensor | None, layer: QuantLinear, shared: SharedInput | None
     ) -> Tensor:
-        form = layer.weight_format
         grid = Grid(None, None)  # type: ignore[arg-type]
-        rows = x.numel() // x.shape[-1]
-        product = layer.integer_product if codes_fit(rows, layer.in_features, layer.out_features, x.device) else None
-        if product is not None and shared is not None and (quantized := layer.integers()) is not None:
+        if shared is not None and layer.multiplies_codes:
+            quantized = layer.integers()
             grid = quantized.grid
-            y = matmul_codes(product, shared.quantized, quantized, x.dtype)
+            y = matmul_codes(shared.quantized, quantized, layer.weight_format.qmax, x.dtype)
         else:
             values = weight.detach()
-            if form.quantizes:
-                values, grid = round_to_grid(weight, form)
+            if _rounds(layer):
+                values, grid = round_to_grid(weight, layer.weight_format)
             inputs = x if shared is None else shared.values()
             y = matmul(inputs.flatten(0, -2), values.t()).view(*x.shape[:-1], -1)
-        ctx.weight_format, ctx.input_dtype = form, x.dtype
+        ctx.layer, ctx.input_dtype = layer, x.dtype
         kept = (x,) if shared is None else (shared.quantized.codes, *shared.quantized.grid)
         ctx.save_for_backward(weight, *grid, *kept)
         return y if bias is None else y.add_(bias)
@@ -184,17 +197,22 @@ class _QuantLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         weight, scale, zero_point, *kept = ctx.saved_tensors
-        form, grid = ctx.weight_format, Grid(scale, zero_point)
+        rounds, form, grid = _rounds(ctx.layer), ctx.layer.weight_format, Grid(scale, zero_point)
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         grad_x = grad_weight = None
         rows = grad.flatten(0, -2)
         if needs_x:
-            values = round_to_grid(weight, form, grid)[0] if form.quantizes else weight
+            values = round_to_grid(weight, form, grid)[0] if rounds else weight
             grad_x = matmul(rows, values).view(*grad.shape[:-1], -1)
         if needs_weight:
             x = kept[0] if len(kept) == 1 else dequantize(Quantized(kept[0], Grid(*kept[1:])), ctx.input_dtype)
             grad_weight = matmul(rows.t(), x.flatten(0, -2))
-            if form.quantizes and form.clips:
+            if rounds and form.clips:
                 grad_weight *= inside(weight, form, grid)
         grad_bias = rows.sum(0) if needs_bias else None
         return grad_x, grad_weight, grad_bias, None, None
+
+
+def _rounds(layer: QuantLinear) -> bool:
+    """Whether the Parameter's values are to be rounded."""
+    return layer.weight_format.quantizes and not layer.frozen

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,18 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedMode
 
 from qat import formats, models, source, weight_files
 from qat.errors import UserError
-from qat.prepare import CONFIG_FILE, QuantConfig, load_steps, multiply_integers, prepare, quant_linears
-from qat.products import IntegerProduct, speed_up
-from qat.quantizers import FULL_PRECISION, Quantized, dequantize
+from qat.prepare import CONFIG_FILE, QuantConfig, load_steps, prepare, quant_linears
+from qat.products import speed_up
+from qat.quantizers import Quantized, dequantize
 
 Weights = Iterator[tuple[str, Tensor | Quantized]]
 """Of a whole model, by name, one at a time."""
 
 
-def load(directory: str, dtype: torch.dtype, product: IntegerProduct | None = None) -> PreTrainedModel:
+def load(directory: str, dtype: torch.dtype) -> PreTrainedModel:
     """The model at ``directory``, ready for inference: full precision, a student, or an integer export.
 
     Weights are quantized once, here; activations and KV cache as ``quant_config.json`` says.
-
-    Args:
-        product: what multiplies integer codes, as prepare.integer_product found for its formats; None for values
     """
     path = Path(directory)
     if not (path / CONFIG_FILE).is_file():
@@ -34,30 +30,23 @@ def load(directory: str, dtype: torch.dtype, product: IntegerProduct | None = No
         speed_up(model)
         return model
     quant, trained_dtype, weights = read(path)
-    return simulate(path, weights, trained_dtype, quant, dtype, product)
+    return simulate(path, weights, trained_dtype, quant, dtype)
 
 
 def simulate(
-    config: Path,
-    weights: Weights,
-    trained_dtype: torch.dtype,
-    quant: QuantConfig,
-    dtype: torch.dtype,
-    product: IntegerProduct | None = None,
+    config: Path, weights: Weights, trained_dtype: torch.dtype, quant: QuantConfig, dtype: torch.dtype
 ) -> PreTrainedModel:
     """A model that computes in ``dtype`` with ``weights``, activations and KV cache quantized as ``quant`` says.
 
     Args:
         config: folder with config.json, and the learned steps if there are any
         trained_dtype: the dtype in which quantized weights lie on their grid: another one rounds differently
-        product: as in ``load``
     """
     values: dict[str, Tensor] = {}
-    codes: dict[str, Quantized] = {}
+    integers: dict[str, Quantized] = {}
     for name, weight in weights:
         if isinstance(weight, Quantized):
-            if product is not None:
-                codes[name.removesuffix(".weight")] = weight
+            integers[name.removesuffix(".weight")] = weight
             weight = dequantize(weight, trained_dtype)
         values[name] = weight.to(dtype)
     settings = AutoConfig.from_pretrained(config)
@@ -67,12 +56,9 @@ def simulate(
     model = model_class.from_pretrained(  # type: ignore[attr-defined]
         None, config=settings, state_dict=values, dtype=dtype, attn_implementation="sdpa"
     )
-    prepare(model, replace(quant, w_bits=FULL_PRECISION))
-    if product is not None:
-        multiply_integers(model, product)
-        linears = quant_linears(model)
-        for name, kept in codes.items():
-            linears[name].keep_codes(kept)
+    linears = quant_linears(prepare(model, quant))
+    for name, quantized in integers.items():
+        linears[name].hold(quantized)
     load_steps(model, config)
     speed_up(model)
     return model.eval()

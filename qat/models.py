@@ -94,7 +94,7 @@ def renew_rope(model: PreTrainedModel) -> None:
     """Give ``model`` the RoPE frequencies that its config says, in fp32, computed on the CPU as everywhere: no file
     holds them, and a model made on the meta device or under ``zero.Init`` has lost or rounded them."""
     base = model.base_model
-    base.rotary_emb = type(base.rotary_emb)(model.config)  # type: ignore[operator]
+    base.rotary_emb = type(base.rotary_emb)(model.config)
 
 
 def place(model: torch.nn.Module) -> None:

@@ -20,7 +20,7 @@ from qat.errors import UserError
 from qat.integer_cache import IntegerCache, pack, unpack
 from qat.linear import QuantLinear, lsq
 from qat.prepare import CONFIG_FILE, load_steps, prepare, quant_linears
-from qat.products import matmul
+from qat.products import matmul, matmul_codes
 from qat.quantizers import Quantized, dequantize
 
 
@@ -103,7 +103,7 @@ class PackedLinear(QuantLinear):
         linear.register_buffer("packed", pack(rows, linear.weight_format), persistent=False)
         linear.trained_dtype = trained_dtype
 
-    def unpacked(self) -> Quantized:
+    def integers(self) -> Quantized:
         """Codes [out, in] and grid [out, groups]."""
         codes, grid = unpack(self.packed, self.weight_format)
         rows = self.out_features
@@ -113,9 +113,13 @@ class PackedLinear(QuantLinear):
         if self.input_step is not None:
             x = lsq(x, self.input_step, self.input_format)
         shared = None if self.input_quantizer is None else self.input_quantizer(x)
-        values = dequantize(self.unpacked(), self.trained_dtype).to(x.dtype)
-        inputs = x if shared is None else shared.values()
-        y = matmul(inputs.flatten(0, -2), values.t()).view(*x.shape[:-1], -1)
+        weight = self.integers()
+        if shared is not None and self.multiplies_codes:
+            y = matmul_codes(shared.quantized, weight, self.weight_format.qmax, x.dtype)
+        else:
+            values = dequantize(weight, self.trained_dtype).to(x.dtype)
+            inputs = x if shared is None else shared.values()
+            y = matmul(inputs.flatten(0, -2), values.t()).view(*x.shape[:-1], -1)
         return y if self.bias is None else y.add_(self.bias)
 
 

@@ -9,10 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qat import kv_cache, products
+from qat import kv_cache
 from qat.errors import UserError, check_choice
-from qat.linear import InputQuantizer, QuantLinear, can_multiply_integers
-from qat.products import IntegerProduct
+from qat.linear import InputQuantizer, QuantLinear
 from qat.quantizers import FULL_PRECISION, Format, Grid, lsq_initial_step
 
 CONFIG_FILE = "quant_config.json"
@@ -178,19 +177,6 @@ def load_steps(model: nn.Module, directory: Path) -> None:
         linear.input_step.copy_(steps[name + STEP_SUFFIX])  # type: ignore[union-attr]
 
 
-def integer_product(config: QuantConfig, device: torch.device, dtype: torch.dtype) -> IntegerProduct | None:
-    """What multiplies integer codes in forward; None where the formats do not allow it or it does not pay."""
-    if not can_multiply_integers(config.weights, config.activations):
-        return None
-    return products.integer_product(device, dtype, config.weights.qmax)
-
-
-def multiply_integers(model: nn.Module, product: IntegerProduct) -> None:
-    """Let the quantized layers multiply integer codes in forward."""
-    for linear in quant_linears(model).values():
-        linear.integer_product = product
-
-
 def save_grids(grids: dict[str, Grid], path: Path) -> None:
     """Write the grids of layers, by name, into one file: ``NAME.weight_scale``, and ``NAME.weight_zero_point``."""
     tensors = {f"{name}.weight_{field}": part for name, grid in grids.items() for field, part in grid._asdict().items()}
@@ -206,10 +192,8 @@ def load_grids(directory: Path, file: str = GRIDS_FILE) -> dict[str, Grid]:
     return {name: Grid(stored[f"{name}.weight_scale"], stored.get(f"{name}.weight_zero_point")) for name in names}
 
 
-def freeze(model: nn.Module, product: IntegerProduct | None = None) -> None:
-    """Quantize every weight once and for all: for evaluation, never for training. ``product`` multiplies the codes."""
-    if product is not None:
-        multiply_integers(model, product)
+def freeze(model: nn.Module) -> None:
+    """Quantize every weight once and for all: for evaluation, never for training."""
     for linear in quant_linears(model).values():
         linear.freeze()
 

@@ -1,7 +1,13 @@
-"""The fastest matrix products that are exact here: of integer codes, and of floats.
+"""Matrix products: of integer codes, which are exact, and of floats.
 
-A layer whose weights and inputs are symmetric integers computes ``(codes_x @ codes_w.T) * scale_x * scale_w``.
-The product of the codes is exact in int32 while ``in_features * 127 * 127 < 2**31``, that is up to 133,144 features.
+A layer whose weights and inputs are symmetric integers with one scale per row computes, everywhere and for any number
+of rows,
+
+    y = (codes_x @ codes_w.T) * scale_x * scale_w
+
+with the sum in exact integers, rounded to fp32 once, then scaled in fp32: what inference engines compute. Which
+instructions make the sum does not show in it, so the fastest that are exact here may be taken. An int32 holds the sum
+up to 133,144 features.
 
 Products of fp32 matrices on CPUs go to oneDNN, not to torch's own choice, MKL: on AMD processors with AVX-512 MKL runs
 its AVX2 code, at less than half the speed.
@@ -14,6 +20,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from qat.fused import fused
 from qat.quantizers import Quantized
@@ -23,8 +30,14 @@ _logger = logging.getLogger(__name__)
 _TEST_SIZE = {"cpu": 512, "cuda": 4096}
 """Rows, columns and outputs of the products that are timed: on a GPU smaller ones measure how long a launch takes."""
 
-_WORTH_IT = 1.2
-"""Times the speed of floats from which integers are used: scaling their products takes a pass of its own."""
+_ROWS = 32
+"""Integer products on GPUs want more than 16 rows, and whole tiles are faster: rows are filled up to multiples."""
+
+_FEATURES = 8
+"""They want multiples of 8 columns and outputs, too."""
+
+_EXACT_IN_FP32 = 2**24 // 127**2
+"""Columns over which a sum of products of 8-bit codes stays below 2^24, and so exact in fp32, in any order."""
 
 IntegerProduct = Callable[[Tensor, Tensor], Tensor]
 """Codes [rows, in] and weight codes [out, in], both int8 -> their exact product [rows, out], in int32 or, rounded
@@ -55,24 +68,30 @@ def speed_up(model: nn.Module) -> None:
             module.__class__ = Linear
 
 
-def matmul_codes(product: IntegerProduct, x: Quantized, weight: Quantized, dtype: torch.dtype) -> Tensor:
+def matmul_codes(
+    x: Quantized, weight: Quantized, weight_qmax: int, dtype: torch.dtype, product: IntegerProduct | None = None
+) -> Tensor:
     """x [..., in], one scale per row, times weight [out, in], one scale per row -> [..., out] of ``dtype``.
 
-    Both must be symmetric; see ``codes_fit``.
+    Args:
+        x, weight: symmetric
+        weight_qmax: the largest code that weights of this format have
+        product: what multiplies; by default the fastest that is exact on this device. The result does not depend on it
     """
+    product = product or integer_product(x.codes.device, weight_qmax)
     products = product(x.codes.flatten(0, -2), weight.codes)
     y = _scaled(products, x.grid.scale.view(-1, 1), weight.grid.scale.view(1, -1), dtype)
     return y.view(*x.codes.shape[:-1], -1)
 
 
-def codes_fit(rows: int, columns: int, out: int, device: torch.device) -> bool:
-    """Whether the integer product is possible for x [rows, columns]: GPUs want whole tiles."""
-    return device.type == "cpu" or (rows > 16 and columns % 8 == 0 and out % 8 == 0)
-
-
 def int_mm(codes: Tensor, weight: Tensor) -> Tensor:
     """An IntegerProduct on GPUs, and on CPUs that multiply bytes (VNNI); elsewhere a plain loop."""
-    return torch._int_mm(codes, weight.t())
+    if codes.device.type == "cpu":
+        return torch._int_mm(codes, weight.t())
+    rows, columns = codes.shape
+    out, more = len(weight), -columns % _FEATURES
+    codes = pad(codes, (0, more, 0, -rows % _ROWS))
+    return torch._int_mm(codes, pad(weight, (0, more, 0, -out % _FEATURES)).t())[:rows, :out]
 
 
 def qlinear(codes: Tensor, weight: Tensor) -> Tensor:
@@ -88,30 +107,26 @@ def qlinear(codes: Tensor, weight: Tensor) -> Tensor:
     )
 
 
-INTEGER_PRODUCTS = {product.__name__: product for product in (int_mm, qlinear)}
+def float_blocks(codes: Tensor, weight: Tensor) -> Tensor:
+    """An IntegerProduct everywhere: of fp32 matrices, over so many columns at a time that no sum is rounded."""
+    total = torch.zeros((), dtype=torch.int32, device=codes.device)
+    for some, of_weight in zip(codes.split(_EXACT_IN_FP32, 1), weight.split(_EXACT_IN_FP32, 1), strict=True):
+        total = total + matmul(some.float(), of_weight.float().t()).int()
+    return total
+
+
+INTEGER_PRODUCTS = (int_mm, qlinear, float_blocks)
 
 
 @functools.cache
-def integer_product(device: torch.device, dtype: torch.dtype, qmax: int) -> IntegerProduct | None:
-    """The fastest product that is exact here for weight codes up to ``qmax``; None if products of ``dtype`` beat it."""
+def integer_product(device: torch.device, qmax: int) -> IntegerProduct:
+    """The fastest product that is exact on ``device`` for weight codes up to ``qmax``. All that are exact give the same
+    numbers, so it does no harm that another run may choose another one."""
     codes, weight = _test_codes(device, qmax)
-    exact = [product for product in INTEGER_PRODUCTS.values() if is_exact(product, device, qmax)]
-    floats, weight_floats = codes.to(dtype), weight.to(dtype)
-    speeds = {
-        product: _speed(lambda p=product: p(codes, weight), lambda: matmul(floats, weight_floats.t()), device)  # type: ignore[misc]
-        for product in exact
-    }
-    product = max(speeds, key=speeds.__getitem__, default=None)
-    if product is None:
-        _logger.info("no integer product is exact on this %s: floats are used", device.type)
-        return None
-    pays = speeds[product] >= _WORTH_IT
-    verdict = "forward passes use them" if pays else "floats are used"
-    _logger.info(
-        "integer products (%s) are exact, at %.1f times the speed of %s: %s",
-        product.__name__, speeds[product], dtype, verdict,
-    )  # fmt: skip
-    return product if pays else None
+    exact = [product for product in INTEGER_PRODUCTS if is_exact(product, device, qmax)]
+    product = min(exact, key=lambda product: _seconds(lambda: product(codes, weight), device))
+    _logger.info("integer products on this %s, for weight codes up to %d: %s", device.type, qmax, product.__name__)
+    return product
 
 
 def is_exact(product: IntegerProduct, device: torch.device, qmax: int) -> bool:
@@ -120,8 +135,9 @@ def is_exact(product: IntegerProduct, device: torch.device, qmax: int) -> bool:
     codes, weight = _test_codes(device, qmax)
     largest, heaviest = torch.full_like(codes, 127), torch.full_like(weight, qmax)
     cases = ((largest, heaviest), (largest, -heaviest), (codes, heaviest), (largest, weight), (codes, weight))
+    some_rows = ((codes[:rows], weight) for rows in (1, 17, 333))
     try:
-        return all(torch.equal(product(a, b).double(), a.double() @ b.double().t()) for a, b in cases)
+        return all(torch.equal(product(a, b).double(), a.double() @ b.double().t()) for a, b in (*cases, *some_rows))
     except (AttributeError, NotImplementedError, RuntimeError):  # there is no such operator here
         return False
 
@@ -140,20 +156,18 @@ def _has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _speed(one: Callable[[], object], other: Callable[[], object], device: torch.device) -> float:
-    """How many times faster ``one`` is, by the shortest of several runs each: what else the machine does must not
-    count."""
-    best = [float("inf"), float("inf")]
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """The shortest of several runs: what else the machine does must not count."""
+    best = float("inf")
     for _ in range(10):
-        for place, call in enumerate((one, other)):
-            began = time.perf_counter()
-            call()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            best[place] = min(best[place], time.perf_counter() - began)
-    return best[1] / best[0]
+        began = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    return best
 
 
 @fused
 def _scaled(products: Tensor, x_scale: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return (products * x_scale * weight_scale).to(dtype)
+    return (products.float() * x_scale * weight_scale).to(dtype)

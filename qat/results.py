@@ -354,10 +354,10 @@ def _accuracies_by_pairs(accuracies: Mapping[str, Cell]) -> str:
 def _measured_on(cells: Iterable[Cell]) -> str:
     """The machines and arithmetics of the quantized ones of ``cells``; nothing if they are the same for all."""
     ways = {
-        f"{cell['machine'].partition(',')[0]} ({products})"
+        f"{cell['machine'].partition(',')[0]} ({arithmetic})"
         for cell in cells
         if cell["method"] != "full_precision"
-        for products in {*cell.get("products", {"": "floats"}).values()}
+        for arithmetic in _arithmetics(cell)
     }
     if len(ways) < 2:
         return ""
@@ -365,6 +365,11 @@ def _measured_on(cells: Iterable[Cell]) -> str:
         f"They were not all measured alike: {'; '.join(sorted(ways))}. That moves quantized models a little: "
         "[what rounding alone changes](../evaluation.md#what-rounding-alone-changes)."
     )
+
+
+def _arithmetics(cell: Cell) -> set[str]:
+    """Early cells were measured by whatever was faster, each task by itself."""
+    return {cell["arithmetic"]} if "arithmetic" in cell else {*cell.get("products", {"": "floats"}).values()}
 
 
 def _points(difference: Difference) -> str:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -16,15 +17,16 @@ from qat.data import Sample, TrainingData
 from qat.distill import LOSSES, Targets
 from qat.engines import Teacher
 from qat.errors import UserError, check_choice, check_least
+from qat.linear import ARITHMETIC, can_multiply_codes
 from qat.machine import device
 from qat.preemption import StopSignal
+from qat.prepare import QuantConfig
 from qat.run_log import RunLog
 from qat.validation import Texts, perplexities
 
 SETTINGS, CHECKPOINTS, LOG, TENSORBOARD, FINAL = "settings.json", "checkpoints", "log.jsonl", "tensorboard", "final"
-INTEGER_PRODUCT = "integer_product"
-"""A run's folder: what it is, its checkpoints, one JSON line a step, the same for TensorBoard, the trained student,
-and how its forward pass multiplies."""
+"""A run's folder: what it is, its checkpoints, one JSON line a step, the same for TensorBoard, and the trained
+student."""
 
 _STEPS_BEFORE_JUDGING = 20
 """Steps that the average loss is over, and that must have been taken before a loss is called exploding."""
@@ -129,6 +131,22 @@ def train(
         if state.step % config.save_every == 0 or last or stopped:
             checkpoint.save(student, run / CHECKPOINTS, state, config.keep)
     return state.step == config.steps
+
+
+def arithmetic_of(settings: dict[str, Any], run: Path) -> str:
+    """How the run in folder ``run``, begun with ``settings``, computes.
+
+    The first version wrote into the folder, not into the settings, whether it multiplied codes or floats; in bf16 it
+    rounded the frequencies of RoPE too.
+    """
+    if "arithmetic" in settings:
+        return settings["arithmetic"]
+    if (settings.get("bf16") or {}).get("enabled"):
+        return "RoPE in bf16"
+    record = run / "integer_product"
+    quant = QuantConfig(**{name: settings[name] for name in QuantConfig.__dataclass_fields__ if name in settings})
+    in_floats = record.is_file() and record.read_text() == "floats"
+    return "products of floats" if in_floats and can_multiply_codes(quant.weights, quant.activations) else ARITHMETIC
 
 
 def take_step(

@@ -1,6 +1,7 @@
 """A tiny random LLaMA with a tokenizer that puts BOS first, as LLaMA's does, and a way to start real runs."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from qat.models import load_tokenizer
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
 
-really_compiles = fused.compiles
+_really_compiles = fused.compiles
 fused.compiles = lambda device: False  # compiling takes longer than any test; those that want it do it themselves
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +43,13 @@ CONFIG = {
     "eos_token_id": 1,
     "tie_word_embeddings": True,
 }
+
+
+def needs_compiler() -> None:
+    """Skip a test where there is no C++ compiler; with one, torch.compile must work, or all would run eagerly unseen."""
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("needs a C++ compiler")
+    assert _really_compiles("cpu")
 
 
 def tiny_model(config_class=LlamaConfig, **changes):

@@ -22,20 +22,18 @@ from qat import export, formats, llama_cpp, loading, models, source
 from qat.errors import UserError
 from qat.export import FAKE, GGUF
 from qat.formats import INTEGERS, PACKED
-from qat.linear import can_multiply_integers
+from qat.linear import can_multiply_codes
 from qat.prepare import (
     CONFIG_FILE,
     GRIDS_FILE,
     STEP_SUFFIX,
     QuantConfig,
     load_steps,
-    multiply_integers,
     prepare,
     quant_linears,
     save_grids,
     save_steps,
 )
-from qat.products import int_mm
 from qat.quantizers import Format, Grid, Quantized, dequantize, grid_of, quantize
 from qat.statements import differences
 
@@ -97,13 +95,12 @@ def test_weights_are_rounded_in_the_dtype_that_was_trained(tmp_path):
         assert torch.equal(loaded.get_parameter("model.layers.0.mlp.up_proj.weight"), expected)
 
 
-@pytest.mark.parametrize("quant", [q for q in SETTINGS if can_multiply_integers(q.weights, q.activations)], ids=str)
+@pytest.mark.parametrize("quant", [q for q in SETTINGS if can_multiply_codes(q.weights, q.activations)], ids=str)
 def test_integers_are_evaluated_as_they_were_trained(quant, tmp_path):
     export.export(write_student(tmp_path / "final", quant), tmp_path / "export", INTEGERS)
     trained = prepare(models.load(str(tmp_path / "final"), torch.float32), quant)
-    multiply_integers(trained, int_mm)
     for place in ("final", "export"):
-        evaluated = loading.load(str(tmp_path / place), torch.float32, int_mm)
+        evaluated = loading.load(str(tmp_path / place), torch.float32)
         assert torch.equal(evaluated(ids(evaluated)).logits, trained(ids(trained)).logits)
 
 
@@ -118,13 +115,12 @@ def test_weights_stay_on_a_grid_that_is_stored_beside_them(form, tmp_path):
     save_grids(grids, tmp_path / "final" / GRIDS_FILE)
     export.export(student, tmp_path / "export", form)
     export.verify(student, tmp_path / "export", form, WINDOWS)
-    product = int_mm if form == INTEGERS else None
-    read = loading.load(str(tmp_path / "export"), torch.float32, product)
+    read = loading.load(str(tmp_path / "export"), torch.float32)
     for name, grid in grids.items():
         expected = quantize(values[f"{name}.weight"], quant.weights, grid)
         linear = read.get_submodule(name)
         assert torch.equal(linear.weight, dequantize(expected, torch.float32))
-        assert product is None or torch.equal(linear.codes, expected.codes)
+        assert form != INTEGERS or torch.equal(linear.codes, expected.codes)
 
 
 @pytest.mark.parametrize("form", [PACKED, INTEGERS])

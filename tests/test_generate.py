@@ -4,7 +4,7 @@ from dataclasses import replace
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import generate_flags, really_compiles, run_python, tiny_model
+from conftest import generate_flags, needs_compiler, run_python, tiny_model
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from datagen import attention
@@ -39,8 +39,7 @@ def test_a_decoding_step_equals_the_models_own_forward(kernel, family, heads, mo
     if kernel == "torch's":
         monkeypatch.setattr(attention, "kernel", lambda *sizes: None)
     elif heads[-1] % 16 == 0:
-        if not really_compiles("cpu"):
-            pytest.skip("needs a C++ compiler")
+        needs_compiler()
         assert attention.kernel(heads[2], heads[0] // heads[1]) is not None
     query, kv, size = heads
     sizes = {"num_attention_heads": query, "num_key_value_heads": kv, "head_dim": size, "hidden_size": query * size}

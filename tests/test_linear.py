@@ -4,8 +4,8 @@ from torch import nn
 from torch.nn.functional import linear
 
 from qat import products
-from qat.linear import InputQuantizer, QuantLinear, can_multiply_integers
-from qat.quantizers import Format, fake_quantize, grid_of, inside, quantize, round_to_grid
+from qat.linear import InputQuantizer, QuantLinear
+from qat.quantizers import Format, Grid, Quantized, fake_quantize, grid_of, inside, quantize, round_to_grid
 
 FULL, W4, A8 = Format(16), Format(4), Format(8)
 SETTINGS = [
@@ -20,20 +20,16 @@ SETTINGS = [
 ]
 
 
-def make(weight=W4, inputs=A8, bias=True, readers=1, integers=False):
+def make(weight=W4, inputs=A8, bias=True, readers=1):
     torch.manual_seed(0)
     shared = InputQuantizer(inputs, readers) if inputs.quantizes else None
-    layer = QuantLinear.convert(nn.Linear(48, 24, bias=bias), weight, inputs, shared)
-    if integers and can_multiply_integers(weight, inputs):
-        layer.integer_product = products.int_mm
-    return layer
+    return QuantLinear.convert(nn.Linear(48, 24, bias=bias), weight, inputs, shared)
 
 
-@pytest.mark.parametrize("integers", [False, True])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("weight", "inputs"), SETTINGS)
-def test_equals_linear_of_fake_quantized_tensors_with_its_gradients(weight, inputs, bias, integers):
-    layer = make(weight, inputs, bias, integers=integers)
+def test_equals_linear_of_fake_quantized_tensors_with_its_gradients(weight, inputs, bias):
+    layer = make(weight, inputs, bias)
     x = torch.randn(2, 5, 48, requires_grad=True)
     grad = torch.randn(2, 5, 24)
     layer(x).backward(grad)
@@ -57,25 +53,33 @@ def test_a_clipped_weight_gets_no_gradient():
     assert layer.weight.grad[passes].all()
 
 
-@pytest.mark.parametrize("product", [products.int_mm, products.qlinear])
-@pytest.mark.parametrize("w_bits", [2, 4, 7])
-def test_integer_forward_is_the_exact_product_of_the_codes(w_bits, product):
-    layer = make(Format(w_bits), bias=False)
-    layer.integer_product = product
-    x = torch.randn(7, 48)
+@pytest.mark.parametrize("rows", [1, 7, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("w_bits", [2, 4, 8])
+def test_forward_is_the_exact_product_of_the_codes_for_every_number_of_rows(w_bits, dtype, rows):
+    layer = make(Format(w_bits), bias=False).to(dtype)
+    x = torch.randn(rows, 48, dtype=dtype)
     (x_codes, (x_scale, _)), (w_codes, (w_scale, _)) = quantize(x, A8), quantize(layer.weight, Format(w_bits))
     exact = (x_codes.double() @ w_codes.double().t()).float()
-    assert torch.equal(layer(x), exact * x_scale * w_scale.t())
+    expected = (exact * x_scale * w_scale.t()).to(dtype)
+    assert torch.equal(layer(x), expected)
+    layer.freeze()
+    assert torch.equal(layer.to(torch.bfloat16).float().to(dtype)(x), expected), "casts must leave the scales alone"
 
 
-@pytest.mark.parametrize("w_bits", [4, 8])
-def test_integer_products_are_tried_before_they_are_used(w_bits):
-    """Whatever this machine's verdict is: where it is yes, the largest codes must not have saturated."""
-    qmax = 2 ** (w_bits - 1) - 1
-    inputs, weight = torch.full((64, 1024), 127, dtype=torch.int8), torch.full((64, 1024), qmax, dtype=torch.int8)
-    if product := products.integer_product(torch.device("cpu"), torch.float32, qmax):
-        assert (product(inputs, weight) == 127 * qmax * 1024).all()
-        assert (product(-inputs, weight) == -127 * qmax * 1024).all()
+@pytest.mark.parametrize("product", products.INTEGER_PRODUCTS)
+@pytest.mark.parametrize("qmax", [7, 127])
+def test_every_product_that_is_exact_gives_the_same_numbers(product, qmax):
+    """Also where the sum is beyond 2^24, and fp32 rounds it."""
+    if not products.is_exact(product, torch.device("cpu"), qmax):
+        pytest.skip("not exact on this processor")
+    torch.manual_seed(0)
+    x = Quantized(torch.randint(90, 128, (5, 3000), dtype=torch.int8), Grid(torch.rand(5, 1)))
+    w = Quantized(torch.randint(qmax // 2, qmax + 1, (8, 3000), dtype=torch.int8), Grid(torch.rand(8, 1)))
+    exact = (x.codes.double() @ w.codes.double().t()).float()
+    assert qmax < 127 or exact.max() > 2**24
+    expected = exact * x.grid.scale * w.grid.scale.t()
+    assert torch.equal(products.matmul_codes(x, w, qmax, torch.float32, product), expected)
 
 
 def test_a_product_that_saturates_is_not_exact(monkeypatch):
@@ -108,7 +112,7 @@ def test_siblings_quantize_their_input_once(monkeypatch):
     calls = []
 
     def counting(x, form, *grid):
-        calls.append(form.bits)
+        calls.extend([form.bits] * (form == A8))
         return quantize(x, form, *grid)
 
     monkeypatch.setattr("qat.linear.quantize", counting)
@@ -125,9 +129,8 @@ def test_siblings_quantize_their_input_once(monkeypatch):
     assert torch.equal(q(x), alone(x))
 
 
-@pytest.mark.parametrize("integers", [False, True])
-def test_saves_codes_and_the_parameter_itself(integers):
-    layer = make(integers=integers)
+def test_saves_codes_and_the_parameter_itself():
+    layer = make()
     x = torch.randn(64, 48, requires_grad=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -138,9 +141,9 @@ def test_saves_codes_and_the_parameter_itself(integers):
     assert sum(t.nbytes for t in others) == expected, "int8 codes, and one fp32 scale per token and output channel"
 
 
-@pytest.mark.parametrize("integers", [False, True])
-def test_frozen_layer_gives_the_same_bits(integers):
-    layer = make(integers=integers)
+@pytest.mark.parametrize("inputs", [A8, FULL])
+def test_frozen_layer_gives_the_same_bits(inputs):
+    layer = make(inputs=inputs)
     x = torch.randn(3, 48)
     before = layer(x)
     layer.freeze()

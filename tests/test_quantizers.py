@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from conftest import really_compiles
+from conftest import needs_compiler
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
@@ -165,11 +165,19 @@ def test_gradient_is_straight_through_for_outliers_too(bits):
     same(x.grad, grad)
 
 
+@given(st.integers(0, 127).map(lambda half: 2 * half + 1), st.integers(0, 2**31))
+def test_division_by_qmax_is_exact_even_where_a_compiler_takes_the_reciprocal(number, seed):
+    bits = torch.randint(0x7F800000, (4096,), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+    x = bits.view(torch.float32)  # all finite numbers, denormal ones too
+    exact = x / torch.full_like(x, number)
+    assert torch.equal(quantizers._divided(x, number), exact)
+    assert torch.equal((x.double() * (1 / number)).float(), exact)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_equals_eager_bit_for_bit(dtype, monkeypatch):
     """The fused functions themselves, on what makes rounding hard: halves, outliers, zero rows, denormals, NaN."""
-    if not really_compiles("cpu"):
-        pytest.skip("needs a C++ compiler")
+    needs_compiler()
     x = torch.randn(65, 96, generator=torch.Generator().manual_seed(0))
     x[1], x[2, 3], x[3] = 0, 1e30, torch.arange(96) / 2 - 20
     x[4], x[5, 5] = 1e-42, math.nan
@@ -189,7 +197,7 @@ def test_compiled_equals_eager_bit_for_bit(dtype, monkeypatch):
     ]
     for name, arguments in calls:
         eager = getattr(quantizers, name).__wrapped__
-        compiled = torch.compile(eager, dynamic=True, options=fused._OPTIONS)
+        compiled = torch.compile(eager, dynamic=True, options=fused.options())
         outputs = zip(_tuple(compiled(*arguments)), _tuple(eager(*arguments)), strict=True)
         assert all(_equal(a, b) for a, b in outputs), name
 
@@ -207,8 +215,7 @@ def _equal(a, b):
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_compiled_quantizers_give_the_same_bits_as_eager_ones(symmetric, monkeypatch):
-    if not really_compiles("cpu"):
-        pytest.skip("nothing compiles here")
+    needs_compiler()
     monkeypatch.setattr(fused, "compiles", lambda device: True)
     quantize_rows, round_rows, dequantize_rows = (
         fused.fused(function.__wrapped__)
@@ -239,6 +246,6 @@ def test_a_gpu_eager_and_compiled_gives_the_bits_of_the_cpu(symmetric):
             for function in (quantizers._fused_quantize, quantizers._fused_round):
                 eager = function.__wrapped__
                 expected = eager(x, qmax, symmetric)
-                for on_gpu in (eager, torch.compile(eager, dynamic=True, options=fused._OPTIONS)):
+                for on_gpu in (eager, torch.compile(eager, dynamic=True, options=fused.options())):
                     found = on_gpu(x.cuda(), qmax, symmetric)
                     assert all(a is b is None or torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))

@@ -122,6 +122,10 @@ def test_accuracies_without_a_rival_leave_their_column_empty():
     assert "a Xeon (floats); a Xeon (int_mm)" in results._accuracies_by_pairs(made)
     made["p"]["products"] = {"piqa": "int_mm"}
     assert results._accuracies_by_pairs(made).splitlines() == lines, "full precision always multiplies floats"
+    made["p"]["arithmetic"] = "products of codes"
+    assert "a Xeon (int_mm); a Xeon (products of codes)" in results._accuracies_by_pairs(made)
+    made["q"]["arithmetic"] = "products of codes"
+    assert results._accuracies_by_pairs(made).splitlines() == lines, "full precision always multiplies floats"
 
 
 def test_the_claims_name_cells_that_the_recipes_make():

@@ -30,7 +30,7 @@ from qat.data import TrainingData
 from qat.distill import Distiller, TeacherTargets, predicting
 from qat.errors import UserError
 from qat.preemption import RESUMABLE_EXIT
-from qat.prepare import QuantConfig, integer_product, multiply_integers, prepare
+from qat.prepare import QuantConfig, prepare
 from qat.training import TrainConfig, check_sane
 
 STEPS = 12  # two passes over the 12 sequences
@@ -99,8 +99,6 @@ def test_two_sharded_ranks_equal_one_plain_process(run, weights, tiny_directory,
     model, tokenizer = str(tiny_directory), models.load_tokenizer(str(tiny_directory))
     teacher = models.load(model, torch.float32)
     student = Distiller(prepare(models.load(model, torch.float32), QUANT).train())
-    if product := integer_product(QUANT, torch.device("cpu"), torch.float32):
-        multiply_integers(student, product)
     data = TrainingData(tiny_data, tokenizer, CONFIG.seed)
     optimizer = torch.optim.AdamW(student.parameters(), CONFIG.lr, weight_decay=0.0, fused=True)
     for step, record in enumerate(log_of(run)):

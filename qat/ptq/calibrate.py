@@ -67,7 +67,6 @@ class Stream:
         self.device = device()
         self.dtype = models.inference_dtype()
         self.files = WeightFiles(source)
-        self._weight_format = quant.weights
         self.model = prepare(skeleton(source), quant)
         self.layers: nn.ModuleList = self.model.base_model.layers  # type: ignore[assignment]
         self.position = 0
@@ -88,7 +87,7 @@ class Stream:
         layer = self.layers[self.position]
         fill(layer, weights, self.device)
         for linear in quant_linears(layer).values():
-            linear.weight_format = self._weight_format  # whatever rounded it before has switched it off
+            linear.thaw()  # it may have been rounded before
         return layer
 
     def load_rounded(self, weights: Weights, grids: dict[str, Grid]) -> nn.Module:

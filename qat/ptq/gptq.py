@@ -20,7 +20,6 @@ from qat.prepare import SHARED_INPUTS
 from qat.products import matmul
 from qat.ptq.calibrate import Stream, Weights
 from qat.quantizers import (
-    FULL_PRECISION,
     Format,
     Grid,
     Quantized,
@@ -89,7 +88,7 @@ def quantize_layer(stream: Stream, weights: Weights, config: GPTQConfig) -> tupl
             rounded[f"{name}.weight"] = values.cpu()
             grids[name] = quantized.grid.map(Tensor.cpu)
             linear.weight.copy_(values)
-            linear.weight_format = Format(FULL_PRECISION)  # rounded already
+            linear.hold(quantized)
     stream.unload()
     return rounded, grids, f"error {ours / (rtn or 1):.2f} of RTN's"
 

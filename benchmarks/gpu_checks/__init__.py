@@ -1,0 +1,1 @@
+"""What benchmarks/gpu.py checks: one file for each question, one function for each check."""

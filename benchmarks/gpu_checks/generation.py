@@ -1,0 +1,89 @@
+"""Generation: CUDA graphs = eager, tokens per second, and how near the machine's limit."""
+
+from functools import partial
+
+import torch
+from generation import hf_generate
+from transformers import PreTrainedModel
+
+from datagen import cuda_graphs, sampling
+from datagen.decoder import Decoder
+from gpu_checks.bench import Bench, device_seconds, profiled, seconds
+
+
+def decoding(bench: Bench) -> tuple[dict, dict]:
+    """7B with random weights: logits of graphs and eager steps; speed at two places; Hugging Face's generate."""
+    s = bench.shapes
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    model = bench.model(s.written_layers)
+    figures = _ours(bench, model)
+    if torch.cuda.is_available():
+        figures["peak_GB"] = torch.cuda.max_memory_allocated() / 1e9
+        torch.cuda.empty_cache()
+    new = 24
+    alone = new / seconds(lambda: hf_generate(model, 1, new), 1)
+    figures["hf_batch1_tokens_per_second"] = alone
+    figures["over_hf_batch1"] = figures["early"]["tokens_per_second"] / alone
+    return figures, {"graphs = eager": figures["graphs_off_by"] == 0}
+
+
+def _ours(bench: Bench, model: PreTrainedModel) -> dict:
+    s = bench.shapes
+    decoder = Decoder(model, s.slots, s.max_length)
+    figures: dict = {
+        "graphs_off_by": _graphs_off_by(bench, decoder) if decoder.graphs else 0.0,
+        "weights_GB": sum(p.nbytes for p in model.parameters()) / 1e9,
+        "cache_GB": sum(2 * layer.attention.keys.nbytes for layer in decoder.layers) / 1e9,
+    }
+    for name, place in {"early": s.max_length // 8 - 1, "late": s.max_length - 24}.items():
+        step = seconds(_step(bench, decoder, place), 20)
+        figures[name] = {
+            "position": place,
+            "tokens_per_second": s.slots / step,
+            "roofline_fraction": _roofline(bench, model, place) / step,
+            "eager_over_graph": device_seconds(partial(_eager, decoder, place)) / step,
+            **profiled(_step(bench, decoder, place), 8),
+        }
+    return figures
+
+
+def _graphs_off_by(bench: Bench, decoder: Decoder) -> float:
+    """The largest difference of logits between a graph's and an eager step's, over some steps of the same text."""
+    worst = 0.0
+    for place in (0, 1, 5, 130):
+        tokens = bench.ids(decoder.slots, place)[0]
+        position = torch.full_like(tokens, place)
+        graph = decoder.step(tokens, position).clone()
+        columns = cuda_graphs.rounded_up(place + 1, decoder.max_length)
+        with torch.inference_mode():
+            eager = decoder.logits(tokens.to(decoder.device), position.to(decoder.device), columns)
+        worst = max(worst, (graph - eager).abs().max().item())
+    return worst
+
+
+def _step(bench: Bench, decoder: Decoder, place: int):
+    """A step as ``write_sequences`` takes it: two numbers per slot to the device, two back."""
+    tokens = bench.ids(decoder.slots)[0]
+    position, greedy = torch.full_like(tokens, place), torch.zeros_like(tokens, dtype=torch.bool)
+    draw = sampling.uniform(0, tokens, place)
+    return lambda: decoder.choose(tokens, position, greedy, draw, sampling.Truncation())
+
+
+def _eager(decoder: Decoder, place: int) -> None:
+    tokens = torch.ones(decoder.slots, dtype=torch.long, device=decoder.device)
+    with torch.inference_mode():
+        decoder.logits(tokens, tokens * place, place + 1)
+
+
+def _roofline(bench: Bench, model: PreTrainedModel, place: int) -> float:
+    """Seconds of a step that reads all weights and the keys and values up to ``place`` once, at the speed of a large
+    read, or computes at the speed of a large product."""
+    s = bench.shapes
+    weights = sum(p.numel() for p in model.model.layers.parameters()) + model.lm_head.weight.numel()
+    cache = 2 * s.slots * (place + 1) * s.hidden * s.written_layers * bench.dtype.itemsize
+    products = max(
+        2 * weights * s.slots / bench.limits["square"], weights * bench.dtype.itemsize / bench.limits["read"]
+    )
+    return products + cache / bench.limits["read"]

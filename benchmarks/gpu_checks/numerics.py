@@ -1,0 +1,155 @@
+"""The same numbers on a GPU as on a CPU, compiled as eager, at every shape."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from gpu_checks.bench import Bench, device_seconds, seconds
+from qat import fused, products
+from qat.integer_cache import IntegerLayer, pack
+from qat.kv_cache import KVQuantizer
+from qat.ptq.gptq import GPTQConfig, error_of, gptq, hessian_of
+from qat.quantizers import Format, Grid, dequantize, lsq, quantize, round_to_grid
+
+_W4 = Format(4)
+
+
+def quantizers(bench: Bench) -> tuple[dict, dict]:
+    """Codes, scales, values and LSQ's gradient: CPU, eager; device, eager; device, compiled."""
+    mismatches = {"eager": 0, "compiled": 0}
+    elements = 0
+    share = {}
+    lengths = (128, 4096, 11008) if bench.device.type == "cuda" else (16, 128)
+    for dtype in (torch.float32, torch.bfloat16):
+        for length in lengths:
+            x = _hard(256, length, dtype)
+            forms = [Format(bits, method) for bits in (2, 4, 8) for method in ("minmax", "minmax_asymmetric")]
+            for form in (*forms, Format(4, "minmax", 64 if length % 64 == 0 else 0)):
+                expected = _all_of(x, form)
+                elements += sum(part.numel() for part in expected)
+                for mode in mismatches:
+                    with _mode(mode):
+                        found = _all_of(x.to(bench.device), form)
+                    mismatches[mode] += sum(_different(a, b) for a, b in zip(expected, found, strict=True))
+            statsq = Format(4, "statsq")
+            expected, found = quantize(x, statsq), quantize(x.to(bench.device), statsq)
+            share[f"statsq_{length}_{dtype}"] = _different(expected.codes, found.codes) / x.numel()
+    figures = {"compared": elements, **mismatches, "codes_that_differ_where_sums_do": max(share.values())}
+    return figures, {"equal": not any(mismatches.values()), "statsq": max(share.values()) < 1e-3}
+
+
+def integer_products(bench: Bench) -> tuple[dict, dict]:
+    """Exact at the row counts that training and decoding have; their speed beside bf16's."""
+    s, generator = bench.shapes, torch.Generator().manual_seed(0)
+    product = products.integer_product(bench.device, _W4.qmax)
+    failures = []
+    for columns, out in ((s.hidden, s.hidden), (s.hidden, s.intermediate), (s.intermediate, s.hidden)):
+        weight = torch.randint(-7, 8, (out, columns), generator=generator).to(bench.device, torch.int8)
+        for rows in s.rows:
+            codes = torch.randint(-127, 128, (rows, columns), generator=generator).to(bench.device, torch.int8)
+            exact = codes.double() @ weight.double().t()
+            if not torch.equal(product(codes, weight).double(), exact):
+                failures.append((rows, columns, out))
+    figures: dict = {"product": product.__name__, "failures": failures}
+    for rows in (s.tokens, 2 * s.tokens):
+        codes = torch.randint(-127, 128, (rows, s.hidden), dtype=torch.int8, device=bench.device)
+        weight = torch.randint(-7, 8, (s.intermediate, s.hidden), dtype=torch.int8, device=bench.device)
+        a, b = codes.to(bench.dtype), weight.to(bench.dtype)
+        integers = device_seconds(lambda: product(codes, weight))  # noqa: B023
+        floats = device_seconds(lambda: a @ b.t())  # noqa: B023
+        scales = torch.rand(rows, 1, device=bench.device), torch.rand(1, s.intermediate, device=bench.device)
+        sums = product(codes, weight)
+        figures |= {
+            f"TOPS_{rows}": 2 * rows * s.hidden * s.intermediate / integers / 1e12,
+            f"bf16_over_int8_{rows}": floats / integers,
+            f"scaling_ms_{rows}": 1e3 * device_seconds(lambda: products._scaled(sums, *scales, bench.dtype)),  # noqa: B023
+        }
+    return figures, {"exact": not failures, "by int_mm": product is products.int_mm or bench.device.type == "cpu"}
+
+
+def caches(bench: Bench) -> tuple[dict, dict]:
+    """The integer cache's bytes, and a packed weight's values, on the device as on the CPU."""
+    head = bench.shapes.hidden // bench.shapes.heads
+    mismatches = {}
+    for granularity in ("token_head", "token"):
+        for bits in (4, 8):
+            quantizer = KVQuantizer(Format(bits), granularity, "none")
+            keys, values = (torch.randn(1, 4, 33, head, dtype=bench.dtype) for _ in range(2))
+            stored = []
+            for device in (torch.device("cpu"), bench.device):
+                layer = IntegerLayer(quantizer)
+                read = layer.update(keys.to(device), values.to(device))
+                stored.append([part.cpu() for part in (layer.keys, layer.values, *read)])
+            mismatches[f"{granularity}_{bits}"] = sum(_different(a, b) for a, b in zip(*stored, strict=True))
+    rotated = [KVQuantizer(Format(4), "token_head", "hadamard").rotate(keys.to(d)).cpu() for d in ("cpu", bench.device)]
+    codes = [quantize(part, Format(4)).codes for part in rotated]
+    weight = torch.randn(bench.shapes.hidden, bench.shapes.hidden, dtype=bench.dtype)
+    packed = [pack(quantize(weight.to(d), _W4), _W4).cpu() for d in ("cpu", bench.device)]
+    figures = {
+        "mismatches": mismatches,
+        "packed_weight_mismatches": _different(*packed),
+        "rotated_codes_that_differ": _different(*codes) / codes[0].numel(),
+    }
+    return figures, {"equal": not any(mismatches.values()) and not figures["packed_weight_mismatches"]}
+
+
+def gptq_layer(bench: Bench) -> tuple[dict, dict]:
+    """One Linear layer, on the device and on the CPU: the errors that the two roundings leave."""
+    size = min(bench.shapes.hidden, 2048)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(size, size, generator=generator) / size**0.5
+    mixing = torch.randn(size, size, generator=generator) / size**0.5
+    inputs = [torch.randn(1024, size, generator=generator) @ mixing for _ in range(4)]
+    errors, took = {}, {}
+    for device in (torch.device("cpu"), bench.device):
+        hessian = hessian_of(x.to(device) for x in inputs)
+        on_device = weight.to(device)
+        gptq(on_device[:64], hessian, _W4, GPTQConfig())  # what is loaded at a first call is not counted
+        took[device.type] = seconds(lambda: gptq(on_device, hessian, _W4, GPTQConfig()), 1)  # noqa: B023
+        rounded = dequantize(gptq(on_device, hessian, _W4, GPTQConfig()), torch.float32)
+        errors[device.type] = error_of(on_device - rounded, hessian)
+        errors[f"rtn_{device.type}"] = error_of(on_device - round_to_grid(on_device, _W4)[0], hessian)
+    off = abs(errors[bench.device.type] / errors["cpu"] - 1)
+    return {"seconds": took, "errors": errors, "error_off_by": off}, {"error within 1 %": off < 0.01}
+
+
+def _all_of(x: Tensor, form: Format) -> list[Tensor]:
+    quantized = quantize(x, form)
+    values, grid = round_to_grid(x, form)
+    on_grid = quantize(x, form, Grid(grid.scale * 1.25, grid.zero_point))
+    parts = [quantized.codes, quantized.grid.scale, values, on_grid.codes, dequantize(on_grid, x.dtype)]
+    if form.symmetric and not form.group_size:
+        step = torch.full((1,), 0.05, device=x.device)
+        learned = Format(form.bits, "lsq")
+        inside = x.detach().requires_grad_()
+        rounded = lsq(inside, step, learned)
+        rounded.backward(x)
+        assert inside.grad is not None
+        parts += [rounded.detach(), inside.grad]
+    return [part.cpu() for part in parts]
+
+
+def _hard(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Numbers of all sizes, halves between codes, outliers, a row of zeros, one of denormals."""
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(columns))
+    x = x * torch.logspace(-30, 30, rows)[:, None]
+    x[0], x[1] = 0, 1e-42
+    x[2] = torch.arange(columns) % 41 / 2 - 10
+    x[3, 5] = 1e30
+    return x.to(dtype)
+
+
+def _different(a: Tensor, b: Tensor) -> int:
+    return int((a.cpu() != b.cpu()).sum())
+
+
+@contextmanager
+def _mode(mode: str) -> Iterator[None]:
+    if mode == "compiled":
+        yield
+        return
+    with patch.object(fused, "compiles", lambda device: False):
+        yield

@@ -1,0 +1,122 @@
+"""What quantization costs: one decoder layer, and the loss."""
+
+import copy
+from contextlib import nullcontext
+from unittest.mock import patch
+
+import released
+import step
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gpu_checks.bench import Bench, device_seconds, peak_bytes, profiled, seconds
+from qat.distill import DistillationHead, TeacherTargets
+from qat.linear import QuantLinear
+from qat.prepare import QuantConfig, prepare
+
+
+def layer(bench: Bench) -> tuple[dict, dict]:
+    """One decoder layer, forward and backward: full precision, by integers, by floats, and with a rotated cache;
+    with and without checkpointing."""
+    s = bench.shapes
+    plain = bench.model(1).train()
+    ways = {
+        "full": step.unquantized(plain),
+        "integers": prepare(step.shared_copy(plain), QuantConfig(4, 8, 4)),
+        "rotated": prepare(step.shared_copy(plain), QuantConfig(4, 8, 4, kv_rotation="hadamard")),
+        "groups of 64": prepare(
+            step.shared_copy(plain), QuantConfig(4, 8, 4, w_group_size=64 if s.hidden > 128 else 16)
+        ),
+        "floats": prepare(step.shared_copy(plain), QuantConfig(4, 8, 4)),
+    }
+    figures: dict = {"ms": {}, "over_full": {}}
+    for tokens in (s.tokens, 2 * s.tokens):
+        for checkpointing in (False, True):
+            case = f"{tokens}{', checkpointing' if checkpointing else ''}"
+            ms = {}
+            for name, model in ways.items():
+                with patch.object(QuantLinear, "multiplies_codes", False) if name == "floats" else nullcontext():
+                    ms[name] = 1e3 * device_seconds(_pass(model, tokens, checkpointing))
+            figures["ms"][case] = ms
+            figures["over_full"][case] = {name: value / ms["full"] for name, value in ms.items() if name != "full"}
+    figures["wall_ms"] = {name: 1e3 * seconds(_pass(ways[name], s.tokens, False)) for name in ("full", "integers")}
+    figures["profile"] = {name: profiled(_pass(ways[name], s.tokens, False), 16) for name in ("full", "integers")}
+    return figures, {}
+
+
+def loss(bench: Bench) -> tuple[dict, dict]:
+    """The distillation loss with its gradients beside the naive one: time, memory, and both against fp64."""
+    s = bench.shapes
+    torch.manual_seed(0)
+
+    def tensor(*sizes: int) -> Tensor:
+        return (torch.randn(*sizes, device=bench.device) * s.hidden**-0.5).to(bench.dtype)
+
+    hidden, teacher_hidden = (tensor(s.tokens, s.hidden) * 2 for _ in range(2))
+    weight, teacher_weight = (tensor(s.vocabulary, s.hidden) * 4 for _ in range(2))
+    hidden, weight = hidden.requires_grad_(), nn.Parameter(weight)
+    fused = DistillationHead.convert(nn.Linear(1, 1, bias=False))
+    fused.weight = weight
+    targets = TeacherTargets(teacher_hidden, lambda: nullcontext(teacher_weight))
+
+    def naive() -> Tensor:
+        return released.loss(hidden @ weight.t(), teacher_hidden @ teacher_weight.t())
+
+    def ours() -> Tensor:
+        return fused(hidden, targets)[0]
+
+    found, took, peaks = {}, {}, {}
+    for name, compute in (("naive", naive), ("ours", ours)):
+        hidden.grad = weight.grad = None
+        value = compute()
+        value.backward()
+        found[name] = (value.item(), hidden.grad.double(), weight.grad.double())
+        hidden.grad = weight.grad = None
+        run = lambda: compute().backward()  # noqa: B023, E731
+        peaks[name] = peak_bytes(run)
+        took[name] = seconds(run)
+    exact = _exact(hidden, weight, teacher_hidden, teacher_weight)
+    off = {
+        f"{name}_{what}": ((a - b).norm() / b.norm()).item() if isinstance(a, Tensor) else abs(a - b) / b
+        for name, parts in found.items()
+        for what, a, b in zip(("loss", "hidden", "weight"), parts, exact, strict=True)
+    }
+    figures = {
+        "time_vs_naive": took["ours"] / took["naive"],
+        "peak_vs_naive": peaks["ours"] / max(peaks["naive"], 1),
+        "ms": 1e3 * took["ours"],
+        "against_fp64": off,
+    }
+    return figures, {"right": max(off[f"ours_{what}"] for what in ("loss", "hidden", "weight")) < 1e-2}
+
+
+def _exact(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> tuple:
+    h, w = (part.detach().double().requires_grad_() for part in (hidden, weight))
+    with torch.no_grad():
+        teacher = (teacher_hidden.double() @ teacher_weight.double().t()).softmax(-1)
+    value = -(teacher * (h @ w.t()).log_softmax(-1)).sum(-1).mean()
+    value.backward()
+    return value.item(), h.grad, w.grad
+
+
+def _pass(model: PreTrainedModel, tokens: int, checkpointing: bool):
+    """Forward and backward of the model's one layer."""
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    block = copy.copy(model.model.layers[0])
+    block.gradient_checkpointing = False
+    x = torch.randn(1, tokens, weight.shape[1], device=weight.device, dtype=weight.dtype, requires_grad=True)
+    rotary = model.model.rotary_emb(x, torch.arange(tokens, device=x.device)[None])
+    grad = torch.randn_like(x)
+
+    def forward(x: Tensor) -> Tensor:
+        return block(x, position_embeddings=rotary)
+
+    def run() -> None:
+        y = torch.utils.checkpoint.checkpoint(forward, x, use_reentrant=False) if checkpointing else forward(x)
+        y.backward(grad)
+        x.grad = None
+        for parameter in block.parameters():
+            parameter.grad = None
+
+    return run

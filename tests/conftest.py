@@ -46,7 +46,7 @@ CONFIG = {
 
 
 def needs_compiler() -> None:
-    """Skip a test where there is no C++ compiler; with one, torch.compile must work, or all would run eagerly unseen."""
+    """Skip a test where there is no C++ compiler; with one, torch.compile must work, or all would run eagerly."""
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("needs a C++ compiler")
     assert _really_compiles("cpu")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
@@ -67,13 +68,12 @@ class Bench:
     """One run of the checks.
 
     Attributes:
-        limits: what the first check measured of the machine: bytes/s of a copy, FLOP/s of matrix products
+        folder: where large files may lie for a while
     """
 
     shapes: Shapes
     folder: Path
     device: torch.device = field(default_factory=device)
-    limits: dict[str, float] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -128,6 +128,19 @@ def device_seconds(call: Callable[[], object], repeats: int = 10) -> float:
     return start.elapsed_time(end) / 1000 / repeats
 
 
+def read_rate(bench: Bench) -> float:
+    """Bytes/s at which the device reads a large tensor."""
+    x = torch.empty(2**28 if bench.device.type == "cuda" else 2**20, device=bench.device)
+    return x.nbytes / device_seconds(lambda: x.sum())
+
+
+def product_rate(bench: Bench, rows: int, inner: int, columns: int) -> float:
+    """FLOP/s of a product of such matrices."""
+    a = torch.randn(rows, inner, device=bench.device, dtype=bench.dtype)
+    b = torch.randn(inner, columns, device=bench.device, dtype=bench.dtype)
+    return 2 * rows * inner * columns / device_seconds(lambda: a @ b)
+
+
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -160,7 +173,7 @@ def profiled(call: Callable[[], object], kernels: int = 12) -> dict[str, Any]:
         call()
         synchronize()
     events = found.key_averages()
-    on_device = [event for event in events if event.self_device_time_total > 0]
+    on_device = [event for event in events if event.device_type == DeviceType.CUDA]
     on_device.sort(key=lambda event: -event.self_device_time_total)
     counts = {event.key: event.count for event in events}
     return {

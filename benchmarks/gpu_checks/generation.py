@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from datagen import cuda_graphs, sampling
 from datagen.decoder import Decoder
-from gpu_checks.bench import Bench, device_seconds, profiled, seconds
+from gpu_checks.bench import Bench, device_seconds, product_rate, profiled, read_rate, seconds
 
 
 def decoding(bench: Bench) -> tuple[dict, dict]:
@@ -81,9 +81,8 @@ def _roofline(bench: Bench, model: PreTrainedModel, place: int) -> float:
     """Seconds of a step that reads all weights and the keys and values up to ``place`` once, at the speed of a large
     read, or computes at the speed of a large product."""
     s = bench.shapes
+    side = 8192 if bench.device.type == "cuda" else 256
+    reading, computing = read_rate(bench), product_rate(bench, side, side, side)
     weights = sum(p.numel() for p in model.model.layers.parameters()) + model.lm_head.weight.numel()
     cache = 2 * s.slots * (place + 1) * s.hidden * s.written_layers * bench.dtype.itemsize
-    products = max(
-        2 * weights * s.slots / bench.limits["square"], weights * bench.dtype.itemsize / bench.limits["read"]
-    )
-    return products + cache / bench.limits["read"]
+    return max(2 * weights * s.slots / computing, weights * bench.dtype.itemsize / reading) + cache / reading

@@ -14,6 +14,7 @@ from gpu_checks.bench import Bench, device_seconds, peak_bytes, profiled, second
 from qat.distill import DistillationHead, TeacherTargets
 from qat.linear import QuantLinear
 from qat.prepare import QuantConfig, prepare
+from qat.quantizers import Format, quantize
 
 
 def layer(bench: Bench) -> tuple[dict, dict]:
@@ -40,6 +41,9 @@ def layer(bench: Bench) -> tuple[dict, dict]:
                     ms[name] = 1e3 * device_seconds(_pass(model, tokens, checkpointing))
             figures["ms"][case] = ms
             figures["over_full"][case] = {name: value / ms["full"] for name, value in ms.items() if name != "full"}
+    x = torch.randn(64, 64, device=bench.device, dtype=bench.dtype)
+    calls = {"quantize": lambda: quantize(x, Format(4)), "eager op": lambda: x + 1}
+    figures["host_us_of_a_call"] = {name: 1e6 * device_seconds(call, 200) for name, call in calls.items()}
     figures["wall_ms"] = {name: 1e3 * seconds(_pass(ways[name], s.tokens, False)) for name in ("full", "integers")}
     figures["profile"] = {name: profiled(_pass(ways[name], s.tokens, False), 16) for name in ("full", "integers")}
     return figures, {}

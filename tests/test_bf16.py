@@ -1,0 +1,121 @@
+"""What users of GPUs run, here on two CPU ranks: bf16 under ZeRO-3 computes what plain bf16 computes.
+
+Nothing stays gathered, so that every weight is sharded, fetched and released again, as those of large models are.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+from conftest import ROOT, needs_compiler, tiny_model
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import Tensor, nn
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from launch.stages import free_port
+from qat import ds_json, engines, fused, models
+from qat.data import Sample
+from qat.distill import ChunkLoss, Distiller, Targets, predicting
+from qat.errors import UserError
+from qat.prepare import QuantConfig, prepare
+from qat.training import TrainConfig
+
+POSITIONS = 1000
+SHAPE = {"hidden_size": 128, "head_dim": 64, "num_attention_heads": 2, "max_position_embeddings": 2048}
+MODELS = {
+    "llama": (LlamaConfig, {}),
+    "mistral": (MistralConfig, {"sliding_window": None}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {}),
+    "llama3": (
+        LlamaConfig,
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 512},
+    ),
+    "yarn": (LlamaConfig, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}),
+    "linear": (LlamaConfig, {"rope_type": "linear", "factor": 4.0}),
+}  # fmt: skip
+QUANTS = (QuantConfig(4, 8, 4), QuantConfig(4, 8, 4, kv_rotation="hadamard", w_group_size=32))
+
+
+class Logits(Targets):
+    """In place of a loss: keeps the student's logits."""
+
+    def __init__(self) -> None:
+        self.found: list[Tensor] = []
+
+    def chunks(self, tokens: int) -> Iterator[ChunkLoss]:
+        while True:
+            yield self._keep
+
+    def _keep(self, tokens: int, logits: Tensor) -> tuple[Tensor, Tensor]:
+        self.found.append(logits.clone())
+        return logits.new_zeros(()).float(), logits.new_zeros(()).float()
+
+
+def test_bf16_under_zero3_equals_plain_bf16(tmp_path):
+    """Student and teacher, at 1000 positions, for every family and every scaling of RoPE: bit for bit, compiled."""
+    needs_compiler()
+    for name, (config, changes) in MODELS.items():
+        rope = {"rope_parameters": {"rope_theta": 10000.0, **changes}} if "rope_type" in changes else changes
+        model = tiny_model(config, **SHAPE, **rope, tie_word_embeddings=name == "qwen2")
+        model.bfloat16().save_pretrained(tmp_path / name)
+    torch.multiprocessing.spawn(_rank, (tmp_path, free_port()), nprocs=2)
+
+
+def _rank(rank: int, folder: Path, port: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ds_config = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    nothing_kept = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
+    ds_config["zero_optimization"] |= {f"stage3_{name}": 0 for name in nothing_kept}
+    path = folder / f"zero3-{rank}.json"
+    path.write_text(json.dumps(ds_config))
+    engines.init_distributed()
+    ids = torch.randint(2, 300, (1, POSITIONS + 1), generator=torch.Generator().manual_seed(rank))
+    resolved = ds_json.resolve(path, TrainConfig(batch_size=2).ds_settings(2))
+    for name in MODELS:
+        _check_model(str(folder / name), resolved, ids, QUANTS if name == "llama" else QUANTS[:1])
+    assert fused.compiles("cpu")
+
+
+@torch.no_grad()
+def _check_model(model: str, ds_config: dict, ids: Tensor, quants: tuple[QuantConfig, ...]) -> None:
+    plain = models.load(model, torch.bfloat16)
+    teacher = engines.Teacher(model, ds_json.for_teacher(ds_config))
+    found = teacher(Sample(0, ids))
+    assert torch.equal(found.hidden, predicting(plain, ids)), model
+    with teacher.head() as weight:
+        assert torch.equal(weight, plain.lm_head.weight)
+    _check_released(teacher._engine.module)
+    for quant in quants:
+        expected, found = Logits(), Logits()
+        student = Distiller(prepare(models.load(model, torch.bfloat16), quant))
+        student(ids, expected)
+        engine = engines.student_engine(model, quant, ds_config, lambda step: 1.0, False, "logits")
+        engine.eval()
+        engine(ids, found)
+        assert torch.equal(torch.cat(found.found), torch.cat(expected.found)), (model, quant)
+        assert len(torch.cat(found.found)) == POSITIONS
+        _check_released(engine.module)
+
+
+def _check_released(module: nn.Module) -> None:
+    parameters = dict(module.named_parameters())
+    assert all(p.ds_status == ZeroParamStatus.NOT_AVAILABLE and p.numel() == 0 for p in parameters.values())
+
+
+def test_an_engine_that_rounds_the_frequencies_is_refused(tmp_path):
+    """As DeepSpeed does unless it is told: what is trained would not be what is served."""
+    model = tiny_model(**SHAPE)
+    engines._check_rope(model)
+    model.model.rotary_emb.to(torch.bfloat16)
+    with pytest.raises(UserError, match=r"inv_freq is torch\.bfloat16"):
+        engines._check_rope(model)
+    model.model.rotary_emb.float()  # the dtype is right again, the numbers are not
+    with pytest.raises(UserError, match="has rounded the model's RoPE frequencies"):
+        engines._check_rope(model)

@@ -33,7 +33,7 @@ once from it, in fp32."""
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a [rows, inner] @ b [inner, columns], without a gradient; either may be a transposed view."""
-    if a.device.type == "cpu" and a.dtype == torch.float32 and _has_onednn():
+    if a.device.type == "cpu" and a.dtype == torch.float32 and has_onednn():
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
     return a @ b
 
@@ -136,8 +136,10 @@ def _test_codes(device: torch.device, qmax: int) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+def has_onednn() -> bool:
+    """Whether this torch has oneDNN's product of fp32 matrices, and what lays a weight out for it."""
+    operators = ("_linear_pointwise", "_reorder_linear_weight")
+    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in operators)
 
 
 def _speed(one: Callable[[], object], other: Callable[[], object], device: torch.device) -> float:

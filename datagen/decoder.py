@@ -19,7 +19,7 @@ from datagen import sampling
 from datagen.attention import Attention
 from datagen.cuda_graphs import CudaGraphs
 from qat.errors import UserError
-from qat.products import has_onednn
+from qat.machine import has_onednn
 
 Product = Callable[[Tensor], Tensor]
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.fused import fused
+from qat.machine import has_onednn
 from qat.quantizers import Quantized
 
 _logger = logging.getLogger(__name__)
@@ -133,13 +134,6 @@ def _test_codes(device: torch.device, qmax: int) -> tuple[Tensor, Tensor]:
     codes = torch.randint(-127, 128, shape, generator=generator)
     weight = torch.randint(-qmax, qmax + 1, shape, generator=generator)
     return codes.to(device, torch.int8), weight.to(device, torch.int8)
-
-
-@functools.cache
-def has_onednn() -> bool:
-    """Whether this torch has oneDNN's product of fp32 matrices, and what lays a weight out for it."""
-    operators = ("_linear_pointwise", "_reorder_linear_weight")
-    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in operators)
 
 
 def _speed(one: Callable[[], object], other: Callable[[], object], device: torch.device) -> float:

@@ -40,7 +40,7 @@ PRODUCTS = (aten.mm, aten.bmm, aten.addmm, aten.addmm_, aten.addr_, aten.matmul,
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # which knows inputs again
 
 DTYPES = [torch.bfloat16, torch.float32]
-SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 1, "num_key_value_heads": 1}
 """GPTQ goes through channel by channel."""
 
 
@@ -358,7 +358,7 @@ def test_evaluation(gpu):
 def test_a_layer_of_a_post_training_method(method, student, gpu, monkeypatch):
     monkeypatch.setattr(smoothquant, "ALPHAS", (0.5,))
     quant = QuantConfig(w_quantizer="minmax_asymmetric", w_group_size=16)
-    stream = calibrate.Stream(student, quant, [torch.zeros(1, 24, dtype=torch.int64)] * 2)
+    stream = calibrate.Stream(student, quant, [torch.zeros(1, 24, dtype=torch.int64)])
     weights = stream.files.layer(0)
     if method == "gptq":
         rounded, grids, _ = gptq.quantize_layer(stream, weights, gptq.GPTQConfig())

@@ -50,7 +50,7 @@ def main() -> None:
         return nn.Linear(config.hidden, config.vocabulary, bias=False, device=device, dtype=dtype)
 
     hidden, teacher_hidden, student, teacher = states().requires_grad_(), states(), head(), head().requires_grad_(False)
-    fused = DistillationHead.convert(nn.Linear(1, 1))
+    fused = DistillationHead.convert(nn.Linear(1, 1, bias=False))
     fused.weight = student.weight
     targets = TeacherTargets(teacher_hidden, lambda: nullcontext(teacher.weight))
 

@@ -78,8 +78,9 @@ inline void mix(const float* weights, int64_t stride, const float* totals, const
 
 // qkv [slots, (G + 2) * kv_heads * D]; cos, sin [slots, D]; position [slots];
 // keys [slots, kv_heads, length / LANES, D, LANES]; values [slots, kv_heads, length, D]; out [slots, kv_heads * G * D].
+// A token sees the last ``window`` tokens, itself included.
 extern "C" void attend(const float* qkv, const float* cos, const float* sin, const int64_t* position, float* keys,
-                       float* values, float* out, int64_t slots, int64_t kv_heads, int64_t length) {
+                       float* values, float* out, int64_t slots, int64_t kv_heads, int64_t length, int64_t window) {
   const float scale = 1.0f / std::sqrt(static_cast<float>(D));
 #pragma omp parallel
   {
@@ -92,7 +93,7 @@ extern "C" void attend(const float* qkv, const float* cos, const float* sin, con
         const float *c = cos + slot * D, *s = sin + slot * D;
         float* k = keys + (slot * kv_heads + head) * length * D;
         float* v = values + (slot * kv_heads + head) * length * D;
-        const int64_t last = position[slot], tokens = last + 1;
+        const int64_t last = position[slot], first = last >= window ? last - window + 1 : 0, tokens = last + 1 - first;
 
         float key[D], query[G][D];
         rotate(heads + (G * kv_heads + head) * D, c, s, key);
@@ -103,11 +104,11 @@ extern "C" void attend(const float* qkv, const float* cos, const float* sin, con
           for (int64_t d = 0; d < D; ++d) query[g][d] *= scale;
         }
 
-        for (int64_t block = 0; block <= last / LANES; ++block)
+        for (int64_t block = first / LANES; block <= last / LANES; ++block)
           score(query, k + block * LANES * D, weights + block * LANES, length);
         float totals[G];
         for (int64_t g = 0; g < G; ++g) {
-          float* w = weights + g * length;
+          float* w = weights + g * length + first;
           float largest = w[0], sum = 0;
 #pragma omp simd reduction(max : largest)
           for (int64_t t = 0; t < tokens; ++t) largest = w[t] > largest ? w[t] : largest;
@@ -122,9 +123,9 @@ extern "C" void attend(const float* qkv, const float* cos, const float* sin, con
         float* o = out + (slot * kv_heads + head) * G * D;
         int64_t g = 0;
         for (; g + AT_ONCE <= G; g += AT_ONCE)
-          mix<AT_ONCE>(weights + g * length, length, totals + g, v, tokens, o + g * D);
+          mix<AT_ONCE>(weights + g * length + first, length, totals + g, v + first * D, tokens, o + g * D);
         if constexpr (G % AT_ONCE > 0)
-          mix<G % AT_ONCE>(weights + g * length, length, totals + g, v, tokens, o + g * D);
+          mix<G % AT_ONCE>(weights + g * length + first, length, totals + g, v + first * D, tokens, o + g * D);
       }
     }
   }

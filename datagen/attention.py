@@ -39,10 +39,16 @@ _LANES = 16
 
 
 class Attention:
-    """The KV cache of one layer, [slots, kv_heads, max_length, head_dim] each, and attention over it."""
+    """The KV cache of one layer, [slots, kv_heads, max_length, head_dim] each, and attention over it.
 
-    def __init__(self, slots: int, kv_heads: int, groups: int, max_length: int, head_dim: int, like: Tensor):
-        self.groups = groups
+    Args:
+        window: a token attends to the last so many, itself included; None for all
+    """
+
+    def __init__(
+        self, slots: int, kv_heads: int, groups: int, max_length: int, head_dim: int, window: int | None, like: Tensor
+    ):
+        self.groups, self.window = groups, window
         possible = like.device.type == "cpu" and like.dtype == torch.float32 and head_dim % _LANES == 0
         self.kernel = kernel(head_dim, groups) if possible else None
         if self.kernel:  # which wants whole blocks, and has the tokens of a block of keys side by side
@@ -72,7 +78,8 @@ class Attention:
             out = torch.empty(slots, kv_heads * self.groups * head_dim)
             tensors = (qkv, cos, sin, position, self.keys, self.values, out)
             assert all(tensor.is_contiguous() for tensor in tensors)
-            self.kernel(*(tensor.data_ptr() for tensor in tensors), slots, kv_heads, max_length)
+            window = max_length if self.window is None else self.window
+            self.kernel(*(tensor.data_ptr() for tensor in tensors), slots, kv_heads, max_length, window)
             return out
         heads = qkv.view(slots, -1, head_dim)
         rotated, value = heads[:, :-kv_heads], heads[:, -kv_heads:]
@@ -81,11 +88,14 @@ class Attention:
         query, key = rotated[:, :-kv_heads], rotated[:, -kv_heads:]
         at = (torch.arange(slots, device=qkv.device), slice(None), position)
         self.keys[at], self.values[at] = key, value
-        mask = (torch.arange(columns, device=qkv.device) <= position[:, None])[:, None, None]
+        column = torch.arange(columns, device=qkv.device)
+        mask = column <= position[:, None]
+        if self.window is not None:
+            mask &= column > position[:, None] - self.window
         # The query heads of a KV head stand as its rows, so nothing is repeated.
         grouped = query.reshape(slots, kv_heads, self.groups, head_dim)
         out = scaled_dot_product_attention(
-            grouped, self.keys[:, :, :columns], self.values[:, :, :columns], attn_mask=mask
+            grouped, self.keys[:, :, :columns], self.values[:, :, :columns], attn_mask=mask[:, None, None]
         )
         return out.reshape(slots, -1)
 
@@ -103,6 +113,6 @@ def kernel(head_dim: int, groups: int) -> Callable[..., None] | None:
         except (OSError, subprocess.CalledProcessError) as error:
             _logger.warning("no kernel of our own for attention (%s): torch's is used, which is slower", error)
             return None
-    function.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 3
+    function.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 4
     function.restype = None
     return function

@@ -12,18 +12,37 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.functional import embedding, linear, rms_norm, silu
-from transformers import PreTrainedModel
+from torch.nn.functional import embedding, linear, rms_norm
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from datagen import sampling
 from datagen.attention import Attention
 from datagen.cuda_graphs import CudaGraphs
+from qat.errors import UserError
+from qat.machine import has_onednn
 
 Product = Callable[[Tensor], Tensor]
 
 
+def check(config: PreTrainedConfig, max_length: int) -> None:
+    """Raise UserError for a model whose rotation of a position depends on the length of the sequence, where a sequence
+    may be so long: the keys before are cached, rotated for the shorter one."""
+    rope = config.rope_parameters
+    unchanged = {
+        "dynamic": config.max_position_embeddings,
+        "longrope": rope.get("original_max_position_embeddings"),
+    }
+    longest = unchanged.get(rope["rope_type"], max_length)
+    if max_length > longest:
+        raise UserError(
+            f"max_length={max_length}: the model's rope_type={rope['rope_type']!r} rotates all positions otherwise in "
+            f"sequences of more than {longest} tokens, but keys are cached as they were rotated first: give "
+            f"--max_length {longest} or less, or --engine vllm."
+        )
+
+
 class Decoder:
-    """``step`` runs the model on one token per slot.
+    """``step`` runs the model on one token per slot; raises UserError for a model that ``check`` refuses.
 
     A model that transformers has distributed over the ranks of the default process group is run by all of them
     together: every rank gets the same logits.
@@ -32,6 +51,7 @@ class Decoder:
     def __init__(self, model: PreTrainedModel, slots: int, max_length: int):
         base: Any = model.model
         config = model.config
+        check(config, max_length)
         self.device, self.slots, self.max_length = model.device, slots, max_length
         self.eps = config.rms_norm_eps
         self.parallel = isinstance(base.layers[0].self_attn.o_proj.weight, DTensor)
@@ -47,10 +67,13 @@ class Decoder:
                     attention_norm=_local(layer.input_layernorm.weight),
                     qkv=self._product(attention.q_proj, attention.k_proj, attention.v_proj),
                     head_norms=[_local(norm.weight) for norm in _head_norms(attention)],
-                    attention=Attention(slots, kv_heads, groups, max_length, head_dim, self.embedding[:0]),
+                    attention=Attention(
+                        slots, kv_heads, groups, max_length, head_dim, _window(attention, config), self.embedding[:0]
+                    ),
                     out=self._summed_product(attention.o_proj),
                     mlp_norm=_local(layer.post_attention_layernorm.weight),
                     gate_up=self._product(mlp.gate_proj, mlp.up_proj),
+                    activation=mlp.act_fn,
                     down=self._summed_product(mlp.down_proj),
                 )
             )
@@ -86,7 +109,7 @@ class Decoder:
                 qkv = self._with_normed_heads(qkv, layer)
             x = x + layer.out(layer.attention(qkv, cos, sin, position, columns))
             gate, up = layer.gate_up(self._normed(x, layer.mlp_norm)).chunk(2, -1)
-            x = x + layer.down(silu(gate) * up)
+            x = x + layer.down(layer.activation(gate) * up)
         logits = self.head(self._normed(x, self.norm))
         if self.head_is_split:
             parts = [torch.empty_like(logits) for _ in range(dist.get_world_size())]
@@ -171,7 +194,7 @@ class Decoder:
         return summed
 
     def _multiply(self, weight: Tensor, bias: Tensor | None) -> Product:
-        if weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and weight.dtype == torch.float32:
+        if weight.device.type == "cpu" and weight.dtype == torch.float32 and has_onednn():
             # oneDNN, with the weight laid out for it beforehand. The choice must not depend on a measurement: ranks
             # that chose differently would write other bytes.
             packed = torch.ops.mkldnn._reorder_linear_weight(weight, self.slots)
@@ -190,7 +213,16 @@ class _Layer:
     out: Product
     mlp_norm: Tensor
     gate_up: Product
+    activation: Callable[[Tensor], Tensor]
     down: Product
+
+
+def _window(attention: nn.Module, config: PreTrainedConfig) -> int | None:
+    """The last tokens that a layer attends to, its own included; None for all. Qwen's layers differ, Mistral's do not,
+    and Llama's have none, whatever its config holds."""
+    if config.model_type == "mistral":
+        return config.sliding_window
+    return getattr(attention, "sliding_window", None)
 
 
 def _head_norms(attention: nn.Module) -> list[Any]:

@@ -57,7 +57,8 @@ def main() -> None:
     windows = None
     if settings.verify:
         tokenizer = models.load_tokenizer(str(student.directory))
-        windows = text_windows(heldout.paragraphs(settings.text), tokenizer, min(_WINDOW, student.longest), _WINDOWS)
+        window = min(_WINDOW, export.longest(student, settings.format))
+        windows = text_windows(heldout.paragraphs(settings.text), tokenizer, window, _WINDOWS)
     print(f"{student.quant} student of {settings.checkpoint} -> {settings.format}", flush=True)
     partial = settings.output.with_name(settings.output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from datagen import card
+from datagen import card, decoder
 from datagen.corpus import HUB, Corpus
 from datagen.generate import GenerateConfig, Vocabulary, write_sequences
 from datagen.parallel import Group, ranks_from_slurm
@@ -132,7 +132,7 @@ def write_corpus(corpus: Corpus, folder: ShardFolder, directory: str, tokenizer,
     useless = [f.name for f in fields(config) if f.name not in _OF_TEXT and getattr(config, f.name) != f.default]
     if useless:
         raise UserError(f"--corpus is real text, for which {', '.join(useless)} mean nothing: leave them out.")
-    check(directory, config, 1)
+    models.check_length(AutoConfig.from_pretrained(directory), config.max_length, "max_length")
     prefix = Vocabulary.of(tokenizer, directory).prefix
     sequences = corpus.sequences(tokenizer, prefix, config.sequences, config.max_length)
     folder.claim(
@@ -153,14 +153,11 @@ def write_corpus(corpus: Corpus, folder: ShardFolder, directory: str, tokenizer,
 
 
 def check(directory: str, config: GenerateConfig, ranks: int) -> None:
-    """Raise UserError for a model that cannot write, or read, so."""
+    """Raise UserError for a model that cannot write so."""
     model = AutoConfig.from_pretrained(directory)
-    longest = min(model.max_position_embeddings, getattr(model, "sliding_window", None) or config.max_length)
-    if config.max_length > longest:
-        raise UserError(
-            f"max_length={config.max_length} is longer than the {longest} positions that the model attends over: give "
-            f"{longest} or less."
-        )
+    models.check_length(model, config.max_length, "max_length")
+    if config.engine == "torch":
+        decoder.check(model, config.max_length)
     parts = {"key-value heads": model.num_key_value_heads, "vocabulary": model.vocab_size}
     for part, size in parts.items():
         if size % ranks:

@@ -19,6 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from qat.errors import UserError
 from qat.fused import fused
 from qat.kv_cache import AttentionRecord, attend
 from qat.products import matmul
@@ -115,7 +116,13 @@ class DistillationHead(nn.Linear):
 
     @classmethod
     def convert(cls, linear: nn.Linear) -> "DistillationHead":
-        """Turn ``linear`` into a DistillationHead in place."""
+        """Turn ``linear`` into a DistillationHead in place; raises UserError if it adds a bias, which the loss has no
+        place for."""
+        if linear.bias is not None:
+            raise UserError(
+                "The model's lm_head has a bias, and the distillation loss is computed without one: give a model whose "
+                "output layer is a matrix alone, as those of transformers' Llama, Mistral, Qwen2 and Qwen3 are."
+            )
         linear.__class__ = cls
         assert isinstance(linear, cls)
         return linear
@@ -191,11 +198,14 @@ def attention_loss(student: AttentionRecord, teacher: AttentionRecord) -> Tensor
     return torch.stack(losses).mean()
 
 
-def _log_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+def _log_attention(query: Tensor, key: Tensor, scaling: float, window: int | None) -> Tensor:
     """Causal log-probabilities [batch, heads, tokens, tokens]; the lowest number where a token sees nothing."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
     scores = (query.float() @ key.float().transpose(-1, -2)) * scaling
-    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+    everything = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+    hidden = everything.triu(1)
+    if window is not None:
+        hidden |= everything.tril(-window)
     return scores.masked_fill(hidden, torch.finfo(scores.dtype).min).log_softmax(-1)
 
 
@@ -221,7 +231,7 @@ class _DistillationLoss(torch.autograd.Function):
                 ):
                     grad += matmul(some.t(), hidden[rows])
             del logits  # before the next ones are made
-        ctx.grads = grad_hidden, grad_weight
+        ctx.grads = grad_hidden, grad_weight  # not saved_tensors: backward must be able to let go of them
         cross_entropy /= len(hidden)
         kl /= len(hidden)
         ctx.mark_non_differentiable(kl)
@@ -229,8 +239,12 @@ class _DistillationLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor, _):
-        grad_hidden, grad_weight = ctx.grads
-        return grad_hidden.mul_(grad), grad_weight.mul_(grad), None
+        """Scales the gradients in place and gives them away: one as large as the output weight must not live on until
+        the next loss has taken the place of this one, nor be copied where it is accumulated."""
+        if ctx.grads is None:
+            raise RuntimeError("backward through a distillation loss works once: compute the loss again.")
+        grads, ctx.grads = ctx.grads, None
+        return *(part.mul_(grad) for part in grads), None
 
 
 # Each over a chunk of logits [tokens, vocabulary], in fp32 at least; see ChunkLoss.

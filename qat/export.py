@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from qat import formats, llama_cpp, loading, weight_files
 from qat.errors import UserError
@@ -47,6 +47,11 @@ def check(student: Student, form: str) -> None:
         llama_cpp.check(student)
     elif form != FAKE:
         formats.check(student.quant, form)
+
+
+def longest(student: Student, form: str) -> int:
+    """The longest sequence for which an export in the format is the student."""
+    return llama_cpp.positions(AutoConfig.from_pretrained(student.directory)) if form == GGUF else student.longest
 
 
 def export(student: Student, output: Path, form: str, file_bytes: int = _FILE_BYTES) -> None:

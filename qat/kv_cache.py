@@ -59,13 +59,14 @@ class KVQuantizer:
 
 
 class AttentionRecord:
-    """Collects (query, key, scaling) of each layer's attention, as its scores are computed from them.
+    """Collects (query, key, scaling, window) of each layer's attention, as its scores are computed from them.
 
-    Queries are [batch, heads, tokens, head_dim], keys [batch, kv_heads, tokens, head_dim].
+    Queries are [batch, heads, tokens, head_dim], keys [batch, kv_heads, tokens, head_dim]; of the tokens before it, a
+    token sees the last ``window`` ones, itself included, or all if that is None.
     """
 
     def __init__(self) -> None:
-        self.layers: dict[int, tuple[Tensor, Tensor, float]] = {}
+        self.layers: dict[int, tuple[Tensor, Tensor, float, int | None]] = {}
 
 
 def attend(model: PreTrainedModel) -> None:
@@ -96,7 +97,7 @@ def quantized_attention(
         if not is_stored(key):
             key, value = kv.heads(kv.rotate(key)), kv.heads(kv.rotate(value))
     if attention_record is not None:
-        attention_record.layers[module.layer_idx] = query, key, scaling  # type: ignore[index]
+        attention_record.layers[module.layer_idx] = query, key, scaling, kwargs.get("sliding_window")  # type: ignore[index]
     output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     return output if kv is None else kv.rotate(output), None
 

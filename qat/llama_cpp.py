@@ -7,6 +7,7 @@ scales of their own) need a rounding of the weights that was not trained.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -15,6 +16,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qat.errors import UserError
 from qat.models import load_tokenizer
@@ -40,6 +42,19 @@ _ARCHITECTURES = {
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
 }
+_ROPES = {
+    "default": set(),
+    "dynamic": {"factor"},  # the default, up to max_position_embeddings
+    "linear": {"factor"},
+    "yarn": {"factor", "original_max_position_embeddings"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+}
+"""How positions may be scaled, and by which parameters; llama.cpp knows llama3's in its LLaMA alone."""
+
+_ROPE_FREQUENCIES = "rope_freqs.weight"
+_ROPE_PARAMETERS = "qat.rope_parameters"
+"""A tensor that divides the frequencies; and, for ``load``, the parameters that both it and the metadata came from."""
+
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}",
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
@@ -62,13 +77,38 @@ def check(student: Student) -> None:
             f"{_BLOCK}. Give --format hf-fake."
         )
     config = AutoConfig.from_pretrained(student.directory)
-    if (rope := config.rope_parameters["rope_type"]) != "default":
-        raise UserError(f"The model scales its positions (rope_type={rope!r}), which is not mapped to GGUF here.")
+    _check_computed(config)
     if config.hidden_size % _BLOCK or config.intermediate_size % _BLOCK:
         raise UserError(
             f"The model is {config.hidden_size} and {config.intermediate_size} wide: GGUF wants multiples of {_BLOCK}."
         )
     _tokenizer(student.directory)
+
+
+def _check_computed(config: PreTrainedConfig) -> None:
+    """Raise UserError for what llama.cpp would compute otherwise, or not load."""
+    kind, rope = config.model_type, config.rope_parameters
+    is_llama = _ARCHITECTURES[kind] == gguf.MODEL_ARCH.LLAMA
+    ropes = [name for name in _ROPES if is_llama or name != "llama3"]
+    scaled = rope["rope_type"]
+    reasons = []
+    if config.hidden_act not in ("silu", "swish"):
+        reasons.append(f"hidden_act={config.hidden_act!r}, where llama.cpp computes silu")
+    if kind == "qwen3" and config.attention_bias:
+        reasons.append("attention_bias=True, for which llama.cpp's qwen3 has no place")
+    if scaled not in ropes:
+        reasons.append(f"rope_type={scaled!r}, where llama.cpp's {kind} has {', '.join(ropes)}")
+    elif scaled != "default" and (more := set(rope) - _ROPES[scaled] - {"rope_type", "type", "rope_theta"}):
+        reasons.append(f"rope_parameters with {', '.join(sorted(more))}, which are not mapped to GGUF here")
+    if reasons:
+        raise UserError(f"The model has {'; and '.join(reasons)}. Give --format hf-fake.")
+
+
+def positions(config: PreTrainedConfig) -> int:
+    """The longest sequence for which llama.cpp, which gives these architectures no sliding window, is right."""
+    windowed = config.model_type == "mistral" or "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None) if windowed and config.model_type != "llama" else None
+    return min(config.max_position_embeddings, window or config.max_position_embeddings)
 
 
 def held(quantized: Quantized) -> Quantized:
@@ -87,6 +127,8 @@ def write(student: Student, output: Path) -> None:
     for key, value in _tokenizer(student.directory).items():
         getattr(writer, f"add_{key}")(value)
     gguf.SpecialVocab(student.directory, load_merges=True).add_to_gguf(writer, quiet=True)
+    if (factors := _rope_factors(config)) is not None:
+        writer.add_tensor(_ROPE_FREQUENCIES, factors.numpy())
     for name, weight in student.progress():
         place = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert place is not None, name
@@ -126,9 +168,23 @@ def blocks(codes: Tensor, scale: Tensor, kind: Type) -> np.ndarray:
 
 
 def load(directory: Path) -> PreTrainedModel:
-    """The model in ``directory/model.gguf`` as transformers reads it, in fp32 and without activation quantization."""
+    """The model in ``directory/model.gguf`` as transformers reads it, in fp32 and without activation quantization.
+
+    Biases and scaled positions, which its reader passes over, are read here. Raises UserError if the latter are not
+    those of ``write``.
+    """
+    config = AutoConfig.from_pretrained(directory, gguf_file=FILE)
+    reader = gguf.GGUFReader(directory / FILE)
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    config.attention_bias, config.mlp_bias = (f"blk.0.{name}.bias" in tensors for name in ("attn_output", "ffn_down"))
+    config.rope_parameters = json.loads(reader.fields[_ROPE_PARAMETERS].contents())
+    factors = _rope_factors(config)
+    written = {key: field.contents() for key, field in reader.fields.items() if ".rope.scaling." in key}
+    frequencies = np.ones(0) if factors is None else factors.numpy()
+    if written != _rope_metadata(config) or not np.array_equal(tensors.get(_ROPE_FREQUENCIES, np.ones(0)), frequencies):
+        raise UserError(f"{directory / FILE} is wrong: it scales positions otherwise than the model.")
     model = AutoModelForCausalLM.from_pretrained(
-        directory, gguf_file=FILE, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True),
+        directory, config=config, gguf_file=FILE, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True),
         attn_implementation="sdpa",
     )  # fmt: skip
     speed_up(model)
@@ -160,7 +216,7 @@ def _add_config(writer: gguf.GGUFWriter, config: PreTrainedConfig, file_type: gg
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(positions(config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -170,8 +226,38 @@ def _add_config(writer: gguf.GGUFWriter, config: PreTrainedConfig, file_type: gg
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_rope_dimension_count(head_dim)
+    writer.add_string(_ROPE_PARAMETERS, json.dumps(config.rope_parameters))
+    add: dict[type, Callable[..., None]] = {
+        str: writer.add_string, float: writer.add_float32, int: writer.add_uint32
+    }  # fmt: skip
+    for key, value in _rope_metadata(config).items():
+        add[type(value)](key, value)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
+
+
+def _rope_metadata(config: PreTrainedConfig) -> dict[str, str | float | int]:
+    """How llama.cpp is told of scaled positions, by key."""
+    rope = config.rope_parameters
+    kind, architecture = rope["rope_type"], gguf.MODEL_ARCH_NAMES[_ARCHITECTURES[config.model_type]]
+    if kind not in ("linear", "yarn"):
+        return {}
+    said: dict[str, str | float | int]
+    said = {gguf.Keys.Rope.SCALING_TYPE: kind, gguf.Keys.Rope.SCALING_FACTOR: float(np.float32(rope["factor"]))}
+    if kind == "yarn":
+        said[gguf.Keys.Rope.SCALING_ORIG_CTX_LEN] = int(rope["original_max_position_embeddings"])
+    return {key.format(arch=architecture): value for key, value in said.items()}
+
+
+def _rope_factors(config: PreTrainedConfig) -> Tensor | None:
+    """What llama.cpp divides the frequencies by, fp32 [head_dim / 2]; None where they are the default's or follow from
+    the metadata."""
+    rope = config.rope_parameters
+    if rope["rope_type"] != "llama3":
+        return None
+    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
+    size = 2 * len(frequencies)
+    return 1 / (rope["rope_theta"] ** (torch.arange(0, size, 2) / size)) / frequencies
 
 
 def _tokenizer(directory: Path) -> dict[str, object]:

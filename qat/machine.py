@@ -1,5 +1,6 @@
 """The hardware: this process's GPU, and what figures are of."""
 
+import functools
 import os
 import platform
 from pathlib import Path
@@ -21,6 +22,13 @@ def device() -> torch.device:
     """This process's GPU, if there is one."""
     take_gpu()
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@functools.cache
+def has_onednn() -> bool:
+    """Whether this torch has oneDNN's product of fp32 matrices, and what lays a weight out for it."""
+    operators = ("_linear_pointwise", "_reorder_linear_weight")
+    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in operators)
 
 
 def machine() -> str:

@@ -11,6 +11,8 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qat.errors import UserError
 from qat.machine import device
@@ -39,7 +41,8 @@ def resolve(name: str) -> str:
 
 
 def read_config(name: str) -> PretrainedConfig:
-    """The config of a Hugging Face directory or hub name; raises UserError if it is of an unsupported architecture."""
+    """The config of a Hugging Face directory or hub name; raises UserError if it is of an unsupported architecture, or
+    asks for what transformers cannot compute."""
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -49,7 +52,35 @@ def read_config(name: str) -> PretrainedConfig:
             f"{name} is of the architecture {config.model_type!r}, which is not supported: give one of "
             f"{', '.join(SUPPORTED_MODEL_TYPES)}."
         )
+    _check_computable(config, name)
     return config
+
+
+def _check_computable(config: PretrainedConfig, name: str) -> None:
+    """Raise UserError for what transformers reads without complaint, and then fails at or computes without the causal
+    mask."""
+    rope, window = config.rope_parameters, getattr(config, "sliding_window", None)
+    layers = set(getattr(config, "layer_types", None) or ()) if config.model_type.startswith("qwen") else set()
+    kind, part = rope["rope_type"], rope.get("partial_rotary_factor", 1)
+    windows = "sliding_attention" in layers or (config.model_type == "mistral" and window is not None)
+    kinds, types = ("default", *ROPE_INIT_FUNCTIONS), {"full_attention", "sliding_attention"}
+    faults = {
+        f"is_causal={getattr(config, 'is_causal', None)}": (
+            getattr(config, "is_causal", True),
+            "a language model predicts from the tokens before",
+        ),
+        f"hidden_act={config.hidden_act!r}": (config.hidden_act in ACT2FN, f"it knows {', '.join(ACT2FN)}"),
+        f"rope_type={kind!r}": (kind in kinds, f"it knows {', '.join(kinds)}"),
+        f"partial_rotary_factor={part} with rope_type={kind!r}": (
+            part == 1 or kind in ("default", "proportional"),
+            "these architectures rotate whole heads",
+        ),
+        f"layer_types={sorted(layers)}": (layers <= types, f"it knows {' and '.join(sorted(types))}"),
+        f"sliding_window={window}": (not windows or (window is not None and window > 0), "give 1 token or more"),
+    }
+    for given, (is_possible, reason) in faults.items():
+        if not is_possible:
+            raise UserError(f"The config.json of {name} has {given}, which transformers cannot compute: {reason}.")
 
 
 def resolve_full_precision(name: str) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from qat.fused import fused
+from qat.machine import has_onednn
 from qat.quantizers import Quantized
 
 _logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ once from it, in fp32."""
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a [rows, inner] @ b [inner, columns], without a gradient; either may be a transposed view."""
-    if a.device.type == "cpu" and a.dtype == torch.float32 and _has_onednn():
+    if a.device.type == "cpu" and a.dtype == torch.float32 and has_onednn():
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
     return a @ b
 
@@ -149,11 +150,6 @@ def _test_codes(device: torch.device, qmax: int) -> tuple[Tensor, Tensor]:
     codes = torch.randint(-127, 128, shape, generator=generator)
     weight = torch.randint(-qmax, qmax + 1, shape, generator=generator)
     return codes.to(device, torch.int8), weight.to(device, torch.int8)
-
-
-@functools.cache
-def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:

@@ -171,6 +171,7 @@ def take_step(
         student.step()
         tokens = sample.input_ids.shape[1] - 1
         learned += torch.stack([loss.detach(), kl])
+        del loss  # and its graph, before the next one is made
         done[0] += tokens
         done[1] += flops.distillation(student.module.student.config, tokens, isinstance(teacher, Teacher))
         state.samples += ranks

@@ -1,3 +1,4 @@
+import gc
 from contextlib import nullcontext
 
 import pytest
@@ -6,9 +7,11 @@ from conftest import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from test_prepare import ids
+from transformers import LlamaConfig, MistralConfig
 
 from qat import distill
 from qat.distill import Distiller, LabelTargets, TeacherTargets, TopKTargets, predicting, run
+from qat.errors import UserError
 from qat.kv_cache import AttentionRecord, attend
 from qat.prepare import QuantConfig, prepare
 
@@ -79,6 +82,34 @@ def test_without_targets_the_head_gives_logits():
     assert torch.equal(student(ids(plain)).logits, plain(ids(plain)).logits)
 
 
+def test_after_backward_the_loss_holds_no_gradient_and_refuses_another():
+    """One of [vocabulary, hidden] would lie beside the next forward pass."""
+    student = tiny_model(tie_word_embeddings=False)
+    weight, tokens, given = student.lm_head.weight, ids(student), []
+    shape = weight.shape  # the embedding's too
+    weight.register_hook(lambda grad: given.append(grad.data_ptr()))
+    loss, _ = Distiller(student)(tokens, LabelTargets(tokens[0, 1:]))
+    before = alive(shape)
+    loss.backward(retain_graph=True)
+    assert given == [weight.grad.data_ptr()], "given away, not copied"
+    assert alive(shape) == before, "the gradient that the loss held is the weight's now"
+    first = weight.grad.clone()
+    with pytest.raises(RuntimeError, match="works once: compute the loss again"):
+        loss.backward()
+    assert torch.equal(weight.grad, first)
+
+
+def alive(shape) -> set[int]:
+    """Where the tensors of a shape lie that somebody holds."""
+    gc.collect()
+    return {x.data_ptr() for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and x.shape == shape}
+
+
+def test_an_output_layer_with_a_bias_is_refused():
+    with pytest.raises(UserError, match="lm_head has a bias"):
+        distill.DistillationHead.convert(torch.nn.Linear(4, 9))
+
+
 def loss_and_gradient(logits, targets):
     """Of the fused head, whose input and weight are chosen so that its logits are ``logits``."""
     head = distill.DistillationHead.convert(torch.nn.Linear(1, 1, bias=False))
@@ -116,8 +147,11 @@ def test_top_k_loss_is_the_cross_entropy_of_k_tokens_and_the_rest(k, tokens):
     torch.testing.assert_close(gradient, logits.grad)
 
 
-def test_hidden_state_and_attention_losses_and_gradients_equal_the_naive_formulas():
-    teacher, student = tiny_model().double().requires_grad_(False), tiny_model().double()
+@pytest.mark.parametrize(("family", "window"), [(LlamaConfig, None), (MistralConfig, 3)])
+def test_hidden_state_and_attention_losses_and_gradients_equal_the_naive_formulas(family, window):
+    more = {} if window is None else {"sliding_window": window}
+    teacher, student = (tiny_model(family, **more).double() for _ in range(2))
+    teacher.requires_grad_(False)
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.mul_(1.1)

@@ -13,10 +13,11 @@ import xllamacpp
 from conftest import ROOT, finish, run_python, start_training, tiny_model, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from test_architectures import LONGROPE, rope
 from test_launch import error_of
 from test_prepare import FAMILIES, ids
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from qat import export, formats, llama_cpp, loading, models, source
 from qat.errors import UserError
@@ -188,19 +189,46 @@ def test_gguf_blocks_hold_every_code(bits, rows, blocks):
     assert ((stored.grid.scale - exact).abs() <= exact * 2**-11).all()
 
 
-@pytest.mark.parametrize("config_class", FAMILIES)
-def test_gguf_is_read_back_by_transformers(config_class, tmp_path):
-    sizes = {"head_dim": 128} if config_class is Qwen3Config else {}  # which transformers' reader takes for granted
-    student = write_student(tmp_path / "final", QuantConfig(), config_class=config_class, **sizes)
+LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+YARN = rope("yarn", factor=4.0, original_max_position_embeddings=16)
+YARN_BY_HAND = rope("yarn", factor=4.0, original_max_position_embeddings=16, attention_factor=1.0)
+BIASES = {"attention_bias": True, "mlp_bias": True}
+QWEN3 = {"head_dim": 128}  # which transformers' reader takes for granted
+SAID = [
+    (LlamaConfig, {}),
+    (LlamaConfig, LLAMA3 | BIASES),
+    (LlamaConfig, rope("dynamic", factor=4.0)),
+    (MistralConfig, rope("linear", factor=1.7)),
+    (MistralConfig, {"sliding_window": 24}),
+    (Qwen2Config, YARN),
+    (Qwen3Config, QWEN3 | {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}),
+]
+
+
+def write_biased_student(directory: Path, quant: QuantConfig, **how) -> source.Student:
+    """``write_student``, whose biases are 0."""
+    student = write_student(directory, quant, **how)
+    for file in directory.glob("model*.safetensors"):
+        tensors = load_file(file)
+        biases = {name: torch.randn(tensor.shape) for name, tensor in tensors.items() if name.endswith("bias")}
+        save_file(tensors | biases, file, metadata={"format": "pt"})
+    return student
+
+
+@pytest.mark.parametrize(("config_class", "said"), SAID)
+def test_gguf_is_read_back_by_transformers(config_class, said, tmp_path):
+    student = write_biased_student(tmp_path / "final", QuantConfig(), config_class=config_class, **said)
+    assert export.longest(student, GGUF) == said.get("sliding_window", 256)
     export.check(student, GGUF)
     export.export(student, tmp_path / "export", GGUF)
     found = export.verify(student, tmp_path / "export", GGUF, WINDOWS)  # bit for bit, or UserError
     assert found.exported == found.expected != found.trained
 
 
-def test_llama_cpp_predicts_what_the_file_says(tmp_path):
+@pytest.mark.parametrize(("config_class", "said"), [(LlamaConfig, LLAMA3 | BIASES), (Qwen2Config, YARN)])
+def test_llama_cpp_predicts_what_the_file_says(config_class, said, tmp_path):
     """llama.cpp's own kernels, which round activations to 8 bits in blocks of 32 and cache fp16, against fp32."""
-    student = write_student(tmp_path / "final", QuantConfig())
+    student = write_biased_student(tmp_path / "final", QuantConfig(), config_class=config_class, **said)
     export.export(student, tmp_path / "export", GGUF)
     settings = xllamacpp.CommonParams()
     settings.model.path = str(tmp_path / "export" / llama_cpp.FILE)
@@ -310,8 +338,6 @@ def _cut_short(directory: Path) -> None:
 
 def _no_scale(directory: Path) -> None:
     for file in directory.glob("*.safetensors"):
-        from safetensors.torch import save_file
-
         save_file({n: t for n, t in load_file(file).items() if not n.endswith("up_proj.weight_scale")}, file)
 
 
@@ -352,9 +378,9 @@ def test_damaged_exports_are_refused_with_a_sentence(damage, message, exported, 
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
-    def refusal(quant: QuantConfig, form: str) -> str:
+    def refusal(quant: QuantConfig, form: str, **how) -> str:
         shutil.rmtree(tmp_path / "final", ignore_errors=True)
-        write_student(tmp_path / "final", quant)
+        write_student(tmp_path / "final", quant, **how)
         flags = [f"--checkpoint={tmp_path / 'final'}", f"--output={tmp_path / 'export'}", f"--format={form}"]
         message = error_of(monkeypatch, "export", *flags)
         assert not (tmp_path / "export").exists()
@@ -364,6 +390,10 @@ def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
     assert "have none" in refusal(QuantConfig(w_quantizer="minmax_asymmetric"), PACKED)
     assert "no GGUF type has" in refusal(QuantConfig(w_quantizer="minmax_asymmetric"), GGUF)
     assert "multiples of 32" in refusal(QuantConfig(w_group_size=16), GGUF)
+    assert "hidden_act='gelu', where llama.cpp computes silu" in refusal(QuantConfig(), GGUF, hidden_act="gelu")
+    for family, said in ((LlamaConfig, LONGROPE), (Qwen2Config, LLAMA3), (LlamaConfig, YARN_BY_HAND)):
+        assert "rope_" in refusal(QuantConfig(), GGUF, config_class=family, **said)
+    assert "attention_bias=True" in refusal(QuantConfig(), GGUF, config_class=Qwen3Config, attention_bias=True)
     assert "give pack-quantized or int-quantized or hf-fake or gguf" in refusal(QuantConfig(), "onnx")
     (tmp_path / "final" / CONFIG_FILE).unlink()
     with pytest.raises(UserError, match="holds no student"):

@@ -1,0 +1,121 @@
+"""What a config.json may say of a model: our decoder computes it as transformers does, or it is refused."""
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import CONFIG, tiny_model, tiny_tokenizer
+from test_launch import error_of
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from datagen import attention
+from datagen.decoder import Decoder
+from datagen.generate import GenerateConfig, Vocabulary, write_sequences
+from qat.errors import UserError
+
+FAMILIES = (LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)
+LENGTH = 24
+HALF_HEAD = CONFIG["head_dim"] // 2
+
+
+def rope(kind: str, **more) -> dict:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **more}}
+
+
+LONGROPE = rope("longrope", factor=4.0, short_factor=[1.5] * HALF_HEAD, long_factor=[3.0] * HALF_HEAD)
+QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 6}
+
+EVERYWHERE = [
+    {"hidden_act": "gelu"},
+    {"hidden_act": "prelu"},  # which has a weight of its own
+    rope("linear", factor=4.0),
+    rope("dynamic", factor=4.0),
+    rope("yarn", factor=4.0, original_max_position_embeddings=64),
+    rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64),
+    rope("proportional", partial_rotary_factor=0.5),
+    rope("default", partial_rotary_factor=0.5),  # which all four ignore
+    LONGROPE,  # short of the length from which it rotates otherwise
+    {"rms_norm_eps": 0.1, "tie_word_embeddings": False, "attention_dropout": 0.5, "final_logit_softcapping": 0.1},
+    {"head_dim": 32, "num_key_value_heads": 4},
+]
+SOME = [
+    (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
+    (Qwen3Config, {"attention_bias": True}),
+    (LlamaConfig, {"sliding_window": 6, "pretraining_tp": 2}),  # which it ignores
+    (MistralConfig, {"sliding_window": 6}),
+    (Qwen2Config, {**QWEN_WINDOW, "max_window_layers": 1}),
+    (Qwen3Config, {**QWEN_WINDOW, "layer_types": ["sliding_attention", "full_attention"]}),
+]
+
+
+def name(said: object) -> str | None:
+    if isinstance(said, dict):
+        return "-".join([*(str(key) for key in said), *(v["rope_type"] for v in said.values() if isinstance(v, dict))])
+    return None
+
+
+CASES = [(family, said) for said in EVERYWHERE for family in FAMILIES] + SOME
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """On a busy machine two threads of so small a model wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("family", "said"), CASES, ids=name)
+def test_greedy_tokens_are_those_of_the_full_forward(family, said):
+    check_greedy_tokens(family, said)
+
+
+@pytest.mark.parametrize(("family", "said"), [case for case in SOME if "sliding_window" in case[1]], ids=name)
+def test_and_where_torch_attends(family, said, monkeypatch):
+    """Attention has two implementations, and a window is what it is told of all this."""
+    monkeypatch.setattr(attention, "kernel", lambda *sizes: None)
+    check_greedy_tokens(family, said)
+
+
+def check_greedy_tokens(family, said):
+    model = tiny_model(family, **said)
+    for parameter, values in model.named_parameters():
+        if parameter.endswith("bias"):
+            torch.nn.init.normal_(values)
+    config = GenerateConfig(sequences=4, max_length=LENGTH, batch_size=4, strategy="top1")
+    for sequence in write_sequences(model, Vocabulary(list(range(20, 300)), [], [1]), config, range(4)):
+        predicted = model(torch.tensor([sequence.input_ids])).logits[0, :-1].argmax(-1)
+        assert predicted.tolist() == sequence.input_ids[1:]
+
+
+REFUSED = [
+    (LlamaConfig, LONGROPE, "max_length=24: the model's rope_type='longrope' .* more than 16 .* --engine vllm"),
+    (Qwen3Config, rope("linear", factor=4.0, partial_rotary_factor=0.5), "partial_rotary_factor=0.5 with .*'linear'"),
+    (LlamaConfig, rope("axial"), "rope_type='axial', .* it knows default, linear"),
+    (MistralConfig, {"hidden_act": "swoosh"}, "hidden_act='swoosh', .* it knows gelu"),
+    (Qwen2Config, {"layer_types": ["chunked_attention"] * 2}, r"layer_types=\['chunked_attention'\]"),
+    (Qwen2Config, {"layer_types": ["sliding_attention"] * 2}, "sliding_window=None"),
+    (MistralConfig, {"sliding_window": 0}, "sliding_window=0"),
+    (LlamaConfig, {"is_causal": False}, "is_causal=False"),
+    (LlamaConfig, {"max_position_embeddings": 16}, "max_length=24 is longer than the 16 positions"),
+]
+
+
+@pytest.mark.parametrize(("family", "said", "message"), REFUSED, ids=name)
+def test_what_cannot_be_computed_is_refused_before_weights_are_read(family, said, message, tmp_path, monkeypatch):
+    config = CONFIG | {"model_type": family.model_type} | said
+    if said is LONGROPE:
+        config["rope_parameters"] = said["rope_parameters"] | {"original_max_position_embeddings": 16}
+    tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))  # and no weights
+    flags = [f"--model={tmp_path}", f"--output={tmp_path / 'data'}", f"--max_length={LENGTH}"]
+    assert re.search(message, error_of(monkeypatch, "generate", *flags))
+
+
+def test_a_decoder_longer_than_its_frequencies_hold_is_refused():
+    model = tiny_model(**rope("dynamic", factor=4.0))
+    Decoder(model, 1, CONFIG["max_position_embeddings"])
+    with pytest.raises(UserError, match="rope_type='dynamic'"):
+        Decoder(model, 1, CONFIG["max_position_embeddings"] + 1)

@@ -144,7 +144,7 @@ def test_who_needs_more_memory_than_there_is_is_warned(tiny_directory, caplog):
 
 @pytest.mark.slow
 def test_generation_on_a_cpu_holds_what_was_planned(tmp_path):
-    sizes = ["--sequences=64", "--batch_size=64", "--max_length=64"]
+    sizes = ["--sequences=256", "--batch_size=256", "--max_length=16"]
     said = run_python("generate", f"--model={models.EMBEDDED}", f"--output={tmp_path}", *sizes).stdout
     held, was_planned = map(float, re.search(r"peak memory of a rank: ([\d.]+) GB, ([\d.]+) GB", said).groups())
     assert held == pytest.approx(was_planned, rel=0.1)

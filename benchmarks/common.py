@@ -20,10 +20,10 @@ def median_seconds(alternatives: Mapping[str, Callable[[], object]], repeats: in
     seconds: dict[str, list[float]] = {name: [] for name in alternatives}
     for turn in range(repeats + 1):
         for name, call in alternatives.items():
-            _synchronize()
+            synchronize()
             began = time.perf_counter()
             call()
-            _synchronize()
+            synchronize()
             if turn:
                 seconds[name].append(time.perf_counter() - began)
     return {name: statistics.median(values) for name, values in seconds.items()}
@@ -37,6 +37,7 @@ def write(path: Path | None, figures: Mapping[str, float]) -> None:
         path.write_text(json.dumps({"machine": machine(), "figures": dict(figures)}, indent=2) + "\n")
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Wait until the GPU, if there is one, has done what it was told."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

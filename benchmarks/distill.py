@@ -24,15 +24,15 @@ class DistillBenchmark:
 
     Args:
         tokens: of the sequence
-        hidden: size of the final hidden states
-        vocabulary: size of the output layer
+        hidden: size of the final hidden states; 0 for LLaMA-7B's on a GPU, SmolLM2-135M's on a CPU
+        vocabulary: size of the output layer; 0 likewise
         repeats: runs of each, of which the median counts
         json: file for the figures
     """
 
     tokens: int = 1024
-    hidden: int = 576
-    vocabulary: int = 49152
+    hidden: int = 0
+    vocabulary: int = 0
     repeats: int = 5
     json: Path | None = None
 
@@ -41,13 +41,15 @@ def main() -> None:
     (config,) = cli.parse(__doc__, DistillBenchmark)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    usual_size, usual_vocabulary = (4096, 32000) if device.type == "cuda" else (576, 49152)
+    size, vocabulary = config.hidden or usual_size, config.vocabulary or usual_vocabulary
     torch.manual_seed(0)
 
     def states() -> Tensor:
-        return torch.randn(config.tokens, config.hidden, device=device, dtype=dtype)
+        return torch.randn(config.tokens, size, device=device, dtype=dtype)
 
     def head() -> nn.Linear:
-        return nn.Linear(config.hidden, config.vocabulary, bias=False, device=device, dtype=dtype)
+        return nn.Linear(size, vocabulary, bias=False, device=device, dtype=dtype)
 
     hidden, teacher_hidden, student, teacher = states().requires_grad_(), states(), head(), head().requires_grad_(False)
     fused = DistillationHead.convert(nn.Linear(1, 1, bias=False))
@@ -73,7 +75,7 @@ def main() -> None:
         clear()
         peaks[name] = peak_bytes(lambda loss=loss: loss().backward(), device)
         print(f"{name:6} {seconds[name]:.3f} s  peak {peaks[name] / 2**20:.0f} MiB")
-    print(f"{common.machine()}; {config.tokens} tokens, {config.hidden} x {config.vocabulary}, {dtype}")
+    print(f"{common.machine()}; {config.tokens} tokens, {size} x {vocabulary}, {dtype}")
     figures = {
         "time_vs_naive": seconds["ours"] / seconds["naive"],
         "peak_memory_vs_naive": peaks["ours"] / peaks["naive"],

@@ -8,6 +8,7 @@ them; what the process had allocated at most is reported beside it.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -21,10 +22,9 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from launch import cli
-from launch.stages import free_port
-from qat import ds_json, engines, models
+from launch.stages import CPU_ONLY, free_port
+from qat import ds_json, engines, memory, models
 from qat.report import weights_size
-from qat.run_log import peak_memory
 from qat.training import TrainConfig
 
 
@@ -56,7 +56,7 @@ def main() -> None:
         size = weights_size(model)
         launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", 2, "--master_port", free_port()]
         command = [*launcher, __file__, f"--deepspeed={config.deepspeed}", f"--worker={model}"]
-        subprocess.run([str(part) for part in command], check=True)
+        subprocess.run([str(part) for part in command], check=True, env=os.environ | CPU_ONLY)
         ranks = json.loads((model / "ranks.json").read_text())
     figures = {"checkpoint_gb": size / 1e9}
     for number, figures_of_rank in enumerate(ranks):
@@ -87,7 +87,7 @@ def rank(config: ReadingBenchmark, model: Path) -> None:
         "allocated_before": before,
         "peak_allocated": allocated.peak,
         "allocated_after": anonymous_memory(),
-        "peak_resident": peak_memory(),
+        "peak_resident": memory.peak(),
     }
     figures: list = [None, None]
     dist.all_gather_object(figures, own_figures)

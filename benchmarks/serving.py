@@ -16,6 +16,7 @@ from typing import Any
 import common
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import qat
 from datagen import heldout
@@ -88,16 +89,21 @@ def _ours(name: str, windows: Tensor, config: Serving) -> dict[str, float]:
     model = qat.load(name)
     held = memory(model)
     found |= {"weights_MB": held.weights / 1e6, "cache_MB_per_1k_tokens": held.cache_per_token / 1e3}
-    prompt = windows[:1, :8]
-    settings = {"do_sample": False, "attention_mask": torch.ones_like(prompt)}
-    model.generate(prompt, max_new_tokens=2, **settings)  # type: ignore[operator]
-    began = time.perf_counter()
-    length = config.new_tokens
-    model.generate(prompt, max_new_tokens=length, min_new_tokens=length, **settings)  # type: ignore[operator]
-    found["qat_load_tokens_per_second"] = length / (time.perf_counter() - began)
+    found["qat_load_tokens_per_second"] = _generation_rate(model, windows[:1, :8], config.new_tokens)
     del model
     gc.collect()
     return found
+
+
+def _generation_rate(model: PreTrainedModel, prompt: Tensor, new: int) -> float:
+    """Tokens per second of one sequence."""
+    prompt = prompt.to(model.device)
+    settings = {"do_sample": False, "attention_mask": torch.ones_like(prompt), "min_new_tokens": new}
+
+    def generate() -> None:
+        model.generate(prompt, max_new_tokens=new, **settings)  # type: ignore[operator]
+
+    return new / common.median_seconds({"": generate}, repeats=1)[""]
 
 
 def _in_vllm(dtype: str) -> Any:

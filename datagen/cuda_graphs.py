@@ -1,7 +1,7 @@
 """A decoding step as CUDA graphs: the GPU gets one launch a step, where eager code gives it hundreds.
 
 A graph replays fixed kernels on fixed memory. A step's tokens, positions, weights and KV cache lie where they are; what
-varies is how far attention must read, so there is a graph for each multiple of ``_COLUMNS``, captured when a sequence
+varies is how far attention must read, so there is a graph for each multiple of ``COLUMNS``, captured when a sequence
 first comes so far.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 _logger = logging.getLogger("qat.cuda_graphs")
 
-_COLUMNS = 128
+COLUMNS = 128
 """Columns of the KV cache by which graphs differ: attention reads at most so many for nothing."""
 
 Step = Callable[[Tensor, Tensor, int], Tensor]
@@ -22,7 +22,7 @@ Step = Callable[[Tensor, Tensor, int], Tensor]
 
 def rounded_up(columns: int, max_length: int) -> int:
     """The columns that the graph for ``columns`` reads."""
-    return min(-(-columns // _COLUMNS) * _COLUMNS, max_length)
+    return min(-(-columns // COLUMNS) * COLUMNS, max_length)
 
 
 class CudaGraphs:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from launch import cli
-from qat import ds_json, engines, models
+from qat import ds_json, engines, memory, models
 from qat.data import Sample, TrainingData
 from qat.errors import UserError, check_least
 from qat.files import lock
@@ -45,6 +45,7 @@ class CacheConfig:
 
 
 def main() -> None:
+    memory.let_segments_grow()
     (config,) = cli.parse(__doc__, CacheConfig)
     model = models.resolve_full_precision(config.model)
     vocabulary = models.read_config(model).vocab_size

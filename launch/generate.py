@@ -5,20 +5,20 @@ folder that is there already is gone on with. --corpus makes the same shards fro
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from datagen import card, decoder
+from datagen import card, decoder, plan
 from datagen.corpus import HUB, Corpus
 from datagen.generate import GenerateConfig, Vocabulary, write_sequences
 from datagen.parallel import Group, ranks_from_slurm
 from datagen.shards import Sequence, ShardFolder
 from launch import cli
-from qat import models
+from qat import machine, memory, models
 from qat.errors import UserError
 from qat.preemption import RESUMABLE_EXIT, StopSignal
 
@@ -85,6 +85,10 @@ def write_generated(folder: ShardFolder, directory: str, tokenizer, config: Gene
     stop = StopSignal()
     group.init()
     missing = [index for index in range(config.shards) if group.agree(folder.missing(index))]
+    # vLLM takes the memory that there is, and looks after it.
+    needs = planned(directory, config) if missing and not vllm and cli.is_first_rank() else None
+    if needs:
+        warn_if_short(needs, config)
     longest = sum(len(config.shard_range(index)) for index in missing) * (config.max_length - 1) // group.count
     with tqdm(
         desc="generate", total=longest, unit="tok", dynamic_ncols=True, disable=not missing or not cli.is_first_rank()
@@ -107,6 +111,24 @@ def write_generated(folder: ShardFolder, directory: str, tokenizer, config: Gene
             sequences = write(config.shard_range(index))
             if group.leads:
                 folder.write(index, sequences)
+    if write and needs:
+        print(memory.beside_plan(needs))
+
+
+def planned(directory: str, config: GenerateConfig) -> Mapping[str, float]:
+    """Bytes that each rank will need, by what they are for."""
+    kind = machine.device().type
+    return {**plan.needs(models.read_config(directory), config, kind), "process": memory.PROCESS[kind]}
+
+
+def warn_if_short(needs: Mapping[str, float], config: GenerateConfig) -> None:
+    """Warn if this rank's device has less than that."""
+    memory.check_rank(
+        "generation",
+        needs,
+        f"give less than --batch_size {config.batch_size} or --max_length {config.max_length}, or more than "
+        f"--tensor_parallel {config.tensor_parallel}.",
+    )
 
 
 def writer(

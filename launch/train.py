@@ -10,16 +10,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from datagen import heldout
 from launch import cli
-from qat import ds_json, engines, models, source
+from qat import ds_json, engines, memory, models, plan, source
 from qat.data import Sample, TrainingData
 from qat.distill import Targets
 from qat.errors import UserError, check_least, differences
 from qat.evaluate import text_windows
 from qat.files import lock, write_atomically
 from qat.linear import ARITHMETIC
-from qat.machine import device
+from qat.machine import device, local_ranks
+from qat.plan import Machine, Plan
 from qat.preemption import RESUMABLE_EXIT, StopSignal
 from qat.prepare import QuantConfig
 from qat.teacher_cache import TeacherCache
@@ -90,6 +93,7 @@ class HeldOut:
 
 def main() -> int:
     stop = StopSignal()
+    memory.let_segments_grow()
     paths, held_out, quant, config = cli.parse(__doc__, Paths, HeldOut, QuantConfig, TrainConfig)
     model = models.resolve_full_precision(paths.model)
     tokenizer = models.load_tokenizer(model)
@@ -135,8 +139,14 @@ def main() -> int:
         print(f"{quant} student of {model}: {config.steps} steps of {config.batch_size} sequences", flush=True)
 
     engines.init_distributed()
+    without_teacher = cache is not None or config.loss == "label"
+    planned = None
+    if cli.is_first_rank():
+        taught_by = None if without_teacher else teacher_json
+        planned = plan_of(config_of_model, student_json, taught_by, data.longest, config)
+        warn_if_short(planned)
     magnitudes = None
-    if cache or config.loss == "label":
+    if without_teacher:
         targets: Callable[[Sample], Targets] = cache or engines.labels
     else:
         targets = teacher = engines.Teacher(model, ds_json.for_teacher(teacher_json), config.loss)
@@ -145,10 +155,29 @@ def main() -> int:
     student = engines.student_engine(
         begin, quant, student_json, config.lr_factor, config.gradient_checkpointing, config.loss, magnitudes
     )
-    if not train(student, targets, data, config, paths.output, stop, texts):
+    complete = train(student, targets, data, config, paths.output, stop, texts)
+    if planned:
+        print(memory.beside_plan(planned.needs), flush=True)
+    if not complete:
         return RESUMABLE_EXIT
     engines.save_student(student, final, quant, tokenizer)
     return 0
+
+
+def plan_of(
+    model: PretrainedConfig, student: dict[str, Any], teacher: dict[str, Any] | None, tokens: int, config: TrainConfig
+) -> Plan:
+    """What this run will need, by the DeepSpeed JSONs of the student and of the teacher, if one is loaded."""
+    nodes = cli.ranks() // local_ranks()
+    ranks = Machine(gpus=cli.ranks(), nodes=nodes if nodes and cli.ranks() % nodes == 0 else 1)
+    return plan.training(model, student, teacher, ranks, tokens, device().type, config.gradient_checkpointing)
+
+
+def warn_if_short(planned: Plan) -> None:
+    """Warn if this rank's device, or its host, has less memory than that."""
+    advice = "launch/plan.py says which --deepspeed fits."
+    memory.check_rank("training", planned.needs, advice)
+    memory.check_host("training", planned.host, advice)
 
 
 def starting_point(student: Path, model: str, quant: QuantConfig) -> str:

@@ -25,7 +25,7 @@ from qat.data import Sample
 from qat.distill import Distiller, LabelTargets, TeacherTargets, run
 from qat.errors import UserError
 from qat.kv_cache import AttentionRecord
-from qat.machine import take_gpu
+from qat.machine import local_ranks, take_gpu
 from qat.prepare import QuantConfig
 from qat.products import speed_up
 
@@ -51,8 +51,7 @@ def init_distributed() -> None:
     take_gpu()
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks()))
     deepspeed.init_distributed()
 
 

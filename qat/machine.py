@@ -31,6 +31,12 @@ def has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in operators)
 
 
+def local_ranks() -> int:
+    """How many ranks the launcher started on this node, as torchrun and deepspeed say; else, in all."""
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
+    return int(next((os.environ[name] for name in names if name in os.environ), "1"))
+
+
 def machine() -> str:
     """Processor or GPU, cores, memory, threads."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

@@ -1,14 +1,13 @@
 """What a run says: one JSON line a step in ``log.jsonl``, a progress bar, and DeepSpeed's monitors."""
 
 import json
-import resource
 from pathlib import Path
 from typing import Any
 
 import deepspeed
-import torch
 from tqdm import tqdm
 
+from qat import memory
 from qat.checkpoint import TrainState
 from qat.errors import UserError
 from qat.files import read_lines, write_atomically
@@ -37,7 +36,7 @@ class RunLog:
             "tokens": state.tokens,
             "seconds": round(state.seconds, 2),
             "eta_seconds": round(state.seconds / state.step * (self._steps - state.step)),
-            "memory_gb": round(peak_memory() / 1e9, 3),
+            "memory_gb": round(memory.peak() / 1e9, 3),
         }
         try:
             self._file.write(json.dumps(record) + "\n")
@@ -50,10 +49,3 @@ class RunLog:
         shown = {name: f"{figures[name]:.3f}" for name in ("loss", "kl")}
         self._bar.set_postfix(shown | {"tok_s": f"{figures['tokens_per_second']:.0f}"})
         self._bar.update()
-
-
-def peak_memory() -> int:
-    """Bytes that this process has held at most: on its GPU, or, without one, resident on the host."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

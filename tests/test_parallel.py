@@ -43,7 +43,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 def whole(tiny_directory, tmp_path_factory) -> Path:
     """A folder that one process made without interruption."""
     folder = tmp_path_factory.mktemp("whole") / "data"
-    finish(start(tiny_directory, folder))
+    assert "peak memory of a rank: " in finish(start(tiny_directory, folder))
     assert set(content(folder)) == {
         "README.md", "lengths.png", "lock", "manifest.json", *(f"shard-{i:05d}.parquet" for i in range(20))
     }  # fmt: skip

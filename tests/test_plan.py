@@ -1,24 +1,37 @@
-"""Planning: what its formulas must give. benchmarks/scaling.py holds them against measured runs."""
+"""Planning: what its formulas must give, and what the commands say of it. benchmarks/scaling.py holds the formulas of
+training against measured runs."""
 
-import json
+import os
+import re
+import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
-from conftest import CONFIG, ROOT
+import torch
+from conftest import CONFIG, ROOT, environment, run_python, tiny_model
 from test_launch import error_of
+from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, LlamaConfig
 
-from launch import plan
-from launch.plan import Machine
-from qat import ds_json
+import datagen.plan
+import launch.plan
+from datagen import sampling
+from datagen.decoder import Decoder
+from datagen.generate import GenerateConfig
+from datagen.sampling import Truncation
+from launch import generate, train
+from launch.plan import config_of
+from qat import ds_json, memory, models, plan
+from qat.plan import Machine
+from qat.training import TrainConfig
 
 JSONS = sorted((ROOT / "ds_configs").glob("zero3*.json"))
 
 
 def planned(name: str, machine: Machine, model: str = "llama-7b"):
-    ds_config = json.loads((ROOT / "ds_configs" / name).read_text())
-    return plan.plan(plan.config_of(model), ds_config, ds_config, machine, tokens=1024)
+    ds_config = ds_json.read(ROOT / "ds_configs" / name)
+    return plan.training(config_of(model), ds_config, ds_config, machine, tokens=1024)
 
 
 def test_a_rank_holds_its_part_of_llama_7b():
@@ -49,7 +62,7 @@ def test_it_says_what_fits_and_what_is_lacking(monkeypatch, capsys):
 def said(monkeypatch, capsys, *flags: str) -> str:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["plan.py", *flags])
-    plan.main()
+    launch.plan.main()
     return capsys.readouterr().out
 
 
@@ -59,12 +72,99 @@ def test_the_seconds_are_those_of_the_slowest_part():
     assert planned("zero3.json", replace(machine, flops=machine.flops / 2)).seconds["compute"] == pytest.approx(
         2 * usual.seconds["compute"]
     )
-    assert planned("zero3.json", replace(machine, link=1e9)).step_seconds == usual.received_per_step / 1e9
+    slowly_linked = planned("zero3.json", replace(machine, link=1e9))
+    assert slowly_linked.step_seconds == slowly_linked.received_per_step / 1e9 + slowly_linked.seconds["optimizer"]
+
+
+def test_the_optimizer_takes_the_time_to_move_70_bytes_for_each_parameter_of_a_gpu():
+    machine = Machine(gpus=8, hbm=2e12)
+    assert planned("zero3.json", machine).seconds["optimizer"] == pytest.approx(70 * 6_738_415_616 / 8 / 2e12)
+
+
+def test_no_teacher_and_no_checkpointing_are_counted():
+    ds_config = ds_json.read(JSONS[0])
+    usual, alone, all_kept = (
+        plan.training(config_of("llama-7b"), ds_config, teacher, Machine(gpus=8), 1024, checkpointing=checkpointing)
+        for teacher, checkpointing in ((ds_config, True), (None, True), (ds_config, False))
+    )
+    passes = usual.seconds["compute"] / 5  # the teacher's, the student's twice, and backward, which is two
+    assert alone.seconds["compute"] == pytest.approx(4 * passes) == all_kept.seconds["compute"]
+    assert usual.received_per_step - alone.received_per_step == pytest.approx(2 * 6_738_415_616 * 7 / 8)
+    assert "teacher" not in alone.device
+    assert alone.peak < usual.peak < all_kept.peak
+
+
+def test_generation_holds_what_the_decoder_makes():
+    settings = GenerateConfig(batch_size=6, max_length=48)
+    for dtype, device in ((torch.float32, "cpu"), (torch.bfloat16, "cuda")):
+        model = tiny_model().to(dtype)
+        needs = datagen.plan.needs(model.config, settings, device)
+        layers = Decoder(model, slots=6, max_length=48).layers
+        tensors = [tensor for layer in layers for tensor in (layer.attention.keys, layer.attention.values)]
+        assert needs["KV cache"] == sum(tensor.nbytes for tensor in tensors)
+    assert needs["weights"] == sum(parameter.nbytes for parameter in model.parameters())
+    halves = datagen.plan.needs(model.config, replace(settings, tensor_parallel=2), "cuda")
+    assert all(2 * halves[name] == needs[name] for name in ("KV cache", "weights"))
+
+
+@pytest.mark.parametrize("truncation", [Truncation(), Truncation(0.8, 50, 0.9)])
+def test_generation_holds_what_sampling_takes(truncation):
+    rows, vocabulary = 8, 32000
+    settings = GenerateConfig(
+        batch_size=rows, temperature=truncation.temperature, top_k=truncation.top_k, top_p=truncation.top_p
+    )
+    planned = datagen.plan.needs(LlamaConfig(**CONFIG | {"vocab_size": vocabulary}), settings, "cpu")
+    logits, greedy = torch.randn(rows, vocabulary), torch.arange(rows) == 0
+    draw = torch.rand(rows, dtype=torch.float64)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        sampling.choose(logits, greedy, draw, truncation)
+    held = most = 0
+    for event in profiled.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    assert 0.9 * planned["logits and sampling"] < 2 * logits.nbytes + most <= planned["logits and sampling"]
+
+
+def test_who_needs_more_memory_than_there_is_is_warned(tiny_directory, caplog):
+    generate.warn_if_short(generate.planned(str(tiny_directory), GenerateConfig()), GenerateConfig())
+    ds_config = ds_json.read(ROOT / "ds_configs" / "zero3_cpu.json")
+    settings = TrainConfig(batch_size=1)
+    train.warn_if_short(train.plan_of(models.read_config(str(tiny_directory)), ds_config, ds_config, 24, settings))
+    assert not caplog.messages
+    vast = LlamaConfig(hidden_size=2**16, intermediate_size=2**18, num_hidden_layers=10)
+    many = GenerateConfig(sequences=2**40, sequences_per_shard=2**40, batch_size=2**40)
+    generate.warn_if_short(generate.planned(str(tiny_directory), many), many)
+    train.warn_if_short(train.plan_of(vast, ds_config, ds_config, 1024, settings))
+    of_generation, of_training = caplog.messages
+    assert re.search(r"generation may .* needs [\d.]+ GB on each rank \(KV cache [\d.]+, .*, which has", of_generation)
+    assert f"give less than --batch_size {2**40} or --max_length 1024" in of_generation
+    assert re.search(r"training may .*optimizer states [\d.]+.* launch/plan.py", of_training)
+
+
+@pytest.mark.slow
+def test_generation_on_a_cpu_holds_what_was_planned(tmp_path):
+    sizes = ["--sequences=256", "--batch_size=256", "--max_length=16"]
+    said = run_python("generate", f"--model={models.EMBEDDED}", f"--output={tmp_path}", *sizes).stdout
+    held, was_planned = map(float, re.search(r"peak memory of a rank: ([\d.]+) GB, ([\d.]+) GB", said).groups())
+    assert held == pytest.approx(was_planned, rel=0.1)
+
+
+def test_segments_of_gpu_memory_grow_unless_the_user_says_otherwise(monkeypatch):
+    """torch reads the variable when it first allocates: not yet when what training needs has been imported."""
+    script = "import launch.train, torch; from qat import memory; memory.let_segments_grow(); "
+    script += "print(torch._C._accelerator_getAllocatorSettings())"
+    run = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    memory.let_segments_grow()
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
 
 
 def test_one_rank_receives_nothing():
-    ds_config = json.loads((ROOT / "ds_configs" / "zero3_cpu.json").read_text())
-    assert plan.plan(LlamaConfig(**CONFIG), ds_config, ds_config, Machine(gpus=1), tokens=24).received_per_step == 0
+    ds_config = ds_json.read(ROOT / "ds_configs" / "zero3_cpu.json")
+    assert plan.training(LlamaConfig(**CONFIG), ds_config, ds_config, Machine(gpus=1), 24).received_per_step == 0
 
 
 def test_a_model_of_which_nothing_can_be_said_is_refused(monkeypatch, tmp_path):

@@ -79,7 +79,8 @@ def run(tiny_directory, tiny_data, held_out_data, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("run") / "whole"
     text = [f"--eval_text={ROOT / 'LICENSE'}", "--eval_window=64"]
     measured = [f"--eval_data={held_out_data}", *text, f"--eval_sequences={HELD_OUT}", "--eval_every=8"]
-    finish(start_training(2, *flags(tiny_directory, tiny_data, output), *measured, "--peak_flops=1e9"))
+    said = finish(start_training(2, *flags(tiny_directory, tiny_data, output), *measured, "--peak_flops=1e9"))
+    assert "peak memory of a rank: " in said
     return output
 
 

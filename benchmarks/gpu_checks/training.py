@@ -15,11 +15,11 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from gpu_checks.bench import Bench, profiled, seconds
-from launch.plan import Machine, plan
 from qat import checkpoint, ds_json, engines, models
 from qat.checkpoint import TrainState
 from qat.data import Sample
 from qat.distill import Distiller, TeacherTargets, predicting
+from qat.plan import Machine, plan
 from qat.prepare import QuantConfig, prepare
 from qat.training import TrainConfig, take_step
 

@@ -1,0 +1,39 @@
+"""How much memory writing sequences will need: the formula, which docs/generation.md explains."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from datagen.cuda_graphs import COLUMNS
+from datagen.generate import GenerateConfig
+from datagen.sampling import Truncation
+
+_CHOOSING, _CHOOSING_TRUNCATED = 9, 43
+"""Bytes that ``sampling.choose`` holds at most for each logit, measured; sorting the vocabulary (top_p) takes most."""
+
+
+def needs(config: PretrainedConfig, settings: GenerateConfig, device: str) -> Mapping[str, float]:
+    """Bytes that ``config``'s model and its slots take on each of the ranks that hold the model together.
+
+    Args:
+        device: type of the ranks' devices: cuda, which computes in bf16, or cpu, in fp32
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    width = 2 if device == "cuda" else 4
+    ranks, slots = settings.tensor_parallel, min(settings.batch_size, settings.sequences_per_shard, settings.sequences)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    if device == "cpu":  # oneDNN's layout of the products' weights, beside the model's own
+        weights += sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    head_dim = model.model.layers[0].self_attn.head_dim
+    cached = 2 * config.num_key_value_heads * head_dim * config.num_hidden_layers  # numbers of a token
+    # Each CUDA graph keeps its own logits.
+    graphs = -(-settings.max_length // COLUMNS) if device == "cuda" and ranks == 1 else 1
+    choosing = _CHOOSING if settings.truncation == Truncation() else _CHOOSING_TRUNCATED
+    return {
+        "KV cache": width * slots * settings.max_length * cached / ranks,
+        "weights": width * weights / ranks,
+        "logits and sampling": slots * config.vocab_size * (width + 4 * graphs + choosing),
+    }

@@ -21,7 +21,7 @@ from qat.errors import UserError, check_least, differences
 from qat.evaluate import text_windows
 from qat.files import lock, write_atomically
 from qat.linear import ARITHMETIC
-from qat.machine import device, local_ranks
+from qat.machine import be_deterministic, device, local_ranks
 from qat.plan import Machine, Plan
 from qat.preemption import RESUMABLE_EXIT, StopSignal
 from qat.prepare import QuantConfig
@@ -138,6 +138,8 @@ def main() -> int:
         print(json.dumps(identity, indent=1))
         print(f"{quant} student of {model}: {config.steps} steps of {config.batch_size} sequences", flush=True)
 
+    if config.deterministic:
+        be_deterministic()
     engines.init_distributed()
     without_teacher = cache is not None or config.loss == "label"
     planned = None
@@ -233,7 +235,9 @@ def claim(output: Path, settings: dict[str, Any], ds_config: dict[str, Any], pla
                 f"{output} was begun by a version that computed otherwise ({began_with}; now {ARITHMETIC}), and would "
                 "not go on with the same losses: finish it with that version, or give another --output."
             )
-        started["arithmetic"] = ARITHMETIC
+        kinds = (QuantConfig, TrainConfig)
+        defaults = {field.name: field.default for kind in kinds for field in dataclasses.fields(kind)}
+        started = defaults | started | {"arithmetic": ARITHMETIC}  # an earlier version may not have had them all
         free = {name: settings[name] for name in CHANGES_NO_RESULT}
         if listed := differences(started | free, settings):
             raise UserError(f"{output} was started with other settings ({listed}): give the same, or another --output.")

@@ -37,6 +37,18 @@ def local_ranks() -> int:
     return int(next((os.environ[name] for name in names if name in os.environ), "1"))
 
 
+def be_deterministic() -> None:
+    """Let torch take algorithms that give the same bits every time.
+
+    On GPUs, attention's backward pass adds with atomics otherwise. Flash attention has another way; cuDNN's attention,
+    which torch prefers on some GPUs, has none that torch would take.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over each new tensor, to find what reads it
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def machine() -> str:
     """Processor or GPU, cores, memory, threads."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

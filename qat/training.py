@@ -52,6 +52,7 @@ class TrainConfig:
         eval_every: steps between measurements of the perplexity on held-out sequences, where some are given
         max_loss_ratio: stop if a step's loss is so many times its average; 0 never does
         peak_flops: FLOP/s that one device can do (989e12 for bf16 on an H100): logs the model FLOP utilisation
+        deterministic: on GPUs, a resumed run goes on bit for bit; slower (docs/gpu/). CPUs always do so
         seed: of the order of the data
     """
 
@@ -68,6 +69,7 @@ class TrainConfig:
     eval_every: int = 500
     max_loss_ratio: float = 4.0
     peak_flops: float = 0.0
+    deterministic: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

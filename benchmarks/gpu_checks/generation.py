@@ -6,9 +6,11 @@ import torch
 from generation import hf_generate
 from transformers import PreTrainedModel
 
-from datagen import cuda_graphs, sampling
+from datagen import cuda_graphs, plan, sampling
 from datagen.decoder import Decoder
+from datagen.generate import GenerateConfig
 from gpu_checks.bench import Bench, device_seconds, product_rate, profiled, read_rate, seconds
+from qat import memory
 
 
 def decoding(bench: Bench) -> tuple[dict, dict]:
@@ -19,8 +21,14 @@ def decoding(bench: Bench) -> tuple[dict, dict]:
         torch.cuda.reset_peak_memory_stats()
     model = bench.model(s.written_layers)
     figures = _ours(bench, model)
+    settings = GenerateConfig(sequences=s.slots, max_length=s.max_length, batch_size=s.slots)
+    planned = memory.planned_peak({"process": 0.0, **plan.needs(model.config, settings, bench.device.type)})
+    figures |= {
+        "peak_GB": memory.peak() / 1e9,
+        "planned_GB": planned / 1e9,
+        "peak_over_planned": memory.peak() / planned,
+    }
     if torch.cuda.is_available():
-        figures["peak_GB"] = torch.cuda.max_memory_allocated() / 1e9
         torch.cuda.empty_cache()
     new = 24
     alone = new / seconds(lambda: hf_generate(model, 1, new), 1)

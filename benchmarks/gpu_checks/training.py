@@ -2,9 +2,7 @@
 
 import gc
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +13,11 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from gpu_checks.bench import Bench, profiled, seconds
-from qat import checkpoint, ds_json, engines, models
+from qat import checkpoint, ds_json, engines, memory, models, plan
 from qat.checkpoint import TrainState
 from qat.data import Sample
 from qat.distill import Distiller, TeacherTargets, predicting
-from qat.plan import Machine, plan
+from qat.machine import be_deterministic
 from qat.prepare import QuantConfig, prepare
 from qat.training import TrainConfig, take_step
 
@@ -78,10 +76,11 @@ def zero3(bench: Bench) -> tuple[dict, dict]:
         bench.model(s.layers).save_pretrained(model)
         plain = _plain_losses(bench, model, [s.tokens] * _STEPS)
         if torch.cuda.is_available():
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         run = _Run(bench, model)
         found = run.steps(_Sequences(bench, [s.tokens]), _STEPS)
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        peak = memory.peak()
         counters.clear()
         lengths = torch.linspace(s.shorter, s.tokens, 7).int().tolist()
         run.steps(_Sequences(bench, lengths), len(lengths))
@@ -90,8 +89,9 @@ def zero3(bench: Bench) -> tuple[dict, dict]:
         frequencies = str(run.frequencies.dtype)
         teacher_json = ds_json.for_teacher(run.ds_config)
         run.close()
-    planned = plan(s.config(s.layers), run.ds_config, teacher_json, Machine(gpus=1), s.tokens)
-    expected = planned.peak - planned.device["process"]
+    machine = plan.Machine(gpus=1)
+    planned = plan.training(s.config(s.layers), run.ds_config, teacher_json, machine, s.tokens, bench.device.type)
+    expected = memory.planned_peak(planned.needs)
     off = max(abs(a - b) / b for a, b in zip(found, plain, strict=True))
     figures = {
         "frequencies": frequencies,
@@ -139,14 +139,15 @@ def resume(bench: Bench) -> tuple[dict, dict]:
         model, checkpoints = folder / "model", folder / "checkpoints"
         bench.model(2, s.resumed_hidden).save_pretrained(model)
         for mode in ("default", "deterministic"):
-            with _deterministic() if mode == "deterministic" else nullcontext():
-                run = _Run(bench, model)
-                run.steps(data, 2)
-                checkpoint.save(run.student, checkpoints, run.state, keep=1)
-                whole = run.steps(data, 2)
-                took = seconds(lambda: run.steps(data, 2), 3)  # noqa: B023
-                run.close()
-                resumed = _resumed(bench, model, checkpoints, data)
+            if mode == "deterministic":
+                be_deterministic()
+            run = _Run(bench, model)
+            run.steps(data, 2)
+            checkpoint.save(run.student, checkpoints, run.state, keep=1)
+            whole = run.steps(data, 2)
+            took = seconds(lambda: run.steps(data, 2), 3)  # noqa: B023
+            run.close()
+            resumed = _resumed(bench, model, checkpoints, data)
             figures[f"{mode}_off_by"] = max(abs(a - b) for a, b in zip(whole, resumed, strict=True))
             figures[f"{mode}_ms"] = 1e3 * took / 2
         (manifest,) = checkpoints.glob("step-*/manifest.json")
@@ -167,19 +168,6 @@ def _resumed(bench: Bench, model: Path, checkpoints: Path, data: Any) -> list[fl
     losses = run.steps(data, 2)
     run.close()
     return losses
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    """cuDNN's attention has no deterministic backward pass under warn_only; flash attention has."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def _plain_losses(bench: Bench, model: Path, lengths: list[int]) -> list[float]:

@@ -18,7 +18,7 @@ from datagen.generate import GenerateConfig, Vocabulary, write_sequences
 from datagen.parallel import Group, ranks_from_slurm
 from datagen.shards import Sequence, ShardFolder
 from launch import cli
-from qat import models
+from qat import models, ranks
 from qat.errors import UserError
 from qat.preemption import RESUMABLE_EXIT, StopSignal
 
@@ -106,7 +106,8 @@ def write_generated(folder: ShardFolder, directory: str, tokenizer, config: Gene
             write = write or writer(directory, tokenizer, config, group, progress if vllm else progress_unless_stopped)
             sequences = write(config.shard_range(index))
             if group.leads:
-                folder.write(index, sequences)
+                with ranks.doing("writing a shard"):
+                    folder.write(index, sequences)
 
 
 def writer(
@@ -152,7 +153,7 @@ def write_corpus(corpus: Corpus, folder: ShardFolder, directory: str, tokenizer,
         folder.write(index, sequences[rows.start : rows.stop])
 
 
-def check(directory: str, config: GenerateConfig, ranks: int) -> None:
+def check(directory: str, config: GenerateConfig, tensor_parallel: int) -> None:
     """Raise UserError for a model that cannot write, or read, so."""
     model = AutoConfig.from_pretrained(directory)
     longest = min(model.max_position_embeddings, getattr(model, "sliding_window", None) or config.max_length)
@@ -163,9 +164,9 @@ def check(directory: str, config: GenerateConfig, ranks: int) -> None:
         )
     parts = {"key-value heads": model.num_key_value_heads, "vocabulary": model.vocab_size}
     for part, size in parts.items():
-        if size % ranks:
+        if size % tensor_parallel:
             raise UserError(
-                f"tensor_parallel={ranks} does not divide the model's {size} {part}: give a number that does."
+                f"tensor_parallel={tensor_parallel} does not divide the model's {size} {part}: give a number that does."
             )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from datagen import heldout
 from launch import cli
-from qat import ds_json, engines, models, source
+from qat import ds_json, engines, models, ranks, source
 from qat.data import Sample, TrainingData
 from qat.distill import Targets
 from qat.errors import UserError, check_least, differences
@@ -137,13 +137,24 @@ def main() -> int:
     if cache or config.loss == "label":
         targets: Callable[[Sample], Targets] = cache or engines.labels
     else:
-        targets = teacher = engines.Teacher(model, ds_json.for_teacher(teacher_json), config.loss)
+        with ranks.doing("loading the teacher"):
+            targets = teacher = engines.Teacher(model, ds_json.for_teacher(teacher_json), config.loss)
         if quant.activations.learned:
+            ranks.announce("measuring activations")
             magnitudes = teacher.input_magnitudes(data.sample(cli.rank()).to(device()))
-    product = engines.integer_product(paths.output / INTEGER_PRODUCT, quant, student_json)
-    student = engines.student_engine(
-        begin, quant, student_json, config.lr_factor, config.gradient_checkpointing, config.loss, magnitudes, product
-    )
+    with ranks.doing("choosing how to multiply"):
+        product = engines.integer_product(paths.output / INTEGER_PRODUCT, quant, student_json)
+    with ranks.doing("loading the student"):
+        student = engines.student_engine(
+            begin,
+            quant,
+            student_json,
+            config.lr_factor,
+            config.gradient_checkpointing,
+            config.loss,
+            magnitudes,
+            product,
+        )
     if not train(student, targets, data, config, paths.output, stop, texts):
         return RESUMABLE_EXIT
     engines.save_student(student, final, quant, tokenizer)

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -185,13 +186,13 @@ _watch: Watch | None = None
 def _watching(own: _Self, rank: int, size: int, store: dist.Store) -> Watch:
     """This rank's thread; the first rank's address goes through the store."""
     tick, number = min(1.0, own.patience / 10), int(os.environ["RANK"])
-    unheard = [Sign(number - rank + other, "not heard of yet", "starting", own.patience) for other in range(size)]
     if rank == 0:
-        first = FirstRank(own.sign, tick, unheard[1:])
-        store.set("first", json.dumps([_own_address(), first.port, first.token]))
+        others = [Sign(number + other, "host unknown", "starting", own.patience) for other in range(1, size)]
+        first = FirstRank(own.sign, tick, others)
+        store.set("first", json.dumps([asdict(own.sign()), _own_address(), first.port, first.token]))
         return first
-    host, port, token = json.loads(store.get("first"))
-    return OtherRank(own.sign, tick, (host or os.environ["MASTER_ADDR"], port), token, unheard[0])
+    sign, host, port, token = json.loads(store.get("first"))
+    return OtherRank(own.sign, tick, (host or os.environ["MASTER_ADDR"], port), token, Sign(**sign))
 
 
 def _own_address() -> str:

@@ -121,7 +121,7 @@ class Watch(threading.Thread):
         super().__init__(name="watch of the ranks", daemon=True)
         self.over = False
         self._own_sign, self._tick = own_sign, tick
-        self._now, self._last_reading, self._last_look = 0.0, time.monotonic(), 0.0
+        self._now, self._last_reading, self._last_look = 0.0, time.monotonic(), -tick
         self._selector = selectors.DefaultSelector()
         self._failing, self._all_end, self._parted = False, threading.Event(), threading.Event()
         self._line, self._code = "", 1

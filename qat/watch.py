@@ -208,6 +208,7 @@ class FirstRank(Watch):
         self.port, self.token = self._listener.getsockname()[1], secrets.token_hex(16)
         self._own = Seen(own_sign())
         self._others = {sign.rank: Seen(sign) for sign in others}
+        self._unheard = set(self._others)
         self._peers: dict[int, _Peer] = {}
         self._failures: dict[int, tuple[str, int]] = {}
         self._failed_at = 0.0
@@ -228,15 +229,18 @@ class FirstRank(Watch):
             del self._peers[peer.rank]
             if peer.rank in self._others:
                 self._end_all(dead(self._others[peer.rank].sign))
-        if not self._peers:
+        if not self._peers and not self._unheard:
             self._parted.set()
 
     def _hear(self, peer: "_Peer", message: dict[str, Any]) -> None:
         sign = Sign(**message["sign"])
         peer.rank = sign.rank
         self._peers[sign.rank] = peer
+        self._unheard.discard(sign.rank)
         self._others[sign.rank].hear(sign, self._now)
-        if "goodbye" in message:
+        if self.over:
+            peer.send(goodbye=True)
+        elif "goodbye" in message:
             del self._others[sign.rank]
             peer.closed = True
         elif "failure" in message:
@@ -281,7 +285,7 @@ class FirstRank(Watch):
         peers = [*self._peers.values()]
         for peer in peers:
             peer.send(goodbye=True)
-        if not peers:
+        if not peers and not self._unheard:
             self._parted.set()
 
 

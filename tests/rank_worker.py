@@ -12,6 +12,7 @@ import torch.distributed as dist
 from launch import cli
 from qat import ranks
 from qat.errors import UserError
+from qat.preemption import RESUMABLE_EXIT
 
 LATE = 50
 """The step at which nothing is done for the first time any more."""
@@ -69,10 +70,20 @@ def wait() -> None:
     print("all have come", flush=True)
 
 
-PARTS: dict[str, Callable[[], None]] = {
+def stop(last: int) -> int:
+    """As after a signal; rank ``last`` takes its time."""
+    join()
+    if cli.rank() == last:
+        time.sleep(1)
+    return RESUMABLE_EXIT
+
+
+PARTS: dict[str, Callable[[], int | None]] = {
     "train": train,
     "hang": lambda: train(hang),
     "fail": lambda: train(fail),
     "refuse": refuse,
     "wait": wait,
+    "stop, first rank last": lambda: stop(0),
+    "stop, second rank last": lambda: stop(1),
 }

@@ -20,6 +20,7 @@ from test_train import flags, log_of
 from launch.stages import free_port
 from qat import ranks
 from qat.errors import UserError
+from qat.preemption import RESUMABLE_EXIT
 from qat.watch import Seen, Sign, hanging, silent
 
 PATIENCE = 2.0
@@ -58,7 +59,8 @@ class Ranks:
         processes = [self.processes[rank] for rank in those or (0, 1)]
         for process in processes:
             process.join(60)
-        return [process.exitcode for process in processes], self.log.read_text().splitlines()[-1]
+        *_, line = ["", *self.log.read_text().splitlines()]
+        return [process.exitcode for process in processes], line
 
     def close(self) -> None:
         for process in self.processes:
@@ -117,6 +119,14 @@ def test_an_error_of_all_ranks_is_told_once(start):
     run = start("refuse")
     assert run.end() == ([2, 2], "error: of all ranks")
     assert run.log.read_text().count("of all ranks") == 1
+
+
+@pytest.mark.parametrize("last", ["first", "second"])
+def test_ranks_that_end_one_after_the_other_keep_their_exit_code(last, start):
+    """By it launch/slurm/resumable.sh knows that a run can go on: an end must not pass for a death."""
+    run = start(f"stop, {last} rank last")
+    codes, line = run.end()
+    assert codes == [RESUMABLE_EXIT] * 2, line
 
 
 def test_who_waits_for_long_work_of_another_outlives_the_timeout_of_collectives(start):
@@ -192,7 +202,7 @@ def test_training_ends_when_a_rank_does(number, found, tiny_directory, tiny_data
     command = [*flags(tiny_directory, tiny_data, tmp_path / "run"), "--steps=100000", "--save_every=100000"]
     first, second = start_training(ROOT / "launch" / "train.py", *command, QAT_PATIENCE="10")
     try:
-        while not (tmp_path / "run" / "log.jsonl").exists() or len(log_of(tmp_path / "run")) < 5:
+        while not (tmp_path / "run" / "log.jsonl").exists() or len(log_of(tmp_path / "run")) < 30:
             assert first.poll() is None, first.communicate()[0]
             time.sleep(0.05)
         second.send_signal(number)

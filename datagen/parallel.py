@@ -1,6 +1,5 @@
 """Who makes which shard: processes from any launcher, alone or in groups that hold one model together."""
 
-import datetime
 import os
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from transformers.distributed import DistributedConfig
 from datagen.shards import ShardFolder
 from qat.errors import UserError
 from qat.machine import device, take_gpu
+from qat.ranks import TIMEOUT, announce, doing, join
 
 
 def ranks_from_slurm(environment: MutableMapping[str, str]) -> None:
@@ -40,13 +40,15 @@ class Group:
     rank: int
 
     @classmethod
-    def of(cls, rank: int, ranks: int, size: int) -> "Group":
-        """Of rank ``rank`` among ``ranks``; raises UserError if they cannot form groups of ``size``."""
-        if ranks % size:
-            raise UserError(f"tensor_parallel={size} needs a multiple of {size} ranks, not {ranks}: start as many.")
+    def of(cls, rank: int, world_size: int, size: int) -> "Group":
+        """Of rank ``rank`` among ``world_size``; raises UserError if they cannot form groups of ``size``."""
+        if world_size % size:
+            raise UserError(
+                f"tensor_parallel={size} needs a multiple of {size} ranks, not {world_size}: start as many."
+            )
         task, tasks = (int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", value)) for name, value in _ALONE.items())
         first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0"))
-        groups = ranks // size
+        groups = world_size // size
         return cls((task - first) % tasks * groups + rank // size, tasks * groups, size, rank % size)
 
     @property
@@ -58,6 +60,7 @@ class Group:
         """Whether any rank of the group says so. All must ask."""
         if self.size == 1:
             return value
+        announce("writing text")
         answer = torch.tensor(int(value), device=device())
         dist.all_reduce(answer, op=dist.ReduceOp.MAX)
         return bool(answer)
@@ -87,21 +90,23 @@ class Group:
                 "them, or export both before srun."
             )
         take_gpu()
+        join(self.rank, self.size, f"group-{self.number}")
         store, _, _ = next(iter(dist.rendezvous("env://")))
         dist.init_process_group(
             "nccl" if torch.cuda.is_available() else "gloo",
             store=dist.PrefixStore(f"group-{self.number}", store),
             rank=self.rank,
             world_size=self.size,
-            timeout=datetime.timedelta(hours=1),
+            timeout=TIMEOUT,
         )
 
     def load(self, name: str, dtype: torch.dtype) -> PreTrainedModel:
         """The model at ``name``, each rank of the group with its part of the layers; raises UserError if it cannot be
         divided so."""
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, distributed_config=DistributedConfig(tp_size=self.size)
-        )
+        with doing("loading the model"):
+            model = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, distributed_config=DistributedConfig(tp_size=self.size)
+            )
         return model.eval()
 
 

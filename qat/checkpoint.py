@@ -16,6 +16,8 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
+from qat import ranks
 from qat.errors import UserError
 from qat.files import write_atomically
 
@@ -63,13 +66,18 @@ def save(engine: deepspeed.DeepSpeedEngine, directory: Path, state: TrainState, 
     began = time.monotonic()
     folder = directory / f"step-{state.step:06d}"
     if dist.get_rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # an earlier start's, half-written or damaged
-    dist.barrier()
+        with ranks.doing("deleting a broken checkpoint"):
+            shutil.rmtree(folder, ignore_errors=True)  # an earlier start's, half-written or damaged
+    ranks.meet("a broken checkpoint is deleted")
     engine.checkpoint_engine = writer = _Writer()
     engine._copy_recovery_script = lambda directory: None  # one rank would fail alone; the package has the script
-    engine.save_checkpoint(str(directory), tag=folder.name, client_state=asdict(state), save_latest=False)
+    with ranks.doing("writing a checkpoint"), _meeting_before_the_gathering(engine, "the checkpoint is written"):
+        engine.save_checkpoint(str(directory), tag=folder.name, client_state=asdict(state), save_latest=False)
     _agree(writer.failure, folder)
-    files = {name: entry for part in _gather(_entries(folder)) for name, entry in part.items()}
+    with ranks.doing("reading the checkpoint back"):
+        entries = _entries(folder)
+    ranks.meet("the checkpoint is read back")
+    files = {name: entry for part in _gather(entries) for name, entry in part.items()}
     failure = ""
     if dist.get_rank() == 0:
         size, seconds = sum(entry["bytes"] for entry in files.values()), time.monotonic() - began
@@ -81,12 +89,13 @@ def save(engine: deepspeed.DeepSpeedEngine, directory: Path, state: TrainState, 
             failure = str(error)
     _agree(failure, folder)
     if dist.get_rank() == 0:
-        for superseded in _superseded(sorted(directory.glob("step-*")), folder, keep):
-            _delete(superseded)
-        for converted in directory.glob(f"{_UNIVERSAL}*"):
-            shutil.rmtree(converted)
+        with ranks.doing("deleting old checkpoints"):
+            for superseded in _superseded(sorted(directory.glob("step-*")), folder, keep):
+                _delete(superseded)
+            for converted in directory.glob(f"{_UNIVERSAL}*"):
+                shutil.rmtree(converted)
         _log.info("checkpoint %s: %.3g GB in %.1f s", folder.name, size / 1e9, seconds)
-    dist.barrier()
+    ranks.meet("old checkpoints are deleted")
 
 
 def resume(engine: deepspeed.DeepSpeedEngine, directory: Path) -> TrainState:
@@ -96,7 +105,10 @@ def resume(engine: deepspeed.DeepSpeedEngine, directory: Path) -> TrainState:
     """
     (names,) = _broadcast([path.name for path in sorted(directory.glob("step-*"), reverse=True)])
     for name in names:
-        if damages := [damage for damage in _gather(_damage(directory / name)) if damage]:
+        with ranks.doing(f"checking {name}"):
+            damage = _damage(directory / name)
+        ranks.meet(f"{name} is checked")
+        if damages := [damage for damage in _gather(damage) if damage]:
             _log.warning("warning: the checkpoint %s is passed over: %s", directory / name, damages[0])
         else:
             return _load(engine, directory / name)
@@ -114,17 +126,22 @@ def latest(directory: Path) -> str:
 
 
 def _load(engine: deepspeed.DeepSpeedEngine, folder: Path) -> TrainState:
-    ranks = json.loads((folder / MANIFEST).read_text())["ranks"]
-    universal = ranks != dist.get_world_size()
+    writers = json.loads((folder / MANIFEST).read_text())["ranks"]
+    universal = writers != dist.get_world_size()
     if universal:
         if engine.zero_nvme_offload_optimizer():
             raise UserError(
-                f"{folder} was written by {ranks} ranks with the optimizer on NVMe, which DeepSpeed cannot convert "
-                f"for {dist.get_world_size()}: go on with {ranks} ranks."
+                f"{folder} was written by {writers} ranks with the optimizer on NVMe, which DeepSpeed cannot convert "
+                f"for {dist.get_world_size()}: go on with {writers} ranks."
             )
-        folder = _converted(folder, ranks)
+        folder = _converted(folder, writers)
     engine._config.load_universal_checkpoint = universal
-    _, client_state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    with (
+        ranks.doing(f"loading {folder.name}"),
+        _meeting_before_the_gathering(engine, f"the weights of {folder.name} are loaded"),
+    ):
+        _, client_state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    ranks.meet(f"{folder.name} is loaded")
     engine._config.load_universal_checkpoint = False
     if universal:
         # DeepSpeed gives all groups of Parameters one tensor that counts the steps, on the CPU. Each of them counts it
@@ -156,29 +173,48 @@ def _load_adam_of_nvme(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
         group["lr"] = lr
 
 
-def _converted(folder: Path, ranks: int) -> Path:
-    """The checkpoint as DeepSpeed's universal one, made by the first rank; the others wait for it to appear."""
+def _converted(folder: Path, writers: int) -> Path:
+    """The checkpoint as DeepSpeed's universal one, made by the first rank."""
     universal = folder.with_name(_UNIVERSAL + folder.name)
     if dist.get_rank() == 0 and not universal.exists():
-        _log.info("converting %s, written by %d ranks, for %d ...", folder, ranks, dist.get_world_size())
-        partial = folder.with_name(f"{_UNIVERSAL}partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        places = ["--input_folder", str(folder), "--output_folder", str(partial)]
-        workers = ["--num_extract_workers=1", f"--num_merge_workers={min(8, len(os.sched_getaffinity(0)))}"]
-        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *places, *workers]
-        done = subprocess.run(command, text=True, capture_output=True)
-        if done.returncode:
-            shutil.rmtree(partial, ignore_errors=True)
-            reason = (done.stderr.strip() or "killed").splitlines()[-1]
-            raise UserError(
-                f"{folder}, written by {ranks} ranks, could not be converted for {dist.get_world_size()} ({reason}): "
-                f"make room for twice its size, or go on with {ranks} ranks."
-            )
-        partial.rename(universal)
-    while not universal.exists():  # no barrier: it would give up after half an hour
-        time.sleep(0.2)
-    dist.barrier()
+        with ranks.doing(f"converting {folder.name}"):
+            _convert(folder, universal, writers)
+    ranks.meet(f"{folder.name} is converted")
     return universal
+
+
+def _convert(folder: Path, universal: Path, writers: int) -> None:
+    _log.info("converting %s, written by %d ranks, for %d ...", folder, writers, dist.get_world_size())
+    partial = folder.with_name(f"{_UNIVERSAL}partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    places = ["--input_folder", str(folder), "--output_folder", str(partial)]
+    workers = ["--num_extract_workers=1", f"--num_merge_workers={min(8, len(os.sched_getaffinity(0)))}"]
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *places, *workers]
+    done = subprocess.run(command, text=True, capture_output=True)
+    if done.returncode:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = (done.stderr.strip() or "killed").splitlines()[-1]
+        raise UserError(
+            f"{folder}, written by {writers} ranks, could not be converted for {dist.get_world_size()} ({reason}): "
+            f"make room for twice its size, or go on with {writers} ranks."
+        )
+    partial.rename(universal)
+
+
+@contextmanager
+def _meeting_before_the_gathering(engine: deepspeed.DeepSpeedEngine, what: str) -> Iterator[None]:
+    """Within it, DeepSpeed writes or reads each rank's files, and then gathers small weights: not before all have come
+    so far."""
+    optimizer = engine.optimizer
+    gather_weights = optimizer.checkpoint_event_epilogue
+
+    def meet_first() -> None:
+        ranks.meet(what)
+        gather_weights()
+
+    optimizer.checkpoint_event_epilogue = meet_first
+    yield
+    del optimizer.checkpoint_event_epilogue  # of this object: its class's is there again
 
 
 class _Writer(TorchCheckpointEngine):

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
-from qat import ds_json, kv_cache, models, prepare
+from qat import ds_json, kv_cache, models, prepare, ranks
 from qat.data import Sample
 from qat.distill import Distiller, LabelTargets, TeacherTargets, run
 from qat.errors import UserError
@@ -31,7 +31,7 @@ from qat.products import speed_up
 
 
 def init_distributed() -> None:
-    """Join the other ranks that the launcher started; without a launcher, be the only one.
+    """Join the other ranks that the launcher started, and watch them; without a launcher, be the only one.
 
     DeepSpeed's shared-memory op is switched off: on CPU it wants a compiler at start-up and breaks under
     torchrun. Without a GPU the ranks share the cores.
@@ -52,7 +52,10 @@ def init_distributed() -> None:
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks()))
-    deepspeed.init_distributed()
+    ranks.join(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    deepspeed.init_distributed(timeout=ranks.TIMEOUT)
+    with ranks.doing("the first collective", patience=300):  # ranks whose network is not set up right hang in it
+        dist.barrier()
 
 
 def student_engine(
@@ -169,16 +172,17 @@ def save_student(
     """
     weights = engine._consolidated_16bit_state_dict()
     if dist.get_rank() == 0:
-        partial = directory.with_name(directory.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        own = {name.removeprefix("student."): weight for name, weight in weights.items()}
-        steps = {name: own.pop(name) for name in list(own) if name.endswith(prepare.STEP_SUFFIX)}
-        engine.module.student.save_pretrained(partial, state_dict=own)
-        tokenizer.save_pretrained(partial)
-        quant.save(partial)
-        prepare.save_steps(steps, partial)
-        partial.rename(directory)
-    dist.barrier()
+        with ranks.doing(f"writing {directory.name}/"):
+            partial = directory.with_name(directory.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            own = {name.removeprefix("student."): weight for name, weight in weights.items()}
+            steps = {name: own.pop(name) for name in list(own) if name.endswith(prepare.STEP_SUFFIX)}
+            engine.module.student.save_pretrained(partial, state_dict=own)
+            tokenizer.save_pretrained(partial)
+            quant.save(partial)
+            prepare.save_steps(steps, partial)
+            partial.rename(directory)
+    ranks.meet(f"{directory.name}/ is written")
 
 
 def _read_partitioned(model: str, ds_config: dict[str, Any]) -> PreTrainedModel:

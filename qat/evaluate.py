@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from qat import ranks
 from qat.distill import predicting
 from qat.errors import UserError
 
@@ -117,4 +118,5 @@ def score_windows(
                 kl += kl_div(log_p, log_teacher, reduction="sum", log_target=True).item()
         tokens = len(window) - 1
         scores.append(WindowScore(nll / tokens, None if teacher is None else kl / tokens))
+        ranks.progress()
     return scores

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from qat import ranks
 from qat.errors import UserError
 from qat.evaluate import standard_error
 
@@ -147,19 +148,30 @@ class _RankedLM(HFLM):
     def _model_call(self, inps: Tensor, *_: Any, **__: Any) -> Tensor:
         """Logits of the last positions only, [batch, positions, vocabulary], of which the harness takes the answers':
         those of a batch's whole 5-shot prompts take gigabytes."""
+        ranks.progress()
         positions = torch.arange(1, inps.shape[1] + 1, device=inps.device)
         shortest = int((positions * (inps != 0)).amax(dim=1).min())  # it pads with zeros, on the right
         needed = self._longest + inps.shape[1] - shortest
         with torch.no_grad():
             return self.model(inps, logits_to_keep=needed).logits
 
+    def _model_generate(self, *args: Any, **kwargs: Any) -> Tensor:
+        ranks.progress()
+        return super()._model_generate(*args, **kwargs)
+
     def all_gather(self, tensor: Tensor) -> Tensor:
+        ranks.meet("all ranks have their requests")
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, tensor.cpu())
         return torch.stack(gathered)
 
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        if self.world_size > 1:
+            ranks.meet("all ranks have their scores")
+        return super().gather_object(obj, dst)
+
     def barrier(self) -> None:
-        dist.barrier()
+        ranks.meet("all ranks have answered their requests")
 
 
 def _world_size() -> int:

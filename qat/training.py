@@ -11,7 +11,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from qat import checkpoint, flops
+from qat import checkpoint, flops, ranks
 from qat.checkpoint import TrainState
 from qat.data import Sample, TrainingData
 from qat.distill import LOSSES, Targets
@@ -86,20 +86,20 @@ class TrainConfig:
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         return self.min_lr_ratio + (1 - self.min_lr_ratio) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
 
-    def ds_settings(self, ranks: int) -> dict[str, object]:
+    def ds_settings(self, world_size: int) -> dict[str, object]:
         """What a DeepSpeed JSON must not contradict, by its dotted keys.
 
-        Raises UserError for a batch that ``ranks`` cannot share.
+        Raises UserError for a batch that ``world_size`` ranks cannot share.
         """
-        if self.batch_size % ranks:
+        if self.batch_size % world_size:
             raise UserError(
-                f"batch_size={self.batch_size} cannot be shared by {ranks} ranks: give a multiple of {ranks}, or start "
-                f"a number of ranks that divides {self.batch_size}."
+                f"batch_size={self.batch_size} cannot be shared by {world_size} ranks: give a multiple of "
+                f"{world_size}, or start a number of ranks that divides {self.batch_size}."
             )
         return {
             "train_batch_size": self.batch_size,
             "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": self.batch_size // ranks,
+            "gradient_accumulation_steps": self.batch_size // world_size,
             "gradient_clipping": self.gradient_clipping,
             "optimizer.type": "AdamW",
             "optimizer.params.lr": self.lr,
@@ -160,23 +160,27 @@ def take_step(
     stop: StopSignal,
 ) -> tuple[dict[str, float], bool]:
     """One optimizer step on the next ``config.batch_size`` samples; its figures, and whether any rank must stop."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     began, lr = time.monotonic(), student.get_lr()[0]
     learned = torch.zeros(2, dtype=torch.float64, device=device())  # loss, KL
     done = [0.0, 0.0]  # tokens, FLOPs
-    for _ in range(config.batch_size // ranks):
+    for _ in range(config.batch_size // world_size):
+        ranks.announce("reading a sample", state.step + 1)
         number = state.samples + rank
         sample = data.sample(number).to(device())
         torch.manual_seed(config.seed + number)  # dropout, where a model has it, belongs to the sample
+        ranks.announce("forward and backward")
         loss, kl = student(sample.input_ids, teacher(sample))
         student.backward(loss)
+        if student.is_gradient_accumulation_boundary():
+            ranks.announce("optimizer step")
         student.step()
         tokens = sample.input_ids.shape[1] - 1
         learned += torch.stack([loss.detach(), kl])
         del loss  # and its graph, before the next one is made
         done[0] += tokens
         done[1] += flops.distillation(student.module.student.config, tokens, isinstance(teacher, Teacher))
-        state.samples += ranks
+        state.samples += world_size
     sums = torch.cat([learned, learned.new_tensor([*done, stop.received])])
     dist.all_reduce(sums)
     loss_sum, kl_sum, token_sum, flops_sum, told_to_stop = sums.tolist()
@@ -192,7 +196,7 @@ def take_step(
         "tokens_per_second": round(token_sum / seconds, 1),
     }
     if config.peak_flops:
-        figures["mfu"] = round(flops_sum / seconds / (ranks * config.peak_flops), 4)
+        figures["mfu"] = round(flops_sum / seconds / (world_size * config.peak_flops), 4)
     return figures, told_to_stop > 0
 
 

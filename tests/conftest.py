@@ -25,7 +25,7 @@ from qat.models import load_tokenizer
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
 
-_really_compiles = fused.compiles
+really_compiles = fused.compiles
 fused.compiles = lambda device: False  # compiling takes longer than any test; those that want it do it themselves
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +49,7 @@ def needs_compiler() -> None:
     """Skip a test where there is no C++ compiler; with one, torch.compile must work, or all would run eagerly."""
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("needs a C++ compiler")
-    assert _really_compiles("cpu")
+    assert really_compiles("cpu")
 
 
 def tiny_model(config_class=LlamaConfig, **changes):

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 import torch.multiprocessing
@@ -49,8 +50,7 @@ class Logits(Targets):
         self.found: list[Tensor] = []
 
     def chunks(self, tokens: int) -> Iterator[ChunkLoss]:
-        while True:
-            yield self._keep
+        yield from [self._keep] * -(-POSITIONS // tokens)
 
     def _keep(self, tokens: int, logits: Tensor) -> tuple[Tensor, Tensor]:
         self.found.append(logits.clone())
@@ -75,12 +75,12 @@ def _rank(rank: int, folder: Path, port: str) -> None:
     ds_config["zero_optimization"] |= {f"stage3_{name}": 0 for name in nothing_kept}
     path = folder / f"zero3-{rank}.json"
     path.write_text(json.dumps(ds_config))
+    fused.compiles = conftest.really_compiles  # importing conftest has switched it off
     engines.init_distributed()
     ids = torch.randint(2, 300, (1, POSITIONS + 1), generator=torch.Generator().manual_seed(rank))
     resolved = ds_json.resolve(path, TrainConfig(batch_size=2).ds_settings(2))
     for name in MODELS:
         _check_model(str(folder / name), resolved, ids, QUANTS if name == "llama" else QUANTS[:1])
-    assert fused.compiles("cpu")
 
 
 @torch.no_grad()

@@ -1,0 +1,89 @@
+"""What the two ranks of test_ranks.py do: the likeness of a training run, without a model."""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from launch import cli
+from qat import ranks
+from qat.errors import UserError
+from qat.preemption import RESUMABLE_EXIT
+
+LATE = 50
+"""The step at which nothing is done for the first time any more."""
+
+
+def run(part: str, rank: int, environment: dict[str, str], output: str) -> None:
+    """Do ``part`` as rank ``rank``; what it prints is appended to the file ``output``."""
+    os.environ |= environment | {"RANK": str(rank), "WORLD_SIZE": "2"}
+    file = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    cli.run(PARTS[part])
+
+
+def join(timeout: float = 600) -> None:
+    ranks.join(cli.rank(), 2)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+
+
+def train(second_rank: Callable[[], None] = lambda: None) -> None:
+    """For ever. ``second_rank`` is called in the second rank's late step, before a collective."""
+    join()
+    for step in range(1, 1_000_000):
+        ranks.announce("reading a sample", step)
+        ranks.announce("forward and backward")
+        if step == LATE:
+            print("late", flush=True)
+            if cli.rank() == 1:
+                second_rank()
+        dist.all_reduce(torch.ones(1))
+        ranks.announce("optimizer step")
+        time.sleep(0.01)
+
+
+def hang() -> None:
+    threading.Event().wait()
+
+
+def fail() -> None:
+    raise ValueError("of one rank\nand more")
+
+
+def refuse() -> None:
+    join()
+    raise UserError("of all ranks")
+
+
+def wait() -> None:
+    """The second rank waits for the first one for longer than a collective, or a step, may take."""
+    join(timeout=1)
+    if cli.rank() == 0:
+        with ranks.doing("writing final/"):
+            time.sleep(2.5)
+    ranks.meet("final/ is written")
+    print("all have come", flush=True)
+
+
+def stop(last: int) -> int:
+    """As after a signal; rank ``last`` takes its time."""
+    join()
+    if cli.rank() == last:
+        time.sleep(1)
+    return RESUMABLE_EXIT
+
+
+PARTS: dict[str, Callable[[], int | None]] = {
+    "train": train,
+    "hang": lambda: train(hang),
+    "fail": lambda: train(fail),
+    "refuse": refuse,
+    "wait": wait,
+    "stop, first rank last": lambda: stop(0),
+    "stop, second rank last": lambda: stop(1),
+}

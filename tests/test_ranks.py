@@ -1,0 +1,246 @@
+"""Ranks that die, hang, fail or wait: two real processes each. Here they are impatient."""
+
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import rank_worker
+from conftest import ROOT, environment
+from test_train import flags, log_of
+
+from launch.stages import free_port
+from qat import ranks
+from qat.errors import UserError
+from qat.preemption import RESUMABLE_EXIT
+from qat.watch import Seen, Sign, hanging, silent
+
+PATIENCE = 2.0
+
+
+class Ranks:
+    """``part`` of rank_worker.py, by two ranks."""
+
+    def __init__(self, part: str, folder: Path):
+        # Forked from one process that has imported torch, which takes longer than any of this.
+        processes = multiprocessing.get_context("forkserver")
+        processes.set_forkserver_preload(["launch.cli"])
+        variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), ranks.PATIENCE: str(PATIENCE)}
+        self.log = folder / "log"
+        self.log.touch()
+        self.processes = [
+            processes.Process(target=rank_worker.run, args=(part, rank, variables, str(self.log))) for rank in range(2)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def signal(self, rank: int, number: signal.Signals) -> None:
+        os.kill(self.processes[rank].pid, number)
+
+    def wait_until(self, what: Callable[[], bool]) -> None:
+        until = time.monotonic() + 60
+        while not what():
+            assert time.monotonic() < until, self.log.read_text()
+            time.sleep(0.01)
+
+    def wait_until_late(self) -> None:
+        self.wait_until(lambda: self.log.read_text().count("late") == 2)
+
+    def end(self, *those: int) -> tuple[list[int], str]:
+        """Exit codes of the ranks, and the last line of all that they said."""
+        processes = [self.processes[rank] for rank in those or (0, 1)]
+        for process in processes:
+            process.join(60)
+        *_, line = ["", *self.log.read_text().splitlines()]
+        return [process.exitcode for process in processes], line
+
+    def close(self) -> None:
+        for process in self.processes:
+            with suppress(ProcessLookupError):
+                process.kill()
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Ranks that are gone after the test."""
+    started = []
+
+    def begin(part: str) -> Ranks:
+        started.append(Ranks(part, tmp_path))
+        return started[-1]
+
+    yield begin
+    for each in started:
+        each.close()
+
+
+def test_a_stopped_first_rank_ends_the_run_and_is_named(start):
+    """The one that judges the others; the slow test stops one of these."""
+    run = start("train")
+    run.wait_until_late()
+    run.signal(0, signal.SIGSTOP)
+    codes, line = run.end(1)
+    assert codes == [1]
+    assert re.fullmatch(r"error: rank 0 \(.+\): no sign of life for \d+ s; last seen at step \d+, .+", line)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_run_at_once_and_is_named(victim, start):
+    run = start("train")
+    run.wait_until_late()
+    run.signal(victim, signal.SIGKILL)
+    codes, line = run.end(1 - victim)
+    assert codes == [1]
+    assert re.fullmatch(rf"error: rank {victim} \(.+\): it died; last seen at step \d+, .+", line)
+
+
+def test_of_two_ranks_in_the_same_phase_the_one_outside_of_the_collective_is_named(start):
+    codes, line = start("hang").end()
+    assert codes == [1, 1]
+    where = rf"step {rank_worker.LATE}, forward and backward"
+    assert re.fullmatch(rf"error: rank 1 \(.+\): no progress for \d+ s at {where} \(\S+:\d+\)", line)
+
+
+def test_an_error_of_one_rank_ends_the_other_and_is_the_last_line(start):
+    codes, line = start("fail").end()
+    assert codes == [1, 1]
+    assert re.fullmatch(r"error: ValueError: of one rank \(rank 1 \(.+\), at step 50, forward and backward\)", line)
+
+
+def test_an_error_of_all_ranks_is_told_once(start):
+    run = start("refuse")
+    assert run.end() == ([2, 2], "error: of all ranks")
+    assert run.log.read_text().count("of all ranks") == 1
+
+
+@pytest.mark.parametrize("last", ["first", "second"])
+def test_ranks_that_end_one_after_the_other_keep_their_exit_code(last, start):
+    """By it launch/slurm/resumable.sh knows that a run can go on: an end must not pass for a death."""
+    run = start(f"stop, {last} rank last")
+    codes, line = run.end()
+    assert codes == [RESUMABLE_EXIT] * 2, line
+
+
+def test_who_waits_for_long_work_of_another_outlives_the_timeout_of_collectives(start):
+    assert start("wait").end() == ([0, 0], "all have come")
+
+
+def test_a_run_that_was_stopped_as_a_whole_goes_on(start):
+    """As by Ctrl-Z, for longer than anyone's patience."""
+    run = start("train")
+    run.wait_until_late()
+    for number, seconds in ((signal.SIGSTOP, PATIENCE + 0.5), (signal.SIGCONT, 1)):
+        for rank in range(2):
+            run.signal(rank, number)
+        time.sleep(seconds)
+    assert all(process.is_alive() for process in run.processes), run.log.read_text()
+
+
+def test_an_impossible_patience_is_refused(monkeypatch):
+    for given in ("-1", "soon"):
+        monkeypatch.setenv(ranks.PATIENCE, given)
+        with pytest.raises(UserError, match=f"QAT_PATIENCE={given} is not possible"):
+            ranks.join(0, 2)
+
+
+def seen(rank: int, **changes) -> Seen:
+    return Seen(replace(Sign(rank, "host", "work", patience=10), **changes))
+
+
+@pytest.mark.parametrize(
+    ("others", "named"),
+    [
+        ([seen(0), seen(1, place=1)], "rank 0"),  # the one that has come least far
+        ([seen(0), seen(1, in_collective=True)], "rank 0"),
+        ([seen(0, in_collective=True), seen(1, in_collective=True)], "rank 0 (host), rank 1 (host)"),
+        ([seen(0, waits=True), seen(1)], "rank 1"),
+        ([seen(0, waits=True, place=1), seen(1, patience=100)], None),  # what rank 1 does may take so long
+        ([seen(0, place=1), seen(1, patience=100)], None),
+        ([seen(0), seen(1, patience=100)], None),
+        ([seen(0, waits=True), seen(1, waits=True)], None),
+    ],
+)
+def test_who_is_to_blame(others, named):
+    assert hanging(others, now=9) is None
+    found = hanging(others, now=11)
+    assert found is None if named is None else found.startswith(f"error: {named}")
+
+
+def test_whoever_speaks_or_may_be_silent_is_alive():
+    speaking, busy = seen(0), seen(1, patience=100)
+    speaking.hear(speaking.sign, now=50)
+    assert silent([speaking, busy], now=55) is None
+    assert "rank 0 (host): no sign of life for 11 s; last seen at work" in silent([busy, speaking], now=61)
+
+
+# Of the real training: 30 seconds each to start.
+
+
+def start_training(*command: object, **variables: str) -> list[subprocess.Popen]:
+    """Two ranks, as srun starts them: nobody else ends the one when the other has died."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"} | variables
+    return [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)], env=environment() | shared | {"RANK": number, "LOCAL_RANK": number},
+            cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for number in ("0", "1")
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "found"), [(signal.SIGSTOP, "no sign of life"), (signal.SIGKILL, "it died")])
+def test_training_ends_when_a_rank_does(number, found, tiny_directory, tiny_data, tmp_path):
+    command = [*flags(tiny_directory, tiny_data, tmp_path / "run"), "--steps=100000", "--save_every=100000"]
+    first, second = start_training(ROOT / "launch" / "train.py", *command, QAT_PATIENCE="10")
+    try:
+        while not (tmp_path / "run" / "log.jsonl").exists() or len(log_of(tmp_path / "run")) < 30:
+            assert first.poll() is None, first.communicate()[0]
+            time.sleep(0.05)
+        second.send_signal(number)
+        *_, line = first.communicate(timeout=60)[0].splitlines()
+        assert first.returncode == 1
+        assert re.fullmatch(rf"error: rank 1 \(.+\): {found}.* last seen at step \d+, .+", line)
+    finally:
+        first.kill()
+        second.kill()
+
+
+SLOW_DISK = """
+import sys, time
+from datetime import timedelta
+import torch.distributed as dist
+from transformers import PreTrainedModel
+from launch import cli, train
+from qat import checkpoint, ranks
+
+ranks.TIMEOUT = timedelta(seconds=20)
+
+def slowly(rank, function):
+    def call(*arguments, **named):
+        if dist.get_rank() == rank:
+            time.sleep(30)
+        return function(*arguments, **named)
+    return call
+
+PreTrainedModel.save_pretrained = slowly(0, PreTrainedModel.save_pretrained)
+checkpoint._Writer.save = slowly(1, checkpoint._Writer.save)
+cli.run(train.main)
+"""
+
+
+@pytest.mark.slow
+def test_training_outlives_a_disk_that_is_slower_than_collectives_may_be(tiny_directory, tiny_data, tmp_path):
+    command = [*flags(tiny_directory, tiny_data, tmp_path / "run"), "--steps=2"]
+    both = start_training("-c", SLOW_DISK, *command, QAT_PATIENCE="20")
+    outputs = [each.communicate(timeout=400)[0] for each in both]
+    assert [each.returncode for each in both] == [0, 0], outputs
+    assert (tmp_path / "run" / "final").is_dir()

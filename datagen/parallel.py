@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from datagen.shards import ShardFolder
+from qat import models
 from qat.errors import UserError
 from qat.machine import device, take_gpu
 
@@ -99,10 +100,7 @@ class Group:
     def load(self, name: str, dtype: torch.dtype) -> PreTrainedModel:
         """The model at ``name``, each rank of the group with its part of the layers; raises UserError if it cannot be
         divided so."""
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, distributed_config=DistributedConfig(tp_size=self.size)
-        )
-        return model.eval()
+        return models.load(name, dtype, distributed_config=DistributedConfig(tp_size=self.size))
 
 
 _ALONE = {"ID": "0", "COUNT": "1"}

@@ -20,6 +20,7 @@ from launch import cli
 from qat import ds_json, flops, models
 from qat.distill import CHUNK_TOKENS
 from qat.errors import UserError
+from qat.model_folder import read_config
 
 LLAMA = {
     "llama-7b": (4096, 11008, 32, 32),
@@ -179,7 +180,7 @@ def config_of(model: str) -> PretrainedConfig:
             num_attention_heads=heads,
         )  # fmt: skip
     try:
-        return models.read_config(models.resolve(model) if model == models.EMBEDDED else model)
+        return read_config(models.resolve(model) if model == models.EMBEDDED else model)
     except UserError as error:
         raise UserError(f"{error} Without a model: {', '.join(LLAMA)}.") from error
 

@@ -14,6 +14,7 @@ from launch import quantize as command
 from qat import export, loading, models
 from qat.errors import UserError
 from qat.formats import INTEGERS
+from qat.model_folder import ModelFolder
 from qat.models import load_tokenizer
 from qat.prepare import GRIDS_FILE, QuantConfig, freeze, load_grids, prepare
 from qat.ptq import gptq, layerwise, smoothquant
@@ -215,7 +216,7 @@ def test_stream_sees_what_the_written_model_sees(method, quant, tiny_directory, 
         return quantize_layer(stream, weights)
 
     quantize_layer = command.layer_quantizer(method, tiny_directory, GPTQConfig(), SmoothQuantConfig())
-    with layerwise.appearing(tiny_directory, tmp_path / "out", quant, {}) as folder, torch.no_grad():
+    with layerwise.appearing(ModelFolder.read(tiny_directory), tmp_path / "out", quant, {}) as folder, torch.no_grad():
         layerwise.write(Stream(tiny_directory, quant, tokens), folder, method, spy)
     model = loading.load(str(tmp_path / "out"), torch.float32)
     assert (tmp_path / "out" / GRIDS_FILE).exists() == (method == "gptq")
@@ -277,7 +278,7 @@ def test_a_killed_run_goes_on(tiny_directory, tmp_path):
                 raise KeyboardInterrupt
             return gptq.quantize_layer(stream, weights, GPTQConfig())
 
-        with layerwise.appearing(tiny_directory, output, quant, asdict(quant)) as folder:
+        with layerwise.appearing(ModelFolder.read(tiny_directory), output, quant, asdict(quant)) as folder:
             layerwise.write(Stream(tiny_directory, quant, tokens), folder, "gptq", quantize_layer)
 
     run(tmp_path / "whole")

@@ -78,7 +78,7 @@ class Student:
     def ptq_method(self) -> str:
         """The method of launch/quantize.py that made it; empty for a trained student."""
         file = self.path / PTQ_RECORD
-        return json.loads(file.read_text())["method"] if file.is_file() else ""
+        return json.loads(file.read_text()).get("method", "") if file.is_file() else ""
 
     def weights(self) -> Iterator[tuple[str, Tensor | Quantized]]:
         """Name and tensor of each weight, one at a time; those that are quantized as codes and grid.

@@ -301,7 +301,7 @@ def test_the_grid_is_kept_on_export(dtype, tmp_path):
     source = tmp_path / "model"
     tiny_model().to(dtype).save_pretrained(source)
     stream = Stream(source, QUANT, [ids(tiny_model())])
-    with layerwise.appearing(source, tmp_path / "out", QUANT, {}) as folder:
+    with layerwise.appearing(ModelFolder.read(source), tmp_path / "out", QUANT, {}) as folder:
         layerwise.write(stream, folder, "gptq", lambda *layer: gptq.quantize_layer(*layer, GPTQConfig()))
     export.export(find(tmp_path / "out"), tmp_path / "export", INTEGERS)
     in_memory, reloaded = (loading.load(str(tmp_path / name), torch.float32) for name in ("out", "export"))
@@ -372,7 +372,7 @@ def test_gptqs_weights_are_not_rounded_to_another_grid(
 def test_command(method, tiny_directory, tiny_data, tmp_path, quantize_command, capsys):
     flags = [f"--model={tiny_directory}", f"--data={tiny_data}", f"--output={tmp_path / 'out'}", f"--method={method}"]
     quantize_command(*flags)
-    record = json.loads((tmp_path / "out" / layerwise.SETTINGS).read_text())
+    record = json.loads((tmp_path / "out" / layerwise.PTQ_RECORD).read_text())
     assert record["method"] == method
     assert QuantConfig.load(tmp_path / "out") == QUANT
     model = loading.load(str(tmp_path / "out"), torch.float32)

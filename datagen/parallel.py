@@ -7,11 +7,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedModel
-from transformers.distributed import DistributedConfig
 
 from datagen.shards import ShardFolder
-from qat import models
 from qat.errors import UserError
 from qat.machine import device, take_gpu
 
@@ -96,11 +93,6 @@ class Group:
             world_size=self.size,
             timeout=datetime.timedelta(hours=1),
         )
-
-    def load(self, name: str, dtype: torch.dtype) -> PreTrainedModel:
-        """The model at ``name``, each rank of the group with its part of the layers; raises UserError if it cannot be
-        divided so."""
-        return models.load(name, dtype, distributed_config=DistributedConfig(tp_size=self.size))
 
 
 _ALONE = {"ID": "0", "COUNT": "1"}

@@ -134,11 +134,16 @@ def check_same_tokens(ours: Tokenizer, theirs: Tokenizer, whose: str) -> None:
     a, b = ours.get_vocab(), theirs.get_vocab()
     by_id = {number: token for token, number in b.items()}
     for token, number in a.items():
-        if b.get(token, number) != number or by_id.get(number, token) != token:
-            raise UserError(
-                f"{whose} have different tokenizers: {number} is {token!r} for one and {by_id.get(number)!r} for the "
-                "other, so their predictions cannot be compared. Give models of one family."
-            )
+        if b.get(token, number) != number:
+            found = f"{token!r} is {number} in one and {b[token]} in the other"
+        elif by_id.get(number, token) != token:
+            found = f"{number} is {token!r} in one and {by_id[number]!r} in the other"
+        else:
+            continue
+        raise UserError(
+            f"{whose} have different tokenizers ({found}), so their predictions cannot be compared: give models of one "
+            "family."
+        )
 
 
 def weights_fingerprint(directory: str) -> str:

@@ -110,9 +110,9 @@ def test_a_teacher_cache_holds_what_the_teacher_predicts(top_k):
             expected = model(sample.input_ids).logits[0, :-1].log_softmax(-1)
         targets = cache(sample)
         if top_k:
-            torch.testing.assert_close(
-                targets.log_probabilities.float(), expected.topk(top_k).values, atol=0.01, rtol=0
-            )
+            found, best = targets.log_probabilities.float(), expected.topk(top_k).values
+            torch.testing.assert_close(found, best, atol=0.01, rtol=0)
+            torch.testing.assert_close(found, expected.gather(1, targets.ids.long()), atol=0.01, rtol=0)
             continue
         found = torch.cat(list(targets.logits(512))).log_softmax(-1)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)

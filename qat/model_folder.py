@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
@@ -36,6 +37,8 @@ def read_config(name: str) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise UserError(f"The model {name} cannot be read: {first_line(error)}") from error
+    except StrictDataclassError as error:  # says which field on its first line, what of it on the second
+        raise UserError(f"The config of {name} is not valid: {' '.join(str(error).split())}") from error
     if config.model_type not in SUPPORTED_MODEL_TYPES:
         raise UserError(
             f"{name} is of the architecture {config.model_type!r}, which is not supported: give one of "

@@ -188,6 +188,7 @@ UNSOUND = {
     "cut short": (cut_short, "is damaged"),
     "twice": (twice, "twice, in more.safetensors and in one.safetensors"),
     "no index": (no_index, "no weights in the safetensors format (model.safetensors, or"),
+    "field": (lambda f: edit(f / "config.json", vocab_size="many"), "'vocab_size' expected int, got str"),
     "padding": (lambda f: edit(f / "config.json", pad_token_id=300), "describes no model: Padding_idx must be within"),
     "not finite": (
         lambda f: change_weights(f, not_a_number),

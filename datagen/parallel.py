@@ -6,13 +6,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.distributed import DistributedConfig
 
 from datagen.shards import ShardFolder
 from qat.errors import UserError
 from qat.machine import device, take_gpu
-from qat.ranks import TIMEOUT, announce, doing, join
+from qat.ranks import TIMEOUT, announce, join
 
 
 def ranks_from_slurm(environment: MutableMapping[str, str]) -> None:
@@ -99,15 +97,6 @@ class Group:
             world_size=self.size,
             timeout=TIMEOUT,
         )
-
-    def load(self, name: str, dtype: torch.dtype) -> PreTrainedModel:
-        """The model at ``name``, each rank of the group with its part of the layers; raises UserError if it cannot be
-        divided so."""
-        with doing("loading the model"):
-            model = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, distributed_config=DistributedConfig(tp_size=self.size)
-            )
-        return model.eval()
 
 
 _ALONE = {"ID": "0", "COUNT": "1"}

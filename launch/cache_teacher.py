@@ -18,6 +18,7 @@ from qat.data import Sample, TrainingData
 from qat.errors import UserError, check_least
 from qat.files import lock
 from qat.machine import device
+from qat.model_folder import read_config
 from qat.teacher_cache import SEQUENCES_PER_FILE, TeacherCache, entry_of
 
 
@@ -48,7 +49,7 @@ def main() -> None:
     memory.let_segments_grow()
     (config,) = cli.parse(__doc__, CacheConfig)
     model = models.resolve_full_precision(config.model)
-    vocabulary = models.read_config(model).vocab_size
+    vocabulary = read_config(model).vocab_size
     if config.top_k > vocabulary:
         raise UserError(f"top_k={config.top_k} is more than the {vocabulary} tokens of the vocabulary: give 0, or 64.")
     data = TrainingData(config.data, models.load_tokenizer(model), seed=0)

@@ -27,6 +27,7 @@ from qat.evaluate import TextScore, WindowScore, score_windows, text_windows
 from qat.files import write_atomically
 from qat.linear import ARITHMETIC
 from qat.machine import machine
+from qat.model_folder import read_config
 from qat.prepare import CONFIG_FILE, QuantConfig, freeze, prepare
 
 NO_TEXT = "none"
@@ -95,6 +96,8 @@ def main() -> None:
     # vLLM does not score a text without writing a token after it.
     window = min(evaluation.window, longest - (evaluation.engine == "vllm"))
     tokenizer = models.load_tokenizer(name)
+    if teacher_name:
+        check_teacher(teacher_name, name, tokenizer)
     texts = {
         text: text_windows(
             heldout.paragraphs(text), tokenizer, window, evaluation.windows or heldout.most_windows(text, window)
@@ -128,6 +131,17 @@ def main() -> None:
         _measure_tasks(model, tokenizer, new_tasks, evaluation, results)
     if cli.is_first_rank():
         results.show([*texts], tasks)
+
+
+def check_teacher(teacher: str, model: str, tokenizer: models.Tokenizer) -> None:
+    """Raise UserError if there is no KL between the two: they must predict the same tokens."""
+    sizes = {name: read_config(name).vocab_size for name in (teacher, model)}
+    if sizes[teacher] != sizes[model]:
+        raise UserError(
+            f"The teacher {teacher} predicts {sizes[teacher]} tokens, {model} {sizes[model]}: give the model "
+            "that it was made from."
+        )
+    models.check_same_tokens(tokenizer, models.load_tokenizer(teacher), f"{model} and its teacher {teacher}")
 
 
 def _load(name: str, rtn: QuantConfig | None) -> PreTrainedModel:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 from transformers import AutoConfig
+from transformers.distributed import DistributedConfig
 
 from datagen import card, decoder, plan
 from datagen.corpus import HUB, Corpus
@@ -143,7 +144,8 @@ def writer(
         engine = VllmEngine(directory, models.inference_dtype(), config)
         return lambda indices: engine.write_sequences(vocabulary, config, indices, progress)
     if group.size > 1:
-        model = group.load(directory, models.inference_dtype())
+        each_its_part = DistributedConfig(tp_size=group.size)
+        model = models.load(directory, models.inference_dtype(), distributed_config=each_its_part)
     else:
         model = models.load(directory, models.inference_dtype())
         models.place(model)

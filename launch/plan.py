@@ -16,6 +16,7 @@ from transformers import LlamaConfig, PretrainedConfig
 from launch import cli
 from qat import ds_json, models, plan
 from qat.errors import UserError
+from qat.model_folder import read_config
 from qat.plan import Machine, Plan
 
 LLAMA = {
@@ -90,7 +91,7 @@ def config_of(model: str) -> PretrainedConfig:
             num_attention_heads=heads,
         )  # fmt: skip
     try:
-        return models.read_config(models.resolve(model) if model == models.EMBEDDED else model)
+        return read_config(models.resolve(model) if model == models.EMBEDDED else model)
     except UserError as error:
         raise UserError(f"{error} Without a model: {', '.join(LLAMA)}.") from error
 

@@ -13,13 +13,13 @@ from qat import models
 from qat.data import TrainingData
 from qat.errors import UserError, check_choice, check_least
 from qat.files import lock
+from qat.model_folder import ModelFolder
 from qat.prepare import QuantConfig, prepare
 from qat.ptq import layerwise, rtn
 from qat.ptq.calibrate import Stream, calibration_sequences
 from qat.ptq.gptq import GPTQConfig, quantize_layer
 from qat.ptq.smoothquant import SmoothQuant, SmoothQuantConfig
 from qat.quantizers import FULL_PRECISION
-from qat.weight_files import skeleton
 
 METHODS = ("rtn", "gptq", "smoothquant")
 
@@ -60,17 +60,18 @@ def main() -> None:
     if layerwise.is_complete(settings.output, record):
         print(f"{settings.output} is there already.")
         return
-    model = prepare(skeleton(source), quant)  # nothing is written if it cannot be quantized so
+    folder = ModelFolder.read(source)
+    model = prepare(folder.skeleton(), quant)  # nothing is written if it cannot be quantized so
     sequences = calibration_sequences(data, settings.sequences) if data else []
     for ids in sequences:
         models.check_length(model.config, ids.shape[1], "The length of a calibration sequence")
     lock(layerwise.partial_of(settings.output))
-    with layerwise.appearing(source, settings.output, quant, record) as folder:
+    with layerwise.appearing(folder, settings.output, quant, record) as output:
         if settings.method == "rtn":
-            rtn.write(source, folder)
+            rtn.write(folder, output)
         else:
             quantize_layer = layer_quantizer(settings.method, source, gptq, smooth)
-            layerwise.write(Stream(source, quant, sequences), folder, settings.method, quantize_layer)
+            layerwise.write(Stream(source, quant, sequences), output, settings.method, quantize_layer)
     print(f"{settings.output}: {settings.method}, {quant}")
 
 

@@ -22,13 +22,13 @@ from qat.evaluate import text_windows
 from qat.files import lock, write_atomically
 from qat.linear import ARITHMETIC
 from qat.machine import be_deterministic, device, local_ranks
+from qat.model_folder import ModelFolder, read_config, shapes, skeleton
 from qat.plan import Machine, Plan
 from qat.preemption import RESUMABLE_EXIT, StopSignal
 from qat.prepare import QuantConfig
 from qat.teacher_cache import TeacherCache
 from qat.training import FINAL, SETTINGS, TENSORBOARD, TrainConfig, arithmetic_of, train
 from qat.validation import Texts
-from qat.weight_files import shapes, skeleton
 
 CHANGES_NO_RESULT = ("save_every", "keep", "eval_every", "max_loss_ratio", "peak_flops")
 """Settings that a run may be gone on with under other values."""
@@ -103,7 +103,7 @@ def main() -> int:
         raise UserError(f"{paths.data} has {len(data)} sequences, a step takes {config.batch_size}: generate more.")
     texts = held_out.read(tokenizer, data)
     lengths = {"data": data.longest, **{name: max(ids.shape[1] for ids in text) for name, text in texts.items()}}
-    config_of_model = models.read_config(model)
+    config_of_model = read_config(model)
     for name, length in lengths.items():
         models.check_length(config_of_model, length, f"The longest sequence of {name}")
     check_teacher(paths.teacher_cache, quant, config)
@@ -138,6 +138,7 @@ def main() -> int:
         print(json.dumps(identity, indent=1))
         print(f"{quant} student of {model}: {config.steps} steps of {config.batch_size} sequences", flush=True)
 
+    companions = ModelFolder.read(Path(begin)).companions()
     if config.deterministic:
         be_deterministic()
     engines.init_distributed()
@@ -165,7 +166,7 @@ def main() -> int:
         print(memory.beside_plan(planned.needs), flush=True)
     if not complete:
         return RESUMABLE_EXIT
-    engines.save_student(student, final, quant, tokenizer)
+    engines.save_student(student, final, quant, companions)
     return 0
 
 

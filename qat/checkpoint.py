@@ -190,7 +190,8 @@ def _convert(folder: Path, universal: Path, writers: int) -> None:
     places = ["--input_folder", str(folder), "--output_folder", str(partial)]
     workers = ["--num_extract_workers=1", f"--num_merge_workers={min(8, len(os.sched_getaffinity(0)))}"]
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *places, *workers]
-    done = subprocess.run(command, text=True, capture_output=True)
+    # The converter forks: a child of a process that has computed with OpenMP's threads would wait for them for ever.
+    done = subprocess.run(command, text=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
         shutil.rmtree(partial, ignore_errors=True)
         reason = (done.stderr.strip() or "killed").splitlines()[-1]

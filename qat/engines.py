@@ -7,7 +7,7 @@ import copy
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
-from qat import ds_json, kv_cache, models, prepare, ranks
+from qat import ds_json, kv_cache, models, prepare, ranks, weight_files
 from qat.data import Sample
 from qat.distill import Distiller, LabelTargets, TeacherTargets, run
 from qat.errors import UserError
 from qat.kv_cache import AttentionRecord
 from qat.machine import local_ranks, take_gpu
+from qat.model_folder import shapes, write_companions
 from qat.prepare import QuantConfig
 from qat.products import speed_up
 
@@ -163,12 +164,16 @@ def labels(sample: Sample) -> LabelTargets:
 
 
 def save_student(
-    engine: deepspeed.DeepSpeedEngine, directory: Path, quant: QuantConfig, tokenizer: models.Tokenizer
+    engine: deepspeed.DeepSpeedEngine, directory: Path, quant: QuantConfig, companions: Mapping[str, bytes]
 ) -> None:
     """Write the student as a Hugging Face directory, gathered from all ranks' shards.
 
     Its weights are the trained ones, not yet rounded, in the dtype that the student computes in;
     ``quant_config.json`` beside them says how to round. The directory appears whole.
+
+    Args:
+        companions: ModelFolder.companions of the model that the student began with, read when the run started: its
+            files may have moved since, and transformers would refuse to write some that it reads
     """
     weights = engine._consolidated_16bit_state_dict()
     if dist.get_rank() == 0:
@@ -177,8 +182,12 @@ def save_student(
             shutil.rmtree(partial, ignore_errors=True)
             own = {name.removeprefix("student."): weight for name, weight in weights.items()}
             steps = {name: own.pop(name) for name in list(own) if name.endswith(prepare.STEP_SUFFIX)}
-            engine.module.student.save_pretrained(partial, state_dict=own)
-            tokenizer.save_pretrained(partial)
+            student = engine.module.student
+            partial.mkdir()
+            weight_files.write(
+                partial, ((name, own[name]) for name in shapes(student) if not name.endswith(prepare.STEP_SUFFIX))
+            )
+            write_companions(companions, partial, dtype=str(student.dtype).removeprefix("torch."))
             quant.save(partial)
             prepare.save_steps(steps, partial)
             partial.rename(directory)

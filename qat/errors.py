@@ -11,6 +11,11 @@ class UserError(ValueError):
     """
 
 
+def first_line(error: Exception) -> str:
+    """What an exception of a library says, in one line."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
 def check_choice(settings: object, **choices: Iterable[str]) -> None:
     """Raise UserError if a field of ``settings`` has none of the values that ``choices`` allows it."""
     for name, allowed in choices.items():

@@ -6,11 +6,11 @@ llama.cpp (see qat.llama_cpp). ``quant_config.json`` beside an integer checkpoin
 for: the KV cache, and the true number of bits.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ from qat.errors import UserError
 from qat.evaluate import perplexity
 from qat.formats import INTEGERS, PACKED
 from qat.loading import load
-from qat.prepare import CONFIG_FILE, STEPS_FILE, QuantConfig
+from qat.model_folder import ModelFolder, write_companions
+from qat.prepare import STEPS_FILE, QuantConfig
 from qat.quantizers import FULL_PRECISION, Quantized, dequantize
 from qat.source import Student
 
@@ -31,7 +32,6 @@ FORMAT = PACKED
 """The default."""
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_FILE_BYTES = 2 * 10**9
 
 
 def check(student: Student, form: str) -> None:
@@ -54,7 +54,7 @@ def longest(student: Student, form: str) -> int:
     return llama_cpp.positions(AutoConfig.from_pretrained(student.directory)) if form == GGUF else student.longest
 
 
-def export(student: Student, output: Path, form: str, file_bytes: int = _FILE_BYTES) -> None:
+def export(student: Student, output: Path, form: str, file_bytes: int = weight_files.FILE_BYTES) -> None:
     """Write ``student`` in the format ``form`` (one of FORMATS) into the new folder ``output``.
 
     Whatever the size of the model, one weight file and one tensor are in memory at a time.
@@ -63,20 +63,14 @@ def export(student: Student, output: Path, form: str, file_bytes: int = _FILE_BY
     if form == GGUF:
         llama_cpp.write(student, output)
         return
-    for file in {file for pattern in weight_files.COMPANIONS for file in student.directory.glob(pattern)}:
-        if file.name != weight_files.INDEX:
-            shutil.copy(file, output)
     weight_files.write(output, _stored(student, form), file_bytes)
-    config = json.loads((output / "config.json").read_text())
-    config["dtype"] = str(student.dtype).removeprefix("torch.")
-    if form == FAKE:
-        (output / CONFIG_FILE).unlink(missing_ok=True)  # it would be quantized again
-    else:
-        config["quantization_config"] = formats.quantization_config(student.quant, form)
+    changes: dict[str, Any] = {"dtype": str(student.dtype).removeprefix("torch.")}
+    if form != FAKE:  # which would be quantized again
+        changes["quantization_config"] = formats.quantization_config(student.quant, form)
         student.quant.save(output)
         if student.quant.activations.learned:
             shutil.copy(student.directory / STEPS_FILE, output)
-    (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_companions(ModelFolder.read(student.directory).companions(), output, **changes)
 
 
 def _stored(student: Student, form: str) -> Iterator[tuple[str, Tensor]]:

@@ -7,7 +7,7 @@
 Codes and scales are those that training simulated, scales in fp32 as there; no library derives them again.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -103,8 +103,26 @@ def encode(name: str, quantized: Quantized, quant: QuantConfig, form: str) -> di
     }
 
 
+def layout(
+    name: str, shape: Sequence[int], config: dict[str, Any]
+) -> dict[str, tuple[tuple[int, ...], frozenset[str]]]:
+    """Shapes, and safetensors' names of the possible dtypes, of what ``encode`` gives for a weight [out, in]."""
+    rows, columns = shape
+    settings = config["config_groups"]["group_0"]["weights"]
+    scale = (rows, columns // settings.get("group_size", columns)), frozenset({"F32"})
+    if config["format"] == INTEGERS:
+        return {f"{name}.weight": ((rows, columns), frozenset({"I8"})), f"{name}.weight_scale": scale}
+    packed = -(-columns // (32 // settings["num_bits"]))
+    return {
+        f"{name}.weight_packed": ((rows, packed), frozenset({"I32"})),
+        f"{name}.weight_scale": scale,
+        f"{name}.weight_shape": ((2,), frozenset({"I64"})),
+    }
+
+
 def decode(stored: Iterable[tuple[str, Tensor]], config: dict[str, Any]) -> Iterator[tuple[str, Tensor | Quantized]]:
-    """The inverse, for a whole model: each weight by its own name; what was not quantized as it is.
+    """The inverse, for a whole model, of which nothing may be missing: each weight by its own name; what was not
+    quantized as it is.
 
     ``config`` is what ``quantization_config`` gave.
     """
@@ -122,12 +140,6 @@ def decode(stored: Iterable[tuple[str, Tensor]], config: dict[str, Any]) -> Iter
         if len(found) == len(suffixes):
             del parts[layer]
             yield f"{layer}.weight", _join(found, bits, form)
-    if parts:
-        layer, found = next(iter(parts.items()))
-        raise UserError(
-            f"The export is incomplete: of {layer} it has {', '.join(found)}, and lacks "
-            f"{', '.join(sorted(set(suffixes) - set(found)))}."
-        )
 
 
 def _join(parts: dict[str, Tensor], bits: int, form: str) -> Quantized:

@@ -1,16 +1,16 @@
 """Models for evaluation: what training simulated, weights rounded once."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
-from qat import formats, models, source, weight_files
+from qat import formats, models, source
 from qat.errors import UserError
+from qat.model_folder import ModelFolder, quantization_of
 from qat.prepare import CONFIG_FILE, QuantConfig, load_steps, prepare, quant_linears
 from qat.products import speed_up
 from qat.quantizers import Quantized, dequantize
@@ -49,9 +49,7 @@ def simulate(
             integers[name.removesuffix(".weight")] = weight
             weight = dequantize(weight, trained_dtype)
         values[name] = weight.to(dtype)
-    settings = AutoConfig.from_pretrained(config)
-    if hasattr(settings, "quantization_config"):
-        del settings.quantization_config
+    settings = ModelFolder.read(config).config
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)]
     model = model_class.from_pretrained(  # type: ignore[attr-defined]
         None, config=settings, state_dict=values, dtype=dtype, attn_implementation="sdpa"
@@ -71,17 +69,13 @@ def read(path: Path) -> tuple[QuantConfig, torch.dtype, Weights]:
     if config is None:
         student = source.find(path)
         return student.quant, student.dtype, student.weights()
-    dtype = AutoConfig.from_pretrained(path).dtype or torch.float32
-    stored = formats.decode(weight_files.stored_tensors(path), config)
-    return source.read_quant(path), dtype, weight_files.checked(stored, weight_files.skeleton(path), path)
+    folder = ModelFolder.read(path)
+    return source.read_quant(path), folder.dtype, formats.decode(folder.tensors(), config)
 
 
 def _quantization_config(path: Path) -> dict[str, Any] | None:
     """What an export's config.json says of its integers; None for a student."""
-    file = path / "config.json"
-    if not file.is_file():
-        return None
-    config = json.loads(file.read_text()).get("quantization_config")
+    config = quantization_of(path) if (path / "config.json").is_file() else None
     if config is None:
         return None
     if config.get("format") not in (formats.PACKED, formats.INTEGERS):

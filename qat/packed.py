@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from qat import loading, models, products, weight_files
+from qat import loading, models, products
 from qat.errors import UserError
 from qat.integer_cache import IntegerCache, pack, unpack
 from qat.linear import QuantLinear, lsq
+from qat.model_folder import skeleton
 from qat.prepare import CONFIG_FILE, load_steps, prepare, quant_linears
 from qat.products import matmul, matmul_codes
 from qat.quantizers import Quantized, dequantize
@@ -49,7 +50,7 @@ def load(directory: str) -> PreTrainedModel:
         raise UserError(f"{directory} has no {CONFIG_FILE}: give an integer export, or the final/ of a training run.")
     quant, trained_dtype, weights = loading.read(path)
     dtype = models.inference_dtype()
-    model = prepare(weight_files.skeleton(path), quant)
+    model = prepare(skeleton(path), quant)
     linears = quant_linears(model)
     rest: dict[str, Tensor] = {}
     for name, weight in weights:
@@ -63,6 +64,9 @@ def load(directory: str) -> PreTrainedModel:
     load_steps(model, path)
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
+    # Fine-tuning leaves use_cache=False behind, and others another cache: what is deployed has its own.
+    model.config.use_cache = model.generation_config.use_cache = True
+    model.generation_config.cache_implementation = None
     models.place(model)
     products.speed_up(model)
     if quant.kv.quantizes and quant.kv_site == "post_rope":
@@ -129,10 +133,12 @@ class _CachesIntegers:
     def new_cache(self) -> IntegerCache:
         return IntegerCache(self)  # type: ignore[arg-type]
 
-    def generate(self, *args, **kwargs):
-        if kwargs.get("use_cache", True):
+    def generate(self, inputs=None, generation_config=None, **kwargs):
+        settings = generation_config or self.generation_config  # type: ignore[attr-defined]
+        uses_cache = kwargs.get("use_cache", settings.use_cache)
+        if uses_cache is not False and (kwargs.get("cache_implementation") or settings.cache_implementation) is None:
             kwargs.setdefault("past_key_values", self.new_cache())
-        return super().generate(*args, **kwargs)  # type: ignore[misc]
+        return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
 
 
 def _caching_integers(model_class: type) -> type:

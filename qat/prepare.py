@@ -5,12 +5,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qat import kv_cache
 from qat.errors import UserError, check_choice
+from qat.files import load_tensors, save_tensors
 from qat.linear import InputQuantizer, QuantLinear
 from qat.quantizers import FULL_PRECISION, Format, Grid, lsq_initial_step
 
@@ -161,7 +161,7 @@ def initialise_steps(model: nn.Module, magnitudes: dict[str, Tensor]) -> None:
 
 def save_steps(steps: dict[str, Tensor], directory: Path) -> None:
     if steps:
-        save_file(steps, directory / STEPS_FILE)
+        save_tensors(steps, directory / STEPS_FILE)
 
 
 @torch.no_grad()
@@ -172,7 +172,9 @@ def load_steps(model: nn.Module, directory: Path) -> None:
         return
     if not (directory / STEPS_FILE).is_file():
         raise UserError(f"{directory} is incomplete: a_quantizer=lsq has learned steps, and {STEPS_FILE} is missing.")
-    steps = load_file(directory / STEPS_FILE)
+    steps = load_tensors(directory / STEPS_FILE)
+    if without := linears.keys() - {name.removesuffix(STEP_SUFFIX) for name in steps}:
+        raise UserError(f"{directory} is incomplete: {STEPS_FILE} lacks {min(without)}. Copy it again.")
     for name, linear in linears.items():
         linear.input_step.copy_(steps[name + STEP_SUFFIX])  # type: ignore[union-attr]
 
@@ -180,14 +182,14 @@ def load_steps(model: nn.Module, directory: Path) -> None:
 def save_grids(grids: dict[str, Grid], path: Path) -> None:
     """Write the grids of layers, by name, into one file: ``NAME.weight_scale``, and ``NAME.weight_zero_point``."""
     tensors = {f"{name}.weight_{field}": part for name, grid in grids.items() for field, part in grid._asdict().items()}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}, path)
+    save_tensors({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
 
 
 def load_grids(directory: Path, file: str = GRIDS_FILE) -> dict[str, Grid]:
     """The grids that the weights at ``directory`` keep, by the layer's name; empty where their values say them."""
     if not (directory / file).is_file():
         return {}
-    stored = load_file(directory / file)
+    stored = load_tensors(directory / file)
     names = [name.removesuffix(".weight_scale") for name in stored if name.endswith(".weight_scale")]
     return {name: Grid(stored[f"{name}.weight_scale"], stored.get(f"{name}.weight_zero_point")) for name in names}
 

@@ -15,18 +15,28 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig
+from transformers import PreTrainedModel
 
 from qat import models
 from qat.errors import UserError
 from qat.files import read_lines
-from qat.prepare import CONFIG_FILE, QuantConfig, load_grids, quantizable_linears
+from qat.model_folder import (
+    HEAD,
+    PTQ_RECORD,
+    Kind,
+    ModelFolder,
+    check_complete,
+    check_finite,
+    kinds,
+    quantization_of,
+    read_config,
+    skeleton,
+)
+from qat.prepare import CONFIG_FILE, GRIDS_FILE, QuantConfig, load_grids, quantizable_linears
 from qat.quantizers import Quantized, quantize
-from qat.weight_files import checked, skeleton, stored_tensors
 
 _RUN_SETTINGS = "settings.json"
 _LOG = "log.jsonl"
-_PTQ_RECORD = "ptq.json"
 _LATEST = "latest"
 _ZERO_FILES = "zero_pp_rank_*_model_states.pt"
 _STUDENT_PREFIX = "student."
@@ -62,25 +72,27 @@ class Student:
     @property
     def longest(self) -> int:
         """The positions that the model can attend over."""
-        return AutoConfig.from_pretrained(self.directory).max_position_embeddings
+        return read_config(str(self.directory)).max_position_embeddings
 
     @property
     def ptq_method(self) -> str:
         """The method of launch/quantize.py that made it; empty for a trained student."""
-        file = self.path / _PTQ_RECORD
-        return json.loads(file.read_text())["method"] if file.is_file() else ""
+        file = self.path / PTQ_RECORD
+        return json.loads(file.read_text()).get("method", "") if file.is_file() else ""
 
     def weights(self) -> Iterator[tuple[str, Tensor | Quantized]]:
         """Name and tensor of each weight, one at a time; those that are quantized as codes and grid.
 
-        Raises UserError if they are not those of the config.
+        Raises UserError if they are not those of the config, or not finite.
         """
-        model = skeleton(self.directory)
+        folder = ModelFolder.read(self.directory)
+        model = folder.skeleton()
         form = self.quant.weights
         quantized = quantizable_linears(model) if form.quantizes else {}
         grids = load_grids(self.path)
-        for name, tensor in checked(self._stored(), model, self.path):
-            assert isinstance(tensor, Tensor)
+        if (grids or self.ptq_method == "gptq") and (without := quantized.keys() - grids.keys()):
+            raise UserError(f"{self.path} is incomplete: {GRIDS_FILE} lacks {min(without)}. Copy it again.")
+        for name, tensor in _gathered(self.path, model, self.dtype) if self.is_checkpoint else folder.tensors():
             layer = name.removesuffix(".weight")
             yield name, quantize(tensor, form, grids.get(layer)) if layer in quantized else tensor
 
@@ -95,9 +107,6 @@ class Student:
         step = int(self.path.name.removeprefix("step-")) if self.is_checkpoint else None
         records = read_lines(run / _LOG) if (run / _LOG).is_file() else []
         return next((record for record in reversed(records) if step in (None, record["step"])), None)
-
-    def _stored(self) -> Iterator[tuple[str, Tensor]]:
-        return _gathered(self.path, self.dtype) if self.is_checkpoint else stored_tensors(self.path)
 
 
 def find(path: Path, model: str | None = None) -> Student:
@@ -119,11 +128,9 @@ def find(path: Path, model: str | None = None) -> Student:
             "launch/quantize.py wrote."
         )
     directory = Path(models.resolve(str(path)))
-    config = json.loads((directory / "config.json").read_text())
-    if "quantization_config" in config:
+    if quantization_of(directory):
         raise UserError(f"{path} is an export already: give the student that it was made from.")
-    dtype = AutoConfig.from_pretrained(directory).dtype or torch.float32
-    return Student(path, directory, read_quant(path), dtype, _run_settings(path.parent))
+    return Student(path, directory, read_quant(path), ModelFolder.read(directory).dtype, _run_settings(path.parent))
 
 
 def read_quant(directory: Path) -> QuantConfig:
@@ -159,8 +166,8 @@ def _run_settings(run: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def _gathered(checkpoint: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a ZeRO-3 checkpoint, put together from all ranks' files, which stay on disk.
+def _gathered(checkpoint: Path, model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a ZeRO-3 checkpoint of ``model``, put together from all ranks' files, which stay on disk.
 
     The checkpoint keeps fp32 master weights; what the student computes with is their rounding to ``dtype``.
     """
@@ -169,7 +176,15 @@ def _gathered(checkpoint: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tenso
     try:
         with contextlib.redirect_stdout(sys.stderr):
             parts = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), checkpoint.name, lazy_mode=True)
-        for name, tensor in parts.items():
-            yield name.removeprefix(_STUDENT_PREFIX), tensor.contiguous().to(dtype)
+        own = {name.removeprefix(_STUDENT_PREFIX): part for name, part in parts.items()}
+        if model.config.tie_word_embeddings:
+            own.pop(HEAD, None)
+        check_complete({name: Kind(torch.Size(part.shape)) for name, part in own.items()}, kinds(model), checkpoint)
+        for name, part in own.items():
+            tensor = part.contiguous().to(dtype)
+            check_finite(name, tensor, checkpoint)
+            yield name, tensor
+    except UserError:
+        raise
     except (ValueError, RuntimeError, OSError, EOFError, KeyError) as error:
         raise UserError(f"The checkpoint {checkpoint} is damaged or incomplete: {error}") from error

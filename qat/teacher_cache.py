@@ -16,13 +16,12 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qat.data import Sample
 from qat.distill import CHUNK_TOKENS, TeacherTargets, TopKTargets
 from qat.errors import UserError, differences
-from qat.files import write_atomically
+from qat.files import load_tensors, save_tensors, write_atomically
 
 SEQUENCES_PER_FILE = 256
 
@@ -97,12 +96,12 @@ class TeacherCache:
         if "ids" in entry:
             return TopKTargets(entry["ids"], entry["log_probabilities"])
         if self._head is None:
-            self._head = load_file(self.directory / _HEAD)["weight"].to(device)
+            self._head = load_tensors(self.directory / _HEAD)["weight"].to(device)
         return TeacherTargets(entry["hidden"], lambda: nullcontext(self._head))  # type: ignore[arg-type]
 
     def _save(self, tensors: dict[str, Tensor], path: Path) -> None:
         partial = path.with_suffix(".partial")
-        save_file(tensors, partial)
+        save_tensors(tensors, partial)
         partial.replace(path)
 
 

@@ -1,102 +1,91 @@
-"""Safetensors folders: read one tensor at a time, written in files of bounded size, checked against a config."""
+"""Weight files: safetensors, read one tensor at a time, written in files of bounded size."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qat.errors import UserError
+from qat.files import save_tensors
 from qat.prepare import GRIDS_FILE, STEPS_FILE
-from qat.quantizers import Quantized
 
 INDEX = "model.safetensors.index.json"
-
-COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
-"""What else a model directory holds: config, index and tokenizer."""
 
 NO_WEIGHTS = (STEPS_FILE, GRIDS_FILE)
 """Safetensors files of a student beside its weights."""
 
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+"""Safetensors' names of the number formats that a full-precision weight may have."""
 
-def skeleton(directory: Path) -> PreTrainedModel:
-    """The model that ``config.json`` describes, in full precision and without memory for its weights."""
-    config = AutoConfig.from_pretrained(directory)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+FILE_BYTES = 2 * 10**9
 
 
-def shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
-    """The shape of each weight, by name."""
-    return {name: parameter.shape for name, parameter in model.named_parameters()}
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: its name there, its shape, and safetensors' name of its dtype."""
 
-
-def stored_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of all that the model's weight files hold; one tensor is in memory at a time.
-
-    Raises UserError for files that are missing, cut short or no safetensors.
-    """
-    for file in weight_files(directory):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118  (not a dict)
-                    yield name, opened.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is damaged ({error}): copy it again, or write it anew.") from error
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files that the index names; without one, ``model.safetensors``, or, if that is not there either, all there
-    are. Others are not the model's: Mistral's directories hold a second copy under other names.
+    """The files that are the model, by transformers' rule: what ``transformers_weights`` in the config names,
+    ``model.safetensors``, or else what the index names. Others are not: Mistral's directories hold a second copy under
+    other names.
 
     Raises UserError if any is missing.
     """
-    index, whole = directory / INDEX, directory / _file_name(1, 1)
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{index} is damaged ({error}): copy it again, or write it anew.") from error
-        files = [directory / name for name in names]
-    elif whole.is_file():
-        files = [whole]
-    else:
-        files = sorted(file for file in directory.glob("*.safetensors") if file.name not in NO_WEIGHTS)
-    if not files:
-        raise UserError(f"{directory} has no weights in the safetensors format: save the model so.")
-    if missing := [file.name for file in files if not file.is_file()]:
+    config = json.loads((directory / "config.json").read_text())
+    named = directory / config.get("transformers_weights", _file_name(1, 1))
+    opened = named if named.is_file() else directory / INDEX
+    if not opened.is_file():
+        raise UserError(
+            f"{directory} has no weights in the safetensors format ({named.name}, or {INDEX}): save the model so."
+        )
+    if opened.suffix != ".json":
+        return [opened]
+    try:
+        names = sorted(set(json.loads(opened.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise _damaged(opened, error) from error
+    if missing := [name for name in names if not (directory / name).is_file()]:
         raise UserError(f"{directory} is incomplete: the weight file {missing[0]} is missing.")
-    return files
+    return [directory / name for name in names]
 
 
-def checked(
-    weights: Iterable[tuple[str, Tensor | Quantized]], model: PreTrainedModel, where: Path
-) -> Iterator[tuple[str, Tensor | Quantized]]:
-    """Hand on ``weights``; raises UserError unless they are those of ``model``: same names, same shapes."""
-    expected = shapes(model)
-    for name, weight in weights:
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:
-            continue  # another name of the embedding
-        if name not in expected:
-            raise UserError(f"{where} does not match its config.json, which has no place for {name}.")
-        shape = expected.pop(name)
-        found = weight.codes.shape if isinstance(weight, Quantized) else weight.shape
-        if found != shape:
-            raise UserError(
-                f"{where} does not match its config.json: {name} is {list(found)}, and should be {list(shape)}."
-            )
-        yield name, weight
-    if expected:
-        raise UserError(f"{where} is incomplete: it lacks {min(expected)} and {len(expected) - 1} other weights.")
+def stored_tensors(directory: Path) -> dict[str, Stored]:
+    """What the weight files of a model hold, by the names there; only their headers are read.
+
+    Raises UserError for a damaged file, and for a name that is there twice.
+    """
+    found: dict[str, Stored] = {}
+    for file in weight_files(directory):
+        with _opened(file) as opened:
+            for name in opened.keys():  # noqa: SIM118  (not a dict)
+                if name in found:
+                    raise UserError(f"{directory} has {name} twice, in {found[name].file.name} and in {file.name}.")
+                header = opened.get_slice(name)
+                found[name] = Stored(file, name, tuple(header.get_shape()), header.get_dtype())
+    return found
 
 
-def write(directory: Path, tensors: Iterable[tuple[str, Tensor]], file_bytes: int) -> None:
+def read(places: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors at ``places``, by the names given there, one at a time, file by file."""
+    in_order = sorted(places.items(), key=lambda item: item[1].file)
+    for file, items in groupby(in_order, key=lambda item: item[1].file):
+        with _opened(file) as opened:
+            for name, place in items:
+                yield name, opened.get_tensor(place.name)
+
+
+def write(directory: Path, tensors: Iterable[tuple[str, Tensor]], file_bytes: int = FILE_BYTES) -> None:
     """Write weight files of at most ``file_bytes`` (one tensor at least), and their index.
 
     One file is in memory at a time, and the tensor that comes next.
@@ -107,19 +96,30 @@ def write(directory: Path, tensors: Iterable[tuple[str, Tensor]], file_bytes: in
     for name, tensor in tensors:
         if pending and held + tensor.nbytes > file_bytes:
             files += 1
-            save_file(pending, directory / f"part-{files}", metadata={"format": "pt"})
+            save_tensors(pending, directory / f"part-{files}")
             pending, held = {}, 0
         pending[name] = tensor.contiguous()
         places[name] = files + 1
         held += tensor.nbytes
         total += tensor.nbytes
     files += 1
-    save_file(pending, directory / f"part-{files}", metadata={"format": "pt"})
+    save_tensors(pending, directory / f"part-{files}")
     names = {number: _file_name(number, files) for number in range(1, files + 1)}
     for number, name in names.items():
         (directory / f"part-{number}").rename(directory / name)
     index = {"metadata": {"total_size": total}, "weight_map": {name: names[number] for name, number in places.items()}}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> UserError:
+    return UserError(f"{file} is damaged ({error}): copy it again, or write it anew.")
 
 
 def _file_name(number: int, files: int) -> str:

@@ -59,14 +59,15 @@ def tiny_model(config_class=LlamaConfig, **changes):
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
 
 
-def tiny_tokenizer(text: str = TEXT) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(text: str = TEXT, tokens: int = CONFIG["vocab_size"]) -> PreTrainedTokenizerFast:
+    """Of ``tokens`` tokens: with fewer than there are bytes, it knows only the characters of ``text``."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=CONFIG["vocab_size"],
+        vocab_size=tokens,
         special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if tokens > 256 else [],
         show_progress=False,
     )
     tokenizer.train_from_iterator([text], trainer)
@@ -100,9 +101,9 @@ def generate_flags(model: Path, output: Path) -> list[str]:
     return [f"--model={model}", f"--output={output}", *sizes]
 
 
-def run_python(script: str, *flags: str) -> subprocess.CompletedProcess:
+def run_python(script: str, *flags: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "launch" / f"{script}.py"), *flags]
-    return subprocess.run(command, check=True, text=True, capture_output=True, cwd=ROOT, env=environment())
+    return subprocess.run(command, check=True, text=True, capture_output=True, cwd=cwd, env=environment())
 
 
 def environment(compiled: bool = False) -> dict[str, str]:
@@ -112,7 +113,12 @@ def environment(compiled: bool = False) -> dict[str, str]:
 
 
 def start_training(
-    ranks: int, *flags: str, script: str = "train", compiled: bool = False, output: int | IO = subprocess.PIPE
+    ranks: int,
+    *flags: str,
+    script: str = "train",
+    compiled: bool = False,
+    output: int | IO = subprocess.PIPE,
+    cwd: Path = ROOT,
 ) -> subprocess.Popen:
     """``deepspeed launch/train.py`` on CPU ranks, in a process group of its own."""
     launcher = [
@@ -124,14 +130,14 @@ def start_training(
     ]
     command = [*launcher, str(ROOT / "launch" / f"{script}.py"), *flags]
     return subprocess.Popen(
-        command, env=environment(compiled), cwd=ROOT, text=True, stdout=output, stderr=subprocess.STDOUT,
+        command, env=environment(compiled), cwd=cwd, text=True, stdout=output, stderr=subprocess.STDOUT,
         start_new_session=True,
     )  # fmt: skip
 
 
-def run_ranks(script: str, *flags: object) -> str:
+def run_ranks(script: str, *flags: object, cwd: Path = ROOT) -> str:
     """An entry point on two ranks, to its end; its output."""
-    return finish(start_training(2, *map(str, flags), script=script))
+    return finish(start_training(2, *map(str, flags), script=script, cwd=cwd))
 
 
 def finish(process: subprocess.Popen) -> str:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TEXT, finish, start_training, tiny_model
+from conftest import ROOT, TEXT, finish, start_training, tiny_model, tiny_tokenizer
 from test_launch import error_of
 from torch.nn.functional import kl_div
 
@@ -157,3 +157,18 @@ def test_weights_are_known_by_the_files_that_are_the_models(tiny_directory, tmp_
     content[-1] ^= 1
     weights.write_bytes(content)
     assert models.weights_fingerprint(str(copy)) != first
+
+
+def test_a_teacher_that_predicts_other_tokens_is_refused(tiny_directory, tmp_path, monkeypatch):
+    """More tokens that the text never has are no other tokens."""
+    flags = [f"--model={tiny_directory}", f"--text={ROOT / 'LICENSE'}", "--window=64", "--windows=2"]
+    other = shutil.copytree(tiny_directory, tmp_path / "other")
+    tiny_tokenizer("quite another text, of a few words only").save_pretrained(other)
+    assert "different tokenizers" in error_of(monkeypatch, "evaluate", *flags, f"--teacher={other}")
+    tiny_model(vocab_size=304).save_pretrained(tmp_path / "larger")
+    models.load_tokenizer(str(tiny_directory)).save_pretrained(tmp_path / "larger")
+    message = error_of(monkeypatch, "evaluate", *flags, f"--teacher={tmp_path / 'larger'}")
+    assert f"predicts 304 tokens, {tiny_directory} 300" in message
+    tokenizer = models.load_tokenizer(str(tiny_directory))
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    launch.evaluate.check_teacher(str(tiny_directory), str(tiny_directory), tokenizer)

@@ -359,7 +359,7 @@ def _edit(file: Path, **changes) -> None:
 
 DAMAGES = {
     _cut_short: "is damaged",
-    _no_scale: "lacks weight_scale",
+    _no_scale: "it lacks model.layers.0.mlp.up_proj.weight_scale",
     _wider: "does not match its config.json",
     _fewer_layers: "does not match its config.json",
     _more_layers: "is incomplete: it lacks",

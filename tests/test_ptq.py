@@ -14,6 +14,7 @@ from launch import quantize as command
 from qat import export, loading, models
 from qat.errors import UserError
 from qat.formats import INTEGERS
+from qat.model_folder import ModelFolder
 from qat.models import load_tokenizer
 from qat.prepare import GRIDS_FILE, QuantConfig, freeze, load_grids, prepare
 from qat.ptq import gptq, layerwise, smoothquant
@@ -215,7 +216,7 @@ def test_stream_sees_what_the_written_model_sees(method, quant, tiny_directory, 
         return quantize_layer(stream, weights)
 
     quantize_layer = command.layer_quantizer(method, tiny_directory, GPTQConfig(), SmoothQuantConfig())
-    with layerwise.appearing(tiny_directory, tmp_path / "out", quant, {}) as folder, torch.no_grad():
+    with layerwise.appearing(ModelFolder.read(tiny_directory), tmp_path / "out", quant, {}) as folder, torch.no_grad():
         layerwise.write(Stream(tiny_directory, quant, tokens), folder, method, spy)
     model = loading.load(str(tmp_path / "out"), torch.float32)
     assert (tmp_path / "out" / GRIDS_FILE).exists() == (method == "gptq")
@@ -277,7 +278,7 @@ def test_a_killed_run_goes_on(tiny_directory, tmp_path):
                 raise KeyboardInterrupt
             return gptq.quantize_layer(stream, weights, GPTQConfig())
 
-        with layerwise.appearing(tiny_directory, output, quant, asdict(quant)) as folder:
+        with layerwise.appearing(ModelFolder.read(tiny_directory), output, quant, asdict(quant)) as folder:
             layerwise.write(Stream(tiny_directory, quant, tokens), folder, "gptq", quantize_layer)
 
     run(tmp_path / "whole")
@@ -300,7 +301,7 @@ def test_the_grid_is_kept_on_export(dtype, tmp_path):
     source = tmp_path / "model"
     tiny_model().to(dtype).save_pretrained(source)
     stream = Stream(source, QUANT, [ids(tiny_model())])
-    with layerwise.appearing(source, tmp_path / "out", QUANT, {}) as folder:
+    with layerwise.appearing(ModelFolder.read(source), tmp_path / "out", QUANT, {}) as folder:
         layerwise.write(stream, folder, "gptq", lambda *layer: gptq.quantize_layer(*layer, GPTQConfig()))
     export.export(find(tmp_path / "out"), tmp_path / "export", INTEGERS)
     in_memory, reloaded = (loading.load(str(tmp_path / name), torch.float32) for name in ("out", "export"))
@@ -371,7 +372,7 @@ def test_gptqs_weights_are_not_rounded_to_another_grid(
 def test_command(method, tiny_directory, tiny_data, tmp_path, quantize_command, capsys):
     flags = [f"--model={tiny_directory}", f"--data={tiny_data}", f"--output={tmp_path / 'out'}", f"--method={method}"]
     quantize_command(*flags)
-    record = json.loads((tmp_path / "out" / layerwise.SETTINGS).read_text())
+    record = json.loads((tmp_path / "out" / layerwise.PTQ_RECORD).read_text())
     assert record["method"] == method
     assert QuantConfig.load(tmp_path / "out") == QUANT
     model = loading.load(str(tmp_path / "out"), torch.float32)

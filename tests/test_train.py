@@ -20,8 +20,10 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_launch import error_of
+from test_model_folder import odd
 from torch.utils.flop_counter import FlopCounterMode
 
+import qat
 from launch import cli
 from launch.train import Paths
 from qat import export, flops, loading, models, source, training
@@ -392,11 +394,13 @@ def losses_killed_or_not(model: Path, data: Path, folder: Path, student: Path, t
 
 
 def test_a_student_begins_where_smoothquant_ended(tiny_directory, tiny_data, tmp_path):
-    """The first step's KL is that of the post-training model on the same samples, and training lowers it."""
-    smooth, output = tmp_path / "smooth", tmp_path / "out"
-    quantize = [f"--model={tiny_directory}", f"--data={tiny_data}", f"--output={smooth}", "--w_bits=3"]
+    """The first step's KL is that of the post-training model on the same samples, and training lowers it. The folder
+    of the model is odd, as real ones are: that changes nothing that is computed, nor keeps final/ from being saved."""
+    model, smooth, output = tmp_path / "model", tmp_path / "smooth", tmp_path / "out"
+    odd(shutil.copytree(tiny_directory, model))
+    quantize = [f"--model={model}", f"--data={tiny_data}", f"--output={smooth}", "--w_bits=3"]
     run_python("quantize", "--method=smoothquant", *quantize)
-    finish(start_training(2, *flags(tiny_directory, tiny_data, output), f"--student={smooth}"))
+    finish(start_training(2, *flags(model, tiny_data, output), f"--student={smooth}"))
     teacher, student = models.load(str(tiny_directory), torch.float32), loading.load(str(smooth), torch.float32)
     data = TrainingData(tiny_data, models.load_tokenizer(str(tiny_directory)), CONFIG.seed)
     expected = []
@@ -408,6 +412,10 @@ def test_a_student_begins_where_smoothquant_ended(tiny_directory, tiny_data, tmp
     kl = [record["kl"] for record in log_of(output)]
     assert kl[0] == pytest.approx(sum(expected) / 2, rel=1e-3)
     assert sum(kl[6:]) < sum(kl[:6])
+    final = output / "final"
+    assert (final / "generation_config.json").read_bytes() == (model / "generation_config.json").read_bytes()
+    assert (final / "model.safetensors").stat().st_mode == (final / "config.json").stat().st_mode
+    assert torch.isfinite(qat.load(str(final))(torch.arange(2, 20)[None]).logits).all()
 
 
 def test_a_student_of_another_model_is_refused(monkeypatch, tiny_directory, tiny_data, run, tmp_path):

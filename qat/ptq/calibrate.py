@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from qat import models
 from qat.data import TrainingData
-from qat.errors import UserError
 from qat.machine import device
+from qat.model_folder import ModelFolder
 from qat.prepare import QuantConfig, prepare, quant_linears
 from qat.quantizers import Grid
-from qat.weight_files import skeleton, weight_files
 
 Weights = dict[str, Tensor]
 """The weights of one decoder layer, by their names in it (``self_attn.q_proj.weight``), in the dtype of the file."""
@@ -30,10 +28,10 @@ def calibration_sequences(data: TrainingData, most: int) -> list[Tensor]:
 
 
 class WeightFiles:
-    """The weights of a Hugging Face directory, read when they are asked for."""
+    """The weights of a model folder, read when they are asked for."""
 
-    def __init__(self, directory: Path):
-        self._files = weight_files(directory)
+    def __init__(self, folder: ModelFolder):
+        self._folder = folder
 
     def layer(self, number: int) -> Weights:
         """The weights of decoder layer ``number``."""
@@ -44,12 +42,7 @@ class WeightFiles:
         return self._read(lambda name: not name.startswith("model.layers."), "")
 
     def _read(self, wanted: Callable[[str], bool], prefix: str) -> Weights:
-        weights = {}
-        for file in self._files:
-            with safe_open(file, framework="pt") as opened:
-                for name in filter(wanted, opened.keys()):
-                    weights[name.removeprefix(prefix)] = opened.get_tensor(name)
-        return weights
+        return {name.removeprefix(prefix): weight for name, weight in self._folder.tensors(wanted)}
 
 
 class Stream:
@@ -63,11 +56,12 @@ class Stream:
     """
 
     def __init__(self, source: Path, quant: QuantConfig, sequences: list[Tensor]):
-        """Raises UserError if the model's blocks cannot be quantized, or its weights are incomplete."""
+        """Raises UserError if the model's blocks cannot be quantized, or its weights are not those of its config."""
         self.device = device()
         self.dtype = models.inference_dtype()
-        self.files = WeightFiles(source)
-        self.model = prepare(skeleton(source), quant)
+        folder = ModelFolder.read(source)
+        self.files = WeightFiles(folder)
+        self.model = prepare(folder.skeleton(), quant)
         self.layers: nn.ModuleList = self.model.base_model.layers  # type: ignore[assignment]
         self.position = 0
         self._arguments: dict[int, list[dict[str, Any]]] = {}
@@ -154,12 +148,9 @@ class Stream:
 
 
 def fill(module: nn.Module, weights: Weights, device: torch.device | str) -> None:
-    """Put ``weights`` in the place of the module's own; raises UserError if some are missing or of other shapes."""
+    """Put ``weights``, which must be all of them, in the place of the module's own."""
     own = {name: weight.to(device, copy=True) for name, weight in weights.items()}  # it may be rounded in place
-    try:
-        module.load_state_dict(own, assign=True)
-    except RuntimeError as error:
-        raise UserError(f"The model's weights do not fit its config.json: {error}") from error
+    module.load_state_dict(own, assign=True)
 
 
 def _prefix(number: int) -> str:

@@ -5,25 +5,21 @@ calibration text pass it. The folder gets its name when it is whole.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from qat.errors import UserError, differences
-from qat.files import write_atomically
+from qat.files import load_tensors, save_tensors, write_atomically
+from qat.model_folder import PTQ_RECORD, ModelFolder, write_companions
 from qat.prepare import GRIDS_FILE, QuantConfig, load_grids, save_grids
 from qat.ptq.calibrate import Stream, Weights
 from qat.quantizers import Grid
-from qat.weight_files import COMPANIONS, INDEX
-
-SETTINGS = "ptq.json"
-
+from qat.weight_files import INDEX
 
 QuantizeLayer = Callable[[Stream, Weights], tuple[Weights, dict[str, Grid], str]]
 """From the stream in front of a layer, and the layer's weights: its final weights, their grids by the layers' names
@@ -34,9 +30,9 @@ def is_complete(output: Path, settings: dict[str, Any]) -> bool:
     """Whether ``output`` was made with ``settings`` already; raises UserError if it is something else."""
     if not output.exists():
         return False
-    if not (output / SETTINGS).is_file():
+    if not (output / PTQ_RECORD).is_file():
         raise UserError(f"{output} is there already, and no post-training method made it: give another folder.")
-    if listed := differences(json.loads((output / SETTINGS).read_text()), settings):
+    if listed := differences(json.loads((output / PTQ_RECORD).read_text()), settings):
         raise UserError(f"{output} is there already, made with other settings ({listed}): give another folder.")
     return True
 
@@ -47,24 +43,22 @@ def partial_of(output: Path) -> Path:
 
 
 @contextmanager
-def appearing(source: Path, output: Path, quant: QuantConfig, settings: dict[str, Any]) -> Iterator[Path]:
+def appearing(source: ModelFolder, output: Path, quant: QuantConfig, settings: dict[str, Any]) -> Iterator[Path]:
     """A folder beside ``output`` for its weights; at the end it gets the rest of the files, and the name.
 
     Raises UserError if it holds a run of other settings.
     """
     partial = partial_of(output)
     partial.mkdir(parents=True, exist_ok=True)
-    if (partial / SETTINGS).is_file():
-        if listed := differences(json.loads((partial / SETTINGS).read_text()), settings):
+    if (partial / PTQ_RECORD).is_file():
+        if listed := differences(json.loads((partial / PTQ_RECORD).read_text()), settings):
             raise UserError(
                 f"{partial} holds an unfinished run of other settings ({listed}): give another --output, or delete it."
             )
     else:
-        write_atomically(partial / SETTINGS, json.dumps(settings, indent=2) + "\n")
+        write_atomically(partial / PTQ_RECORD, json.dumps(settings, indent=2) + "\n")
     yield partial
-    for file in (f for pattern in COMPANIONS for f in source.glob(pattern)):
-        if file.name not in (INDEX, SETTINGS):  # of those, the folder has its own
-            shutil.copyfile(file, partial / file.name)
+    write_companions(source.companions(), partial)
     quant.save(partial)
     (partial / "lock").unlink(missing_ok=True)
     partial.rename(output)
@@ -81,7 +75,7 @@ def write(stream: Stream, folder: Path, method: str, quantize_layer: QuantizeLay
             progress.set_postfix_str(word)
             _save_layer(folder, path, number, weights, grids)
         prefix = f"model.layers.{number}."
-        stored = {name.removeprefix(prefix): weight for name, weight in load_file(path).items()}
+        stored = {name.removeprefix(prefix): weight for name, weight in load_tensors(path).items()}
         grids = {name.removeprefix(prefix): grid for name, grid in load_grids(folder, _grids_file(number)).items()}
         stream.advance(stored, grids)
     _save(stream.files.rest(), _weight_file(folder, count, count))
@@ -99,7 +93,7 @@ def _save_layer(folder: Path, path: Path, number: int, weights: Weights, grids: 
 
 def _save(weights: Weights, path: Path) -> None:
     partial = path.with_suffix(".partial")
-    save_file({name: weight.contiguous() for name, weight in weights.items()}, partial, metadata={"format": "pt"})
+    save_tensors(weights, partial)
     partial.replace(path)
 
 

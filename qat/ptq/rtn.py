@@ -1,13 +1,11 @@
 """RTN, round to nearest: the quantization of training, without the training."""
 
-import shutil
 from pathlib import Path
 
-from qat.weight_files import INDEX, weight_files
+from qat import weight_files
+from qat.model_folder import ModelFolder
 
 
-def write(source: Path, output: Path) -> None:
-    """Copy the model's weights as they are: ``quant_config.json``, which comes beside them, says how to round."""
-    index = source / INDEX
-    for file in [*weight_files(source), *([index] if index.exists() else [])]:
-        shutil.copy(file, output)
+def write(source: ModelFolder, output: Path) -> None:
+    """Write the model's weights as they are: ``quant_config.json``, which comes beside them, says how to round."""
+    weight_files.write(output, source.tensors())

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UserError
+from qat.model_folder import ModelFolder
 from qat.ptq.calibrate import Stream, Weights, fill
 from qat.quantizers import Grid
-from qat.weight_files import skeleton
 
 ALPHAS = (0.1, 0.3, 0.5, 0.7)
 """What the search tries, beside no smoothing."""
@@ -67,7 +67,7 @@ class SmoothQuant:
 
     def __init__(self, source: Path, config: SmoothQuantConfig):
         self.config = config
-        self._layers: nn.ModuleList = skeleton(source).base_model.layers  # type: ignore[assignment]
+        self._layers: nn.ModuleList = ModelFolder.read(source).skeleton().base_model.layers  # type: ignore[assignment]
 
     @torch.inference_mode()
     def quantize_layer(self, stream: Stream, weights: Weights) -> tuple[Weights, dict[str, Grid], str]:

@@ -1,0 +1,282 @@
+"""A model folder: whatever transformers computes from it, every command computes; what is not whole, none touches."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import generate_flags, tiny_model, tiny_tokenizer
+from safetensors.torch import load_file, save_file
+from test_launch import error_of
+from test_prepare import ids
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+import qat
+from qat import export, loading, models, source
+from qat.errors import UserError
+from qat.export import FAKE
+from qat.model_folder import ModelFolder
+from qat.prepare import CONFIG_FILE, GRIDS_FILE, STEPS_FILE, QuantConfig
+from qat.ptq import layerwise, rtn
+from qat.ptq.calibrate import Stream
+from qat.weight_files import INDEX, weight_files
+
+WEIGHTS = "model.safetensors"
+FULL = QuantConfig(16, 16, 16)
+RECORD = {"method": "none"}
+
+
+def edit(file: Path, drop: tuple[str, ...] = (), **changes) -> None:
+    values = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({name: value for name, value in values.items() if name not in drop}))
+
+
+def change_weights(folder: Path, change, file: str = WEIGHTS) -> None:
+    """``change`` takes the weights and returns them, or changes them in place."""
+    weights = load_file(folder / file)
+    save_file(change(weights) or weights, folder / file, metadata={"format": "pt"})
+
+
+def rotary_buffers(weights: dict) -> None:
+    for layer in range(2):
+        weights[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.rand(8)
+
+
+def own_head(folder: Path) -> None:
+    edit(folder / "config.json", tie_word_embeddings=True)
+
+
+def odd(folder: Path) -> None:
+    """What real folders have: LLaMA-1's buffers and -1 for no padding, vicuna's sampling without do_sample, settings of
+    generation in the config, fine-tuning's use_cache, and a head of its own where the config ties it."""
+    change_weights(folder, rotary_buffers, weight_files(folder)[0].name)
+    edit(folder / "config.json", tie_word_embeddings=True, use_cache=False, pad_token_id=-1, temperature=0.7)
+    edit(folder / "generation_config.json", temperature=0.9, top_p=0.6)
+
+
+def without_head(weights: dict) -> dict:
+    """As AutoModel saves it."""
+    return {name.removeprefix("model."): weight for name, weight in weights.items() if name != "lm_head.weight"}
+
+
+def stale_index(folder: Path) -> None:
+    """The index of another save, whose file is there too: transformers reads model.safetensors."""
+    shutil.copy(folder / WEIGHTS, folder / "old.safetensors")
+    change_weights(folder, lambda weights: {name: weight * 2 for name, weight in weights.items()}, "old.safetensors")
+    weight_map = dict.fromkeys(load_file(folder / WEIGHTS), "old.safetensors")
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def two_names(weights: dict) -> None:
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+
+
+def under_the_other_name(weights: dict) -> None:
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+
+
+def named_in_the_config(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "other.safetensors")
+    edit(folder / "config.json", transformers_weights="other.safetensors")
+
+
+TIED = {"tie_word_embeddings": True}
+SOUND = {
+    "odd": (odd, {}),
+    "own head": (own_head, {}),
+    "head equal to the embedding": (lambda folder: change_weights(folder, two_names), TIED),
+    "head for the embedding": (lambda folder: change_weights(folder, under_the_other_name), TIED),
+    "saved without head": (lambda folder: change_weights(folder, without_head), TIED),
+    "stale index": (stale_index, {}),
+    "named in the config": (named_in_the_config, {}),
+    "null quantization": (lambda folder: edit(folder / "config.json", quantization_config=None), {}),
+    "half precision": (lambda folder: change_weights(folder, lambda w: {n: t.half() for n, t in w.items()}), {}),
+}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    tiny_model(tie_word_embeddings=False).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("trait", SOUND)
+def test_every_way_computes_what_transformers_computes(trait, tmp_path):
+    """Loaded, written by a post-training method that changes nothing, packed, exported."""
+    change, config = SOUND[trait]
+    model = tmp_path / "model"
+    tiny_model(**({"tie_word_embeddings": False} | config)).save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    change(model)
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tokens = ids(reference)
+    expected = reference(tokens).logits
+    assert models.resolve_full_precision(str(model)) == str(model)
+    assert torch.equal(models.load(str(model), torch.float32)(tokens).logits, expected)
+    found = ModelFolder.read(model)
+    for name, write in (
+        ("rtn", lambda output: rtn.write(found, output)),
+        ("layers", lambda output: layerwise.write(Stream(model, FULL, [tokens]), output, "none", unchanged)),
+    ):
+        with layerwise.appearing(found, tmp_path / name, FULL, RECORD) as output, torch.no_grad():
+            write(output)
+        assert torch.equal(loading.load(str(tmp_path / name), torch.float32)(tokens).logits, expected), name
+        assert torch.equal(qat.load(str(tmp_path / name))(tokens).logits, expected), name
+        ours = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
+        assert torch.equal(ours(tokens).logits, expected), name
+    export.export(source.find(tmp_path / "rtn"), tmp_path / "export", FAKE)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32)
+    assert torch.equal(exported(tokens).logits, expected)
+
+
+def unchanged(stream, weights):
+    return weights, {}, ""
+
+
+def no_head(weights: dict) -> None:
+    del weights["lm_head.weight"]
+
+
+def not_a_number(weights: dict) -> None:
+    weights["model.layers.1.mlp.up_proj.weight"][5] = torch.nan
+
+
+def no_layer(weights: dict) -> dict:
+    return {name: weight for name, weight in weights.items() if ".layers.1." not in name}
+
+
+def another_process_s(weights: dict) -> dict:
+    return {f"module.{name}": weight for name, weight in weights.items()}
+
+
+def cut_short(folder: Path) -> None:
+    os.truncate(folder / WEIGHTS, (folder / WEIGHTS).stat().st_size - 100)
+
+
+def twice(folder: Path) -> None:
+    shutil.copy(folder / WEIGHTS, folder / "more.safetensors")
+    names = list(load_file(folder / WEIGHTS))
+    (folder / WEIGHTS).rename(folder / "one.safetensors")
+    weight_map = dict.fromkeys(names, "one.safetensors") | {names[0]: "more.safetensors"}
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+
+def no_index(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "model-00001-of-00001.safetensors")
+
+
+UNSOUND = {
+    "no head": (lambda f: change_weights(f, no_head), "it lacks lm_head.weight. Copy"),
+    "no layer": (lambda f: change_weights(f, no_layer), "it lacks model.layers.1.input_layernorm.weight and 8 more"),
+    "prefix": (lambda f: change_weights(f, another_process_s), "holds module.lm_head.weight and 20 more"),
+    "bias": (
+        lambda f: change_weights(f, lambda w: w.update({"model.layers.0.mlp.up_proj.bias": torch.zeros(96)})),
+        "no place for model.layers.0.mlp.up_proj.bias",
+    ),
+    "shape": (
+        lambda f: edit(f / "config.json", vocab_size=302),
+        "embed_tokens.weight is [300, 64], and should be [302, 64]",
+    ),
+    "codes": (
+        lambda f: change_weights(f, lambda w: w.update({"lm_head.weight": w["lm_head.weight"].to(torch.int8)})),
+        "stores lm_head.weight as I8",
+    ),
+    "cut short": (cut_short, "is damaged"),
+    "twice": (twice, "twice, in more.safetensors and in one.safetensors"),
+    "no index": (no_index, "no weights in the safetensors format (model.safetensors, or"),
+    "field": (lambda f: edit(f / "config.json", vocab_size="many"), "'vocab_size' expected int, got str"),
+    "padding": (lambda f: edit(f / "config.json", pad_token_id=300), "describes no model: Padding_idx must be within"),
+    "not finite": (
+        lambda f: change_weights(f, not_a_number),
+        "not finite, in model.layers.1.mlp.up_proj.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", UNSOUND)
+def test_no_command_takes_a_model_that_is_not_whole(damage, folder, tiny_data, tmp_path, monkeypatch):
+    """One sentence, before anything is written. Whether numbers are finite is known when they are read."""
+    change, said = UNSOUND[damage]
+    change(folder)
+    output = tmp_path / "output"
+    shards = [f"--model={folder}", f"--data={tiny_data}", f"--output={output}"]
+    commands = {
+        "evaluate": [f"--model={folder}", f"--text={Path(__file__)}", "--window=32", "--windows=1"],
+        "generate": generate_flags(folder, tmp_path / "shards"),
+        "quantize": [*shards[::2], "--method=rtn"],
+    }
+    if damage != "not finite":
+        commands |= {"train": shards, "cache_teacher": shards}
+    for script, flags in commands.items():
+        assert said in error_of(monkeypatch, script, *flags), script
+        assert not output.exists()
+    with pytest.raises(UserError, match=re.escape(said)):
+        models.load(str(folder), torch.float32)
+
+
+def test_transformers_reads_the_same_files(folder):
+    """The rule is written here once more: when transformers changes it, this says so."""
+    from transformers.modeling_utils import _get_resolved_checkpoint_files
+
+    for change in (lambda _: None, stale_index, named_in_the_config):
+        change(folder)
+        named = json.loads((folder / "config.json").read_text()).get("transformers_weights")
+        theirs, _ = _get_resolved_checkpoint_files(
+            str(folder), variant=None, gguf_file=None, use_safetensors=None, user_agent={}, is_remote_code=False,
+            transformers_explicit_filename=named,
+        )  # fmt: skip
+        assert [str(file) for file in weight_files(folder)] == theirs
+
+
+def test_what_lies_beside_the_weights_is_accounted_for_too(folder, tmp_path):
+    """Steps of activations, grids of GPTQ: without one of them, other numbers would take its place."""
+    QuantConfig(a_quantizer="lsq").save(folder)
+    save_file({"model.layers.0.mlp.up_proj.input_step": torch.ones(1)}, folder / STEPS_FILE)
+    with pytest.raises(UserError, match=rf"{STEPS_FILE} lacks model.layers.0.mlp.down_proj"):
+        loading.load(str(folder), torch.float32)
+    QuantConfig().save(folder)
+    (folder / "ptq.json").write_text('{"method": "gptq"}')
+    with pytest.raises(UserError, match=rf"{GRIDS_FILE} lacks model.layers.0.mlp.down_proj"):
+        loading.load(str(folder), torch.float32)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_whoever_the_umask_lets_reads_the_weights(umask, folder, tmp_path):
+    before = os.umask(umask)
+    try:
+        with layerwise.appearing(ModelFolder.read(folder), tmp_path / "out", FULL, RECORD) as output:
+            layerwise.write(Stream(folder, FULL, []), output, "none", unchanged)
+        export.export(source.find(tmp_path / "out"), tmp_path / "export", FAKE)
+    finally:
+        os.umask(before)
+    files = [*(tmp_path / "out").iterdir(), *(tmp_path / "export").iterdir()]
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~umask}
+
+
+def test_generation_equals_the_full_forward_pass_whatever_the_folder_says_of_caches(folder):
+    QuantConfig().save(folder)
+    tokens = ids(qat.load(str(folder)))[:, :6]
+    how = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = loading.load(str(folder), torch.float32).generate(tokens, use_cache=False, **how)
+
+    def check(**more) -> None:
+        assert torch.equal(qat.load(str(folder)).generate(tokens, **how, **more), expected)
+
+    edit(folder / "generation_config.json", use_cache=False, cache_implementation="static")
+    check()
+    (folder / "generation_config.json").unlink()
+    edit(folder / "config.json", use_cache=False)
+    check()
+    check(use_cache=False)
+    check(generation_config=GenerationConfig(use_cache=False))
+
+
+def test_a_student_s_record_is_not_taken_over(folder, tmp_path):
+    """What was made by a post-training method, and trained on, is no longer its output."""
+    (folder / "ptq.json").write_text('{"method": "gptq"}')
+    QuantConfig().save(folder)
+    assert not {"ptq.json", CONFIG_FILE, INDEX} & ModelFolder.read(folder).companions().keys()

@@ -32,15 +32,15 @@ Check = Callable[[Bench], tuple[dict, dict]]
 CHECKS: dict[str, tuple[Check, int]] = {
     "machine": (limits.machine, 30),
     "integer products": (numerics.integer_products, 30),
+    "zero3": (training.zero3, 75),
+    "resume": (training.resume, 100),
     "quantizers": (numerics.quantizers, 90),
-    "zero3": (training.zero3, 90),
-    "resume": (training.resume, 120),
-    "layer": (speed.layer, 60),
-    "decoding": (generation.decoding, 90),
-    "loss": (speed.loss, 45),
+    "decoding": (generation.decoding, 75),
+    "layer": (speed.layer, 40),
+    "loss": (speed.loss, 30),
     "caches": (numerics.caches, 30),
-    "gptq": (numerics.gptq_layer, 45),
-    "leaf modules": (training.leaf_modules, 60),
+    "gptq": (numerics.gptq_layer, 30),
+    "leaf modules": (training.leaf_modules, 75),
 }
 """What is checked, most valuable first, and the most seconds that it may take, the start of its process included."""
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gpu_checks.bench import Bench, device_seconds, peak_bytes, profiled, seconds
-from qat.distill import DistillationHead, TeacherTargets
+from qat.distill import CHUNK_TOKENS, DistillationHead, TeacherTargets
 from qat.linear import QuantLinear
 from qat.prepare import QuantConfig, prepare
 from qat.quantizers import Format, quantize
@@ -71,28 +71,32 @@ def loss(bench: Bench) -> tuple[dict, dict]:
         return fused(hidden, targets)[0]
 
     found, took, peaks = {}, {}, {}
-    for name, compute in (("naive", naive), ("ours", ours)):
+    ways = {"naive": (naive, CHUNK_TOKENS[bench.device.type]), **{f"{n}": (ours, n) for n in (1024, 512, 256, 128)}}
+    for name, (compute, chunk) in ways.items():
         hidden.grad = weight.grad = None
-        value = compute()
-        value.backward()
-        found[name] = (value.item(), hidden.grad.double(), weight.grad.double())
-        hidden.grad = weight.grad = None
-        run = lambda: compute().backward()  # noqa: B023, E731
-        peaks[name] = peak_bytes(run)
-        took[name] = seconds(run)
+        with patch.dict(CHUNK_TOKENS, {bench.device.type: chunk}):
+            value = compute()
+            value.backward()
+            found[name] = (value.item(), hidden.grad.double(), weight.grad.double())
+            hidden.grad = weight.grad = None
+            run = lambda: compute().backward()  # noqa: B023, E731
+            peaks[name] = peak_bytes(run)
+            took[name] = seconds(run)
     exact = _exact(hidden, weight, teacher_hidden, teacher_weight)
     off = {
         f"{name}_{what}": ((a - b).norm() / b.norm()).item() if isinstance(a, Tensor) else abs(a - b) / b
         for name, parts in found.items()
         for what, a, b in zip(("loss", "hidden", "weight"), parts, exact, strict=True)
     }
+    default = f"{CHUNK_TOKENS[bench.device.type]}"
     figures = {
-        "time_vs_naive": took["ours"] / took["naive"],
-        "peak_vs_naive": peaks["ours"] / max(peaks["naive"], 1),
-        "ms": 1e3 * took["ours"],
+        "time_vs_naive": took[default] / took["naive"],
+        "peak_vs_naive": peaks[default] / max(peaks["naive"], 1),
+        "ms_by_chunk": {name: 1e3 * value for name, value in took.items()},
+        "peak_MB_by_chunk": {name: value / 1e6 for name, value in peaks.items()},
         "against_fp64": off,
     }
-    return figures, {"right": max(off[f"ours_{what}"] for what in ("loss", "hidden", "weight")) < 1e-2}
+    return figures, {"right": max(value for name, value in off.items() if not name.startswith("naive")) < 1e-2}
 
 
 def _exact(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> tuple:

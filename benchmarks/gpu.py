@@ -7,12 +7,13 @@ It needs torch, transformers and the packages of docs/gpu/README.md. Each check 
 reported, and the others go on. The file is written after every check. Without a GPU the same checks run small.
 """
 
+import gc
 import json
 import multiprocessing
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,26 +24,34 @@ from gpu_checks.bench import SMALL, Bench, Shapes
 
 from launch import cli
 from qat.errors import UserError
-from qat.files import write_atomically
+from qat.files import read_lines, write_atomically
 from qat.machine import machine
 
 Check = Callable[[Bench], tuple[dict, dict]]
 """It gives figures, and what must hold."""
 
-CHECKS: dict[str, tuple[Check, int]] = {
-    "machine": (limits.machine, 30),
-    "integer products": (numerics.integer_products, 30),
-    "zero3": (training.zero3, 75),
-    "resume": (training.resume, 100),
-    "quantizers": (numerics.quantizers, 90),
-    "decoding": (generation.decoding, 75),
-    "layer": (speed.layer, 40),
-    "loss": (speed.loss, 30),
-    "caches": (numerics.caches, 30),
-    "gptq": (numerics.gptq_layer, 30),
-    "leaf modules": (training.leaf_modules, 75),
-}
-"""What is checked, most valuable first, and the most seconds that it may take, the start of its process included."""
+GROUPS: tuple[tuple[dict[str, Check], int], ...] = (
+    (
+        {
+            "machine": limits.machine,
+            "integer products": numerics.integer_products,
+            "decoding": generation.decoding,
+            "layer": speed.layer,
+            "loss": speed.loss,
+            "caches": numerics.caches,
+            "gptq": numerics.gptq_layer,
+            "quantizers": numerics.quantizers,
+        },
+        240,
+    ),
+    ({"zero3": training.zero3}, 90),
+    ({"resume": training.resume}, 110),
+    ({"leaf modules": training.leaf_modules}, 90),
+)
+"""What is checked, and the most seconds that it may take. Each group has a process of its own: what it leaves in
+memory, or breaks, is no other's; to start one takes up to 20 seconds where files are read for the first time."""
+
+CHECKS = {name: check for checks, _ in GROUPS for name, check in checks.items()}
 
 
 @dataclass(frozen=True)
@@ -70,55 +79,67 @@ def main() -> int:
     (config,) = cli.parse(__doc__, Gpu)
     began = time.monotonic()
     small = not torch.cuda.is_available()
-    found: dict[str, Any] = {"machine": machine(), "torch": torch.__version__, "checks": {}}
+    record: dict[str, Any] = {"machine": machine(), "torch": torch.__version__, "checks": {}}
     print(f"{machine()}, torch {torch.__version__}{': no GPU, small shapes' if small else ''}", flush=True)
-    for name in config.checks.split(","):
+    for checks, most in GROUPS:
+        names = [name for name in checks if name in config.checks.split(",")]
         left = config.seconds - (time.monotonic() - began)
-        most = None if small else min(CHECKS[name][1], left)  # the time of GPUs is short
-        result = {"left out": "no time"} if most is not None and most < 5 else _run(name, config.folder, most)
-        found["checks"][name] = result
-        print(f"{name}: {_line(result)}", flush=True)
-        if config.json:
-            config.json.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(config.json, json.dumps(found, indent=1) + "\n")
-    return int(any(_failed(result) for result in found["checks"].values()))
+        for name, result in _results(names, config.folder, None if small else min(most, left)):
+            record["checks"][name] = result
+            print(f"{name}: {_line(result)}", flush=True)
+            if config.json:
+                config.json.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(config.json, json.dumps(record, indent=1) + "\n")
+    return int(any("error" in result or not all(result["holds"].values()) for result in record["checks"].values()))
 
 
-def _run(name: str, folder: Path, most: float | None) -> dict[str, Any]:
-    """A check in a process of its own: what it leaves in memory, or breaks, is no other's."""
-    began = time.monotonic()
+def _results(names: list[str], folder: Path, most: float | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The results of checks that share a process, as they come; after ``most`` seconds it is ended."""
+    if not names:
+        return
+    began, told = time.monotonic(), 0
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        report = Path(place) / "report.json"
-        process = multiprocessing.get_context("spawn").Process(target=_work, args=(name, Path(place), report))
+        report = Path(place) / "report.jsonl"
+        report.touch()
+        process = multiprocessing.get_context("spawn").Process(target=_work, args=(names, Path(place), report))
         process.start()
-        process.join(most)
-        if process.is_alive():
-            process.kill()
-            process.join()
-            result = {"error": f"it took longer than {most:.0f} s"}
-        elif report.exists():
-            result = json.loads(report.read_text())
-        else:
-            result = {"error": f"its process ended with exit code {process.exitcode}"}
-    return {"seconds": round(time.monotonic() - began, 1), **result}
+        while told < len(names):
+            alive = process.is_alive()
+            for name, result in read_lines(report)[told:]:
+                told += 1
+                yield name, result
+            if most is not None and time.monotonic() - began > most:
+                process.kill()
+                process.join()
+                alive = False
+            if not alive and told < len(names) and not read_lines(report)[told:]:
+                why = f"its process ended with exit code {process.exitcode} after {time.monotonic() - began:.0f} s"
+                yield from ((name, {"seconds": 0, "error": why}) for name in names[told:])
+                break
+            time.sleep(0.2)
+        process.join()
 
 
-def _work(name: str, folder: Path, report: Path) -> None:
-    check, _ = CHECKS[name]
-    bench = Bench(SMALL if not torch.cuda.is_available() else Shapes(), folder)
-    try:
-        figures, holds = check(bench)
-        result: dict[str, Any] = {"holds": holds, "figures": figures}
-    except Exception as error:
-        result = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-    report.write_text(json.dumps(result, default=str))
+def _work(names: list[str], folder: Path, report: Path) -> None:
+    bench = Bench(Shapes() if torch.cuda.is_available() else SMALL, folder)
+    for name in names:
+        began = time.monotonic()
+        try:
+            figures, holds = CHECKS[name](bench)
+            result: dict[str, Any] = {"holds": holds, "figures": figures}
+        except Exception as error:
+            result = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        result = {"seconds": round(time.monotonic() - began, 1), **result}
+        with report.open("a") as file:
+            file.write(json.dumps([name, result], default=str) + "\n")
 
 
 def _line(result: dict[str, Any]) -> str:
     if "error" in result:
         return f"FAILED after {result['seconds']} s: {result['error'].splitlines()[0][:300]}"
-    if "left out" in result:
-        return "left out: no time"
     broken = [name for name, holds in result["holds"].items() if not holds]
     verdict = f"NOT: {', '.join(broken)}" if broken else "ok"
     return f"{verdict} ({result['seconds']} s)  {_short(result['figures'])}"
@@ -130,10 +151,6 @@ def _short(figures: dict[str, Any]) -> str:
         for name, value in figures.items()
         if not isinstance(value, dict | list) or (isinstance(value, list) and len(value) < 4)
     )
-
-
-def _failed(result: dict[str, Any]) -> bool:
-    return "error" in result or not all(result.get("holds", {}).values())
 
 
 if __name__ == "__main__":

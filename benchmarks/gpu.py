@@ -34,15 +34,16 @@ GROUPS: tuple[tuple[dict[str, Check], int], ...] = (
     (
         {
             "machine": limits.machine,
+            "quantizers": numerics.quantizers,
             "integer products": numerics.integer_products,
             "decoding": generation.decoding,
             "layer": speed.layer,
             "loss": speed.loss,
             "caches": numerics.caches,
             "gptq": numerics.gptq_layer,
-            "quantizers": numerics.quantizers,
+            "compiled quantizers": numerics.compiled_quantizers,
         },
-        240,
+        280,
     ),
     ({"zero3": training.zero3}, 90),
     ({"resume": training.resume}, 110),

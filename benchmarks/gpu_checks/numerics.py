@@ -15,31 +15,43 @@ from qat.ptq.gptq import GPTQConfig, error_of, gptq, hessian_of
 from qat.quantizers import Format, Grid, dequantize, lsq, quantize, round_to_grid
 
 _W4 = Format(4)
+_MINMAX = ("minmax", "minmax_asymmetric")
 
 
 def quantizers(bench: Bench) -> tuple[dict, dict]:
-    """Codes, scales, values and LSQ's gradient: CPU, eager; device, eager; device, compiled."""
-    mismatches = {"eager": 0, "compiled": 0}
-    elements = 0
+    """Codes, scales, values and LSQ's gradient, of every method and size: eager on the device = eager on the CPU."""
+    found = _compare(bench, "eager", [Format(bits, method) for bits in (2, 4, 8) for method in _MINMAX])
     share = {}
-    lengths = (128, 4096, 11008) if bench.device.type == "cuda" else (16, 128)
-    for dtype in (torch.float32, torch.bfloat16):
-        for length in lengths:
+    for length in _lengths(bench):
+        x, form = _hard(256, length, torch.bfloat16), Format(4, "statsq")
+        share[length] = _different(quantize(x, form).codes, quantize(x.to(bench.device), form).codes) / x.numel()
+    figures = {**found, "codes_that_differ_where_sums_do": max(share.values())}
+    return figures, {"equal": not found["mismatches"], "statsq": max(share.values()) < 1e-3}
+
+
+def compiled_quantizers(bench: Bench) -> tuple[dict, dict]:
+    """The same, compiled, of what is compiled apart: both grids and LSQ, in both dtypes; bits and sizes vary freely."""
+    found = _compare(bench, "compiled", [Format(4, method) for method in _MINMAX])
+    return found, {"equal": not found["mismatches"]}
+
+
+def _compare(bench: Bench, mode: str, forms: list[Format]) -> dict:
+    mismatches = elements = 0
+    for dtype in (torch.bfloat16, torch.float32):
+        for length in _lengths(bench):
             x = _hard(256, length, dtype)
-            forms = [Format(bits, method) for bits in (2, 4, 8) for method in ("minmax", "minmax_asymmetric")]
-            for form in (*forms, Format(4, "minmax", 64 if length % 64 == 0 else 0)):
+            for form in (*forms, Format(8), Format(4, "minmax", 64 if length % 64 == 0 else 0)):
                 with _mode("eager"):
                     expected = _all_of(x, form)
+                with _mode(mode):
+                    found = _all_of(x.to(bench.device), form)
                 elements += sum(part.numel() for part in expected)
-                for mode in mismatches:
-                    with _mode(mode):
-                        found = _all_of(x.to(bench.device), form)
-                    mismatches[mode] += sum(_different(a, b) for a, b in zip(expected, found, strict=True))
-            statsq = Format(4, "statsq")
-            expected, found = quantize(x, statsq), quantize(x.to(bench.device), statsq)
-            share[f"statsq_{length}_{dtype}"] = _different(expected.codes, found.codes) / x.numel()
-    figures = {"compared": elements, **mismatches, "codes_that_differ_where_sums_do": max(share.values())}
-    return figures, {"equal": not any(mismatches.values()), "statsq": max(share.values()) < 1e-3}
+                mismatches += sum(_different(a, b) for a, b in zip(expected, found, strict=True))
+    return {"compared": elements, "mismatches": mismatches}
+
+
+def _lengths(bench: Bench) -> tuple[int, ...]:
+    return (128, 4096, 11008) if bench.device.type == "cuda" else (16, 128)
 
 
 def integer_products(bench: Bench) -> tuple[dict, dict]:

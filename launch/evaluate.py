@@ -25,10 +25,11 @@ from qat import harness, loading, models, ranks, served, source
 from qat.errors import UserError, check_choice, check_least
 from qat.evaluate import TextScore, WindowScore, score_windows, text_windows
 from qat.files import write_atomically
-from qat.linear import ARITHMETIC
+from qat.linear import ARITHMETIC, can_multiply_codes
 from qat.machine import machine
 from qat.model_folder import read_config
 from qat.prepare import CONFIG_FILE, QuantConfig, freeze, prepare
+from qat.quantizers import FULL_PRECISION
 
 NO_TEXT = "none"
 
@@ -196,7 +197,7 @@ class _Results:
         }
         if path and path.exists():
             there = self._read(path)
-            if there["settings"] == settings and there.get("arithmetic") == ARITHMETIC:
+            if there["settings"] == settings and _arithmetic_of(there) == ARITHMETIC:
                 self._content = there
         self.texts, self.tasks = self._content["texts"], self._content["tasks"]
 
@@ -240,6 +241,16 @@ class _Results:
         if set(harness.ZERO_SHOT) <= set(tasks):
             mean, stderr = harness.zero_shot_average(self.tasks)
             print(f"zero-shot average {mean:.4f} ± {stderr:.4f}")
+
+
+def _arithmetic_of(content: dict[str, Any]) -> str:
+    """How a file's numbers were computed. The first version said for each by which products, codes' or floats'; where
+    codes cannot be multiplied, or nothing is quantized, floats are right."""
+    quant = QuantConfig(**content["settings"]["quant"] or {"w_bits": FULL_PRECISION})
+    in_codes = can_multiply_codes(quant.weights, quant.activations)
+    if "arithmetic" in content or not in_codes:
+        return content.get("arithmetic", ARITHMETIC)
+    return "products of floats" if "floats" in content.get("products", {"": "floats"}).values() else ARITHMETIC
 
 
 def _digest(windows: Tensor) -> str:

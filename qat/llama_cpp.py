@@ -177,7 +177,8 @@ def load(directory: Path) -> PreTrainedModel:
     reader = gguf.GGUFReader(directory / FILE)
     tensors = {tensor.name: tensor.data for tensor in reader.tensors}
     config.attention_bias, config.mlp_bias = (f"blk.0.{name}.bias" in tensors for name in ("attn_output", "ffn_down"))
-    config.rope_parameters = json.loads(reader.fields[_ROPE_PARAMETERS].contents())
+    if _ROPE_PARAMETERS in reader.fields:  # the first version's files, which scale nothing, have none
+        config.rope_parameters = json.loads(reader.fields[_ROPE_PARAMETERS].contents())
     factors = _rope_factors(config)
     written = {key: field.contents() for key, field in reader.fields.items() if ".rope.scaling." in key}
     frequencies = np.ones(0) if factors is None else factors.numpy()

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from datagen import attention
 from datagen.decoder import Decoder
 from datagen.generate import GenerateConfig, Vocabulary, write_sequences
+from qat import models
 from qat.errors import UserError
 
 FAMILIES = (LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)
@@ -104,12 +105,14 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("family", "said", "message"), REFUSED, ids=name)
-def test_what_cannot_be_computed_is_refused_before_weights_are_read(family, said, message, tmp_path, monkeypatch):
+def test_what_cannot_be_computed_is_refused_before_weights_are_loaded(family, said, message, tmp_path, monkeypatch):
     config = CONFIG | {"model_type": family.model_type} | said
     if said is LONGROPE:
         config["rope_parameters"] = said["rope_parameters"] | {"original_max_position_embeddings": 16}
     tiny_tokenizer().save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(config))  # and no weights
+    tiny_model(family).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(models, "load", None)
     flags = [f"--model={tmp_path}", f"--output={tmp_path / 'data'}", f"--max_length={LENGTH}"]
     assert re.search(message, error_of(monkeypatch, "generate", *flags))
 

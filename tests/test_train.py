@@ -15,7 +15,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, environment, finish, generate_flags, kill, run_python, start_training, tiny_model
+from conftest import (
+    ROOT,
+    environment,
+    finish,
+    generate_flags,
+    kill,
+    needs_compiler,
+    run_python,
+    start_training,
+    tiny_model,
+)
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -333,9 +343,10 @@ def test_the_trained_student_exports_and_reloads_bit_for_bit(run, tmp_path):
 
 
 def test_the_gpu_configuration_computes_in_bf16_and_survives_a_kill(run, tiny_directory, tiny_data, tmp_path):
-    """Same JSON as on GPUs, here on two CPU ranks: bf16 compute, fp32 master weights."""
+    """Same JSON as on GPUs, here on two CPU ranks, compiled: bf16 compute, fp32 master weights."""
+    needs_compiler()
     ds_config = ROOT / "ds_configs" / "zero3.json"
-    whole = losses_killed_or_not(tiny_directory, tiny_data, tmp_path, ds_config, ds_config.name)
+    whole = losses_killed_or_not(tiny_directory, tiny_data, tmp_path, ds_config, ds_config.name, compiled=True)
     weights = load_file(tmp_path / "killed" / "final" / "model.safetensors")
     assert all(weight.dtype == torch.bfloat16 for weight in weights.values())
     for bf16, fp32 in zip(whole, losses(run), strict=True):
@@ -378,17 +389,19 @@ def test_the_optimizer_on_nvme_learns_the_same_and_survives_a_kill(tiny_director
         assert on_nvme == pytest.approx(on_host, rel=1e-6)
 
 
-def losses_killed_or_not(model: Path, data: Path, folder: Path, student: Path, teacher: str) -> list:
+def losses_killed_or_not(
+    model: Path, data: Path, folder: Path, student: Path, teacher: str, compiled: bool = False
+) -> list:
     """The losses of a run, which must be those of a run that was killed after its first checkpoint, too."""
     whole, killed = folder / "whole", folder / "killed"
     more = [f"--teacher_deepspeed={ROOT / 'ds_configs' / teacher}", "--save_every=3"]
-    finish(start_training(2, *flags(model, data, whole, student), *more))
-    process = start_training(2, *flags(model, data, killed, student), *more)
+    finish(start_training(2, *flags(model, data, whole, student), *more, compiled=compiled))
+    process = start_training(2, *flags(model, data, killed, student), *more, compiled=compiled)
     while process.poll() is None and not latest(killed):
         time.sleep(0.01)
     assert process.poll() is None, process.communicate()[0]
     kill(process)
-    finish(start_training(2, *flags(model, data, killed, student), *more))
+    finish(start_training(2, *flags(model, data, killed, student), *more, compiled=compiled))
     assert losses(killed) == losses(whole)
     return losses(whole)
 

@@ -8,11 +8,12 @@ import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from qat.evaluate import standard_error
 from qat.harness import FEW_SHOT, ZERO_SHOT, zero_shot_average
+from qat.linear import can_multiply_codes
 from qat.prepare import QuantConfig
 from qat.report import LABELS
 
@@ -281,6 +282,7 @@ def markdown(tables: Mapping[str, list[str]], cells: Mapping[str, Cell], accurac
     for table, names in tables.items():
         there = [name for name in names if name in cells]
         parts += [f"## {TITLES[table]}", _table(there, cells, accuracies), f"{len(there)} of {len(names)} cells."]
+        parts += filter(None, [_in_floats(there, cells)])
         parts += [f"![{TITLES[table]}]({table}.png)"] if there else []
     parts += ["## Perplexity and accuracy against bits", "![The four methods in the paper's settings](bits.png)"]
     return "\n\n".join(parts) + "\n"
@@ -365,6 +367,22 @@ def _measured_on(cells: Iterable[Cell]) -> str:
         f"They were not all measured alike: {'; '.join(sorted(ways))}. That moves quantized models a little: "
         "[what rounding alone changes](../evaluation.md#what-rounding-alone-changes)."
     )
+
+
+def _in_floats(names: list[str], cells: Mapping[str, Cell]) -> str:
+    """Which cells' perplexities are of products of floats, where today's are of codes."""
+    old = [name for name in names if _multiplies_codes(cells[name]) and "floats" in _arithmetics(cells[name])]
+    if not old:
+        return ""
+    return (
+        f"{len(old)} cells were trained and measured by products of floats, where layers multiply codes today "
+        f"([what that changes](../evaluation.md#what-rounding-alone-changes)): {', '.join(old)}."
+    )
+
+
+def _multiplies_codes(cell: Cell) -> bool:
+    quant = QuantConfig(**{field.name: cell["settings"][field.name] for field in fields(QuantConfig)})
+    return can_multiply_codes(quant.weights, quant.activations)
 
 
 def _arithmetics(cell: Cell) -> set[str]:

@@ -375,7 +375,7 @@ def _in_floats(names: list[str], cells: Mapping[str, Cell]) -> str:
     if not old:
         return ""
     return (
-        f"{len(old)} cells were trained and measured by products of floats, where layers multiply codes today "
+        f"{len(old)} cells were measured by products of floats, where layers multiply codes today "
         f"([what that changes](../evaluation.md#what-rounding-alone-changes)): {', '.join(old)}."
     )
 

@@ -203,6 +203,13 @@ def refused(mark: Path) -> Iterator[None]:
     assert not mark.exists()
 
 
+def convert(folder: Path, output: Path, monkeypatch) -> int:
+    """The converter, in this process; its exit code."""
+    places = [f"--input_folder={folder}", f"--output_folder={output}"]
+    monkeypatch.setattr(sys, "argv", ["universal", *places, "--num_extract_workers=1", "--num_merge_workers=1"])
+    return universal.main()
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_going_on_from_a_checkpoint_runs_no_code(file, trained, tmp_path, monkeypatch, capsys):
     folder, mark = trained / "step-000006", tmp_path / "mark"
@@ -210,25 +217,26 @@ def test_going_on_from_a_checkpoint_runs_no_code(file, trained, tmp_path, monkey
     sign(folder)
     with refused(mark):
         checkpoint.resume(engine(), trained)
-    places = [f"--input_folder={folder}", f"--output_folder={tmp_path / 'universal'}"]
-    monkeypatch.setattr(sys, "argv", ["universal", *places, "--num_extract_workers=1", "--num_merge_workers=1"])
-    assert universal.main() == universal.REFUSED
+    assert convert(folder, tmp_path / "universal", monkeypatch) == universal.REFUSED
     assert "would run code (posix.mkdir)" in capsys.readouterr().err
     assert not mark.exists()
 
 
-def test_going_on_with_another_number_of_ranks_runs_no_code(trained, tmp_path):
-    folder, mark = trained / "step-000006", tmp_path / "mark"
+UNIVERSAL_FILES = ("zero/optimizer_state.pt", "zero/weight/exp_avg.pt", FILES[1])
+
+
+def test_going_on_with_another_number_of_ranks_runs_no_code(trained, tmp_path, monkeypatch):
+    folder, converted, mark = trained / "step-000006", trained / "universal-step-000006", tmp_path / "mark"
+    assert convert(folder, converted, monkeypatch) == 0
     sign(folder, ranks=2)
     assert checkpoint.resume(engine(), trained).step == 6
-    for file in ("zero/optimizer_state.pt", "zero/weight/exp_avg.pt", FILES[1]):
-        shutil.copytree(trained / "universal-step-000006", tmp_path / "sound")
-        plant(trained / "universal-step-000006" / file, mark)
+    for file in UNIVERSAL_FILES:
+        sound = (converted / file).read_bytes()
+        plant(converted / file, mark)
         with refused(mark):
             checkpoint.resume(engine(), trained)
-        shutil.rmtree(trained / "universal-step-000006")
-        (tmp_path / "sound").rename(trained / "universal-step-000006")
-    shutil.rmtree(trained / "universal-step-000006")
+        (converted / file).write_bytes(sound)
+    shutil.rmtree(converted)
     plant(folder / OPTIMIZER_FILE, mark)
     sign(folder)
     with refused(mark):

@@ -184,7 +184,7 @@ class Planted:
 
 def plant(file: Path, mark: Path) -> None:
     """Let what unpickles ``file`` make the folder ``mark``."""
-    torch.save(torch.load(file, weights_only=False) | {"more": Planted(mark)}, file)
+    torch.save((torch.load(file, weights_only=False), Planted(mark)), file)
     torch.load(file, weights_only=False)
     mark.rmdir()
 

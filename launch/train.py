@@ -25,9 +25,9 @@ from qat.machine import be_deterministic, device, local_ranks
 from qat.model_folder import ModelFolder, read_config, shapes, skeleton
 from qat.plan import Machine, Plan
 from qat.preemption import RESUMABLE_EXIT, StopSignal
-from qat.prepare import QuantConfig
+from qat.prepare import QuantConfig, prepare
 from qat.teacher_cache import TeacherCache
-from qat.training import FINAL, SETTINGS, TENSORBOARD, TrainConfig, arithmetic_of, train
+from qat.training import CHECKPOINTS, FINAL, SETTINGS, TENSORBOARD, TrainConfig, arithmetic_of, train
 from qat.validation import Texts
 
 CHANGES_NO_RESULT = ("save_every", "keep", "eval_every", "max_loss_ratio", "peak_flops")
@@ -108,6 +108,8 @@ def main() -> int:
         models.check_length(config_of_model, length, f"The longest sequence of {name}")
     check_teacher(paths.teacher_cache, quant, config)
     begin = starting_point(paths.student, model, quant) if paths.student else model
+    folder = ModelFolder.read(Path(begin))
+    prepare(folder.skeleton(), quant)  # refuses what does not fit the model
     cache = None
     if paths.teacher_cache:
         cache = TeacherCache(paths.teacher_cache)
@@ -129,7 +131,7 @@ def main() -> int:
         "bf16": student_json.get("bf16"),
         "arithmetic": ARITHMETIC,
     }
-    claim(paths.output, identity, student_json, {"model": paths.model, "data": str(paths.data)})
+    open_folder(paths.output, identity)
     final = paths.output / FINAL
     if final.exists():
         print(f"{final} is there already: the run is complete.")
@@ -138,7 +140,7 @@ def main() -> int:
         print(json.dumps(identity, indent=1))
         print(f"{quant} student of {model}: {config.steps} steps of {config.batch_size} sequences", flush=True)
 
-    companions = ModelFolder.read(Path(begin)).companions()
+    companions = folder.companions()
     if config.deterministic:
         be_deterministic()
     engines.init_distributed()
@@ -161,6 +163,8 @@ def main() -> int:
         student = engines.student_engine(
             begin, quant, student_json, config.lr_factor, config.gradient_checkpointing, config.loss, magnitudes
         )
+    if cli.is_first_rank():
+        claim(paths.output, identity, student_json, {"model": paths.model, "data": str(paths.data)})
     complete = train(student, targets, data, config, paths.output, stop, texts)
     if planned:
         print(memory.beside_plan(planned.needs), flush=True)
@@ -217,21 +221,18 @@ def check_teacher(cache: Path | None, quant: QuantConfig, config: TrainConfig) -
         )
 
 
-def claim(output: Path, settings: dict[str, Any], ds_config: dict[str, Any], places: dict[str, str]) -> None:
-    """Write down what the run is, or check that it is resumed with the settings that it was started with. ``places``
-    says where model and data were found; they may move.
+def open_folder(output: Path, settings: dict[str, Any]) -> None:
+    """Check that the folder can be written to, and that a run in it is resumed with the settings that it was started
+    with.
 
     The first rank holds a lock on the folder until it ends, so that no two runs work in one.
     """
-    path = output / SETTINGS
     try:
         if cli.is_first_rank():
             lock(output)
-            if not path.exists():
-                written = {"settings": settings, "deepspeed": ds_config, **places}
-                write_atomically(path, json.dumps(written, indent=2) + "\n")
     except OSError as error:
-        raise UserError(f"{output} cannot be written to ({error}): give another --output, or make it so.") from error
+        raise _unwritable(output, error) from error
+    path = output / SETTINGS
     if path.exists():
         started = json.loads(path.read_text())["settings"]
         if (began_with := arithmetic_of(started, output)) != ARITHMETIC:
@@ -245,6 +246,24 @@ def claim(output: Path, settings: dict[str, Any], ds_config: dict[str, Any], pla
         free = {name: settings[name] for name in CHANGES_NO_RESULT}
         if listed := differences(started | free, settings):
             raise UserError(f"{output} was started with other settings ({listed}): give the same, or another --output.")
+    elif (output / FINAL).exists() or any((output / CHECKPOINTS).glob("step-*")):
+        raise UserError(f"{output} holds a run without its {SETTINGS}: put that back, or give another --output.")
+
+
+def claim(output: Path, settings: dict[str, Any], ds_config: dict[str, Any], places: dict[str, str]) -> None:
+    """Write down what the run is, once it is ready to take its first step: a mistake that is refused before leaves the
+    folder free. ``places`` says where model and data were found; they may move."""
+    path = output / SETTINGS
+    if path.exists():
+        return
+    try:
+        write_atomically(path, json.dumps({"settings": settings, "deepspeed": ds_config, **places}, indent=2) + "\n")
+    except OSError as error:
+        raise _unwritable(output, error) from error
+
+
+def _unwritable(output: Path, error: OSError) -> UserError:
+    return UserError(f"{output} cannot be written to ({error}): give another --output, or make it so.")
 
 
 if __name__ == "__main__":

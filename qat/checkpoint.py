@@ -5,7 +5,8 @@ written their files, and holds the size and the checksum of each. Then ``latest`
 then older checkpoints are deleted: a rank killed while saving costs nothing. Folders that are half-written or damaged
 are passed over when a run goes on.
 
-A checkpoint belongs to a number of ranks. Another number gets it by DeepSpeed's universal checkpoints.
+A checkpoint belongs to a number of ranks. Another number gets it by DeepSpeed's universal checkpoints. Whatever its
+files hold, reading them runs no code.
 """
 
 import json
@@ -15,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import time
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,11 +27,14 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-from qat import ranks
+from qat import manifest, ranks
 from qat.errors import UserError
 from qat.files import write_atomically
+from qat.manifest import MANIFEST
+from qat.pickles import as_data
+from qat.universal import REFUSED
 
-LATEST, MANIFEST = "latest", "manifest.json"
+LATEST = "latest"
 
 _UNIVERSAL = "universal-"
 _log = logging.getLogger(__name__)
@@ -75,15 +78,15 @@ def save(engine: deepspeed.DeepSpeedEngine, directory: Path, state: TrainState, 
         engine.save_checkpoint(str(directory), tag=folder.name, client_state=asdict(state), save_latest=False)
     _agree(writer.failure, folder)
     with ranks.doing("reading the checkpoint back"):
-        entries = _entries(folder)
+        entries = manifest.entries(folder, dist.get_rank(), dist.get_world_size())
     ranks.meet("the checkpoint is read back")
     files = {name: entry for part in _gather(entries) for name, entry in part.items()}
     failure = ""
     if dist.get_rank() == 0:
         size, seconds = sum(entry["bytes"] for entry in files.values()), time.monotonic() - began
-        manifest = {"ranks": dist.get_world_size(), "bytes": size, "seconds": round(seconds, 2), "files": files}
+        content = {"ranks": dist.get_world_size(), "bytes": size, "seconds": round(seconds, 2), "files": files}
         try:
-            write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+            write_atomically(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
             write_atomically(directory / LATEST, folder.name)
         except OSError as error:
             failure = str(error)
@@ -106,7 +109,7 @@ def resume(engine: deepspeed.DeepSpeedEngine, directory: Path) -> TrainState:
     (names,) = _broadcast([path.name for path in sorted(directory.glob("step-*"), reverse=True)])
     for name in names:
         with ranks.doing(f"checking {name}"):
-            damage = _damage(directory / name)
+            damage = manifest.damage(directory / name, dist.get_rank(), dist.get_world_size())
         ranks.meet(f"{name} is checked")
         if damages := [damage for damage in _gather(damage) if damage]:
             _log.warning("warning: the checkpoint %s is passed over: %s", directory / name, damages[0])
@@ -138,6 +141,7 @@ def _load(engine: deepspeed.DeepSpeedEngine, folder: Path) -> TrainState:
     engine._config.load_universal_checkpoint = universal
     with (
         ranks.doing(f"loading {folder.name}"),
+        as_data(folder),
         _meeting_before_the_gathering(engine, f"the weights of {folder.name} are loaded"),
     ):
         _, client_state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
@@ -189,12 +193,14 @@ def _convert(folder: Path, universal: Path, writers: int) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     places = ["--input_folder", str(folder), "--output_folder", str(partial)]
     workers = ["--num_extract_workers=1", f"--num_merge_workers={min(8, len(os.sched_getaffinity(0)))}"]
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *places, *workers]
+    command = [sys.executable, "-m", "qat.universal", *places, *workers]
     # The converter forks: a child of a process that has computed with OpenMP's threads would wait for them for ever.
     done = subprocess.run(command, text=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
         shutil.rmtree(partial, ignore_errors=True)
         reason = (done.stderr.strip() or "killed").splitlines()[-1]
+        if done.returncode == REFUSED:
+            raise UserError(reason)
         raise UserError(
             f"{folder}, written by {writers} ranks, could not be converted for {dist.get_world_size()} ({reason}): "
             f"make room for twice its size, or go on with {writers} ranks."
@@ -231,48 +237,6 @@ class _Writer(TorchCheckpointEngine):
             super().save(state_dict, path)
         except (OSError, RuntimeError) as error:
             self.failure = self.failure or str(error)
-
-
-def _entries(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and checksum of this rank's share of the files, by name."""
-    return {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "crc32": _checksum(path)}
-        for path in _share(sorted(path for path in folder.rglob("*") if path.is_file()))
-    }
-
-
-def _damage(folder: Path) -> str:
-    """What is wrong with this rank's share of a checkpoint; empty if nothing is."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-        expected = {name: (entry["bytes"], entry["crc32"]) for name, entry in files.items()}
-    except OSError:
-        return "it is half-written"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"its {MANIFEST} is damaged"
-    for name in _share(sorted(expected)):
-        path, (size, checksum) = folder / name, expected[name]
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, not {size}"
-        if _checksum(path) != checksum:
-            return f"{name} has another checksum than when it was written"
-    return ""
-
-
-def _checksum(path: Path) -> str:
-    """CRC-32: it finds accidents, at several times the speed of SHA-256."""
-    crc = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            crc = zlib.crc32(block, crc)
-    return f"{crc:08x}"
-
-
-def _share(items: list[Any]) -> list[Any]:
-    """This rank's part of what all ranks do together."""
-    return items[dist.get_rank() :: dist.get_world_size()]
 
 
 def _gather(value: Any) -> list[Any]:

@@ -6,6 +6,7 @@ launch/quantize.py writes), or one of a run's ZeRO-3 checkpoints, of any number 
 
 import contextlib
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from qat import models
+from qat import manifest, models
 from qat.errors import UserError
 from qat.files import read_lines
 from qat.model_folder import (
@@ -32,6 +33,7 @@ from qat.model_folder import (
     read_config,
     skeleton,
 )
+from qat.pickles import as_data
 from qat.prepare import CONFIG_FILE, GRIDS_FILE, QuantConfig, load_grids, quantizable_linears
 from qat.quantizers import Quantized, quantize
 
@@ -40,6 +42,7 @@ _LOG = "log.jsonl"
 _LATEST = "latest"
 _ZERO_FILES = "zero_pp_rank_*_model_states.pt"
 _STUDENT_PREFIX = "student."
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,11 @@ def _of_checkpoint(path: Path, model: str | None) -> Student:
     quant = QuantConfig(**{name: settings[name] for name in QuantConfig.__dataclass_fields__})
     if quant.activations.learned:
         raise UserError(f"a_quantizer=lsq: the learned steps are read from the final/ of a run, not from {path}.")
+    _log.info("checking %s ...", path)
+    if damage := manifest.damage(path):
+        raise UserError(
+            f"The checkpoint {path} is damaged or incomplete: {damage}. Give another one of the run, or its final/."
+        )
     in_bf16 = (settings.get("bf16") or {}).get("enabled", False)
     return Student(path, Path(directory), quant, torch.bfloat16 if in_bf16 else torch.float32, run)
 
@@ -174,7 +182,7 @@ def _gathered(checkpoint: Path, model: PreTrainedModel, dtype: torch.dtype) -> I
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # slow to import, seldom needed
 
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), as_data(checkpoint):
             parts = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), checkpoint.name, lazy_mode=True)
         own = {name.removeprefix(_STUDENT_PREFIX): part for name, part in parts.items()}
         if model.config.tie_word_embeddings:

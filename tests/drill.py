@@ -22,7 +22,8 @@ import psutil
 from conftest import ROOT, generate_flags, kill, run_python, start_training, tiny_model, tiny_tokenizer
 
 from launch import cli
-from qat.checkpoint import LATEST, MANIFEST
+from qat.checkpoint import LATEST
+from qat.manifest import MANIFEST
 from qat.training import CHECKPOINTS, FINAL, LOG
 
 RANKS = 2

@@ -1,20 +1,30 @@
-"""Checkpoints: what is damaged is passed over, what cannot be written costs nothing. A real engine, on one rank."""
+"""Checkpoints: what is damaged is passed over, what cannot be written costs nothing, and no code is run that they hold.
+A real engine, on one rank."""
 
 import json
 import os
+import shutil
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import pytest
 import torch
 from conftest import ROOT
+from make_fixtures import FIXTURES
 
-from qat import checkpoint, engines
-from qat.checkpoint import MANIFEST, TrainState, _superseded
+from qat import checkpoint, engines, manifest, source, universal
+from qat.checkpoint import TrainState, _superseded
 from qat.errors import UserError
+from qat.manifest import MANIFEST
+from qat.run_log import RunLog
 
 OPTIMIZER_FILE = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+FILES = [OPTIMIZER_FILE, "zero_pp_rank_0_mp_rank_00_model_states.pt"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,10 +38,10 @@ def one_rank():
     os.environ.update(before)
 
 
-def engine(seed: int = 0) -> deepspeed.DeepSpeedEngine:
+def engine(seed: int = 0, **settings: Any) -> deepspeed.DeepSpeedEngine:
     torch.manual_seed(seed)
     config = json.loads((ROOT / "ds_configs" / "zero3_cpu.json").read_text())
-    config |= {"gradient_accumulation_steps": 1, "gradient_clipping": 0.0}
+    config |= {"gradient_accumulation_steps": 1, "gradient_clipping": 0.0} | settings
     config["optimizer"]["params"]["lr"] = 0.01
     made, *_ = deepspeed.initialize(model=torch.nn.Linear(64, 64), config=config)
     return made
@@ -117,13 +127,8 @@ def test_a_run_that_was_killed_in_its_first_save_starts_anew(trained):
 
 def test_a_full_disk_costs_nothing(trained, tmp_path):
     """A file system that is too small for one more checkpoint: the kernel refuses the write."""
-    small = tmp_path / "small"
-    small.mkdir()
     size = sum(file.stat().st_size for file in (trained / "step-000002").iterdir())
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size * 3 // 2 // 1024}k", "tmpfs", str(small)]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting needs root")
-    try:
+    with small_disk(tmp_path / "small", size * 3 // 2) as small:
         student, state = engine(), TrainState()
         train(student, small, state, 2, keep=1)
         with pytest.raises(UserError, match=r"step-000004 could not be written .*last whole checkpoint is .*-000002"):
@@ -132,8 +137,120 @@ def test_a_full_disk_costs_nothing(trained, tmp_path):
         resumed = engine(seed=1)
         state = checkpoint.resume(resumed, small)
         assert train(resumed, tmp_path / "room", state, 6) == train(engine(), tmp_path / "other", TrainState(), 6)[2:]
+
+
+@contextmanager
+def small_disk(path: Path, size: int) -> Iterator[Path]:
+    """A file system of ``size`` bytes at ``path``."""
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size // 1024}k", "tmpfs", str(path)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    try:
+        yield path
     finally:
-        subprocess.run(["umount", str(small)], check=True)
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # in TensorBoard's thread
+def test_a_full_disk_between_checkpoints_does_not_end_a_run(tmp_path, caplog):
+    figures = {"loss": 1.0, "kl": 1.0, "tokens_per_second": 1.0}
+    with small_disk(tmp_path / "small", 1 << 16) as small:
+        board = {"enabled": True, "output_path": str(small), "job_name": "tensorboard"}
+        log = RunLog(small / "log.jsonl", engine(tensorboard=board), TrainState(), steps=101)
+        with suppress(OSError), (small / "filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(1024))
+        for step in range(1, 101):
+            log.step(TrainState(step=step, samples=step), figures)
+        for name in ("log.jsonl", "TensorBoardMonitor"):
+            assert caplog.text.count(f"{name} cannot be written ([Errno 28]") == 1
+        (small / "filler").unlink()
+        log.step(TrainState(step=101, samples=101), figures)
+        steps = [json.loads(line)["step"] for line in (small / "log.jsonl").read_text().splitlines()]
+        assert steps == sorted(set(steps))
+        assert steps[-1] == 101, "with room again, the log goes on"
+
+
+class Planted:
+    """Makes the folder ``mark`` when it is unpickled."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
+def plant(file: Path, mark: Path) -> None:
+    """Let what unpickles ``file`` make the folder ``mark``."""
+    torch.save((torch.load(file, weights_only=False), Planted(mark)), file)
+    torch.load(file, weights_only=False)
+    mark.rmdir()
+
+
+def sign(folder: Path, **changes: Any) -> None:
+    """Make the manifest agree with the files, as whoever plants something would."""
+    content = json.loads((folder / MANIFEST).read_text()) | changes
+    (folder / MANIFEST).unlink()
+    (folder / MANIFEST).write_text(json.dumps(content | {"files": manifest.entries(folder, 0, 1)}))
+
+
+@contextmanager
+def refused(mark: Path) -> Iterator[None]:
+    with pytest.raises(UserError, match=r"would run code \(posix.mkdir\)"):
+        yield
+    assert not mark.exists()
+
+
+def convert(folder: Path, output: Path, monkeypatch) -> int:
+    """The converter, in this process; its exit code."""
+    places = [f"--input_folder={folder}", f"--output_folder={output}"]
+    monkeypatch.setattr(sys, "argv", ["universal", *places, "--num_extract_workers=1", "--num_merge_workers=1"])
+    return universal.main()
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_going_on_from_a_checkpoint_runs_no_code(file, trained, tmp_path, monkeypatch, capsys):
+    folder, mark = trained / "step-000006", tmp_path / "mark"
+    plant(folder / file, mark)
+    sign(folder)
+    with refused(mark):
+        checkpoint.resume(engine(), trained)
+    assert convert(folder, tmp_path / "universal", monkeypatch) == universal.REFUSED
+    assert "would run code (posix.mkdir)" in capsys.readouterr().err
+    assert not mark.exists()
+
+
+UNIVERSAL_FILES = ("zero/optimizer_state.pt", "zero/weight/exp_avg.pt", FILES[1])
+
+
+def test_going_on_with_another_number_of_ranks_runs_no_code(trained, tmp_path, monkeypatch):
+    folder, converted, mark = trained / "step-000006", trained / "universal-step-000006", tmp_path / "mark"
+    assert convert(folder, converted, monkeypatch) == 0
+    sign(folder, ranks=2)
+    assert checkpoint.resume(engine(), trained).step == 6
+    for file in UNIVERSAL_FILES:
+        sound = (converted / file).read_bytes()
+        plant(converted / file, mark)
+        with refused(mark):
+            checkpoint.resume(engine(), trained)
+        (converted / file).write_bytes(sound)
+    shutil.rmtree(converted)
+    plant(folder / OPTIMIZER_FILE, mark)
+    sign(folder)
+    with refused(mark):
+        checkpoint.resume(engine(), trained)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_an_export_runs_no_code(file, tmp_path):
+    (folder,) = (shutil.copytree(FIXTURES / "stopped", tmp_path / "run") / "checkpoints").glob("step-*")
+    assert list(source.find(folder, str(FIXTURES / "model")).weights())
+    plant(folder / file, tmp_path / "mark")
+    sign(folder)
+    with refused(tmp_path / "mark"):
+        list(source.find(folder, str(FIXTURES / "model")).weights())
 
 
 def test_size_and_duration_are_written_down(trained):

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_architectures import LONGROPE, rope
+from test_checkpoint import flip
 from test_launch import error_of
 from test_prepare import FAMILIES, ids
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
@@ -24,6 +25,7 @@ from qat.errors import UserError
 from qat.export import FAKE, GGUF
 from qat.formats import INTEGERS, PACKED
 from qat.linear import can_multiply_codes
+from qat.manifest import MANIFEST
 from qat.prepare import (
     CONFIG_FILE,
     GRIDS_FILE,
@@ -288,12 +290,20 @@ def test_a_zero3_checkpoint_gives_the_export_of_the_final_model(run, tmp_path):
         assert models.load_tokenizer(str(tmp_path / place)).bos_token == "<s>"
 
 
-def test_a_checkpoint_that_lacks_a_file_is_refused(run, tmp_path):
+CHECKPOINT_DAMAGES = {
+    "another checksum": flip,
+    "is missing": Path.unlink,
+    "half-written": lambda file: (file.parent / MANIFEST).unlink(),
+}
+
+
+@pytest.mark.parametrize("found", CHECKPOINT_DAMAGES)
+def test_a_damaged_checkpoint_is_refused(found, run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-*")
-    max(checkpoint.glob("*_optim_states.pt")).unlink()
-    with pytest.raises(UserError, match="damaged or incomplete"):
-        export.export(source.find(checkpoint), tmp_path / "export", PACKED)
+    CHECKPOINT_DAMAGES[found](max(checkpoint.glob("*_optim_states.pt")))
+    with pytest.raises(UserError, match=f"damaged or incomplete: .*{found}"):
+        source.find(checkpoint)
 
 
 def test_another_model_than_the_run_began_with_is_refused(run, tmp_path):

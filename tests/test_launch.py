@@ -72,6 +72,18 @@ def test_impossible_bits(monkeypatch, tiny_directory, tiny_data, tmp_path):
     assert "w_group_size=9 is not possible" in error_of(monkeypatch, "train", *flags, "--w_group_size=9")
 
 
+def test_a_refused_mistake_leaves_the_folder_free(monkeypatch, tiny_directory, tiny_data, tmp_path):
+    flags = train_flags(tiny_directory, tiny_data, tmp_path / "out")
+    assert "w_group_size=48 does not divide" in error_of(monkeypatch, "train", *flags, "--w_group_size=48")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_lost_its_settings_is_refused(monkeypatch, tiny_directory, tiny_data, tmp_path):
+    (tmp_path / "out" / "checkpoints" / "step-000005").mkdir(parents=True)
+    message = error_of(monkeypatch, "train", *train_flags(tiny_directory, tiny_data, tmp_path / "out"))
+    assert "a run without its settings.json" in message
+
+
 def test_empty_data_folder(monkeypatch, tiny_directory, tmp_path):
     (tmp_path / "empty").mkdir()
     message = error_of(monkeypatch, "train", *train_flags(tiny_directory, tmp_path / "empty", tmp_path / "out"))

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from qat import models
+from qat import models, progress
 from qat.errors import UserError
 from qat.files import read_lines
 from qat.model_folder import (
@@ -99,7 +98,7 @@ class Student:
     def progress(self) -> Iterator[tuple[str, Tensor | Quantized]]:
         """``weights``, with a bar that shows how far it is."""
         count = sum(1 for _ in skeleton(self.directory).parameters())
-        yield from tqdm(self.weights(), desc="export", total=count, unit="tensor", dynamic_ncols=True)
+        yield from progress.bar(self.weights(), desc="export", total=count, unit="tensor")
 
     def last_step(self) -> dict[str, Any] | None:
         """What the run's log says of the step that these weights are from."""

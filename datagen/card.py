@@ -24,21 +24,24 @@ _EXAMPLES, _EXAMPLE_CHARACTERS = 3, 600
 _BINS = 16
 
 
-def write(folder: ShardFolder, tokenizer: Tokenizer, model: str) -> None:
-    """Publish the card and its plot in a folder whose shards are all there, unless it has them.
+def write(folder: ShardFolder, tokenizer: Tokenizer, model: str) -> bool:
+    """Publish the card and its plot in a folder whose shards are all there; False if it has them already.
 
     The same shards make the same card.
     """
     if (folder.directory / CARD).exists():
-        return
+        return False
     table = folder.table(SCHEMA.names)
     figures = measure(table)
     edges, counts = histogram(table, folder.manifest()["max_length"])
     examples = [str(tokenizer.decode(ids)) for ids in table.column("input_ids").slice(0, _EXAMPLES).to_pylist()]
     text = _card(folder.manifest(), figures, edges, counts, examples, model)
     with folder.alone():
+        if (folder.directory / CARD).exists():  # another rank was first
+            return False
         folder.publish(PLOT, _plot(edges, counts, figures["ended by EOS"]))
         folder.publish(CARD, text.encode())
+    return True
 
 
 def measure(table: pa.Table) -> dict[str, float]:

@@ -1,16 +1,15 @@
 """Real text as training sequences, in the same shards: what the paper compares the generated data with.
 
-The documents are tokenized, joined by the token that ends a text, and cut into sequences of equal length; each
-begins with BOS where the tokenizer puts it.
+The documents are tokenized, joined by the token that ends a text, if there is one, and cut into sequences of equal
+length; each begins with BOS where the tokenizer puts it.
 """
 
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +17,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from datagen.shards import Sequence
 from qat.errors import UserError
+from qat.files import utf8
 
 HUB = {
     "wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
@@ -72,11 +72,12 @@ class Corpus:
 
 
 def _tokens(pieces: Iterator[Piece], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """Token ids, piece by piece; the end-of-text token after each document."""
+    """Token ids, piece by piece; the end-of-text token, if there is one, after each document."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     while batch := list(islice(pieces, _BATCH)):
         ids = tokenizer([text for text, _ in batch], add_special_tokens=False, verbose=False).input_ids
         for own, (_, ends) in zip(ids, batch, strict=True):
-            yield [*own, tokenizer.eos_token_id] if ends else own
+            yield own + end if ends else own
 
 
 def _cut(tokens: Iterable[list[int]], prefix: list[int], length: int) -> Iterator[list[int]]:
@@ -102,7 +103,7 @@ def _files(path: Path) -> list[Path]:
 
 def _from_txt(file: Path) -> Iterator[Piece]:
     """A text file is one document."""
-    with _utf8(file) as stream:
+    with utf8(file) as stream:
         block = stream.read(_BLOCK) + stream.readline()
         while block:
             following = stream.read(_BLOCK) + stream.readline()
@@ -112,7 +113,7 @@ def _from_txt(file: Path) -> Iterator[Piece]:
 
 def _from_jsonl(file: Path) -> Iterator[Piece]:
     """A line is a document: an object with the field "text"."""
-    with _utf8(file) as stream:
+    with utf8(file) as stream:
         for number, line in enumerate(stream, start=1):
             try:
                 yield from _document(json.loads(line)[_FIELD])
@@ -138,15 +139,6 @@ def _document(text: Any) -> list[Piece]:
     if not isinstance(text, str):
         raise TypeError(f"{_FIELD} is no string")
     return [(text, True)] if text else []
-
-
-@contextmanager
-def _utf8(file: Path) -> Iterator[IO[str]]:
-    try:
-        with file.open(encoding="utf-8") as stream:
-            yield stream
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text ({error}): convert it.") from error
 
 
 _READERS = {".txt": _from_txt, ".jsonl": _from_jsonl, ".parquet": _from_parquet}

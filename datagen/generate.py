@@ -86,9 +86,9 @@ class Vocabulary:
     """What decoding needs to know of a tokenizer.
 
     Args:
-        start: ids that may start a sequence: all but the special tokens
+        start: ids that may start a sequence: all that the model knows but the special tokens
         prefix: what comes before the start token: [BOS] or nothing
-        stop: ids that end a sequence
+        stop: ids that end a sequence; none if the tokenizer has none: then its length ends it
     """
 
     start: list[int]
@@ -98,16 +98,19 @@ class Vocabulary:
     @classmethod
     def of(cls, tokenizer: Tokenizer, directory: str) -> "Vocabulary":
         """Of the model in ``directory``, which says what ends a sequence."""
+        model = AutoConfig.from_pretrained(directory)
         special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
         try:
             stop = GenerationConfig.from_pretrained(directory).eos_token_id
         except OSError:  # a model without the file
-            stop = AutoConfig.from_pretrained(directory).eos_token_id
+            stop = model.eos_token_id
+        if stop is None or stop == []:
+            stop = tokenizer.eos_token_id
         prefix = [i for i in tokenizer("").input_ids if i == tokenizer.bos_token_id]
         return cls(
-            start=sorted(set(tokenizer.get_vocab().values()) - special),
+            start=sorted(i for i in set(tokenizer.get_vocab().values()) - special if i < model.vocab_size),
             prefix=prefix,
-            stop=[stop] if isinstance(stop, int) else list(stop or [tokenizer.eos_token_id]),
+            stop=[stop] if isinstance(stop, int) else list(stop or []),
         )
 
 
@@ -163,7 +166,7 @@ def write_sequences(
     """
     begin = Beginnings.of(vocabulary, config, indices)
     numbers, greedy = torch.arange(indices.start, indices.stop), torch.tensor(begin.greedy)
-    stop = torch.tensor(vocabulary.stop)
+    stop = torch.tensor(vocabulary.stop, dtype=torch.int64)
     first_choice = len(begin.prefix[0])  # the first position that is chosen, not given
     tokens = torch.zeros(len(indices), config.max_length, dtype=torch.int64)
     tokens[:, :first_choice] = torch.tensor(begin.prefix)

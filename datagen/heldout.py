@@ -23,6 +23,7 @@ import mwparserfromhell
 import pyarrow as pa
 
 from qat.errors import UserError
+from qat.files import utf8
 
 ENCYCLOPEDIA = "encyclopedia"
 """The name of the held-out prose that is used by default."""
@@ -51,7 +52,8 @@ def paragraphs(text: str) -> Iterable[str]:
     if text in _TEXTS:
         return _TEXTS[text]()
     if Path(text).is_file():
-        return [Path(text).read_text()]
+        with utf8(Path(text)) as stream:
+            return [stream.read()]
     raise UserError(f"There is no text at {text!r}: give a text file, or one of {', '.join(_TEXTS)}.")
 
 

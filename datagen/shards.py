@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qat.errors import UserError, differences
+from qat.files import writing
 
 MANIFEST = "manifest.json"
 LOCK = "lock"
@@ -65,7 +66,7 @@ class ShardFolder:
 
         Raises UserError if it holds shards of other settings, or cannot be written to.
         """
-        with self._writing():
+        with writing(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock_file = os.open(self.directory / LOCK, os.O_CREAT | os.O_RDWR, 0o666)
         with self.alone():
@@ -85,7 +86,7 @@ class ShardFolder:
             raise UserError(f"There is no training data at {self.directory}: run launch/generate.py --output there.")
         try:
             return json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # not JSON, or not UTF-8
             raise UserError(f"{path} is damaged ({error}): make the data again in an empty folder.") from error
 
     def path(self, index: int) -> Path:
@@ -123,7 +124,7 @@ class ShardFolder:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Wait until no other process is about to write files that are no shards."""
-        with self._writing():  # not on a file system without POSIX locks
+        with writing(self.directory):  # not on a file system without POSIX locks
             fcntl.lockf(self._lock_file, fcntl.LOCK_EX, 1, _NO_SHARD)
         try:
             yield
@@ -144,7 +145,7 @@ class ShardFolder:
         have a fixed name, and is written over.
         """
         partial = self.directory / f".{name}.partial"
-        with self._writing():
+        with writing(self.directory):
             try:
                 with partial.open("wb") as file:
                     file.write(content)
@@ -154,16 +155,6 @@ class ShardFolder:
             except OSError:
                 partial.unlink(missing_ok=True)
                 raise
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"{self.directory} cannot be written to ({error.strerror or error}): what it holds is whole; make "
-                "room, or give a folder that is writable, and run the same command again."
-            ) from error
 
     def sequences(self) -> pa.ChunkedArray:
         """All sequences' token ids, in order; raises UserError if one is missing, or a shard is damaged."""

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from launch import cli
-from qat import ds_json, engines, memory, models, ranks
+from qat import ds_json, engines, memory, models, progress, ranks
 from qat.data import Sample, TrainingData
 from qat.errors import UserError, check_least
 from qat.files import lock
@@ -49,10 +48,11 @@ def main() -> None:
     memory.let_segments_grow()
     (config,) = cli.parse(__doc__, CacheConfig)
     model = models.resolve_full_precision(config.model)
-    vocabulary = read_config(model).vocab_size
-    if config.top_k > vocabulary:
+    config_of_model = read_config(model)
+    if config.top_k > (vocabulary := config_of_model.vocab_size):
         raise UserError(f"top_k={config.top_k} is more than the {vocabulary} tokens of the vocabulary: give 0, or 64.")
     data = TrainingData(config.data, models.load_tokenizer(model), seed=0)
+    models.check_ids(config_of_model, data.largest, f"The text in {config.data}")
     ds_config = ds_json.read_for_here(config.deepspeed)
     cache = TeacherCache(config.output)
     if cli.is_first_rank():
@@ -71,7 +71,7 @@ def main() -> None:
             ranks.meet("the output weight is written")
     turns = list(zip_longest(*(missing[0][rank :: cli.ranks()] for rank in range(cli.ranks()))))
     total = sum(steps_of(turn, len(data)) for turn in turns)
-    with tqdm(desc="teacher", total=total, unit="seq", dynamic_ncols=True, disable=not cli.is_first_rank()) as bar:
+    with progress.bar(desc="teacher", total=total, unit="seq", disable=not cli.is_first_rank()) as bar:
         for turn in turns:
             number = turn[cli.rank()]
             sequences = range(0) if number is None else sequences_of(number, len(data))
@@ -88,6 +88,8 @@ def main() -> None:
                 if entries:
                     cache.write(number, entries)
             ranks.meet("the targets are written")
+    if cli.is_first_rank():
+        print(f"{config.output}: what {config.model} predicts on {len(data)} sequences", flush=True)
 
 
 def settings(model: str, data: TrainingData) -> dict[str, object]:

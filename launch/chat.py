@@ -7,6 +7,8 @@ import sys
 from dataclasses import dataclass
 
 import torch
+from jinja2 import TemplateError
+from torch import Tensor
 from transformers import PreTrainedModel, TextStreamer
 
 import qat
@@ -14,6 +16,9 @@ from launch import cli
 from qat import models
 from qat.errors import UserError
 from qat.packed import memory
+
+Turn = dict[str, str]
+"""Of a talk: whose it is, and what was said."""
 
 
 @dataclass(frozen=True)
@@ -49,31 +54,62 @@ def main() -> None:
     if settings.prompt:
         _answer(model, tokenizer, [_message("user", settings.prompt)], settings)
         return
-    history: list[dict[str, str]] = []
+    history: list[Turn] = []
     while line := _read():
-        history.append(_message("user", line))
-        history.append(_message("assistant", _answer(model, tokenizer, history, settings)))
+        try:
+            history = _answer(model, tokenizer, [*history, _message("user", line)], settings)
+        except UserError as error:  # of this message: the talk goes on without it
+            print(f"not answered: {error}", file=sys.stderr, flush=True)
 
 
-def _answer(model: PreTrainedModel, tokenizer: models.Tokenizer, history: list[dict[str, str]], settings: Chat) -> str:
-    """Print the model's next turn as it comes, and return it. A model that knows no turns continues the last one."""
-    if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True)
-        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
-    else:
-        inputs = tokenizer(history[-1]["content"], return_tensors="pt")
+def _answer(model: PreTrainedModel, tokenizer: models.Tokenizer, history: list[Turn], settings: Chat) -> list[Turn]:
+    """Print the model's next turn as it comes, and return the talk with it. A model that knows no turns continues the
+    last one."""
+    inputs, history = _fitting(model, tokenizer, history, settings.max_new_tokens)
     inputs = inputs.to(model.device)
-    prompt = inputs.input_ids.shape[1]
-    models.check_length(model.config, prompt + settings.max_new_tokens, "the conversation with max_new_tokens")
     sampled = {"temperature": settings.temperature} if settings.temperature else {}
     ids = model.generate(  # type: ignore[operator]
-        **inputs,
+        input_ids=inputs,
+        attention_mask=torch.ones_like(inputs),
         max_new_tokens=settings.max_new_tokens,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         do_sample=bool(sampled),
         **sampled,
     )
-    return str(tokenizer.decode(ids[0, prompt:], skip_special_tokens=True))
+    answer = str(tokenizer.decode(ids[0, inputs.shape[1] :], skip_special_tokens=True))
+    return [*history, _message("assistant", answer)]
+
+
+def _fitting(
+    model: PreTrainedModel, tokenizer: models.Tokenizer, history: list[Turn], max_new_tokens: int
+) -> tuple[Tensor, list[Turn]]:
+    """The token ids [1, tokens] of the talk, and the talk, without its oldest turns if the model has no room for them.
+
+    Raises UserError if the last message alone is too long, or has tokens that the model does not know.
+    """
+    longest, turns = model.config.max_position_embeddings, len(history)
+    while (tokens := (ids := _encoded(tokenizer, history)).shape[1]) + max_new_tokens > longest:
+        if len(history) == 1:
+            raise UserError(
+                f"The message is {tokens} tokens long, and the answer may have max_new_tokens={max_new_tokens}; the "
+                f"model has {longest} positions for both: shorten the message, or give fewer."
+            )
+        history = history[2:]  # a question and its answer
+    if len(history) < turns:
+        print(f"forgotten, for want of positions: the first {turns - len(history)} turns", file=sys.stderr, flush=True)
+    models.check_ids(model.config, int(ids.max()), "The message")
+    return ids, history
+
+
+def _encoded(tokenizer: models.Tokenizer, history: list[Turn]) -> Tensor:
+    """Token ids [1, tokens], by the tokenizer's template; without one, of the last message."""
+    if not tokenizer.chat_template:
+        return tokenizer(history[-1]["content"], return_tensors="pt", verbose=False).input_ids
+    try:
+        text = tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise UserError(f"The tokenizer's chat template refuses the message: {error}.") from error
+    return tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids
 
 
 def _describe(model: PreTrainedModel) -> str:
@@ -84,7 +120,7 @@ def _describe(model: PreTrainedModel) -> str:
     )
 
 
-def _message(role: str, content: str) -> dict[str, str]:
+def _message(role: str, content: str) -> Turn:
     return {"role": role, "content": content}
 
 
@@ -94,6 +130,8 @@ def _read() -> str:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return ""
+    except UnicodeDecodeError as error:
+        raise UserError(f"The standard input is not UTF-8 text ({error.reason}): convert it.") from error
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from jsonargparse import ArgumentParser
+from huggingface_hub.utils import logging as hub_logging
+from jsonargparse import ArgumentError, ArgumentParser
+from transformers.utils.logging import disable_progress_bar
 
 from qat import cpu
 from qat.errors import UserError
@@ -28,6 +30,9 @@ def run(main: Callable[[], int | None]) -> None:
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).parent]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's calls
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # transformers', which redraws
+    hub_logging.set_verbosity_error()  # a line for each of many retries; what comes of them is said once
     if is_first_rank():
         logging.basicConfig(format="%(message)s")
         logging.getLogger("qat").setLevel(logging.INFO)
@@ -87,12 +92,18 @@ def is_first_rank() -> bool:
 def parse(description: str, *configs: type) -> list[Any]:
     """One instance of each dataclass, its fields set by flags, a YAML recipe (``--config``), or their defaults.
 
-    Flags beat the recipe where they come after it. The fields' help is the ``Args`` of their docstrings.
+    Flags beat the recipe where they come after it. The fields' help is the ``Args`` of their docstrings. Raises
+    UserError for flags that there are not, and for values that they cannot have.
     """
-    parser = ArgumentParser(description=description.strip(), prog=Path(sys.argv[0]).name, allow_abbrev=False)
+    parser = ArgumentParser(
+        description=description.strip(), prog=Path(sys.argv[0]).name, allow_abbrev=False, exit_on_error=False
+    )
     parser.add_argument("--config", action="config", help="YAML recipe with any of the flags below")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     for config in configs:
         parser.add_class_arguments(config)
-    values = parser.parse_args()
+    try:
+        values = parser.parse_args()
+    except ArgumentError as error:
+        raise UserError(f"{' '.join(str(error).split())}\n{parser.format_usage().strip()}") from error
     return [config(**{field.name: values[field.name] for field in fields(config)}) for config in configs]

@@ -7,6 +7,7 @@ python launch/evaluate.py --model DIR; with --method rtn, a full-precision model
 import hashlib
 import importlib.metadata
 import json
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from launch import cli
 from qat import harness, loading, models, ranks, served, source
 from qat.errors import UserError, check_choice, check_least, differences
 from qat.evaluate import TextScore, WindowScore, score_windows, text_windows
-from qat.files import write_atomically
+from qat.files import write_atomically, writing
 from qat.linear import ARITHMETIC, can_multiply_codes
 from qat.machine import machine
 from qat.model_folder import read_config
@@ -106,6 +107,8 @@ def main() -> None:
         for text in evaluation.text.split(",")
         if text != NO_TEXT
     }
+    for text, windows in texts.items():
+        models.check_ids(read_config(name), int(windows.max()), f"The text {text}")
     tasks = harness.task_names(evaluation.tasks)
     settings = {
         **{key: value for key, value in asdict(evaluation).items() if key not in ("text", "tasks", "output")},
@@ -120,6 +123,9 @@ def main() -> None:
     if not new_texts and not new_tasks and evaluation.output:
         print(f"{evaluation.output} is there already.")
         return
+    if cli.is_first_rank():
+        results.check_writable()
+        results.show([name for name in (*texts, *tasks) if name not in (*new_texts, *new_tasks)])
     if evaluation.engine == "vllm":
         llm = served.engine(name, window + 1)
         for text, windows in new_texts.items():
@@ -131,7 +137,9 @@ def main() -> None:
         _measure_texts(model, teacher_name, new_texts, results)
         _measure_tasks(model, tokenizer, new_tasks, evaluation, results)
     if cli.is_first_rank():
-        results.show([*texts], tasks)
+        results.show_average(tasks)
+        if evaluation.output:
+            print(f"{evaluation.output}: these results")
 
 
 def check_teacher(teacher: str, model: str, tokenizer: models.Tokenizer) -> None:
@@ -208,13 +216,26 @@ class _Results:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Within it, ``name`` is measured; after it, the file holds the result."""
+        """Within it, ``name`` is measured; after it, the file holds the result, and it is printed, also where the file
+        cannot be written."""
         began = time.monotonic()
         yield
         self._content["seconds"][name] = round(time.monotonic() - began, 1)
-        if self._path and cli.is_first_rank():
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._path, json.dumps(self._content, indent=2) + "\n")
+        if not cli.is_first_rank():
+            return
+        try:
+            if self._path:
+                with writing(self._path):
+                    write_atomically(self._path, json.dumps(self._content, indent=2) + "\n")
+        finally:
+            self.show([name])
+
+    def check_writable(self) -> None:
+        """Raise UserError if the file cannot be written, before hours of measuring."""
+        if self._path:
+            with writing(self._path):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=self._path.parent).close()
 
     @staticmethod
     def _read(path: Path) -> dict[str, Any]:
@@ -226,17 +247,23 @@ class _Results:
             raise UserError(f"{path} is no result of launch/evaluate.py: give another --output.")
         return content
 
-    def show(self, texts: list[str], tasks: list[str]) -> None:
-        for text in texts:
-            score = self.texts[text]
-            kl = "" if score["kl"] is None else f", KL to the teacher {score['kl']:.4f} ± {score['kl_stderr']:.4f} nats"
-            print(f"perplexity {score['perplexity']:.3f} on {score['tokens']} tokens of {text}{kl}")
-        for task in tasks:
-            score = self.tasks[task]
-            print(
-                f"{task} {score['metric']} {score['accuracy']:.4f} ± {score['stderr']:.4f} on {score['documents']} "
-                "documents"
-            )
+    def show(self, names: list[str]) -> None:
+        """Print a line for each of these texts and tasks."""
+        for name in names:
+            print(self._text_line(name) if name in self.texts else self._task_line(name), flush=True)
+
+    def _text_line(self, text: str) -> str:
+        score = self.texts[text]
+        kl = "" if score["kl"] is None else f", KL to the teacher {score['kl']:.4f} ± {score['kl_stderr']:.4f} nats"
+        return f"perplexity {score['perplexity']:.3f} on {score['tokens']} tokens of {text}{kl}"
+
+    def _task_line(self, task: str) -> str:
+        score = self.tasks[task]
+        accuracy = f"{score['accuracy']:.4f} ± {score['stderr']:.4f}"
+        return f"{task} {score['metric']} {accuracy} on {score['documents']} documents"
+
+    def show_average(self, tasks: list[str]) -> None:
+        """Print the zero-shot average, if ``tasks`` has them all."""
         if set(harness.ZERO_SHOT) <= set(tasks):
             mean, stderr = harness.zero_shot_average(self.tasks)
             print(f"zero-shot average {mean:.4f} ± {stderr:.4f}")

@@ -12,6 +12,8 @@ from launch import cli
 from qat import export, model_card, models, source
 from qat.errors import UserError, check_choice
 from qat.evaluate import text_windows
+from qat.files import writing
+from qat.model_folder import read_config
 from qat.statements import differences
 
 _WINDOW, _WINDOWS = 512, 4
@@ -59,6 +61,7 @@ def main() -> None:
         tokenizer = models.load_tokenizer(str(student.directory))
         window = min(_WINDOW, export.longest(student, settings.format))
         windows = text_windows(heldout.paragraphs(settings.text), tokenizer, window, _WINDOWS)
+        models.check_ids(read_config(str(student.directory)), int(windows.max()), f"The text {settings.text}")
     print(f"{student.quant} student of {settings.checkpoint} -> {settings.format}", flush=True)
     partial = settings.output.with_name(settings.output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -67,12 +70,13 @@ def main() -> None:
     if windows is not None:
         checks = export.verify(student, partial, settings.format, windows).sentence(settings.text)
     model_card.write(student, settings.format, _origin(settings, student), checks, partial)
-    partial.rename(settings.output)
+    with writing(settings.output):
+        partial.rename(settings.output)
     size = sum(file.stat().st_size for pattern in ("*.safetensors", "*.gguf") for file in settings.output.glob(pattern))
-    print(f"{settings.output}: {size / 1e6:.0f} MB")
     print(checks or "not verified")
     for sentence in differences(student.quant, settings.format):
         print(f"differs: {sentence}")
+    print(f"{settings.output}: {settings.format}, {size / 1e6:.0f} MB; README.md says all of this")
 
 
 def _origin(settings: Export, student: source.Student) -> model_card.Origin:

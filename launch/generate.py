@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from tqdm import tqdm
-from transformers import AutoConfig
 from transformers.distributed import DistributedConfig
 
 from datagen import card, decoder, plan
@@ -19,7 +17,7 @@ from datagen.generate import GenerateConfig, Vocabulary, write_sequences
 from datagen.parallel import Group, ranks_from_slurm
 from datagen.shards import Sequence, ShardFolder
 from launch import cli
-from qat import machine, memory, models, ranks
+from qat import machine, memory, models, progress, ranks
 from qat.errors import UserError
 from qat.preemption import RESUMABLE_EXIT, StopSignal
 
@@ -54,6 +52,7 @@ def main() -> int:
     folder = ShardFolder(paths.output)
     if paths.corpus and not cli.is_first_rank():
         return 0  # tokenizing is quick: the first rank does it alone
+    was_complete = cli.is_first_rank() and (paths.output / card.CARD).exists()
     try:
         if paths.corpus:
             write_corpus(Corpus(paths.corpus), folder, directory, tokenizer, config)
@@ -64,9 +63,9 @@ def main() -> int:
             print(f"stopped by a signal: the same command goes on with {paths.output}", flush=True)
         return RESUMABLE_EXIT
     if all(folder.path(index).exists() for index in range(config.shards)):  # whoever is the last finds them all
-        card.write(folder, tokenizer, Path(paths.model).name if Path(paths.model).exists() else paths.model)
-        if cli.is_first_rank():
-            print(f"{paths.output} is complete: {config.sequences} sequences; {card.CARD} describes them.")
+        name = Path(paths.model).name if Path(paths.model).exists() else paths.model
+        if card.write(folder, tokenizer, name) or was_complete:
+            print(f"{paths.output} is complete: {config.sequences} sequences; {card.CARD} describes them.", flush=True)
     return 0
 
 
@@ -75,7 +74,7 @@ def write_generated(folder: ShardFolder, directory: str, tokenizer, config: Gene
     if vllm and cli.ranks() > 1:
         raise UserError("engine=vllm starts its own ranks (--tensor_parallel): start it with plain python.")
     group = Group.of(cli.rank(), cli.ranks(), 1 if vllm else config.tensor_parallel)
-    check(directory, config, group.size)
+    check(directory, tokenizer, config, group.size)
     folder.claim(
         {
             **asdict(config),
@@ -91,28 +90,28 @@ def write_generated(folder: ShardFolder, directory: str, tokenizer, config: Gene
     if needs:
         warn_if_short(needs, config)
     longest = sum(len(config.shard_range(index)) for index in missing) * (config.max_length - 1) // group.count
-    with tqdm(
-        desc="generate", total=longest, unit="tok", dynamic_ncols=True, disable=not missing or not cli.is_first_rank()
-    ) as bar:
+    unseen = not missing or not cli.is_first_rank()
+    with progress.bar(desc="generate", total=longest, unit="tok", disable=unseen) as bar:
 
-        def progress(tokens: int, spared: int) -> None:
+        def advance(tokens: int, spared: int) -> None:
             bar.total -= spared  # sequences that ended early
             bar.update(tokens)
 
-        def progress_unless_stopped(tokens: int, spared: int) -> None:
+        def advance_unless_stopped(tokens: int, spared: int) -> None:
             if group.agree(stop.received):
                 raise Stopped
-            progress(tokens, spared)
+            advance(tokens, spared)
 
         write: Callable[[range], list[Sequence]] | None = None
         for index in group.shards(folder, missing):
-            progress_unless_stopped(0, 0)
+            advance_unless_stopped(0, 0)
             # vLLM writes a shard in one call, and speaks when it is done: too late to abandon it.
-            write = write or writer(directory, tokenizer, config, group, progress if vllm else progress_unless_stopped)
+            write = write or writer(directory, tokenizer, config, group, advance if vllm else advance_unless_stopped)
             sequences = write(config.shard_range(index))
             if group.leads:
                 with ranks.doing("writing a shard"):
                     folder.write(index, sequences)
+        bar.total = bar.n  # other ranks may have written more shards than this one
     if write and needs:
         print(memory.beside_plan(needs))
 
@@ -157,9 +156,12 @@ def write_corpus(corpus: Corpus, folder: ShardFolder, directory: str, tokenizer,
     useless = [f.name for f in fields(config) if f.name not in _OF_TEXT and getattr(config, f.name) != f.default]
     if useless:
         raise UserError(f"--corpus is real text, for which {', '.join(useless)} mean nothing: leave them out.")
-    models.check_length(AutoConfig.from_pretrained(directory), config.max_length, "max_length")
+    model = models.read_config(directory)
+    models.check_length(model, config.max_length, "max_length")
     prefix = Vocabulary.of(tokenizer, directory).prefix
     sequences = corpus.sequences(tokenizer, prefix, config.sequences, config.max_length)
+    largest = max(max(sequence.input_ids) for sequence in sequences)
+    models.check_ids(model, largest, f"The text of {corpus.source}")
     folder.claim(
         {
             **{setting: getattr(config, setting) for setting in _OF_TEXT},
@@ -177,10 +179,11 @@ def write_corpus(corpus: Corpus, folder: ShardFolder, directory: str, tokenizer,
         folder.write(index, sequences[rows.start : rows.stop])
 
 
-def check(directory: str, config: GenerateConfig, tensor_parallel: int) -> None:
+def check(directory: str, tokenizer, config: GenerateConfig, tensor_parallel: int) -> None:
     """Raise UserError for a model that cannot write so."""
-    model = AutoConfig.from_pretrained(directory)
+    model = models.read_config(directory)
     models.check_length(model, config.max_length, "max_length")
+    models.check_ids(model, max(Vocabulary.of(tokenizer, directory).prefix, default=0), "The beginning of a text")
     if config.engine == "torch":
         decoder.check(model, config.max_length)
     parts = {"key-value heads": model.num_key_value_heads, "vocabulary": model.vocab_size}

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, PretrainedConfig
 from launch import cli
 from qat import ds_json, models, plan
 from qat.errors import UserError
-from qat.model_folder import read_config
+from qat.model_folder import read_config, without_weights
 from qat.plan import Machine, Plan
 
 LLAMA = {
@@ -90,10 +90,13 @@ def config_of(model: str) -> PretrainedConfig:
             vocab_size=32000, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
             num_attention_heads=heads,
         )  # fmt: skip
+    name = models.resolve(model) if model == models.EMBEDDED else model
     try:
-        return read_config(models.resolve(model) if model == models.EMBEDDED else model)
+        config = read_config(name)
     except UserError as error:
         raise UserError(f"{error} Without a model: {', '.join(LLAMA)}.") from error
+    without_weights(config, Path(name))
+    return config
 
 
 def table(question: Question, machine: Machine, plans: dict[str, Plan]) -> Table:

@@ -65,6 +65,8 @@ def main() -> None:
     sequences = calibration_sequences(data, settings.sequences) if data else []
     for ids in sequences:
         models.check_length(model.config, ids.shape[1], "The length of a calibration sequence")
+    if data:
+        models.check_ids(model.config, data.largest, f"The text in {settings.data}")
     lock(layerwise.partial_of(settings.output))
     with layerwise.appearing(folder, settings.output, quant, record) as output:
         if settings.method == "rtn":

@@ -6,7 +6,6 @@ it goes on from where it was.
 
 import importlib.metadata
 import json
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,8 @@ from datagen.heldout import ENCYCLOPEDIA
 from launch import cli
 from launch.stages import CPU_ONLY, Stages, free_port, interrupt
 from qat import export, models, report
-from qat.files import lock, read_lines, wait_until_free, write_atomically
+from qat.files import lock, read_lines, wait_until_free, write_atomically, writing
+from qat.preemption import handle_signals
 from qat.prepare import CONFIG_FILE, QuantConfig
 from qat.training import FINAL, LOG, SETTINGS
 
@@ -44,7 +44,7 @@ class Quickstart:
 
 def main() -> None:
     (settings,) = cli.parse(__doc__, Quickstart)
-    signal.signal(signal.SIGTERM, interrupt)
+    handle_signals(interrupt)
     out: Path = settings.output
     lock(out)
     stages = Stages(out / "stages.json", CPU_ONLY)
@@ -106,10 +106,11 @@ def _report(settings: Quickstart, model: str, stages: Stages) -> None:
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")},
         "seed": train["seed"],
     }
-    write_atomically(out / "results.json", json.dumps(results, indent=2) + "\n")
-    report.plot_training(log, out / "training.png")
     labels = {"teacher": "teacher\n(full precision)", "rtn": "RTN\n(untrained)", "qat": "LLM-QAT"}
-    report.plot_comparison({labels[n]: measured[n]["perplexity"] for n in labels}, out / "comparison.png")
+    with writing(out):
+        write_atomically(out / "results.json", json.dumps(results, indent=2) + "\n")
+        report.plot_training(log, out / "training.png")
+        report.plot_comparison({labels[n]: measured[n]["perplexity"] for n in labels}, out / "comparison.png")
 
     table = Table(title=f"{settings.model}, W-A-KV {QuantConfig(**quant)}")
     for column in ("", "perplexity", "weights on disk"):

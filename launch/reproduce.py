@@ -14,7 +14,6 @@ import itertools
 import json
 import random
 import shutil
-import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
@@ -31,7 +30,7 @@ from launch.stages import CPU_ONLY, Stages, free_port, interrupt
 from qat import models, report, results
 from qat.errors import UserError, check_choice, check_least, differences
 from qat.files import lock, read_lines, wait_until_free, write_atomically
-from qat.preemption import RESUMABLE_EXIT
+from qat.preemption import RESUMABLE_EXIT, handle_signals
 from qat.prepare import QuantConfig
 from qat.training import CHECKPOINTS, FINAL, LOG, TrainConfig
 
@@ -169,7 +168,7 @@ class Job(NamedTuple):
 
 def main() -> int:
     (reproduction,) = cli.parse(__doc__, Reproduction)
-    signal.signal(signal.SIGTERM, interrupt)
+    handle_signals(interrupt)
     lock(reproduction.work)
     deadline = time.monotonic() + 60 * reproduction.minutes if reproduction.minutes else None
     tables = {table: read_recipe(_RECIPES / f"{table}.yaml") for table in TABLES}
@@ -193,6 +192,9 @@ def main() -> int:
         runner.collect(tables)
     if failures:
         raise UserError(f"{len(failures)} of {len(jobs)} jobs failed: {', '.join(failures)}.")
+    print(
+        f"{reproduction.output}: {reproduction.tables}; {len(jobs)} jobs done now, the others were before", flush=True
+    )
     return 0
 
 

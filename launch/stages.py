@@ -10,10 +10,9 @@ import subprocess
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import FrameType
 
 from qat.errors import UserError
-from qat.files import write_atomically
+from qat.files import write_atomically, writing
 from qat.preemption import RESUMABLE_EXIT
 
 CPU_ONLY = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
@@ -49,7 +48,8 @@ class Stages:
             raise KeyboardInterrupt from None
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
-            write_atomically(self.path, json.dumps(self.seconds, indent=2) + "\n")
+            with writing(self.path):
+                write_atomically(self.path, json.dumps(self.seconds, indent=2) + "\n")
         if code == RESUMABLE_EXIT:
             raise KeyboardInterrupt
         if code != 0:
@@ -60,8 +60,8 @@ class Stages:
         return sum(self.seconds.values()) / 60
 
 
-def interrupt(number: int, frame: FrameType | None) -> None:
-    """A signal handler: the signal does what Ctrl-C does."""
+def interrupt() -> None:
+    """For handle_signals: what Ctrl-C does."""
     raise KeyboardInterrupt
 
 

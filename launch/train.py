@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 
 from datagen import heldout
@@ -19,7 +20,7 @@ from qat.data import Sample, TrainingData
 from qat.distill import Targets
 from qat.errors import UserError, check_least, differences
 from qat.evaluate import text_windows
-from qat.files import lock, write_atomically
+from qat.files import lock, write_atomically, writing
 from qat.linear import ARITHMETIC
 from qat.machine import be_deterministic, device, local_ranks
 from qat.model_folder import ModelFolder, read_config, shapes, skeleton
@@ -106,6 +107,9 @@ def main() -> int:
     config_of_model = read_config(model)
     for name, length in lengths.items():
         models.check_length(config_of_model, length, f"The longest sequence of {name}")
+    largest = {"data": data.largest, **{name: int(torch.cat(text, 1).max()) for name, text in texts.items()}}
+    for name, number in largest.items():
+        models.check_ids(config_of_model, number, f"The text of {name}")
     check_teacher(paths.teacher_cache, quant, config)
     begin = starting_point(paths.student, model, quant) if paths.student else model
     folder = ModelFolder.read(Path(begin))
@@ -168,10 +172,12 @@ def main() -> int:
     complete = train(student, targets, data, config, paths.output, stop, texts)
     if planned:
         print(memory.beside_plan(planned.needs), flush=True)
-    if not complete:
-        return RESUMABLE_EXIT
-    engines.save_student(student, final, quant, companions)
-    return 0
+    if complete:
+        engines.save_student(student, final, quant, companions)
+    if cli.is_first_rank():
+        stopped = f"stopped by a signal and saved: the same command goes on with {paths.output}"
+        print(f"{final}: the trained student, {quant}" if complete else stopped, flush=True)
+    return 0 if complete else RESUMABLE_EXIT
 
 
 def plan_of(
@@ -227,11 +233,9 @@ def open_folder(output: Path, settings: dict[str, Any]) -> None:
 
     The first rank holds a lock on the folder until it ends, so that no two runs work in one.
     """
-    try:
-        if cli.is_first_rank():
+    if cli.is_first_rank():
+        with writing(output):
             lock(output)
-    except OSError as error:
-        raise _unwritable(output, error) from error
     path = output / SETTINGS
     if path.exists():
         started = json.loads(path.read_text())["settings"]
@@ -256,14 +260,8 @@ def claim(output: Path, settings: dict[str, Any], ds_config: dict[str, Any], pla
     path = output / SETTINGS
     if path.exists():
         return
-    try:
+    with writing(output):
         write_atomically(path, json.dumps({"settings": settings, "deepspeed": ds_config, **places}, indent=2) + "\n")
-    except OSError as error:
-        raise _unwritable(output, error) from error
-
-
-def _unwritable(output: Path, error: OSError) -> UserError:
-    return UserError(f"{output} cannot be written to ({error}): give another --output, or make it so.")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class TrainingData:
     """
 
     def __init__(self, directory: Path, tokenizer: Tokenizer, seed: int):
-        """Raises UserError for an empty folder, and for shards made with another tokenizer."""
+        """Raises UserError for an empty folder, shards made with another tokenizer, and tokens without an id."""
         folder = ShardFolder(directory)
         made_with, ours = folder.manifest().get("tokenizer"), tokenizer_fingerprint(tokenizer)
         if made_with != ours:
@@ -43,6 +43,11 @@ class TrainingData:
         self._sequences = folder.sequences()
         self.fingerprint = hashlib.sha256(json.dumps(folder.manifest(), sort_keys=True).encode()).hexdigest()[:16]
         """Equal for folders made from the same settings, teacher and tokenizer."""
+        ids = pc.list_flatten(self._sequences)
+        if ids.null_count:
+            raise UserError(f"{directory} holds {ids.null_count} tokens without an id: make the data anew.")
+        self.largest = int(pc.max(ids).as_py())
+        """Its largest token id."""
         self.longest = int(pc.max(pc.list_value_length(self._sequences)).as_py())
         """Tokens of its longest sequence."""
         self._seed = seed

@@ -37,7 +37,7 @@ def read(path: Path) -> dict[str, Any]:
         ds_config = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"There is no DeepSpeed configuration at {path}: see ds_configs/.") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not UTF-8
         raise UserError(f"{path} is not JSON: {error}.") from error
     if _get(ds_config, "zero_optimization.stage") != 3:
         raise UserError(f"{path} must set zero_optimization.stage to 3: teacher and student are sharded.")

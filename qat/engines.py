@@ -24,6 +24,7 @@ from qat import ds_json, kv_cache, models, prepare, ranks, weight_files
 from qat.data import Sample
 from qat.distill import Distiller, LabelTargets, TeacherTargets, run
 from qat.errors import UserError
+from qat.files import writing
 from qat.kv_cache import AttentionRecord
 from qat.machine import local_ranks, take_gpu
 from qat.model_folder import shapes, write_companions
@@ -183,14 +184,16 @@ def save_student(
             own = {name.removeprefix("student."): weight for name, weight in weights.items()}
             steps = {name: own.pop(name) for name in list(own) if name.endswith(prepare.STEP_SUFFIX)}
             student = engine.module.student
-            partial.mkdir()
+            with writing(partial):
+                partial.mkdir()
             weight_files.write(
                 partial, ((name, own[name]) for name in shapes(student) if not name.endswith(prepare.STEP_SUFFIX))
             )
             write_companions(companions, partial, dtype=str(student.dtype).removeprefix("torch."))
             quant.save(partial)
             prepare.save_steps(steps, partial)
-            partial.rename(directory)
+            with writing(directory):
+                partial.rename(directory)
     ranks.meet(f"{directory.name}/ is written")
 
 

@@ -12,13 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
-from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qat import ranks
 from qat.distill import predicting
 from qat.errors import UserError
+from qat.progress import bar
 
 _CHUNK_TOKENS = 512
 """Tokens whose logits exist at one time."""
@@ -104,7 +104,7 @@ def score_windows(
 ) -> list[WindowScore]:
     """Score ``model`` on token ids [windows, window], beside its teacher if there is one."""
     scores = []
-    for window in tqdm(windows, desc="windows", unit="window", dynamic_ncols=True, disable=not progress):
+    for window in bar(windows, desc="windows", unit="window", disable=not progress):
         ids = window[None].to(model.device)
         targets = ids[0, 1:].split(_CHUNK_TOKENS)
         hidden = predicting(model, ids).split(_CHUNK_TOKENS)

@@ -6,7 +6,6 @@ llama.cpp (see qat.llama_cpp). ``quant_config.json`` beside an integer checkpoin
 for: the KV cache, and the true number of bits.
 """
 
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers import AutoConfig, PreTrainedModel
 from qat import formats, llama_cpp, loading, weight_files
 from qat.errors import UserError
 from qat.evaluate import perplexity
+from qat.files import load_tensors, save_tensors, writing
 from qat.formats import INTEGERS, PACKED
 from qat.loading import load
 from qat.model_folder import ModelFolder, write_companions
@@ -30,6 +30,12 @@ FAKE, GGUF = "hf-fake", "gguf"
 FORMATS = (PACKED, INTEGERS, FAKE, GGUF)
 FORMAT = PACKED
 """The default."""
+
+_RUNS = {
+    None: "",
+    True: ", and llama.cpp loads it",
+    False: "; whether llama.cpp loads it is not known, as xllamacpp is not installed",
+}
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -59,7 +65,8 @@ def export(student: Student, output: Path, form: str, file_bytes: int = weight_f
 
     Whatever the size of the model, one weight file and one tensor are in memory at a time.
     """
-    output.mkdir(parents=True)
+    with writing(output):
+        output.mkdir(parents=True)
     if form == GGUF:
         llama_cpp.write(student, output)
         return
@@ -69,7 +76,7 @@ def export(student: Student, output: Path, form: str, file_bytes: int = weight_f
         changes["quantization_config"] = formats.quantization_config(student.quant, form)
         student.quant.save(output)
         if student.quant.activations.learned:
-            shutil.copy(student.directory / STEPS_FILE, output)
+            save_tensors(load_tensors(student.directory / STEPS_FILE), output / STEPS_FILE)
     write_companions(ModelFolder.read(student.directory).companions(), output, **changes)
 
 
@@ -91,17 +98,19 @@ class Verified:
         trained: of the student, as training simulated it
         expected: of what the format holds of it; the same for integer checkpoints
         exported: of the export, read back
+        runs: whether llama.cpp itself has loaded it; None for other formats
     """
 
     trained: float
     expected: float
     exported: float
     tokens: int
+    runs: bool | None = None
 
     def sentence(self, text: str) -> str:
         said = (
-            f"Verified: read back, the export gives the logits of the model in memory, bit for bit. Perplexity on "
-            f"{self.tokens:,} tokens of {text}: {self.trained:.3f} as trained"
+            f"Verified: read back, the export gives the logits of the model in memory, bit for bit{_RUNS[self.runs]}. "
+            f"Perplexity on {self.tokens:,} tokens of {text}: {self.trained:.3f} as trained"
         )
         if self.expected != self.trained:
             said += f", {self.expected:.3f} without what this format does not hold"
@@ -113,7 +122,8 @@ def verify(student: Student, exported: Path, form: str, windows: Tensor) -> Veri
     """Read the export back and compare it with the student in memory, on token ids [windows, window].
 
     Raises UserError unless their logits and perplexities are equal, bit for bit, in fp32. What a format does not hold
-    (hf-fake and gguf: activations and KV cache; gguf: more of a scale than fp16) is left out of the student, too.
+    (hf-fake and gguf: activations and KV cache; gguf: more of a scale than fp16) is left out of the student, too. A
+    GGUF file must also be one that llama.cpp loads, where xllamacpp is installed.
     """
     model = _in_memory(student, student.quant)
     trained = expected = perplexity(model, windows)
@@ -130,7 +140,8 @@ def verify(student: Student, exported: Path, form: str, windows: Tensor) -> Veri
     found = perplexity(model, windows)
     if found.nll != expected.nll:
         raise UserError(f"{exported} is wrong: its perplexity is {found.perplexity}, not {expected.perplexity}.")
-    return Verified(trained.perplexity, expected.perplexity, found.perplexity, found.tokens)
+    runs = llama_cpp.is_loaded(exported) if form == GGUF else None
+    return Verified(trained.perplexity, expected.perplexity, found.perplexity, found.tokens, runs)
 
 
 def _in_memory(

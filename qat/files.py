@@ -3,8 +3,10 @@
 import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -13,19 +15,66 @@ from torch import Tensor
 from qat.errors import UserError
 
 
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Within it, files are written at ``place``; raises UserError where they cannot be."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{place} cannot be written to ({getattr(error, 'strerror', None) or error}): what is there is whole; make "
+            "room, or give a place that is writable, and run the same command again."
+        ) from error
+
+
+@contextmanager
+def utf8(path: Path) -> Iterator[IO[str]]:
+    """The text file at ``path``; raises UserError, which names the line, where it is not UTF-8."""
+    try:
+        with path.open(encoding="utf-8") as stream:
+            yield stream
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}, line {_undecodable(path)}, is not UTF-8 text ({error.reason}): convert it."
+        ) from error
+
+
+def _undecodable(path: Path) -> int:
+    """The number of the first line that is not UTF-8."""
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    raise AssertionError(f"{path} is UTF-8")
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write ``text`` beside ``path``, then rename: a reader, or a kill, never meets half a file."""
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    partial.write_text(text)
+    try:
+        partial.write_text(text)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     partial.replace(path)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file that is open to whom the umask allows; safetensors keeps it for its owner."""
-    path.touch()
-    mode = path.stat().st_mode
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
-    path.chmod(mode)
+    """Write a safetensors file that is open to whom the umask allows; safetensors keeps it for its owner.
+
+    Raises UserError, and leaves nothing of it, where it cannot be written.
+    """
+    with writing(path.parent):
+        path.touch()
+        mode = path.stat().st_mode
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+        except (OSError, SafetensorError):
+            path.unlink()
+            raise
+        path.chmod(mode)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -65,5 +114,6 @@ def wait_until_free(directory: Path) -> None:
 
 def _lock_file(directory: Path) -> int:
     """A descriptor that closes with the process, which frees what it locks."""
-    directory.mkdir(parents=True, exist_ok=True)
-    return os.open(directory / "lock", os.O_CREAT | os.O_RDWR)
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        return os.open(directory / "lock", os.O_CREAT | os.O_RDWR)

@@ -15,15 +15,17 @@ import lm_eval
 import torch
 import torch.distributed as dist
 from lm_eval import simple_evaluate
+from lm_eval.models import huggingface
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from qat import ranks
+from qat import models, ranks
 from qat.errors import UserError
 from qat.evaluate import standard_error
+from qat.progress import bar
 
 ZERO_SHOT = {
     "boolq": "acc",
@@ -102,6 +104,7 @@ def run_task(
             f"ranks: give 0, {len(parts) * _world_size()} or more, or fewer ranks."
         )
     shots = {"num_fewshot": _SHOTS if name in FEW_SHOT else 0}
+    huggingface.tqdm = bar  # the harness's own would fill a log file
     results = simple_evaluate(
         model=_RankedLM(model, tokenizer),
         # In a group, a task inherits the registered one of its name.
@@ -149,15 +152,17 @@ class _RankedLM(HFLM):
         """Logits of the last positions only, [batch, positions, vocabulary], of which the harness takes the answers':
         those of a batch's whole 5-shot prompts take gigabytes."""
         ranks.progress()
+        models.check_ids(self.model.config, int(inps.max()), "A task")
         positions = torch.arange(1, inps.shape[1] + 1, device=inps.device)
         shortest = int((positions * (inps != 0)).amax(dim=1).min())  # it pads with zeros, on the right
         needed = self._longest + inps.shape[1] - shortest
         with torch.no_grad():
             return self.model(inps, logits_to_keep=needed).logits
 
-    def _model_generate(self, *args: Any, **kwargs: Any) -> Tensor:
+    def _model_generate(self, context: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         ranks.progress()
-        return super()._model_generate(*args, **kwargs)
+        models.check_ids(self.model.config, int(context.max()), "A task")
+        return super()._model_generate(context, *args, **kwargs)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         ranks.meet("all ranks have their requests")

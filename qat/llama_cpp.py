@@ -6,7 +6,11 @@ is rounded to fp16, by at most 1 part in 2048. Types with a finer structure (Q4_
 scales of their own) need a rounding of the weights that was not trained.
 """
 
+import importlib.util
 import json
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTraine
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qat.errors import UserError
+from qat.files import writing
 from qat.models import load_tokenizer
 from qat.products import speed_up
 from qat.quantizers import Grid, Quantized
@@ -54,6 +59,15 @@ _ROPES = {
 _ROPE_FREQUENCIES = "rope_freqs.weight"
 _ROPE_PARAMETERS = "qat.rope_parameters"
 """A tensor that divides the frequencies; and, for ``load``, the parameters that both it and the metadata came from."""
+
+_LOAD = """
+import sys, xllamacpp
+settings = xllamacpp.CommonParams()
+settings.model.path = sys.argv[1]
+settings.n_ctx, settings.n_parallel, settings.cpuparams.n_threads, settings.warmup = 64, 1, 1, False
+xllamacpp.Server(settings)
+"""
+"""What another Python runs to see whether llama.cpp loads a file."""
 
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}",
@@ -126,7 +140,7 @@ def write(student: Student, output: Path) -> None:
     _add_config(writer, config, _FILE_TYPES[kind])
     for key, value in _tokenizer(student.directory).items():
         getattr(writer, f"add_{key}")(value)
-    gguf.SpecialVocab(student.directory, load_merges=True).add_to_gguf(writer, quiet=True)
+    gguf.SpecialVocab(student.directory, load_merges=True, n_vocab=config.vocab_size).add_to_gguf(writer, quiet=True)
     if (factors := _rope_factors(config)) is not None:
         writer.add_tensor(_ROPE_FREQUENCIES, factors.numpy())
     for name, weight in student.progress():
@@ -137,17 +151,20 @@ def write(student: Student, output: Path) -> None:
             codes, (scale, _) = weight
             scale = scale.repeat_interleave(codes.shape[1] // _BLOCK // scale.shape[1], 1)
             codes, scale = (_as_llama_cpp_rotates(name, part, config) for part in (codes, scale))
-            writer.add_tensor(place, blocks(codes, scale, kind), raw_dtype=kind)
+            data, raw = blocks(codes, scale, kind), kind
         else:
             weight = _as_llama_cpp_rotates(name, weight, config)
             if weight.dim() > 1 and weight.dtype == torch.bfloat16:
-                writer.add_tensor(place, weight.view(torch.uint16).numpy().view(np.uint8), raw_dtype=Type.BF16)
+                data, raw = weight.view(torch.uint16).numpy().view(np.uint8), Type.BF16
             else:
-                writer.add_tensor(place, weight.float().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+                data, raw = weight.float().numpy(), None
+        with writing(Path(tempfile.gettempdir())):
+            writer.add_tensor(place, data, raw_dtype=raw)
+    with writing(output):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
 
 
 def blocks(codes: Tensor, scale: Tensor, kind: Type) -> np.ndarray:
@@ -190,6 +207,21 @@ def load(directory: Path) -> PreTrainedModel:
     )  # fmt: skip
     speed_up(model)
     return model.eval()
+
+
+def is_loaded(directory: Path) -> bool:
+    """Whether llama.cpp itself loads ``directory/model.gguf``; False where the package xllamacpp is not installed.
+
+    In another process: what llama.cpp cannot compute may end its own. Raises UserError if it refuses the file.
+    """
+    if importlib.util.find_spec("xllamacpp") is None:
+        return False
+    done = subprocess.run([sys.executable, "-c", _LOAD, directory / FILE], capture_output=True, text=True)
+    if done.returncode:
+        reasons = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+        reason = (reasons or ["it says no reason"])[0].strip()
+        raise UserError(f"{directory / FILE} is wrong: llama.cpp does not load it ({reason}). Give --format hf-fake.")
+    return True
 
 
 def _check_scale(name: str, scale: Tensor) -> None:
@@ -265,7 +297,9 @@ def _tokenizer(directory: Path) -> dict[str, object]:
     """What GGUFWriter is told of the tokenizer, by its ``add_`` methods."""
     vocabulary_size = AutoConfig.from_pretrained(directory).vocab_size
     if (directory / "tokenizer.model").is_file():
-        tokens = list(gguf.SentencePieceVocab(directory).all_tokens())
+        # As many as the embedding has rows: llama.cpp takes no other number. What the tokenizer has beyond them, the
+        # model cannot read.
+        tokens = list(gguf.SentencePieceVocab(directory).all_tokens())[:vocabulary_size]
         tokens += [(f"[PAD{i}]".encode(), -1000.0, gguf.TokenType.UNUSED) for i in range(len(tokens), vocabulary_size)]
         return {
             "tokenizer_model": "llama",

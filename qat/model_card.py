@@ -7,6 +7,7 @@ from typing import Any
 
 from qat import models
 from qat.errors import UserError
+from qat.files import utf8, writing
 from qat.formats import FORMATS, INTEGERS, PACKED
 from qat.source import Student
 from qat.statements import differences
@@ -52,7 +53,8 @@ def write(student: Student, form: str, origin: Origin, checks: str, output: Path
         + "\n".join(f"- {sentence}" for sentence in differences(quant, form) or ["Nothing."]),
         "## Licence\n\n" + _license(origin),
     ]
-    (output / "README.md").write_text("\n\n".join(parts) + "\n")
+    with writing(output):
+        (output / "README.md").write_text("\n\n".join(parts) + "\n")
 
 
 def origin_of(name: str) -> Origin:
@@ -60,7 +62,10 @@ def origin_of(name: str) -> Origin:
     if Path(name).name == models.EMBEDDED:
         return _EMBEDDED
     file = Path(name) / "README.md"
-    text = file.read_text() if name and file.is_file() else ""
+    text = ""
+    if name and file.is_file():
+        with utf8(file) as stream:
+            text = stream.read()
     front = text.split("---", 2)[1] if text.startswith("---") else ""
     declared = dict(line.split(":", 1) for line in front.splitlines() if ":" in line)
     return Origin(name, declared.get("license", "").strip())

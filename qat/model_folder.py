@@ -22,6 +22,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qat import formats
 from qat.errors import UserError, first_line
+from qat.files import writing
 from qat.prepare import CONFIG_FILE, SUPPORTED_MODEL_TYPES, quantizable_linears
 from qat.weight_files import FLOATS, INDEX, Stored, read, stored_tensors
 
@@ -109,7 +110,7 @@ class ModelFolder:
         named = {_own_name(name): place for name, place in stored.items()}
         if config.tie_word_embeddings and _has_its_own_head(named):
             config.tie_word_embeddings = False
-        model = _skeleton(config, directory)
+        model = without_weights(config, directory)
         expected = kinds(model)
         if quantization := quantization_of(directory):
             expected = _encoded(expected, model, quantization)
@@ -127,7 +128,7 @@ class ModelFolder:
 
     def skeleton(self) -> PreTrainedModel:
         """The model in full precision, in eval mode and without memory for its weights."""
-        return _skeleton(self.config, self.directory)
+        return without_weights(self.config, self.directory)
 
     def tensors(self, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor of each weight, or of those that are ``wanted``, one at a time in the order of the files.
@@ -157,11 +158,12 @@ def skeleton(directory: Path) -> PreTrainedModel:
 
 def write_companions(companions: Mapping[str, bytes], directory: Path, **changes: Any) -> None:
     """Write ``ModelFolder.companions`` into ``directory``, with ``changes`` to ``config.json``."""
-    for name, content in companions.items():
-        (directory / name).write_bytes(content)
-    if changes:
-        config = json.loads(companions["config.json"]) | changes
-        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    with writing(directory):
+        for name, content in companions.items():
+            (directory / name).write_bytes(content)
+        if changes:
+            config = json.loads(companions["config.json"]) | changes
+            (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
@@ -238,13 +240,15 @@ def _has_its_own_head(stored: Mapping[str, Stored]) -> bool:
     return not torch.equal(pair[HEAD], pair[_EMBEDDING])
 
 
-def _skeleton(config: PreTrainedConfig, directory: Path) -> PreTrainedModel:
+def without_weights(config: PreTrainedConfig, directory: Path) -> PreTrainedModel:
+    """The model that ``config``, of ``directory``, describes, without memory for its weights; raises UserError if it
+    describes none."""
     model_class: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # type: ignore[assignment]
     try:
         with torch.device("meta"):
             model = model_class(copy.deepcopy(config))  # AutoModel.from_config would partition it where ZeRO-3 reads
     except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{directory / 'config.json'} describes no model: {first_line(error)}") from error
+        raise UserError(f"The config of {directory} describes no model: {first_line(error)}") from error
     model.set_attn_implementation("sdpa")
     return model.eval()
 

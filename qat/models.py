@@ -63,6 +63,15 @@ def check_length(config: PreTrainedConfig, tokens: int, setting: str) -> None:
         )
 
 
+def check_ids(config: PreTrainedConfig, largest: int, whose: str) -> None:
+    """Raise UserError if a model has no embedding of the token id ``largest``; ``whose`` names the text it is from."""
+    if largest >= config.vocab_size:
+        raise UserError(
+            f"{whose} has the token id {largest}, and the model knows {config.vocab_size} tokens, from 0: its "
+            "tokenizer has more. Give text without the tokens that were added, or a model with embeddings of them."
+        )
+
+
 def positions(name: str) -> int:
     """The longest sequence that the model at ``name`` can attend over."""
     return read_config(name).max_position_embeddings

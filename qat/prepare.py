@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from qat import kv_cache
 from qat.errors import UserError, check_choice
-from qat.files import load_tensors, save_tensors
+from qat.files import load_tensors, save_tensors, writing
 from qat.linear import InputQuantizer, QuantLinear
 from qat.quantizers import FULL_PRECISION, Format, Grid, lsq_initial_step
 
@@ -104,7 +104,8 @@ class QuantConfig:
         return Format(self.kv_bits, self.kv_quantizer)
 
     def save(self, directory: Path) -> None:
-        (directory / CONFIG_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        with writing(directory):
+            (directory / CONFIG_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, directory: Path) -> "QuantConfig":

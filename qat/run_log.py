@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-from tqdm import tqdm
 
-from qat import memory
+from qat import memory, progress
 from qat.checkpoint import TrainState
-from qat.errors import UserError, first_line
-from qat.files import read_lines, write_atomically
+from qat.errors import first_line
+from qat.files import read_lines, write_atomically, writing
 
 _log = logging.getLogger(__name__)
 
@@ -30,16 +29,14 @@ class RunLog:
 
     def __init__(self, path: Path, student: deepspeed.DeepSpeedEngine, state: TrainState, steps: int):
         kept = [record for record in read_lines(path) if record["step"] <= state.step] if path.exists() else []
-        try:
+        with writing(path):
             write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
             self._path, self._file, self._steps = path, path.open("a", buffering=1), steps
-        except OSError as error:
-            raise UserError(f"{path} cannot be written ({error}): make room and start again.") from error
         master = student.monitor
         monitors = (master.tb_monitor, master.wandb_monitor, master.csv_monitor, master.comet_monitor)
         self._monitors = [monitor for monitor in monitors if monitor is not None]
         self._warned = set[str]()
-        self._bar = tqdm(desc="train", total=steps, initial=state.step, unit="step", dynamic_ncols=True)
+        self._bar = progress.bar(desc="train", total=steps, initial=state.step, unit="step")
 
     def step(self, state: TrainState, figures: dict[str, Any]) -> None:
         """Write one step's figures."""
@@ -61,7 +58,7 @@ class RunLog:
 
     def _show(self, figures: dict[str, Any]) -> None:
         shown = {name: f"{figures[name]:.3f}" for name in ("loss", "kl")}
-        self._bar.set_postfix(shown | {"tok_s": f"{figures['tokens_per_second']:.0f}"})
+        self._bar.set_postfix(shown | {"tok_s": f"{figures['tokens_per_second']:.0f}"}, refresh=False)
         self._bar.update()
 
     def _try(self, what: str, write: Callable[..., object], *given: object) -> None:

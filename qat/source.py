@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from qat import manifest, models
+from qat import manifest, models, progress
 from qat.errors import UserError
 from qat.files import read_lines
 from qat.model_folder import (
@@ -102,7 +101,7 @@ class Student:
     def progress(self) -> Iterator[tuple[str, Tensor | Quantized]]:
         """``weights``, with a bar that shows how far it is."""
         count = sum(1 for _ in skeleton(self.directory).parameters())
-        yield from tqdm(self.weights(), desc="export", total=count, unit="tensor", dynamic_ncols=True)
+        yield from progress.bar(self.weights(), desc="export", total=count, unit="tensor")
 
     def last_step(self) -> dict[str, Any] | None:
         """What the run's log says of the step that these weights are from."""

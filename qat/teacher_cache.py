@@ -21,7 +21,7 @@ from torch import Tensor
 from qat.data import Sample
 from qat.distill import CHUNK_TOKENS, TeacherTargets, TopKTargets
 from qat.errors import UserError, differences
-from qat.files import load_tensors, save_tensors, write_atomically
+from qat.files import load_tensors, save_tensors, write_atomically, writing
 
 SEQUENCES_PER_FILE = 256
 
@@ -37,10 +37,11 @@ class TeacherCache:
 
     def claim(self, settings: dict[str, object]) -> None:
         """Create the folder for ``settings``, or check that it was made with the same; raises UserError if not."""
-        self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / "manifest.json"
-        if not path.exists():
-            write_atomically(path, json.dumps(settings, indent=2) + "\n")
+        with writing(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                write_atomically(path, json.dumps(settings, indent=2) + "\n")
         self.check(settings)
 
     def check(self, settings: dict[str, object]) -> None:

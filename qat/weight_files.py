@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qat.errors import UserError
-from qat.files import save_tensors
+from qat.files import save_tensors, writing
 from qat.prepare import GRIDS_FILE, STEPS_FILE
 
 INDEX = "model.safetensors.index.json"
@@ -105,10 +105,11 @@ def write(directory: Path, tensors: Iterable[tuple[str, Tensor]], file_bytes: in
     files += 1
     save_tensors(pending, directory / f"part-{files}")
     names = {number: _file_name(number, files) for number in range(1, files + 1)}
-    for number, name in names.items():
-        (directory / f"part-{number}").rename(directory / name)
     index = {"metadata": {"total_size": total}, "weight_map": {name: names[number] for name, number in places.items()}}
-    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    with writing(directory):
+        for number, name in names.items():
+            (directory / f"part-{number}").rename(directory / name)
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _opened(file: Path) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import gguf
 import pytest
+import sentencepiece
 import torch
 import xllamacpp
 from conftest import ROOT, finish, run_python, start_training, tiny_model, tiny_tokenizer
@@ -250,6 +251,40 @@ def test_llama_cpp_predicts_what_the_file_says(config_class, said, tmp_path):
             assert seen["logprob"] - first["logprob"] == pytest.approx(expected, abs=0.1)
             compared += 1
     assert compared >= 9
+
+
+def write_sentencepiece(directory: Path, tokens: int, text: str) -> None:
+    """A tokenizer.model of ``tokens`` pieces, and a <pad> beyond them, as forks of Llama-2 have it."""
+    for file in directory.glob("tokenizer*"):
+        file.unlink()
+    (directory / "text").write_text(text)
+    sentencepiece.SentencePieceTrainer.train(
+        input=directory / "text", model_prefix=directory / "tokenizer", vocab_size=tokens, model_type="bpe",
+        byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2,
+    )  # fmt: skip
+    (directory / "added_tokens.json").write_text(json.dumps({"<pad>": tokens}))
+    pad = {"content": "<pad>", "special": True, "lstrip": False, "rstrip": False, "normalized": False}
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config |= {"pad_token": "<pad>", "added_tokens_decoder": {str(tokens): pad | {"single_word": False}}}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def test_llama_cpp_loads_a_tokenizer_with_more_tokens_than_the_model(tmp_path):
+    student = write_student(tmp_path / "final", QuantConfig(), vocab_size=340, bos_token_id=1, eos_token_id=2)
+    write_sentencepiece(tmp_path / "final", 340, (ROOT / "LICENSE").read_text())
+    export.export(student, tmp_path / "export", GGUF)
+    assert export.verify(student, tmp_path / "export", GGUF, WINDOWS).runs
+
+
+def test_what_llama_cpp_does_not_load_is_not_verified(tmp_path):
+    student = write_student(tmp_path / "final", QuantConfig())
+    export.export(student, tmp_path / "export", GGUF)
+    file = tmp_path / "export" / llama_cpp.FILE
+    content = file.read_bytes()
+    assert content.count(b"gpt-2") == 1, "the way in which text is split; transformers does not read it"
+    file.write_bytes(content.replace(b"gpt-2", b"gpt-0"))
+    with pytest.raises(UserError, match=r"llama.cpp does not load it \(.*gpt-0"):
+        export.verify(student, tmp_path / "export", GGUF, WINDOWS)
 
 
 @pytest.mark.parametrize("form", [PACKED, INTEGERS, FAKE, GGUF])

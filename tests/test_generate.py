@@ -4,7 +4,7 @@ from dataclasses import replace
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import generate_flags, needs_compiler, run_python, tiny_model
+from conftest import generate_flags, needs_compiler, run_python, tiny_model, tiny_tokenizer
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from datagen import attention
@@ -115,6 +115,15 @@ def test_a_sequence_ends_at_its_first_stop_token():
     for sequence in write():
         assert not stop & set(sequence.input_ids[:-1])
         assert (sequence.input_ids[-1] in stop) == (sequence.finish == "eos")
+
+
+def test_where_no_token_ends_a_text_its_length_does(tmp_path):
+    tiny_model(eos_token_id=None).save_pretrained(tmp_path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    vocabulary = Vocabulary.of(tokenizer, str(tmp_path))
+    assert vocabulary.stop == []
+    assert {(len(s.input_ids), s.finish) for s in write(vocabulary=vocabulary)} == {(CONFIG.max_length, "length")}
 
 
 def test_sampling_from_one_token_is_greedy():

@@ -8,12 +8,16 @@ import sys
 from contextlib import redirect_stderr
 from importlib import import_module
 from io import StringIO
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, generate_flags, tiny_model, tiny_tokenizer
 from transformers import GPTNeoXConfig
 
+from datagen import heldout
+from datagen.corpus import Corpus
 from launch import cli
+from qat import model_card
 from qat.errors import UserError
 from qat.files import lock
 from qat.prepare import QuantConfig
@@ -157,6 +161,33 @@ def test_quantized_model_as_teacher(monkeypatch, tiny_directory, tiny_data, tmp_
     QuantConfig().save(student)
     message = error_of(monkeypatch, "train", *train_flags(student, tiny_data, tmp_path / "out"))
     assert "quantized already" in message
+
+
+@pytest.mark.parametrize(("flag", "named"), [("--learning_rate=1", "--learning_rate=1"), ("--lr=fast", '"lr"')])
+def test_a_wrong_flag_is_named_first_and_the_flags_follow_once(flag, named, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", *train_flags("m", "d", "o"), flag])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(import_module("launch.train").main)
+    assert stop.value.code == 2
+    first, *others = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: ")
+    assert named in first
+    assert [line.startswith("usage: train.py") for line in others].count(True) == 1
+
+
+def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path, tokenizer):
+    bad = b"caf\xc3\xa9\r\n" * 3 + b"caf\xe9\n"
+    readers = {
+        "a.txt": lambda file: list(heldout.paragraphs(file)),
+        "b.txt": lambda file: list(Corpus(file).pieces()),
+        "c.jsonl": lambda file: list(Corpus(file).pieces()),
+        "README.md": lambda file: model_card.origin_of(str(Path(file).parent)),
+    }
+    for name, read in readers.items():
+        content = bad.replace(b"\r\n", b"\n").replace(b"caf", b'{"text": "caf').replace(b"\n", b'"}\n')
+        (tmp_path / name).write_bytes(content if name == "c.jsonl" else bad)
+        with pytest.raises(UserError, match=rf"{name}, line 4, is not UTF-8 text"):
+            read(str(tmp_path / name))
 
 
 def test_recipe_and_flags_set_the_same_fields(monkeypatch, tmp_path):

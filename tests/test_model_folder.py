@@ -211,6 +211,8 @@ def test_no_command_takes_a_model_that_is_not_whole(damage, folder, tiny_data, t
     }
     if damage != "not finite":
         commands |= {"train": shards, "cache_teacher": shards}
+    if damage in ("field", "padding"):
+        commands |= {"plan": [f"--model={folder}"]}
     for script, flags in commands.items():
         assert said in error_of(monkeypatch, script, *flags), script
         assert not output.exists()

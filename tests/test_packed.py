@@ -1,5 +1,6 @@
 """qat.load: what is deployed computes what was trained, in the memory that the bits promise."""
 
+import re
 import sys
 
 import pytest
@@ -90,6 +91,26 @@ def test_chat_remembers_the_turns_before(tmp_path, monkeypatch):
     assert prompts[0] == "[user]Licensed"
     assert prompts[1].startswith("[user]Licensed[assistant]")
     assert prompts[1].endswith("[user]Work")
+
+
+def test_chat_goes_on_where_a_message_is_too_long_or_the_talk_has_become_so(tmp_path, monkeypatch, capsys):
+    """The oldest turns are forgotten; a message that has no room is not answered. The tokenizer's other outputs, as
+    token_type_ids, are not the model's."""
+    write_student(tmp_path, QuantConfig(), max_position_embeddings=64)
+    tokenizer = models.load_tokenizer(str(tmp_path))
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    tokenizer.chat_template = "{% for turn in messages %}[{{ turn.role }}]{{ turn.content }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    lines = iter(["Licensed", "Work " * 100, "Redistribution " * 2, "the"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, ""))
+    monkeypatch.setattr(sys, "argv", ["chat.py", f"--model={tmp_path}", "--max_new_tokens=16"])
+    chat.main()
+    said = capsys.readouterr().err
+    assert re.search(
+        r"not answered: The message is \d{3} tokens long, and the answer may have max_new_tokens=16; ", said
+    )
+    assert said.count("not answered") == 1
+    assert "forgotten, for want of positions: the first 2 turns" in said
 
 
 def test_chat_says_what_generate_says(tmp_path):

@@ -114,7 +114,8 @@ def test_two_ranks_killed_and_restarted_make_the_bytes_of_one(tiny_directory, wh
     wait_for(tmp_path / "data" / "shard-00002.parquet", killed)
     kill(killed)
     assert not (tmp_path / "data" / "README.md").exists(), "the kill was to come before the end"
-    finish(start_training(2, *flags, script="generate"))
+    said = finish(start_training(2, *flags, script="generate"))
+    assert said.count(f"{tmp_path / 'data'} is complete") == 1, "whichever rank is the last says so"
     assert content(tmp_path / "data") == content(whole)
 
 

@@ -77,9 +77,10 @@ def obq(weight, hessian, form, damping, act_order):
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 @pytest.mark.parametrize("act_order", [False, True])
-def test_gptq_with_an_identity_hessian_is_rtn(form, act_order, layer):
+@pytest.mark.parametrize("hessian", [torch.eye(160), torch.zeros(160, 160)], ids=["identity", "no inputs"])
+def test_gptq_where_inputs_say_nothing_is_rtn(form, act_order, hessian, layer):
     weight, _ = layer
-    codes, grid = gptq.gptq(weight, torch.eye(160), form, GPTQConfig(act_order))
+    codes, grid = gptq.gptq(weight, hessian, form, GPTQConfig(act_order))
     expected, expected_grid = quantize(weight, form)
     assert torch.equal(codes, expected)
     assert torch.equal(grid.scale, expected_grid.scale)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import TEXT, generate_flags, run_python, run_ranks
+from conftest import TEXT, generate_flags, run_python, run_ranks, tiny_tokenizer
 from datasets import load_dataset
 from hypothesis import given
 from hypothesis import strategies as st
@@ -177,6 +177,14 @@ def test_a_corpus_becomes_its_own_tokens(tokenizer, tmp_path):
         )
         with pytest.raises(UserError, match=f"give --sequences {len(stream) // 31} or less"):
             Corpus(str(path)).sequences(tokenizer, [0], 10**6, 32)
+
+
+def test_documents_are_joined_without_a_token_where_none_ends_a_text(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    ids = [i for document in DOCUMENTS for i in tokenizer(document, add_special_tokens=False).input_ids]
+    (sequence,) = Corpus(str(corpora(tmp_path)["jsonl"])).sequences(tokenizer, [0], 1, len(ids))
+    assert sequence.input_ids == [0, *ids[:-1]]
 
 
 def test_generate_makes_shards_of_a_corpus(tiny_directory, tmp_path):

@@ -167,11 +167,13 @@ def test_a_signal_saves_and_the_run_goes_on(run, weights, tiny_directory, tiny_d
 def test_a_rank_that_a_signal_stops_exits_with_the_resumable_code(tiny_directory, tiny_data, tmp_path):
     """By it launch/slurm/resumable.sh puts a job back into the queue. Started by plain python, a rank is alone."""
     command = [sys.executable, str(ROOT / "launch" / "train.py"), *flags(tiny_directory, tiny_data, tmp_path)]
-    process = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     while process.poll() is None and not (tmp_path / "log.jsonl").exists():
         time.sleep(0.02)
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(120) == RESUMABLE_EXIT
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == RESUMABLE_EXIT
+    assert said.splitlines()[-1] == f"stopped by a signal and saved: the same command goes on with {tmp_path}"
     assert int(latest(tmp_path).removeprefix("step-")) == len(log_of(tmp_path))
 
 

@@ -151,11 +151,14 @@ def gptq(weight: Tensor, hessian: Tensor, form: Format, config: GPTQConfig) -> Q
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """The upper triangular U with U^T U = (H + d)^-1, where d is ``damping`` times H's mean diagonal.
 
+    Where H is zero, as no input says anything, d is 1: weights are then rounded to nearest.
+
     Cholesky from the last row up gives H = R R^T with R upper triangular, and U = R^-1: H is never inverted.
     """
     damped = hessian.clone()
     diagonal = damped.diagonal()
-    diagonal += damping * diagonal.mean()
+    added = damping * diagonal.mean()
+    diagonal += torch.where(added == 0, 1.0, added)
     factor = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
     identity = torch.eye(len(damped), device=damped.device)
     return torch.linalg.solve_triangular(factor, identity, upper=True)

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from tqdm import tqdm
 
+from qat import progress
 from qat.errors import UserError, differences
-from qat.files import load_tensors, save_tensors, write_atomically
+from qat.files import load_tensors, save_tensors, write_atomically, writing
 from qat.model_folder import PTQ_RECORD, ModelFolder, write_companions
 from qat.prepare import GRIDS_FILE, QuantConfig, load_grids, save_grids
 from qat.ptq.calibrate import Stream, Weights
@@ -49,30 +49,33 @@ def appearing(source: ModelFolder, output: Path, quant: QuantConfig, settings: d
     Raises UserError if it holds a run of other settings.
     """
     partial = partial_of(output)
-    partial.mkdir(parents=True, exist_ok=True)
+    with writing(partial):
+        partial.mkdir(parents=True, exist_ok=True)
     if (partial / PTQ_RECORD).is_file():
         if listed := differences(json.loads((partial / PTQ_RECORD).read_text()), settings):
             raise UserError(
                 f"{partial} holds an unfinished run of other settings ({listed}): give another --output, or delete it."
             )
     else:
-        write_atomically(partial / PTQ_RECORD, json.dumps(settings, indent=2) + "\n")
+        with writing(partial):
+            write_atomically(partial / PTQ_RECORD, json.dumps(settings, indent=2) + "\n")
     yield partial
     write_companions(source.companions(), partial)
     quant.save(partial)
-    (partial / "lock").unlink(missing_ok=True)
-    partial.rename(output)
+    with writing(output):
+        (partial / "lock").unlink(missing_ok=True)
+        partial.rename(output)
 
 
 def write(stream: Stream, folder: Path, method: str, quantize_layer: QuantizeLayer) -> None:
     """Write the weight files of the model that the stream flows through, and their index, into ``folder``."""
     count = len(stream.layers)
-    progress = tqdm(range(count), desc=method, unit="layer", dynamic_ncols=True)
-    for number in progress:
+    bar = progress.bar(range(count), desc=method, unit="layer")
+    for number in bar:
         path = _weight_file(folder, number, count)
         if not path.exists():
             weights, grids, word = quantize_layer(stream, stream.files.layer(number))
-            progress.set_postfix_str(word)
+            bar.set_postfix_str(word, refresh=False)
             _save_layer(folder, path, number, weights, grids)
         prefix = f"model.layers.{number}."
         stored = {name.removeprefix(prefix): weight for name, weight in load_tensors(path).items()}
@@ -102,7 +105,8 @@ def _write_index(folder: Path) -> None:
     for file in sorted(folder.glob("model-*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             places |= dict.fromkeys(opened.keys(), file.name)
-    write_atomically(folder / INDEX, json.dumps({"metadata": {}, "weight_map": places}, indent=2) + "\n")
+    with writing(folder):
+        write_atomically(folder / INDEX, json.dumps({"metadata": {}, "weight_map": places}, indent=2) + "\n")
 
 
 def _merge_grids(folder: Path, count: int) -> None:

@@ -1,0 +1,34 @@
+"""Progress bars: redrawn on a terminal, a line now and then in a log file."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+_SECONDS = 60.0
+"""Between two lines of a log file."""
+
+
+def bar(steps: Iterable[Any] | None = None, **how: Any) -> tqdm:
+    """tqdm's bar on standard error, given what tqdm takes.
+
+    Set its postfix with ``refresh=False``: the next update shows it, if it is time for one.
+    """
+    if sys.stderr.isatty():
+        return tqdm(steps, dynamic_ncols=True, **how)
+    return tqdm(steps, file=_Lines(sys.stderr), ascii=True, mininterval=_SECONDS, miniters=1, **how)
+
+
+class _Lines:
+    """A stream that turns what is redrawn into lines."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            self._stream.write(f"{line}\n")
+
+    def flush(self) -> None:
+        self._stream.flush()

@@ -1,0 +1,73 @@
+"""Outputs that cannot be written: one sentence, and with room the same command goes on."""
+
+import resource
+import sys
+from contextlib import contextmanager
+from importlib import import_module
+
+import pytest
+from conftest import ROOT
+from test_launch import error_of
+
+
+@contextmanager
+def full_disk(room: int):
+    """The limit on the size of a file stands for the disk's: writing fails after ``room`` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def succeed(monkeypatch, script: str, *flags) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
+    import_module(f"launch.{script}").main()
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_quantize_on_a_full_disk(method, tiny_directory, tiny_data, tmp_path, monkeypatch, capsys):
+    flags = [f"--model={tiny_directory}", f"--method={method}", f"--output={tmp_path / 'out'}"]
+    flags += [f"--data={tiny_data}"] if method == "gptq" else []
+    with full_disk(20_000):
+        message = error_of(monkeypatch, "quantize", *flags)
+    assert "cannot be written to" in message
+    assert "make room" in message
+    assert not (tmp_path / "out").exists()
+    assert max(file.stat().st_size for file in (tmp_path / "out.partial").iterdir()) < 20_000
+    (tmp_path / "out.partial" / "lock").unlink()  # which this process holds to its end
+    succeed(monkeypatch, "quantize", *flags)
+    assert (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["pack-quantized", "gguf"])
+def test_export_on_a_full_disk(form, tiny_directory, tmp_path, monkeypatch, capsys):
+    student = tmp_path / "student"
+    succeed(monkeypatch, "quantize", f"--model={tiny_directory}", f"--output={student}")
+    text = ["--verify=false"] if form == "gguf" else [f"--text={ROOT / 'LICENSE'}"]
+    flags = [f"--checkpoint={student}", f"--output={tmp_path / 'out'}", f"--format={form}", *text]
+    with full_disk(20_000):
+        assert "cannot be written to" in error_of(monkeypatch, "export", *flags)
+    assert not (tmp_path / "out").exists()
+    succeed(monkeypatch, "export", *flags)
+    assert (tmp_path / "out").exists()
+
+
+def test_evaluate_says_what_it_measured_where_it_cannot_be_written(tiny_directory, tmp_path, monkeypatch, capsys):
+    flags = [f"--model={tiny_directory}", f"--text={ROOT / 'LICENSE'}", "--window=64", "--windows=2"]
+    output = tmp_path / "results.json"
+    with full_disk(100):
+        assert "cannot be written to" in error_of(monkeypatch, "evaluate", *flags, f"--output={output}")
+    (measured,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("perplexity"))
+    assert not list(tmp_path.iterdir())
+    succeed(monkeypatch, "evaluate", *flags, f"--output={output}")
+    assert capsys.readouterr().out.splitlines() == [measured, f"{output}: these results"]
+
+
+def test_evaluate_measures_nothing_where_no_file_can_be(tiny_directory, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    flags = [f"--model={tiny_directory}", f"--text={ROOT / 'LICENSE'}", "--window=64", "--windows=2"]
+    message = error_of(monkeypatch, "evaluate", *flags, f"--output={tmp_path / 'file' / 'results.json'}")
+    assert "cannot be written to" in message
+    assert "perplexity" not in capsys.readouterr().out

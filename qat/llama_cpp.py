@@ -68,8 +68,8 @@ settings.n_ctx, settings.n_parallel, settings.cpuparams.n_threads, settings.warm
 server = xllamacpp.Server(settings)
 os._exit(0)
 """
-"""What another Python runs to see whether llama.cpp loads a file. It does not wait for the server's end, which may never
-come."""
+"""What another Python runs to see whether llama.cpp loads a file. The server's end, which may never come, is not waited
+for."""
 
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}",

@@ -61,13 +61,15 @@ _ROPE_PARAMETERS = "qat.rope_parameters"
 """A tensor that divides the frequencies; and, for ``load``, the parameters that both it and the metadata came from."""
 
 _LOAD = """
-import sys, xllamacpp
+import os, sys, xllamacpp
 settings = xllamacpp.CommonParams()
 settings.model.path = sys.argv[1]
 settings.n_ctx, settings.n_parallel, settings.cpuparams.n_threads, settings.warmup = 64, 1, 1, False
-xllamacpp.Server(settings)
+server = xllamacpp.Server(settings)
+os._exit(0)
 """
-"""What another Python runs to see whether llama.cpp loads a file."""
+"""What another Python runs to see whether llama.cpp loads a file. The server's end, which may never come, is not waited
+for."""
 
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}",

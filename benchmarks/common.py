@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from qat.machine import machine
+from qat.runtime.machine import machine
 
 
 def median_seconds(alternatives: Mapping[str, Callable[[], object]], repeats: int = 5) -> dict[str, float]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from launch import cli
-from qat.distill import DistillationHead, TeacherTargets
+from qat.train.distill import DistillationHead, TeacherTargets
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,12 @@ import torch
 from transformers import PreTrainedModel
 
 from launch import cli
-from qat import loading, models
-from qat.machine import device
-from qat.prepare import QuantConfig, freeze, prepare
+from qat.infer import simulated
+from qat.quant.config import QuantConfig
+from qat.quant.prepare import freeze, prepare
+from qat.runtime import machine
+from qat.runtime.machine import device
+from qat.store import models, smollm2
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class EvaluationBenchmark:
         json: file for the figures
     """
 
-    model: str = models.EMBEDDED
+    model: str = smollm2.EMBEDDED
     batch: int = 8
     length: int = 120
     repeats: int = 5
@@ -48,8 +51,8 @@ def main() -> None:
 
 
 def load(name: str) -> PreTrainedModel:
-    model = loading.load(name, models.inference_dtype())
-    models.place(model)
+    model = simulated.load(name, machine.inference_dtype())
+    machine.place(model)
     return model
 
 

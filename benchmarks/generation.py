@@ -25,7 +25,9 @@ from datagen.decoder import Decoder
 from datagen.generate import GenerateConfig, Vocabulary, write_sequences
 from datagen.sampling import Truncation, uniform
 from launch import cli
-from qat import models, products
+from qat.quant import products
+from qat.runtime import machine
+from qat.store import models, smollm2
 
 _STOP_ONE_IN, _LONGEST = 16, 128
 """Slot refill is measured with every 16th token id ending a sequence, and after so many tokens: a geometric spread."""
@@ -44,7 +46,7 @@ class GenerationBenchmark:
         json: file for the figures
     """
 
-    model: str = models.EMBEDDED
+    model: str = smollm2.EMBEDDED
     batch_size: int = 64
     length: int = 128
     repeats: int = 3
@@ -55,10 +57,10 @@ class GenerationBenchmark:
 def main() -> None:
     (config,) = cli.parse(__doc__, GenerationBenchmark)
     name = models.resolve_full_precision(config.model)
-    dtype = models.inference_dtype()
+    dtype = machine.inference_dtype()
     print(f"{common.machine()}; {config.model}, {dtype}, batch {config.batch_size}, {config.length} tokens")
     model = models.load(name, dtype)
-    models.place(model)
+    machine.place(model)
     new = config.length - 1
     batch = GenerateConfig(
         sequences=config.batch_size, max_length=config.length, strategy="sample", batch_size=config.batch_size

@@ -23,9 +23,9 @@ from gpu_checks import generation, limits, numerics, speed, training
 from gpu_checks.bench import SMALL, Bench, Shapes
 
 from launch import cli
-from qat.errors import UserError
-from qat.files import read_lines, write_atomically
-from qat.machine import machine
+from qat.runtime.errors import UserError
+from qat.runtime.files import read_lines, write_atomically
+from qat.runtime.machine import machine
 
 Check = Callable[[Bench], tuple[dict, dict]]
 """It gives figures, and what must hold."""

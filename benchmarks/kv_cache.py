@@ -13,9 +13,11 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from launch import cli
-from qat import models
-from qat.integer_cache import IntegerCache
-from qat.prepare import QuantConfig, prepare
+from qat.infer.integer_cache import IntegerCache
+from qat.quant.config import QuantConfig
+from qat.quant.prepare import prepare
+from qat.runtime import machine
+from qat.store import models, smollm2
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class CacheBenchmark:
         json: file for the figures
     """
 
-    model: str = models.EMBEDDED
+    model: str = smollm2.EMBEDDED
     tokens: int = 512
     repeats: int = 3
     json: Path | None = None
@@ -43,8 +45,8 @@ def main() -> None:
     ways: dict[str, Callable[[], None]] = {}
     for bits in (16, 8, 4):
         quant = QuantConfig(16, 16, bits, kv_rotation="none" if bits == 16 else "hadamard")
-        model = prepare(models.load(name, models.inference_dtype()), quant)
-        models.place(model)
+        model = prepare(models.load(name, machine.inference_dtype()), quant)
+        machine.place(model)
 
         def run(model: PreTrainedModel = model, bits: int = bits) -> None:
             cache = DynamicCache() if bits == 16 else IntegerCache(model)
@@ -56,7 +58,7 @@ def main() -> None:
     figures = {}
     for bits, size in held.items():
         per_token, rate = size / config.tokens, config.tokens / seconds[str(bits)]
-        label = str(models.inference_dtype()).removeprefix("torch.") if bits == 16 else f"{bits} bits"
+        label = str(machine.inference_dtype()).removeprefix("torch.") if bits == 16 else f"{bits} bits"
         print(f"{label:10} {per_token * 1000 / 2**20:7.2f} MiB per 1000 tokens   {rate:6.1f} tokens/s")
         figures[f"bytes_per_token_kv{bits}"] = per_token
         figures[f"tokens_per_second_kv{bits}"] = rate

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from launch import cli
-from qat import products
-from qat.quantizers import Format, dequantize, fake_quantize, quantize
+from qat.quant import products
+from qat.quant.quantizers import Format, dequantize, fake_quantize, quantize
 
 LAYERS = {"SmolLM2": (576, 192, 1536, 256), "LLaMA": (4096, 4096, 11008, 1024)}
 """Hidden size, size of keys and values, intermediate size, tokens."""

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from launch import cli
-from qat import models
-from qat.data import TrainingData
-from qat.errors import UserError
-from qat.prepare import QuantConfig
-from qat.ptq.calibrate import Stream, calibration_sequences
+from qat.data.sequences import TrainingData
 from qat.ptq.gptq import GPTQConfig, error_of, gptq, hessian_of
-from qat.quantizers import dequantize, round_to_grid
+from qat.ptq.stream import Stream, calibration_sequences
+from qat.quant.config import QuantConfig
+from qat.quant.quantizers import dequantize, round_to_grid
+from qat.runtime.errors import UserError
+from qat.store import models, smollm2
 
 LAYERS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 
@@ -36,7 +36,7 @@ class PTQBenchmark:
     """
 
     data: Path
-    model: str = models.EMBEDDED
+    model: str = smollm2.EMBEDDED
     sequences: int = 64
     act_order: bool = True
     gptqmodel: bool = False

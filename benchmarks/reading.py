@@ -23,9 +23,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from launch import cli
 from launch.stages import CPU_ONLY, free_port
-from qat import ds_json, engines, memory, models
-from qat.report import weights_size
-from qat.training import TrainConfig
+from qat.runtime import memory
+from qat.store import models
+from qat.store.weight_files import weights_size
+from qat.train import deepspeed_json, engines
+from qat.train.loop import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def write_model(config: ReadingBenchmark, directory: Path) -> None:
 
 
 def rank(config: ReadingBenchmark, model: Path) -> None:
-    ds_config = ds_json.resolve(config.deepspeed, TrainConfig(batch_size=2).ds_settings(2))
+    ds_config = deepspeed_json.resolve(config.deepspeed, TrainConfig(batch_size=2).ds_settings(2))
     engines.init_distributed()
     before = anonymous_memory()
     with PeakAllocated() as allocated, engines.partitioned_reading(ds_config):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from qat.prepare import quantizable_linears
+from qat.quant.architecture import quantizable_linears
 
 
 class ThreePassQuantizer(torch.autograd.Function):

@@ -4,7 +4,7 @@ python benchmarks/scaling.py
 
 The model has random weights and, by default, the widths of SmolLM2-135M. A step takes one sequence per rank. "Bare" is
 teacher, forward, backward and optimizer step and nothing else: no figures, checks or log. Bytes are those that TCP
-says each rank has received, so on CPU ranks alone: between GPUs they take NVLink. The formula is that of qat/plan.py.
+says each rank has received, so on CPU ranks alone: between GPUs they take NVLink. The formula is qat/train/plan.py's.
 """
 
 import json
@@ -27,13 +27,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from launch import cli
 from launch.stages import free_port
-from qat import checkpoint, ds_json, engines, manifest, memory, plan, training
-from qat.data import Sample
-from qat.machine import device
-from qat.preemption import StopSignal
-from qat.prepare import QuantConfig
-from qat.run_log import RunLog
-from qat.training import TrainConfig
+from qat.data.sequences import Sample
+from qat.quant.config import QuantConfig
+from qat.runtime import memory
+from qat.runtime.machine import device
+from qat.runtime.preemption import StopSignal
+from qat.store import manifest
+from qat.train import checkpoint, deepspeed_json, engines, loop, plan
+from qat.train.log import RunLog
+from qat.train.loop import TrainConfig
 
 _RECEIVED = slice(128, 136)
 """Where TCP_INFO holds the bytes that a connection has received, in Linux's tcp.h."""
@@ -117,10 +119,10 @@ def rank(config: ScalingBenchmark, model: Path) -> None:
     """One rank's part: the two kinds of steps take turns."""
     stop, ranks = StopSignal(), cli.ranks()
     settings = TrainConfig(steps=1000, batch_size=ranks)
-    ds_config = ds_json.resolve(config.deepspeed, settings.ds_settings(ranks))
+    ds_config = deepspeed_json.resolve(config.deepspeed, settings.ds_settings(ranks))
     engines.init_distributed()
     data = RandomSequences(config.tokens, LlamaConfig.from_pretrained(model).vocab_size)
-    teacher = engines.Teacher(str(model), ds_json.for_teacher(ds_config))
+    teacher = engines.Teacher(str(model), deepspeed_json.for_teacher(ds_config))
     student = engines.student_engine(
         str(model), QuantConfig(), ds_config, settings.lr_factor, settings.gradient_checkpointing, settings.loss
     )
@@ -128,8 +130,8 @@ def rank(config: ScalingBenchmark, model: Path) -> None:
     log = RunLog(model / "log.jsonl", student, state, settings.steps) if cli.is_first_rank() else None
 
     def ours() -> None:
-        figures, _ = training.take_step(student, teacher, data, settings, state, stop)
-        training.check_sane(figures, settings, state, model)
+        figures, _ = loop.take_step(student, teacher, data, settings, state, stop)
+        loop.check_sane(figures, settings, state, model)
         if log:
             log.step(state, figures)
 

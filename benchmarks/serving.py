@@ -19,13 +19,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import qat
-from datagen import heldout
 from launch import cli
-from qat import loading, models, report, served
-from qat.evaluate import TextScore, perplexity, text_windows
-from qat.packed import memory
-from qat.prepare import CONFIG_FILE
-from qat.quantizers import FULL_PRECISION
+from qat.evaluate import heldout, vllm
+from qat.evaluate.perplexity import TextScore, perplexity, text_windows
+from qat.infer import simulated
+from qat.infer.packed import memory
+from qat.quant.config import CONFIG_FILE
+from qat.quant.quantizers import FULL_PRECISION
+from qat.store import models, weight_files
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,12 @@ def main() -> None:
 
 
 def _disk(name: str, windows: Tensor, config: Serving) -> dict[str, float]:
-    return {"disk_MB": report.weights_size(Path(name)) / 1e6}
+    return {"disk_MB": weight_files.weights_size(Path(name)) / 1e6}
 
 
 def _ours(name: str, windows: Tensor, config: Serving) -> dict[str, float]:
     """Perplexity of the simulation, with and without its KV cache, and size and speed of the packed model."""
-    model = loading.load(name, torch.float32)
+    model = simulated.load(name, torch.float32)
     found = {"perplexity": perplexity(model, windows).perplexity}
     del model
     if not (Path(name) / CONFIG_FILE).is_file():
@@ -82,8 +83,8 @@ def _ours(name: str, windows: Tensor, config: Serving) -> dict[str, float]:
             "weights_MB_bf16": held.weights / 1e6,
             "cache_MB_per_1k_tokens_bf16": held.cache_per_token / 1e3,
         }
-    quant, dtype, weights = loading.read(Path(name))
-    without = loading.simulate(Path(name), weights, dtype, replace(quant, kv_bits=FULL_PRECISION), torch.float32)
+    quant, dtype, weights = simulated.read(Path(name))
+    without = simulated.simulate(Path(name), weights, dtype, replace(quant, kv_bits=FULL_PRECISION), torch.float32)
     found["perplexity_kv16"] = perplexity(without, windows).perplexity
     del without
     model = qat.load(name)
@@ -116,13 +117,13 @@ def _in_vllm(dtype: str) -> Any:
 
 
 def _serve(name: str, windows: Tensor, config: Serving, dtype: str) -> dict[str, float]:
-    llm = served.engine(name, config.window + 1, dtype)
-    score = TextScore.of(served.score_windows(llm, windows), config.window)
+    llm = vllm.engine(name, config.window + 1, dtype)
+    score = TextScore.of(vllm.score_windows(llm, windows), config.window)
     found = {f"vllm_{dtype}_perplexity": score.perplexity}
     for batch in (1, config.batch):
         prompts = [{"prompt_token_ids": windows[i % len(windows), i : i + 8].tolist()} for i in range(batch)]
-        settings = served.greedy(config.new_tokens)
-        llm.generate(prompts, served.greedy(2), use_tqdm=False)
+        settings = vllm.greedy(config.new_tokens)
+        llm.generate(prompts, vllm.greedy(2), use_tqdm=False)
         began = time.perf_counter()
         llm.generate(prompts, settings, use_tqdm=False)
         seconds = time.perf_counter() - began

@@ -21,11 +21,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from launch import cli
-from qat import products
-from qat.distill import Distiller, TeacherTargets, predicting
-from qat.linear import QuantLinear
-from qat.prepare import QuantConfig, prepare, quantizable_linears
-from qat.quantizers import FULL_PRECISION, Format
+from qat.quant import products
+from qat.quant.architecture import quantizable_linears
+from qat.quant.config import QuantConfig
+from qat.quant.forward import predicting
+from qat.quant.linear import QuantLinear
+from qat.quant.prepare import prepare
+from qat.quant.quantizers import FULL_PRECISION, Format
+from qat.train.distill import Distiller, TeacherTargets
 
 SMOLLM2 = LlamaConfig(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,

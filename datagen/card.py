@@ -10,7 +10,7 @@ import pyarrow as pa
 from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from datagen.shards import MANIFEST, SCHEMA, ShardFolder
+from qat.data.shards import MANIFEST, SCHEMA, ShardFolder
 
 CARD, PLOT = "README.md", "lengths.png"
 

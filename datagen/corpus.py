@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from datagen.shards import Sequence
-from qat.errors import UserError
-from qat.files import utf8
+from qat.data.shards import Sequence
+from qat.runtime.errors import UserError
+from qat.runtime.files import utf8
 
 HUB = {
     "wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1"),

@@ -18,8 +18,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from datagen import sampling
 from datagen.attention import Attention
 from datagen.cuda_graphs import CudaGraphs
-from qat.errors import UserError
-from qat.machine import has_onednn
+from qat.runtime.errors import UserError
+from qat.runtime.machine import has_onednn
 
 Product = Callable[[Tensor], Tensor]
 

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from datagen import sampling
 from datagen.decoder import Decoder
-from datagen.shards import Sequence
-from qat.errors import UserError, check_choice, check_least
+from qat.data.shards import Sequence
+from qat.runtime.errors import UserError, check_choice, check_least
 
 ENGINES = ("torch", "vllm")
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from datagen.shards import ShardFolder
-from qat.errors import UserError
-from qat.machine import device, take_gpu
-from qat.ranks import TIMEOUT, announce, join
+from qat.data.shards import ShardFolder
+from qat.runtime.errors import UserError
+from qat.runtime.machine import device, take_gpu
+from qat.runtime.ranks import TIMEOUT, announce, join
 
 
 def ranks_from_slurm(environment: MutableMapping[str, str]) -> None:

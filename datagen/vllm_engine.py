@@ -13,8 +13,8 @@ from transformers import AutoConfig
 
 from datagen import sampling
 from datagen.generate import Beginnings, GenerateConfig, Vocabulary
-from datagen.shards import Sequence
-from qat.errors import UserError
+from qat.data.shards import Sequence
+from qat.runtime.errors import UserError
 
 _SPARE = 256
 """Tokens: vLLM hands out its cache in blocks."""

@@ -12,13 +12,15 @@ import torch
 import torch.distributed as dist
 
 from launch import cli
-from qat import ds_json, engines, memory, models, progress, ranks
-from qat.data import Sample, TrainingData
-from qat.errors import UserError, check_least
-from qat.files import lock
-from qat.machine import device
-from qat.model_folder import read_config
-from qat.teacher_cache import SEQUENCES_PER_FILE, TeacherCache, entry_of
+from qat.data.sequences import Sample, TrainingData
+from qat.runtime import memory, progress, ranks
+from qat.runtime.errors import UserError, check_least
+from qat.runtime.files import lock
+from qat.runtime.machine import device
+from qat.store import models
+from qat.store.model_folder import read_config
+from qat.train import deepspeed_json, engines
+from qat.train.teacher_cache import SEQUENCES_PER_FILE, TeacherCache, entry_of
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def main() -> None:
         raise UserError(f"top_k={config.top_k} is more than the {vocabulary} tokens of the vocabulary: give 0, or 64.")
     data = TrainingData(config.data, models.load_tokenizer(model), seed=0)
     models.check_ids(config_of_model, data.largest, f"The text in {config.data}")
-    ds_config = ds_json.read_for_here(config.deepspeed)
+    ds_config = deepspeed_json.read_for_here(config.deepspeed)
     cache = TeacherCache(config.output)
     if cli.is_first_rank():
         cache.claim(settings(model, data) | {"top_k": config.top_k})
@@ -63,7 +65,7 @@ def main() -> None:
     missing = [cache.missing(len(data))]
     dist.broadcast_object_list(missing, 0)
     with ranks.doing("loading the teacher"):
-        teacher = engines.Teacher(model, ds_json.for_teacher(ds_config))
+        teacher = engines.Teacher(model, deepspeed_json.for_teacher(ds_config))
     if config.top_k == 0:
         with teacher.head() as weight, ranks.doing("writing the output weight"):
             if cli.is_first_rank():

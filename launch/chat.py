@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, TextStreamer
 
 import qat
 from launch import cli
-from qat import models
-from qat.errors import UserError
-from qat.packed import memory
+from qat.infer.packed import memory
+from qat.runtime.errors import UserError
+from qat.store import models
 
 Turn = dict[str, str]
 """Of a talk: whose it is, and what was said."""

@@ -18,9 +18,9 @@ from huggingface_hub.utils import logging as hub_logging
 from jsonargparse import ArgumentError, ArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
-from qat import cpu
-from qat.errors import UserError
-from qat.ranks import are_watched, fail
+from qat.runtime import malloc
+from qat.runtime.errors import UserError
+from qat.runtime.ranks import are_watched, fail
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -37,7 +37,7 @@ def run(main: Callable[[], int | None]) -> None:
         logging.basicConfig(format="%(message)s")
         logging.getLogger("qat").setLevel(logging.INFO)
     if not torch.cuda.is_available():
-        cpu.keep_freed_memory()
+        malloc.keep_freed_memory()
     try:
         code = main()
     except UserError as error:

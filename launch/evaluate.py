@@ -20,17 +20,21 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from datagen import heldout, taskdata
 from launch import cli
-from qat import harness, loading, models, ranks, served, source
-from qat.errors import UserError, check_choice, check_least, differences
-from qat.evaluate import TextScore, WindowScore, score_windows, text_windows
-from qat.files import write_atomically, writing
-from qat.linear import ARITHMETIC, can_multiply_codes
-from qat.machine import machine
-from qat.model_folder import read_config
-from qat.prepare import CONFIG_FILE, QuantConfig, freeze, prepare
-from qat.quantizers import FULL_PRECISION
+from qat.evaluate import harness, heldout, taskdata, vllm
+from qat.evaluate.perplexity import TextScore, WindowScore, score_windows, text_windows
+from qat.evaluate.tasks import ZERO_SHOT, task_names, zero_shot_average
+from qat.infer import simulated
+from qat.quant.config import CONFIG_FILE, QuantConfig
+from qat.quant.linear import ARITHMETIC, can_multiply_codes
+from qat.quant.prepare import freeze, prepare
+from qat.quant.quantizers import FULL_PRECISION
+from qat.runtime import ranks
+from qat.runtime.errors import UserError, check_choice, check_least, differences
+from qat.runtime.files import write_atomically, writing
+from qat.runtime.machine import inference_dtype, machine, place
+from qat.store import models, student_folder
+from qat.store.model_folder import read_config
 
 NO_TEXT = "none"
 
@@ -85,7 +89,7 @@ def main() -> None:
     rtn = evaluation.method == "rtn"
     name = models.resolve_full_precision(evaluation.model) if rtn else models.resolve(evaluation.model)
     teacher_name = models.resolve_full_precision(evaluation.teacher) if evaluation.teacher else None
-    stored = source.read_quant(Path(name)) if (Path(name) / CONFIG_FILE).is_file() else None
+    stored = student_folder.read_quant(Path(name)) if (Path(name) / CONFIG_FILE).is_file() else None
     rounded = quant if rtn else stored
     if quant not in (QuantConfig(), rounded):
         raise UserError(
@@ -109,7 +113,7 @@ def main() -> None:
     }
     for text, windows in texts.items():
         models.check_ids(read_config(name), int(windows.max()), f"The text {text}")
-    tasks = harness.task_names(evaluation.tasks)
+    tasks = task_names(evaluation.tasks)
     settings = {
         **{key: value for key, value in asdict(evaluation).items() if key not in ("text", "tasks", "output")},
         "window": window,
@@ -127,10 +131,10 @@ def main() -> None:
         results.check_writable()
         results.show([name for name in (*texts, *tasks) if name not in (*new_texts, *new_tasks)])
     if evaluation.engine == "vllm":
-        llm = served.engine(name, window + 1)
+        llm = vllm.engine(name, window + 1)
         for text, windows in new_texts.items():
             with results.timed(text):
-                results.keep_text(text, windows, served.score_windows(llm, windows))
+                results.keep_text(text, windows, vllm.score_windows(llm, windows))
     else:
         _join_ranks()
         model = _load(name, quant if rtn else None)
@@ -156,8 +160,8 @@ def check_teacher(teacher: str, model: str, tokenizer: models.Tokenizer) -> None
 def _load(name: str, rtn: QuantConfig | None) -> PreTrainedModel:
     """The model, as it is or rounded by ``rtn``."""
     with ranks.doing("loading the model"):
-        model = loading.load(name, models.inference_dtype())
-        models.place(model)
+        model = simulated.load(name, inference_dtype())
+        place(model)
         if rtn:
             freeze(prepare(model, rtn))
     return model
@@ -169,8 +173,8 @@ def _measure_texts(
     teacher = None
     if texts and teacher_name:
         with ranks.doing("loading the teacher"):
-            teacher = loading.load(teacher_name, models.inference_dtype())
-            models.place(teacher)
+            teacher = simulated.load(teacher_name, inference_dtype())
+            place(teacher)
     for text, windows in texts.items():
         ranks.announce("scoring windows")
         with results.timed(text):
@@ -264,8 +268,8 @@ class _Results:
 
     def show_average(self, tasks: list[str]) -> None:
         """Print the zero-shot average, if ``tasks`` has them all."""
-        if set(harness.ZERO_SHOT) <= set(tasks):
-            mean, stderr = harness.zero_shot_average(self.tasks)
+        if set(ZERO_SHOT) <= set(tasks):
+            mean, stderr = zero_shot_average(self.tasks)
             print(f"zero-shot average {mean:.4f} ± {stderr:.4f}")
 
 

@@ -7,14 +7,15 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datagen import heldout
 from launch import cli
-from qat import export, model_card, models, source
-from qat.errors import UserError, check_choice
-from qat.evaluate import text_windows
-from qat.files import writing
-from qat.model_folder import read_config
-from qat.statements import differences
+from qat.evaluate import heldout
+from qat.evaluate.perplexity import text_windows
+from qat.export import export, model_card
+from qat.export.differences import differences
+from qat.runtime.errors import UserError, check_choice
+from qat.runtime.files import writing
+from qat.store import models, student_folder
+from qat.store.model_folder import read_config
 
 _WINDOW, _WINDOWS = 512, 4
 
@@ -54,7 +55,7 @@ class Export:
 
 def main() -> None:
     (settings,) = cli.parse(__doc__, Export)
-    student = source.find(settings.checkpoint, settings.model)
+    student = student_folder.find(settings.checkpoint, settings.model)
     export.check(student, settings.format)
     windows = None
     if settings.verify:
@@ -79,7 +80,7 @@ def main() -> None:
     print(f"{settings.output}: {settings.format}, {size / 1e6:.0f} MB; README.md says all of this")
 
 
-def _origin(settings: Export, student: source.Student) -> model_card.Origin:
+def _origin(settings: Export, student: student_folder.Student) -> model_card.Origin:
     name = settings.base_model or student.base_model
     known = model_card.origin_of(name)
     return model_card.Origin(known.base_model, settings.license or known.license, settings.results)

@@ -15,11 +15,12 @@ from datagen import card, decoder, plan
 from datagen.corpus import HUB, Corpus
 from datagen.generate import GenerateConfig, Vocabulary, write_sequences
 from datagen.parallel import Group, ranks_from_slurm
-from datagen.shards import Sequence, ShardFolder
 from launch import cli
-from qat import machine, memory, models, progress, ranks
-from qat.errors import UserError
-from qat.preemption import RESUMABLE_EXIT, StopSignal
+from qat.data.shards import Sequence, ShardFolder
+from qat.runtime import machine, memory, progress, ranks
+from qat.runtime.errors import UserError
+from qat.runtime.preemption import RESUMABLE_EXIT, StopSignal
+from qat.store import models
 
 _OF_TEXT = ("sequences", "max_length", "sequences_per_shard")
 """The settings that matter where the text comes from a corpus."""
@@ -140,14 +141,14 @@ def writer(
     if config.engine == "vllm":
         from datagen.vllm_engine import VllmEngine
 
-        engine = VllmEngine(directory, models.inference_dtype(), config)
+        engine = VllmEngine(directory, machine.inference_dtype(), config)
         return lambda indices: engine.write_sequences(vocabulary, config, indices, progress)
     if group.size > 1:
         each_its_part = DistributedConfig(tp_size=group.size)
-        model = models.load(directory, models.inference_dtype(), distributed_config=each_its_part)
+        model = models.load(directory, machine.inference_dtype(), distributed_config=each_its_part)
     else:
-        model = models.load(directory, models.inference_dtype())
-        models.place(model)
+        model = models.load(directory, machine.inference_dtype())
+        machine.place(model)
     return lambda indices: write_sequences(model, vocabulary, config, indices, progress)
 
 

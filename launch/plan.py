@@ -2,7 +2,7 @@
 
 python launch/plan.py --model llama-30b --gpus 8 --gpu_memory 80 --host_memory 1000
 
-The formulas are those of qat/plan.py; docs/training.md explains them.
+The formulas are those of qat/train/plan.py; docs/training.md explains them.
 """
 
 from dataclasses import dataclass
@@ -14,10 +14,11 @@ from rich.table import Table
 from transformers import LlamaConfig, PretrainedConfig
 
 from launch import cli
-from qat import ds_json, models, plan
-from qat.errors import UserError
-from qat.model_folder import read_config, without_weights
-from qat.plan import Machine, Plan
+from qat.runtime.errors import UserError
+from qat.store import models, smollm2
+from qat.store.model_folder import read_config, without_weights
+from qat.train import deepspeed_json, plan
+from qat.train.plan import Machine, Plan
 
 LLAMA = {
     "llama-7b": (4096, 11008, 32, 32),
@@ -69,8 +70,8 @@ def main() -> None:
     ways = ways or [(Path("ds_configs") / student, Path("ds_configs") / teacher) for student, teacher in WAYS]
     plans = {}
     for student, teacher in ways:
-        student_json, teacher_json = ds_json.read(student), ds_json.read(teacher)
-        device = "cuda" if ds_json.dtype(student_json) == torch.bfloat16 else "cpu"
+        student_json, teacher_json = deepspeed_json.read(student), deepspeed_json.read(teacher)
+        device = "cuda" if deepspeed_json.dtype(student_json) == torch.bfloat16 else "cpu"
         plans[student.name] = plan.training(
             config, student_json, teacher_json, machine, question.tokens, device, question.gradient_checkpointing
         )
@@ -90,7 +91,7 @@ def config_of(model: str) -> PretrainedConfig:
             vocab_size=32000, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
             num_attention_heads=heads,
         )  # fmt: skip
-    name = models.resolve(model) if model == models.EMBEDDED else model
+    name = models.resolve(model) if model == smollm2.EMBEDDED else model
     try:
         config = read_config(name)
     except UserError as error:

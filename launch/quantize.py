@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from launch import cli
-from qat import models
-from qat.data import TrainingData
-from qat.errors import UserError, check_choice, check_least
-from qat.files import lock
-from qat.model_folder import ModelFolder
-from qat.prepare import QuantConfig, prepare
-from qat.ptq import layerwise, rtn
-from qat.ptq.calibrate import Stream, calibration_sequences
+from qat.data.sequences import TrainingData
+from qat.ptq import rtn, writer
 from qat.ptq.gptq import GPTQConfig, quantize_layer
 from qat.ptq.smoothquant import SmoothQuant, SmoothQuantConfig
-from qat.quantizers import FULL_PRECISION
+from qat.ptq.stream import Stream, calibration_sequences
+from qat.quant.config import QuantConfig
+from qat.quant.prepare import prepare
+from qat.quant.quantizers import FULL_PRECISION
+from qat.runtime.errors import UserError, check_choice, check_least
+from qat.runtime.files import lock
+from qat.store import models
+from qat.store.model_folder import ModelFolder
 
 METHODS = ("rtn", "gptq", "smoothquant")
 
@@ -57,7 +58,7 @@ def main() -> None:
     source = Path(models.resolve_full_precision(settings.model))
     data = TrainingData(settings.data, models.load_tokenizer(str(source)), seed=0) if settings.data else None
     record = described(settings, quant, gptq, smooth, source, data)
-    if layerwise.is_complete(settings.output, record):
+    if writer.is_complete(settings.output, record):
         print(f"{settings.output} is there already.")
         return
     folder = ModelFolder.read(source)
@@ -67,17 +68,17 @@ def main() -> None:
         models.check_length(model.config, ids.shape[1], "The length of a calibration sequence")
     if data:
         models.check_ids(model.config, data.largest, f"The text in {settings.data}")
-    lock(layerwise.partial_of(settings.output))
-    with layerwise.appearing(folder, settings.output, quant, record) as output:
+    lock(writer.partial_of(settings.output))
+    with writer.appearing(folder, settings.output, quant, record) as output:
         if settings.method == "rtn":
             rtn.write(folder, output)
         else:
             quantize_layer = layer_quantizer(settings.method, source, gptq, smooth)
-            layerwise.write(Stream(source, quant, sequences), output, settings.method, quantize_layer)
+            writer.write(Stream(source, quant, sequences), output, settings.method, quantize_layer)
     print(f"{settings.output}: {settings.method}, {quant}")
 
 
-def layer_quantizer(method: str, source: Path, gptq: GPTQConfig, smooth: SmoothQuantConfig) -> layerwise.QuantizeLayer:
+def layer_quantizer(method: str, source: Path, gptq: GPTQConfig, smooth: SmoothQuantConfig) -> writer.QuantizeLayer:
     """What ``method`` does to one layer."""
     if method == "gptq":
         return lambda stream, weights: quantize_layer(stream, weights, gptq)

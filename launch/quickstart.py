@@ -13,14 +13,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from datagen.heldout import ENCYCLOPEDIA
 from launch import cli
+from launch.paper import plots
 from launch.stages import CPU_ONLY, Stages, free_port, interrupt
-from qat import export, models, report
-from qat.files import lock, read_lines, wait_until_free, write_atomically, writing
-from qat.preemption import handle_signals
-from qat.prepare import CONFIG_FILE, QuantConfig
-from qat.training import FINAL, LOG, SETTINGS
+from qat.evaluate.heldout import ENCYCLOPEDIA
+from qat.export import export
+from qat.quant.config import CONFIG_FILE, QuantConfig
+from qat.runtime.files import lock, read_lines, wait_until_free, write_atomically, writing
+from qat.runtime.preemption import handle_signals
+from qat.store import models, smollm2, weight_files
+from qat.train.loop import FINAL, LOG, SETTINGS
 
 _LAUNCH = Path(__file__).parent
 _ROOT = _LAUNCH.parent
@@ -37,7 +39,7 @@ class Quickstart:
         windows: windows of 512 tokens of held-out prose to evaluate on
     """
 
-    model: str = models.EMBEDDED
+    model: str = smollm2.EMBEDDED
     output: Path = Path("runs/quickstart")
     windows: int = 32
 
@@ -84,7 +86,7 @@ def _report(settings: Quickstart, model: str, stages: Stages) -> None:
     measured = {name: scores[ENCYCLOPEDIA] for name, scores in texts.items()}
     log = read_lines(out / "train" / LOG)
     teacher, rtn, qat = (measured[name]["nll"] for name in ("teacher", "rtn", "qat"))
-    full_size, low_size = report.weights_size(Path(model)), report.weights_size(out / "export")
+    full_size, low_size = weight_files.weights_size(Path(model)), weight_files.weights_size(out / "export")
     train = json.loads((out / "train" / SETTINGS).read_text())["settings"]
     quant = {key: train[key] for key in QuantConfig.__dataclass_fields__}
     results = {
@@ -109,8 +111,8 @@ def _report(settings: Quickstart, model: str, stages: Stages) -> None:
     labels = {"teacher": "teacher\n(full precision)", "rtn": "RTN\n(untrained)", "qat": "LLM-QAT"}
     with writing(out):
         write_atomically(out / "results.json", json.dumps(results, indent=2) + "\n")
-        report.plot_training(log, out / "training.png")
-        report.plot_comparison({labels[n]: measured[n]["perplexity"] for n in labels}, out / "comparison.png")
+        plots.plot_training(log, out / "training.png")
+        plots.plot_comparison({labels[n]: measured[n]["perplexity"] for n in labels}, out / "comparison.png")
 
     table = Table(title=f"{settings.model}, W-A-KV {QuantConfig(**quant)}")
     for column in ("", "perplexity", "weights on disk"):

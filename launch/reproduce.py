@@ -23,16 +23,17 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from datagen import heldout
 from datagen.sampling import STRATEGIES
 from launch import cli
+from launch.paper import claims, plots
 from launch.stages import CPU_ONLY, Stages, free_port, interrupt
-from qat import models, report, results
-from qat.errors import UserError, check_choice, check_least, differences
-from qat.files import lock, read_lines, wait_until_free, write_atomically
-from qat.preemption import RESUMABLE_EXIT, handle_signals
-from qat.prepare import QuantConfig
-from qat.training import CHECKPOINTS, FINAL, LOG, TrainConfig
+from qat.evaluate import heldout
+from qat.quant.config import QuantConfig
+from qat.runtime.errors import UserError, check_choice, check_least, differences
+from qat.runtime.files import lock, read_lines, wait_until_free, write_atomically
+from qat.runtime.preemption import RESUMABLE_EXIT, handle_signals
+from qat.store import models, smollm2
+from qat.train.loop import CHECKPOINTS, FINAL, LOG, TrainConfig
 
 TABLES = ("main", "recipes", "kv", "distillation", "quantizers", "data")
 
@@ -64,7 +65,7 @@ class Reproduction:
         keep_models: keep the trained models
     """
 
-    model: str = models.EMBEDDED
+    model: str = smollm2.EMBEDDED
     tables: str = ",".join(TABLES)
     cells: str = "*"
     minutes: float = 0
@@ -385,10 +386,10 @@ class _Runner:
             rows = [_row(cells[name], accuracies.get(name)) for name in listed if name in cells]
             write_atomically(output / f"{table}.json", json.dumps(rows, indent=1) + "\n")
             if rows:
-                report.plot_cells([cells[name] for name in listed if name in cells], output / f"{table}.png")
-        averages = results.zero_shot_averages(accuracies)
-        report.plot_bits([*cells.values()], averages, results.SETTINGS, output / "bits.png")
-        write_atomically(output / "README.md", results.markdown(names, cells, accuracies))
+                plots.plot_cells([cells[name] for name in listed if name in cells], output / f"{table}.png")
+        averages = claims.zero_shot_averages(accuracies)
+        plots.plot_bits([*cells.values()], averages, claims.SETTINGS, output / "bits.png")
+        write_atomically(output / "README.md", claims.markdown(names, cells, accuracies))
 
 
 def _trained(folder: Path) -> dict[str, Any]:

@@ -11,9 +11,9 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from qat.errors import UserError
-from qat.files import write_atomically, writing
-from qat.preemption import RESUMABLE_EXIT
+from qat.runtime.errors import UserError
+from qat.runtime.files import write_atomically, writing
+from qat.runtime.preemption import RESUMABLE_EXIT
 
 CPU_ONLY = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 """Environment of stages that shall run on the CPU, also where there is a GPU."""

@@ -13,23 +13,26 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from datagen import heldout
 from launch import cli
-from qat import ds_json, engines, memory, models, plan, ranks, source
-from qat.data import Sample, TrainingData
-from qat.distill import Targets
-from qat.errors import UserError, check_least, differences
-from qat.evaluate import text_windows
-from qat.files import lock, write_atomically, writing
-from qat.linear import ARITHMETIC
-from qat.machine import be_deterministic, device, local_ranks
-from qat.model_folder import ModelFolder, read_config, shapes, skeleton
-from qat.plan import Machine, Plan
-from qat.preemption import RESUMABLE_EXIT, StopSignal
-from qat.prepare import QuantConfig, prepare
-from qat.teacher_cache import TeacherCache
-from qat.training import CHECKPOINTS, FINAL, SETTINGS, TENSORBOARD, TrainConfig, arithmetic_of, train
-from qat.validation import Texts
+from qat.data.sequences import Sample, TrainingData
+from qat.evaluate import heldout
+from qat.evaluate.perplexity import text_windows
+from qat.quant.config import QuantConfig
+from qat.quant.linear import ARITHMETIC
+from qat.quant.prepare import prepare
+from qat.runtime import memory, ranks
+from qat.runtime.errors import UserError, check_least, differences
+from qat.runtime.files import lock, write_atomically, writing
+from qat.runtime.machine import be_deterministic, device, local_ranks
+from qat.runtime.preemption import RESUMABLE_EXIT, StopSignal
+from qat.store import models, student_folder
+from qat.store.model_folder import ModelFolder, read_config, shapes, skeleton
+from qat.train import deepspeed_json, engines, plan
+from qat.train.distill import Targets
+from qat.train.loop import CHECKPOINTS, FINAL, SETTINGS, TENSORBOARD, TrainConfig, arithmetic_of, train
+from qat.train.plan import Machine, Plan
+from qat.train.teacher_cache import TeacherCache
+from qat.train.validation import Texts
 
 CHANGES_NO_RESULT = ("save_every", "keep", "eval_every", "max_loss_ratio", "peak_flops")
 """Settings that a run may be gone on with under other values."""
@@ -121,8 +124,8 @@ def main() -> int:
         cache.check_complete(len(data))
 
     ds_settings = config.ds_settings(cli.ranks())
-    student_json = ds_json.resolve(paths.deepspeed, ds_settings)
-    teacher_json = ds_json.resolve(paths.teacher_deepspeed or paths.deepspeed, ds_settings)
+    student_json = deepspeed_json.resolve(paths.deepspeed, ds_settings)
+    teacher_json = deepspeed_json.resolve(paths.teacher_deepspeed or paths.deepspeed, ds_settings)
     student_json.setdefault("tensorboard", {"enabled": True, "output_path": str(paths.output), "job_name": TENSORBOARD})
     identity = {
         **asdict(quant),
@@ -159,7 +162,7 @@ def main() -> int:
         targets: Callable[[Sample], Targets] = cache or engines.labels
     else:
         with ranks.doing("loading the teacher"):
-            targets = teacher = engines.Teacher(model, ds_json.for_teacher(teacher_json), config.loss)
+            targets = teacher = engines.Teacher(model, deepspeed_json.for_teacher(teacher_json), config.loss)
         if quant.activations.learned:
             ranks.announce("measuring activations")
             magnitudes = teacher.input_magnitudes(data.sample(cli.rank()).to(device()))
@@ -198,7 +201,7 @@ def warn_if_short(planned: Plan) -> None:
 
 def starting_point(student: Path, model: str, quant: QuantConfig) -> str:
     """The directory of the weights that the student begins with; raises UserError if ``model`` cannot teach them."""
-    found = source.find(student)
+    found = student_folder.find(student)
     if found.is_checkpoint:
         raise UserError(f"{student} is a checkpoint: give the final/ of a run, or what launch/quantize.py wrote.")
     if shapes(skeleton(found.directory)) != shapes(skeleton(Path(model))):

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
 
 
 def load(directory: str) -> "PreTrainedModel":
-    """The student or integer export at ``directory`` as it is deployed; see qat.packed.load."""
-    from qat import packed  # here, so that importing a part of the package does not import all of it
+    """The student or integer export at ``directory`` as it is deployed; see qat.infer.packed.load."""
+    from qat.infer import packed  # here, so that importing a part of the package does not import all of it
 
     return packed.load(directory)

@@ -19,8 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from launch.stages import free_port
-from qat import fused
-from qat.models import load_tokenizer
+from qat.quant import fused
+from qat.store.models import load_tokenizer
 
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")

@@ -22,9 +22,9 @@ import psutil
 from conftest import ROOT, generate_flags, kill, run_python, start_training, tiny_model, tiny_tokenizer
 
 from launch import cli
-from qat.checkpoint import LATEST
-from qat.manifest import MANIFEST
-from qat.training import CHECKPOINTS, FINAL, LOG
+from qat.store.manifest import MANIFEST
+from qat.train.checkpoint import LATEST
+from qat.train.loop import CHECKPOINTS, FINAL, LOG
 
 RANKS = 2
 STEPS_PER_KILL = 8

@@ -18,10 +18,12 @@ import torch
 from conftest import ROOT, run_python, run_ranks, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
-from qat import export, llama_cpp, loading, source
-from qat.evaluate import perplexity
-from qat.export import FAKE, GGUF
-from qat.formats import INTEGERS, PACKED
+from qat.evaluate.perplexity import perplexity
+from qat.export import export
+from qat.export.export import FAKE, GGUF
+from qat.infer import simulated
+from qat.store import gguf_files, student_folder
+from qat.store.compressed_tensors import INTEGERS, PACKED
 
 FIXTURES = ROOT / "tests" / "fixtures" / "v1"
 
@@ -100,18 +102,18 @@ def numbers(model: PreTrainedModel) -> dict[str, object]:
 
 
 def _read_checkpoint(folder: Path) -> PreTrainedModel:
-    student = source.find(folder / "stopped" / "checkpoints", str(folder / "model"))
-    return loading.simulate(student.directory, student.weights(), student.dtype, student.quant, torch.float32)
+    student = student_folder.find(folder / "stopped" / "checkpoints", str(folder / "model"))
+    return simulated.simulate(student.directory, student.weights(), student.dtype, student.quant, torch.float32)
 
 
 def _reader(name: str) -> Callable[[Path], PreTrainedModel]:
-    return lambda folder: loading.load(str(folder / name), torch.float32)
+    return lambda folder: simulated.load(str(folder / name), torch.float32)
 
 
 QUANTIZED = ("finished/final", "lsq/final", "gptq", "smoothquant", f"export-{PACKED}", f"export-{INTEGERS}")
 MODELS = {
     **{name: _reader(name) for name in ("model", "tied", f"export-{FAKE}", *QUANTIZED)},
-    f"export-{GGUF}": lambda folder: llama_cpp.load(folder / f"export-{GGUF}"),
+    f"export-{GGUF}": lambda folder: gguf_files.load(folder / f"export-{GGUF}"),
     "stopped": _read_checkpoint,
 }
 """What reads each of the models in the folder of the fixtures."""

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from launch import cli
-from qat import ranks
-from qat.errors import UserError
-from qat.preemption import RESUMABLE_EXIT
+from qat.runtime import ranks
+from qat.runtime.errors import UserError
+from qat.runtime.preemption import RESUMABLE_EXIT
 
 LATE = 50
 """The step at which nothing is done for the first time any more."""

@@ -12,8 +12,8 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from datagen import attention
 from datagen.decoder import Decoder
 from datagen.generate import GenerateConfig, Vocabulary, write_sequences
-from qat import models
-from qat.errors import UserError
+from qat.runtime.errors import UserError
+from qat.store import models
 
 FAMILIES = (LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)
 LENGTH = 24

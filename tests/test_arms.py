@@ -7,12 +7,14 @@ from safetensors.torch import load_file
 from test_launch import error_of
 from test_train import log_of, losses
 
-from qat import loading, models
-from qat.data import Sample, TrainingData
-from qat.distill import predicting
-from qat.prepare import STEPS_FILE, QuantConfig
-from qat.teacher_cache import TeacherCache
-from qat.training import TrainConfig
+from qat.data.sequences import Sample, TrainingData
+from qat.infer import simulated
+from qat.quant.config import QuantConfig
+from qat.quant.forward import predicting
+from qat.store import models
+from qat.store.sidecars import STEPS_FILE
+from qat.train.loop import TrainConfig
+from qat.train.teacher_cache import TeacherCache
 
 JSON = f"--deepspeed={ROOT / 'ds_configs' / 'zero3_cpu.json'}"
 ARMS = {
@@ -67,11 +69,11 @@ def test_learned_steps_are_saved_and_loaded(tiny_directory, tiny_data, tmp_path)
     values = torch.cat(list(steps.values()))
     assert (values > 0).all()
     assert len(values.unique()) == len(values), "each layer starts from its own input and learns"
-    model = loading.load(str(run / "final"), torch.float32)
+    model = simulated.load(str(run / "final"), torch.float32)
     assert model(torch.arange(2, 30)[None]).logits.isfinite().all()
     (run / "final" / STEPS_FILE).unlink()
     with pytest.raises(models.UserError, match=STEPS_FILE):
-        loading.load(str(run / "final"), torch.float32)
+        simulated.load(str(run / "final"), torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +164,7 @@ def test_impossible_arms_are_refused(settings, named, monkeypatch, tiny_director
 def test_groups_that_do_not_divide_the_layers_are_refused():
     from conftest import tiny_model
 
-    from qat.prepare import prepare
+    from qat.quant.prepare import prepare
 
     with pytest.raises(models.UserError, match="w_group_size=48 does not divide"):
         prepare(tiny_model(), QuantConfig(w_group_size=48))

@@ -18,12 +18,16 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from launch.stages import free_port
-from qat import ds_json, engines, fused, models
-from qat.data import Sample
-from qat.distill import ChunkLoss, Distiller, Targets, predicting
-from qat.errors import UserError
-from qat.prepare import QuantConfig, prepare
-from qat.training import TrainConfig
+from qat.data.sequences import Sample
+from qat.quant import fused
+from qat.quant.config import QuantConfig
+from qat.quant.forward import predicting
+from qat.quant.prepare import prepare
+from qat.runtime.errors import UserError
+from qat.store import models
+from qat.train import deepspeed_json, engines
+from qat.train.distill import ChunkLoss, Distiller, Targets
+from qat.train.loop import TrainConfig
 
 POSITIONS = 1000
 SHAPE = {"hidden_size": 128, "head_dim": 64, "num_attention_heads": 2, "max_position_embeddings": 2048}
@@ -78,7 +82,7 @@ def _rank(rank: int, folder: Path, port: str) -> None:
     fused.compiles = conftest.really_compiles  # importing conftest has switched it off
     engines.init_distributed()
     ids = torch.randint(2, 300, (1, POSITIONS + 1), generator=torch.Generator().manual_seed(rank))
-    resolved = ds_json.resolve(path, TrainConfig(batch_size=2).ds_settings(2))
+    resolved = deepspeed_json.resolve(path, TrainConfig(batch_size=2).ds_settings(2))
     for name in MODELS:
         _check_model(str(folder / name), resolved, ids, QUANTS if name == "llama" else QUANTS[:1])
 
@@ -86,7 +90,7 @@ def _rank(rank: int, folder: Path, port: str) -> None:
 @torch.no_grad()
 def _check_model(model: str, ds_config: dict, ids: Tensor, quants: tuple[QuantConfig, ...]) -> None:
     plain = models.load(model, torch.bfloat16)
-    teacher = engines.Teacher(model, ds_json.for_teacher(ds_config))
+    teacher = engines.Teacher(model, deepspeed_json.for_teacher(ds_config))
     found = teacher(Sample(0, ids))
     assert torch.equal(found.hidden, predicting(plain, ids)), model
     with teacher.head() as weight:

@@ -17,11 +17,12 @@ import torch
 from conftest import ROOT
 from make_fixtures import FIXTURES
 
-from qat import checkpoint, engines, manifest, source, universal
-from qat.checkpoint import TrainState, _superseded
-from qat.errors import UserError
-from qat.manifest import MANIFEST
-from qat.run_log import RunLog
+from qat.runtime.errors import UserError
+from qat.store import manifest, student_folder
+from qat.store.manifest import MANIFEST
+from qat.train import checkpoint, engines, universal
+from qat.train.checkpoint import TrainState, _superseded
+from qat.train.log import RunLog
 
 OPTIMIZER_FILE = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
 FILES = [OPTIMIZER_FILE, "zero_pp_rank_0_mp_rank_00_model_states.pt"]
@@ -246,11 +247,11 @@ def test_going_on_with_another_number_of_ranks_runs_no_code(trained, tmp_path, m
 @pytest.mark.parametrize("file", FILES)
 def test_an_export_runs_no_code(file, tmp_path):
     (folder,) = (shutil.copytree(FIXTURES / "stopped", tmp_path / "run") / "checkpoints").glob("step-*")
-    assert list(source.find(folder, str(FIXTURES / "model")).weights())
+    assert list(student_folder.find(folder, str(FIXTURES / "model")).weights())
     plant(folder / file, tmp_path / "mark")
     sign(folder)
     with refused(tmp_path / "mark"):
-        list(source.find(folder, str(FIXTURES / "model")).weights())
+        list(student_folder.find(folder, str(FIXTURES / "model")).weights())
 
 
 def test_size_and_duration_are_written_down(trained):

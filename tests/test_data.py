@@ -2,7 +2,7 @@
 
 import pytest
 
-from qat.data import TrainingData
+from qat.data.sequences import TrainingData
 
 
 @pytest.fixture

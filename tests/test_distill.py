@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 from test_prepare import ids
 from transformers import LlamaConfig, MistralConfig
 
-from qat import distill
-from qat.distill import Distiller, LabelTargets, TeacherTargets, TopKTargets, predicting, run
-from qat.errors import UserError
-from qat.kv_cache import AttentionRecord, attend
-from qat.prepare import QuantConfig, prepare
+from qat.quant.config import QuantConfig
+from qat.quant.forward import predicting, run
+from qat.quant.kv_cache import AttentionRecord, attend
+from qat.quant.prepare import prepare
+from qat.runtime.errors import UserError
+from qat.train import distill
+from qat.train.distill import Distiller, LabelTargets, TeacherTargets, TopKTargets
 
 
 def targets(teacher, tokens):

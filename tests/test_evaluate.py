@@ -10,12 +10,12 @@ from test_launch import error_of
 from torch.nn.functional import kl_div
 
 import launch.evaluate
-from datagen import heldout
-from qat import models
-from qat.errors import UserError
-from qat.evaluate import TextScore, WindowScore, score_windows, text_windows
-from qat.prepare import STEPS_FILE
-from qat.weight_files import weight_files
+from qat.evaluate import heldout
+from qat.evaluate.perplexity import TextScore, WindowScore, score_windows, text_windows
+from qat.runtime.errors import UserError
+from qat.store import models, smollm2
+from qat.store.sidecars import STEPS_FILE
+from qat.store.weight_files import weight_files
 
 WINDOWS = torch.randint(2, 300, (3, 40), generator=torch.Generator().manual_seed(0))
 
@@ -120,7 +120,7 @@ def test_two_ranks_find_what_one_finds_and_nothing_is_measured_twice(tiny_direct
 @pytest.mark.slow
 def test_perplexity_of_the_real_model():
     """As in README.md, whatever the code that finds it."""
-    directory = models.resolve(models.EMBEDDED)
+    directory = models.resolve(smollm2.EMBEDDED)
     windows = text_windows(heldout.paragraphs("encyclopedia"), models.load_tokenizer(directory), 512, 32)
     measured = TextScore.of(score_windows(models.load(directory, torch.float32), windows), 512)
     assert measured.perplexity == pytest.approx(23.32, abs=0.01)

@@ -21,25 +21,19 @@ from test_launch import error_of
 from test_prepare import FAMILIES, ids
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from qat import export, formats, llama_cpp, loading, models, source
-from qat.errors import UserError
-from qat.export import FAKE, GGUF
-from qat.formats import INTEGERS, PACKED
-from qat.linear import can_multiply_codes
-from qat.manifest import MANIFEST
-from qat.prepare import (
-    CONFIG_FILE,
-    GRIDS_FILE,
-    STEP_SUFFIX,
-    QuantConfig,
-    load_steps,
-    prepare,
-    quant_linears,
-    save_grids,
-    save_steps,
-)
-from qat.quantizers import Format, Grid, Quantized, dequantize, grid_of, quantize
-from qat.statements import differences
+from qat.export import export
+from qat.export.differences import differences
+from qat.export.export import FAKE, GGUF
+from qat.infer import simulated
+from qat.quant.config import CONFIG_FILE, QuantConfig
+from qat.quant.linear import can_multiply_codes, quant_linears
+from qat.quant.prepare import prepare
+from qat.quant.quantizers import Format, Grid, Quantized, dequantize, grid_of, quantize
+from qat.runtime.errors import UserError
+from qat.store import compressed_tensors, gguf_files, models, student_folder
+from qat.store.compressed_tensors import INTEGERS, PACKED
+from qat.store.manifest import MANIFEST
+from qat.store.sidecars import GRIDS_FILE, STEP_SUFFIX, load_steps, save_grids, save_steps
 
 SETTINGS = [
     QuantConfig(4, 8, 4, kv_rotation="hadamard"),
@@ -53,7 +47,7 @@ SETTINGS = [
 WINDOWS = torch.randint(2, 300, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
-def write_student(directory: Path, quant: QuantConfig, dtype=torch.float32, **how) -> source.Student:
+def write_student(directory: Path, quant: QuantConfig, dtype=torch.float32, **how) -> student_folder.Student:
     """Write a student as a training run does."""
     tiny_model(**how).to(dtype).save_pretrained(directory, max_shard_size="100KB")
     tiny_tokenizer().save_pretrained(directory)
@@ -62,7 +56,7 @@ def write_student(directory: Path, quant: QuantConfig, dtype=torch.float32, **ho
         names = quant_linears(prepare(tiny_model(**how), quant))
         steps = {f"{name}{STEP_SUFFIX}": torch.tensor([0.01 + place / 1000]) for place, name in enumerate(names)}
         save_steps(steps, directory)
-    return source.find(directory)
+    return student_folder.find(directory)
 
 
 @pytest.fixture
@@ -83,7 +77,7 @@ def test_reloaded_equals_what_was_trained(form, quant, dtype, tmp_path):
     export.export(student, tmp_path / "export", form)
     trained = prepare(models.load(str(tmp_path / "final"), dtype), quant)  # not frozen: as it is trained
     load_steps(trained, tmp_path / "final")
-    reloaded = loading.load(str(tmp_path / "export"), dtype)
+    reloaded = simulated.load(str(tmp_path / "export"), dtype)
     assert torch.equal(reloaded(ids(reloaded)).logits, trained(ids(trained)).logits)
 
 
@@ -95,7 +89,7 @@ def test_weights_are_rounded_in_the_dtype_that_was_trained(tmp_path):
     expected = dequantize(quantize(weight, form), torch.bfloat16).float()
     assert not torch.equal(expected, dequantize(quantize(weight, form), torch.float32))
     for place in ("final", "export"):
-        loaded = loading.load(str(tmp_path / place), torch.float32)
+        loaded = simulated.load(str(tmp_path / place), torch.float32)
         assert torch.equal(loaded.get_parameter("model.layers.0.mlp.up_proj.weight"), expected)
 
 
@@ -104,7 +98,7 @@ def test_integers_are_evaluated_as_they_were_trained(quant, tmp_path):
     export.export(write_student(tmp_path / "final", quant), tmp_path / "export", INTEGERS)
     trained = prepare(models.load(str(tmp_path / "final"), torch.float32), quant)
     for place in ("final", "export"):
-        evaluated = loading.load(str(tmp_path / place), torch.float32)
+        evaluated = simulated.load(str(tmp_path / place), torch.float32)
         assert torch.equal(evaluated(ids(evaluated)).logits, trained(ids(trained)).logits)
 
 
@@ -119,7 +113,7 @@ def test_weights_stay_on_a_grid_that_is_stored_beside_them(form, tmp_path):
     save_grids(grids, tmp_path / "final" / GRIDS_FILE)
     export.export(student, tmp_path / "export", form)
     export.verify(student, tmp_path / "export", form, WINDOWS)
-    read = loading.load(str(tmp_path / "export"), torch.float32)
+    read = simulated.load(str(tmp_path / "export"), torch.float32)
     for name, grid in grids.items():
         expected = quantize(values[f"{name}.weight"], quant.weights, grid)
         linear = read.get_submodule(name)
@@ -133,7 +127,7 @@ def test_transformers_own_loader_reads_the_same_weights(form, w_bits, tmp_path):
     student = write_student(tmp_path / "final", QuantConfig(w_bits, 8, 16))
     export.export(student, tmp_path / "export", form)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32)
-    ours = loading.load(str(tmp_path / "export"), torch.float32)
+    ours = simulated.load(str(tmp_path / "export"), torch.float32)
     tokens = ids(ours)
     logits = theirs(tokens).logits  # it decompresses at the first call
     for name, weight in ours.named_parameters():
@@ -146,8 +140,8 @@ def test_transformers_own_loader_reads_the_same_weights(form, w_bits, tmp_path):
 def test_the_formats_keep_codes_and_scales(form, bits, rows, columns):
     quant = QuantConfig(w_bits=bits)
     stored = quantize(torch.randn(rows, columns), quant.weights)
-    parts = formats.encode("layer", stored, quant, form)
-    ((name, read),) = formats.decode(parts.items(), formats.quantization_config(quant, form))
+    parts = compressed_tensors.encode("layer", stored, quant, form)
+    ((name, read),) = compressed_tensors.decode(parts.items(), compressed_tensors.quantization_config(quant, form))
     assert name == "layer.weight"
     assert isinstance(read, Quantized)
     assert torch.equal(read.codes, stored.codes)
@@ -184,9 +178,9 @@ def test_gguf_blocks_hold_every_code(bits, rows, blocks):
     """Read by gguf's own dequantizer: codes times the scale that fp16 holds."""
     form = Format(bits)
     weight = torch.randn(rows, 32 * blocks)
-    stored = llama_cpp.held(quantize(weight, form))
-    kind = llama_cpp._TYPES[bits]
-    packed = llama_cpp.blocks(stored.codes, stored.grid.scale.expand(-1, blocks), kind)
+    stored = gguf_files.held(quantize(weight, form))
+    kind = gguf_files._TYPES[bits]
+    packed = gguf_files.blocks(stored.codes, stored.grid.scale.expand(-1, blocks), kind)
     assert torch.equal(torch.from_numpy(gguf.quants.dequantize(packed, kind)), dequantize(stored, torch.float32))
     exact = grid_of(weight, form).scale
     assert ((stored.grid.scale - exact).abs() <= exact * 2**-11).all()
@@ -208,7 +202,7 @@ SAID = [
 ]
 
 
-def write_biased_student(directory: Path, quant: QuantConfig, **how) -> source.Student:
+def write_biased_student(directory: Path, quant: QuantConfig, **how) -> student_folder.Student:
     """``write_student``, whose biases are 0."""
     student = write_student(directory, quant, **how)
     for file in directory.glob("model*.safetensors"):
@@ -234,10 +228,10 @@ def test_llama_cpp_predicts_what_the_file_says(config_class, said, tmp_path):
     student = write_biased_student(tmp_path / "final", QuantConfig(), config_class=config_class, **said)
     export.export(student, tmp_path / "export", GGUF)
     settings = xllamacpp.CommonParams()
-    settings.model.path = str(tmp_path / "export" / llama_cpp.FILE)
+    settings.model.path = str(tmp_path / "export" / gguf_files.FILE)
     settings.n_ctx, settings.n_parallel, settings.cpuparams.n_threads = 256, 1, 1
     server = xllamacpp.Server(settings)
-    model = llama_cpp.load(tmp_path / "export")
+    model = gguf_files.load(tmp_path / "export")
     compared = 0
     for prompt in torch.randint(2, 300, (12, 24), generator=torch.Generator().manual_seed(1)):
         asked = {"prompt": prompt.tolist(), "max_tokens": 1, "temperature": 0.0, "logprobs": 4, "ignore_eos": True}
@@ -279,7 +273,7 @@ def test_llama_cpp_loads_a_tokenizer_with_more_tokens_than_the_model(tmp_path):
 def test_what_llama_cpp_does_not_load_is_not_verified(tmp_path):
     student = write_student(tmp_path / "final", QuantConfig())
     export.export(student, tmp_path / "export", GGUF)
-    file = tmp_path / "export" / llama_cpp.FILE
+    file = tmp_path / "export" / gguf_files.FILE
     content = file.read_bytes()
     assert content.count(b"gpt-2") == 1, "the way in which text is split; transformers does not read it"
     file.write_bytes(content.replace(b"gpt-2", b"gpt-0"))
@@ -292,7 +286,7 @@ def test_verification_sees_one_wrong_code(form, tmp_path):
     student = write_student(tmp_path / "final", QuantConfig())
     export.export(student, tmp_path / "export", form)
     export.verify(student, tmp_path / "export", form, WINDOWS)
-    file = tmp_path / "export" / (llama_cpp.FILE if form == GGUF else "model.safetensors")
+    file = tmp_path / "export" / (gguf_files.FILE if form == GGUF else "model.safetensors")
     data = bytearray(file.read_bytes())
     data[-2000 if form == GGUF else len(data) // 2] ^= 3
     file.write_bytes(data)
@@ -312,15 +306,15 @@ def run(request, tiny_directory, tiny_data, tmp_path_factory) -> Path:
 
 
 def test_a_zero3_checkpoint_gives_the_export_of_the_final_model(run, tmp_path):
-    export.export(source.find(run / "final"), tmp_path / "final", PACKED)
-    export.export(source.find(run / "checkpoints"), tmp_path / "checkpoint", PACKED)
+    export.export(student_folder.find(run / "final"), tmp_path / "final", PACKED)
+    export.export(student_folder.find(run / "checkpoints"), tmp_path / "checkpoint", PACKED)
     expected, got = (load_file(tmp_path / name / "model.safetensors") for name in ("final", "checkpoint"))
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
         assert got[name].dtype == tensor.dtype
         assert torch.equal(got[name], tensor), name
     for place in ("final", "checkpoint"):
-        found = loading.load(str(tmp_path / place), torch.float32)
+        found = simulated.load(str(tmp_path / place), torch.float32)
         assert found.config.eos_token_id == 1
         assert models.load_tokenizer(str(tmp_path / place)).bos_token == "<s>"
 
@@ -338,13 +332,13 @@ def test_a_damaged_checkpoint_is_refused(found, run, tmp_path):
     (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-*")
     CHECKPOINT_DAMAGES[found](max(checkpoint.glob("*_optim_states.pt")))
     with pytest.raises(UserError, match=f"damaged or incomplete: .*{found}"):
-        source.find(checkpoint)
+        student_folder.find(checkpoint)
 
 
 def test_another_model_than_the_run_began_with_is_refused(run, tmp_path):
     tiny_model(hidden_size=32).save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match="is not the model that the run"):
-        source.find(run / "checkpoints", str(tmp_path / "other"))
+        student_folder.find(run / "checkpoints", str(tmp_path / "other"))
 
 
 def test_one_file_and_one_tensor_are_in_memory_at_a_time(tmp_path):
@@ -442,12 +436,12 @@ def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
     assert "give pack-quantized or int-quantized or hf-fake or gguf" in refusal(QuantConfig(), "onnx")
     (tmp_path / "final" / CONFIG_FILE).unlink()
     with pytest.raises(UserError, match="holds no student"):
-        source.find(tmp_path / "final")
+        student_folder.find(tmp_path / "final")
 
 
 def test_an_export_is_not_exported_again(exported):
     with pytest.raises(UserError, match="is an export already"):
-        source.find(exported)
+        student_folder.find(exported)
 
 
 def test_a_student_without_a_tokenizer_is_refused(tmp_path):

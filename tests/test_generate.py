@@ -11,8 +11,8 @@ from datagen import attention
 from datagen.cuda_graphs import rounded_up
 from datagen.decoder import Decoder
 from datagen.generate import GenerateConfig, Vocabulary, write_sequences
-from datagen.shards import ShardFolder
-from qat.errors import UserError
+from qat.data.shards import ShardFolder
+from qat.runtime.errors import UserError
 
 CONFIG = GenerateConfig(sequences=11, max_length=20, batch_size=4, sequences_per_shard=11)
 VOCABULARY = Vocabulary(start=list(range(20, 300)), prefix=[], stop=list(range(1, 20)))

@@ -5,11 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_prepare import ids
 
-from qat.errors import UserError
-from qat.integer_cache import IntegerCache, pack, unpack
-from qat.kv_cache import KVQuantizer, hadamard_matrix
-from qat.prepare import QuantConfig, prepare
-from qat.quantizers import Format, fake_quantize, quantize
+from qat.infer.integer_cache import IntegerCache, pack, unpack
+from qat.quant.config import QuantConfig
+from qat.quant.kv_cache import KVQuantizer, hadamard_matrix
+from qat.quant.prepare import prepare
+from qat.quant.quantizers import Format, fake_quantize, quantize
+from qat.runtime.errors import UserError
 
 KV_SETTINGS = [
     {"kv_site": site, "kv_granularity": granularity, "kv_rotation": rotation, "kv_quantizer": quantizer}

@@ -3,9 +3,9 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from qat import products
-from qat.linear import InputQuantizer, QuantLinear
-from qat.quantizers import Format, Grid, Quantized, fake_quantize, grid_of, inside, quantize, round_to_grid
+from qat.quant import products
+from qat.quant.linear import InputQuantizer, QuantLinear
+from qat.quant.quantizers import Format, Grid, Quantized, fake_quantize, grid_of, inside, quantize, round_to_grid
 
 FULL, W4, A8 = Format(16), Format(4), Format(8)
 SETTINGS = [
@@ -115,7 +115,7 @@ def test_siblings_quantize_their_input_once(monkeypatch):
         calls.extend([form.bits] * (form == A8))
         return quantize(x, form, *grid)
 
-    monkeypatch.setattr("qat.linear.quantize", counting)
+    monkeypatch.setattr("qat.quant.linear.quantize", counting)
     q = make(readers=2)
     k = QuantLinear.convert(nn.Linear(48, 24), W4, A8, q.input_quantizer)
     x = torch.randn(3, 48)

@@ -15,14 +15,17 @@ from test_prepare import ids
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import qat
-from qat import export, loading, models, source
-from qat.errors import UserError
-from qat.export import FAKE
-from qat.model_folder import ModelFolder
-from qat.prepare import CONFIG_FILE, GRIDS_FILE, STEPS_FILE, QuantConfig
-from qat.ptq import layerwise, rtn
-from qat.ptq.calibrate import Stream
-from qat.weight_files import INDEX, weight_files
+from qat.export import export
+from qat.export.export import FAKE
+from qat.infer import simulated
+from qat.ptq import rtn, writer
+from qat.ptq.stream import Stream
+from qat.quant.config import CONFIG_FILE, QuantConfig
+from qat.runtime.errors import UserError
+from qat.store import models, student_folder
+from qat.store.model_folder import ModelFolder
+from qat.store.sidecars import GRIDS_FILE, STEPS_FILE
+from qat.store.weight_files import INDEX, weight_files
 
 WEIGHTS = "model.safetensors"
 FULL = QuantConfig(16, 16, 16)
@@ -120,15 +123,15 @@ def test_every_way_computes_what_transformers_computes(trait, tmp_path):
     found = ModelFolder.read(model)
     for name, write in (
         ("rtn", lambda output: rtn.write(found, output)),
-        ("layers", lambda output: layerwise.write(Stream(model, FULL, [tokens]), output, "none", unchanged)),
+        ("layers", lambda output: writer.write(Stream(model, FULL, [tokens]), output, "none", unchanged)),
     ):
-        with layerwise.appearing(found, tmp_path / name, FULL, RECORD) as output, torch.no_grad():
+        with writer.appearing(found, tmp_path / name, FULL, RECORD) as output, torch.no_grad():
             write(output)
-        assert torch.equal(loading.load(str(tmp_path / name), torch.float32)(tokens).logits, expected), name
+        assert torch.equal(simulated.load(str(tmp_path / name), torch.float32)(tokens).logits, expected), name
         assert torch.equal(qat.load(str(tmp_path / name))(tokens).logits, expected), name
         ours = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
         assert torch.equal(ours(tokens).logits, expected), name
-    export.export(source.find(tmp_path / "rtn"), tmp_path / "export", FAKE)
+    export.export(student_folder.find(tmp_path / "rtn"), tmp_path / "export", FAKE)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32)
     assert torch.equal(exported(tokens).logits, expected)
 
@@ -239,20 +242,20 @@ def test_what_lies_beside_the_weights_is_accounted_for_too(folder, tmp_path):
     QuantConfig(a_quantizer="lsq").save(folder)
     save_file({"model.layers.0.mlp.up_proj.input_step": torch.ones(1)}, folder / STEPS_FILE)
     with pytest.raises(UserError, match=rf"{STEPS_FILE} lacks model.layers.0.mlp.down_proj"):
-        loading.load(str(folder), torch.float32)
+        simulated.load(str(folder), torch.float32)
     QuantConfig().save(folder)
     (folder / "ptq.json").write_text('{"method": "gptq"}')
     with pytest.raises(UserError, match=rf"{GRIDS_FILE} lacks model.layers.0.mlp.down_proj"):
-        loading.load(str(folder), torch.float32)
+        simulated.load(str(folder), torch.float32)
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])
 def test_whoever_the_umask_lets_reads_the_weights(umask, folder, tmp_path):
     before = os.umask(umask)
     try:
-        with layerwise.appearing(ModelFolder.read(folder), tmp_path / "out", FULL, RECORD) as output:
-            layerwise.write(Stream(folder, FULL, []), output, "none", unchanged)
-        export.export(source.find(tmp_path / "out"), tmp_path / "export", FAKE)
+        with writer.appearing(ModelFolder.read(folder), tmp_path / "out", FULL, RECORD) as output:
+            writer.write(Stream(folder, FULL, []), output, "none", unchanged)
+        export.export(student_folder.find(tmp_path / "out"), tmp_path / "export", FAKE)
     finally:
         os.umask(before)
     files = [*(tmp_path / "out").iterdir(), *(tmp_path / "export").iterdir()]
@@ -263,7 +266,7 @@ def test_generation_equals_the_full_forward_pass_whatever_the_folder_says_of_cac
     QuantConfig().save(folder)
     tokens = ids(qat.load(str(folder)))[:, :6]
     how = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    expected = loading.load(str(folder), torch.float32).generate(tokens, use_cache=False, **how)
+    expected = simulated.load(str(folder), torch.float32).generate(tokens, use_cache=False, **how)
 
     def check(**more) -> None:
         assert torch.equal(qat.load(str(folder)).generate(tokens, **how, **more), expected)

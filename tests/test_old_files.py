@@ -29,10 +29,10 @@ from make_fixtures import (
 from transformers import PreTrainedModel
 
 import qat
-from qat import models
-from qat.data import TrainingData
-from qat.products import INTEGER_PRODUCTS
-from qat.teacher_cache import TeacherCache
+from qat.data.sequences import TrainingData
+from qat.quant.products import INTEGER_PRODUCTS
+from qat.store import models
+from qat.train.teacher_cache import TeacherCache
 
 EXPECTED = json.loads((FIXTURES / "expected.json").read_text())
 PACKED = {f"{name}, packed": name for name in QUANTIZED}

@@ -23,15 +23,20 @@ from transformers import LlamaConfig, MistralConfig
 
 from datagen import sampling
 from datagen.decoder import Decoder
-from qat import distill, kv_cache, models, packed, products, weight_files
-from qat.distill import Distiller, LabelTargets, TeacherTargets, TopKTargets
-from qat.evaluate import score_windows
-from qat.integer_cache import IntegerCache
-from qat.kv_cache import AttentionRecord, KVQuantizer
-from qat.linear import QuantLinear
-from qat.prepare import QuantConfig, freeze, prepare
-from qat.ptq import calibrate, gptq, smoothquant
-from qat.quantizers import METHODS, Format, dequantize, fake_quantize, inside, lsq, quantize, round_to_grid
+from qat.evaluate.perplexity import score_windows
+from qat.infer import packed
+from qat.infer.integer_cache import IntegerCache
+from qat.ptq import gptq, smoothquant
+from qat.ptq import stream as calibration
+from qat.quant import forward, kv_cache, products
+from qat.quant.config import QuantConfig
+from qat.quant.kv_cache import AttentionRecord, KVQuantizer
+from qat.quant.linear import QuantLinear
+from qat.quant.prepare import freeze, prepare
+from qat.quant.quantizers import METHODS, Format, dequantize, fake_quantize, inside, lsq, quantize, round_to_grid
+from qat.store import models, weight_files
+from qat.train import distill
+from qat.train.distill import Distiller, LabelTargets, TeacherTargets, TopKTargets
 
 GPU = torch.device("cuda", 0)
 aten = torch.ops.aten
@@ -133,7 +138,7 @@ def gpu(student, guard, monkeypatch):
     # DeepSpeed leaves a Function of its own there, once it has partitioned a model in this process.
     monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
     monkeypatch.setattr(models, "device", lambda: GPU)
-    monkeypatch.setattr(calibrate, "device", lambda: GPU)
+    monkeypatch.setattr(calibration, "device", lambda: GPU)
     monkeypatch.setattr(models, "inference_dtype", lambda: torch.bfloat16)
     monkeypatch.setattr(products, "integer_product", lambda device, qmax: products.int_mm)  # a trial needs values
     monkeypatch.setattr(Decoder, "_new_graphs", lambda self: None)
@@ -263,7 +268,7 @@ def targets(loss: str, kind: str, teacher, tokens):
         likely = torch.zeros(tokens.shape[1] - 1, 5, dtype=torch.int32, device=GPU)
         return TopKTargets(likely, likely.half())
     record = AttentionRecord() if loss == "logits+attention" else None
-    hidden, states = distill.run(teacher, tokens, record, loss == "logits+hidden")
+    hidden, states = forward.run(teacher, tokens, record, loss == "logits+hidden")
     return TeacherTargets(hidden, lambda: nullcontext(teacher.lm_head.weight), states or None, record)
 
 
@@ -355,7 +360,7 @@ def test_evaluation(gpu):
 def test_a_layer_of_a_post_training_method(method, student, gpu, monkeypatch):
     monkeypatch.setattr(smoothquant, "ALPHAS", (0.5,))
     quant = QuantConfig(w_quantizer="minmax_asymmetric", w_group_size=16)
-    stream = calibrate.Stream(student, quant, [torch.zeros(1, 24, dtype=torch.int64)])
+    stream = calibration.Stream(student, quant, [torch.zeros(1, 24, dtype=torch.int64)])
     weights = stream.files.layer(0)
     if method == "gptq":
         rounded, grids, _ = gptq.quantize_layer(stream, weights, gptq.GPTQConfig())

@@ -12,21 +12,23 @@ from transformers.cache_utils import DynamicCache
 
 import qat
 from launch import chat
-from qat import export, loading, models, packed
-from qat.errors import UserError
-from qat.formats import PACKED
-from qat.prepare import QuantConfig
+from qat.export import export
+from qat.infer import packed, simulated
+from qat.quant.config import QuantConfig
+from qat.runtime.errors import UserError
+from qat.store import models
+from qat.store.compressed_tensors import PACKED
 
 
 @pytest.mark.parametrize("quant", [*SETTINGS, QuantConfig(w_quantizer="minmax_asymmetric")], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_packed_equals_the_simulation(quant, dtype, tmp_path):
     write_student(tmp_path, quant, dtype)
-    model, simulated = qat.load(str(tmp_path)), loading.load(str(tmp_path), torch.float32)
+    model, simulation = qat.load(str(tmp_path)), simulated.load(str(tmp_path), torch.float32)
     tokens = ids(model, batch=2)
-    assert torch.equal(model(tokens).logits, simulated(tokens).logits)
+    assert torch.equal(model(tokens).logits, simulation(tokens).logits)
     settings = {"attention_mask": torch.ones(2, 6, dtype=torch.long), "max_new_tokens": 8, "do_sample": False}
-    expected = simulated.generate(tokens[:, :6], use_cache=False, pad_token_id=0, **settings)
+    expected = simulation.generate(tokens[:, :6], use_cache=False, pad_token_id=0, **settings)
     assert torch.equal(model.generate(tokens[:, :6], pad_token_id=0, **settings), expected)
 
 

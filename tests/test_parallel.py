@@ -13,9 +13,9 @@ from conftest import ROOT, environment, finish, kill, run_python, start_training
 from transformers import Qwen2Config
 
 from datagen.parallel import Group, ranks_from_slurm
-from datagen.shards import ShardFolder
-from qat.errors import UserError
-from qat.preemption import RESUMABLE_EXIT
+from qat.data.shards import ShardFolder
+from qat.runtime.errors import UserError
+from qat.runtime.preemption import RESUMABLE_EXIT
 
 FLAGS = ["--sequences=160", "--max_length=96", "--batch_size=8", "--sequences_per_shard=8", "--strategy=sample"]
 """20 shards, in a second or so."""
@@ -165,7 +165,7 @@ def test_a_claim_keeps_other_processes_out_until_its_process_ends(tmp_path):
     folder = ShardFolder(tmp_path)
     folder.claim({})
     script = (
-        "import sys, time; from pathlib import Path; from datagen.shards import ShardFolder\n"
+        "import sys, time; from pathlib import Path; from qat.data.shards import ShardFolder\n"
         f"folder = ShardFolder(Path({str(tmp_path)!r})); folder.claim({{}})\n"
         "with folder.claimed(3) as ours: print(ours, flush=True); time.sleep(600)\n"
     )

@@ -22,15 +22,17 @@ from datagen.generate import GenerateConfig
 from datagen.sampling import Truncation
 from launch import generate, train
 from launch.plan import config_of
-from qat import ds_json, memory, models, plan
-from qat.plan import Machine
-from qat.training import TrainConfig
+from qat.runtime import memory
+from qat.store import models, smollm2
+from qat.train import deepspeed_json, plan
+from qat.train.loop import TrainConfig
+from qat.train.plan import Machine
 
 JSONS = sorted((ROOT / "ds_configs").glob("zero3*.json"))
 
 
 def planned(name: str, machine: Machine, model: str = "llama-7b"):
-    ds_config = ds_json.read(ROOT / "ds_configs" / name)
+    ds_config = deepspeed_json.read(ROOT / "ds_configs" / name)
     return plan.training(config_of(model), ds_config, ds_config, machine, tokens=1024)
 
 
@@ -82,7 +84,7 @@ def test_the_optimizer_takes_the_time_to_move_70_bytes_for_each_parameter_of_a_g
 
 
 def test_no_teacher_and_no_checkpointing_are_counted():
-    ds_config = ds_json.read(JSONS[0])
+    ds_config = deepspeed_json.read(JSONS[0])
     usual, alone, all_kept = (
         plan.training(config_of("llama-7b"), ds_config, teacher, Machine(gpus=8), 1024, checkpointing=checkpointing)
         for teacher, checkpointing in ((ds_config, True), (None, True), (ds_config, False))
@@ -128,7 +130,7 @@ def test_generation_holds_what_sampling_takes(truncation):
 
 def test_who_needs_more_memory_than_there_is_is_warned(tiny_directory, caplog):
     generate.warn_if_short(generate.planned(str(tiny_directory), GenerateConfig()), GenerateConfig())
-    ds_config = ds_json.read(ROOT / "ds_configs" / "zero3_cpu.json")
+    ds_config = deepspeed_json.read(ROOT / "ds_configs" / "zero3_cpu.json")
     settings = TrainConfig(batch_size=1)
     train.warn_if_short(train.plan_of(models.read_config(str(tiny_directory)), ds_config, ds_config, 24, settings))
     assert not caplog.messages
@@ -145,7 +147,7 @@ def test_who_needs_more_memory_than_there_is_is_warned(tiny_directory, caplog):
 @pytest.mark.slow
 def test_generation_on_a_cpu_holds_what_was_planned(tmp_path):
     sizes = ["--sequences=256", "--batch_size=256", "--max_length=16"]
-    said = run_python("generate", f"--model={models.EMBEDDED}", f"--output={tmp_path}", *sizes).stdout
+    said = run_python("generate", f"--model={smollm2.EMBEDDED}", f"--output={tmp_path}", *sizes).stdout
     held, was_planned = map(float, re.search(r"peak memory of a rank: ([\d.]+) GB, ([\d.]+) GB", said).groups())
     assert held == pytest.approx(was_planned, rel=0.1)
 
@@ -163,7 +165,7 @@ def test_segments_of_gpu_memory_grow_unless_the_user_says_otherwise(monkeypatch)
 
 
 def test_one_rank_receives_nothing():
-    ds_config = ds_json.read(ROOT / "ds_configs" / "zero3_cpu.json")
+    ds_config = deepspeed_json.read(ROOT / "ds_configs" / "zero3_cpu.json")
     assert plan.training(LlamaConfig(**CONFIG), ds_config, ds_config, Machine(gpus=1), 24).received_per_step == 0
 
 
@@ -181,5 +183,5 @@ def test_a_teachers_json_alone_is_refused(monkeypatch):
 def test_the_teachers_parameters_have_an_nvme_folder_of_their_own():
     offload = {"device": "nvme", "nvme_path": "/nvme"}
     student = {"zero_optimization": {"stage": 3, "offload_param": offload, "offload_optimizer": offload}}
-    teacher = ds_json.for_teacher(student)["zero_optimization"]
+    teacher = deepspeed_json.for_teacher(student)["zero_optimization"]
     assert teacher == {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/nvme/teacher"}}

@@ -3,8 +3,10 @@ import torch
 from conftest import tiny_model
 from transformers import GPTNeoXConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from qat.errors import UserError
-from qat.prepare import QuantConfig, freeze, prepare, quant_linears
+from qat.quant.config import QuantConfig
+from qat.quant.linear import quant_linears
+from qat.quant.prepare import freeze, prepare
+from qat.runtime.errors import UserError
 
 FAMILIES = [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config]
 

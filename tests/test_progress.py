@@ -11,11 +11,11 @@ from io import StringIO
 import pytest
 from conftest import environment
 
-from qat import progress
+from qat.runtime import progress
 
 RUN = """
 import sys, time
-from qat.preemption import StopSignal
+from qat.runtime.preemption import StopSignal
 stop = StopSignal()
 print("ready", flush=True)
 while not stop.received:

@@ -11,19 +11,23 @@ from test_launch import error_of
 from test_prepare import FAMILIES, ids
 
 from launch import quantize as command
-from qat import export, loading, models
-from qat.errors import UserError
-from qat.formats import INTEGERS
-from qat.model_folder import ModelFolder
-from qat.models import load_tokenizer
-from qat.prepare import GRIDS_FILE, QuantConfig, freeze, load_grids, prepare
-from qat.ptq import gptq, layerwise, smoothquant
-from qat.ptq.calibrate import Stream
+from qat.export import export
+from qat.infer import simulated
+from qat.ptq import gptq, smoothquant, writer
 from qat.ptq.gptq import GPTQConfig
 from qat.ptq.smoothquant import GROUPS, SmoothQuantConfig, fold, largest_inputs
-from qat.quantizers import Format, Grid, Quantized, dequantize, grid_of, quantize, round_to_grid
-from qat.source import find
-from qat.weight_files import stored_tensors
+from qat.ptq.stream import Stream
+from qat.quant.config import QuantConfig
+from qat.quant.prepare import freeze, prepare
+from qat.quant.quantizers import Format, Grid, Quantized, dequantize, grid_of, quantize, round_to_grid
+from qat.runtime.errors import UserError
+from qat.store import models, smollm2
+from qat.store.compressed_tensors import INTEGERS
+from qat.store.model_folder import ModelFolder
+from qat.store.models import load_tokenizer
+from qat.store.sidecars import GRIDS_FILE, load_grids
+from qat.store.student_folder import find
+from qat.store.weight_files import stored_tensors
 
 FORMATS = [
     Format(4),
@@ -217,9 +221,9 @@ def test_stream_sees_what_the_written_model_sees(method, quant, tiny_directory, 
         return quantize_layer(stream, weights)
 
     quantize_layer = command.layer_quantizer(method, tiny_directory, GPTQConfig(), SmoothQuantConfig())
-    with layerwise.appearing(ModelFolder.read(tiny_directory), tmp_path / "out", quant, {}) as folder, torch.no_grad():
-        layerwise.write(Stream(tiny_directory, quant, tokens), folder, method, spy)
-    model = loading.load(str(tmp_path / "out"), torch.float32)
+    with writer.appearing(ModelFolder.read(tiny_directory), tmp_path / "out", quant, {}) as folder, torch.no_grad():
+        writer.write(Stream(tiny_directory, quant, tokens), folder, method, spy)
+    model = simulated.load(str(tmp_path / "out"), torch.float32)
     assert (tmp_path / "out" / GRIDS_FILE).exists() == (method == "gptq")
     for sequence, expected in zip(tokens, seen[-1], strict=True):
         hidden = model(sequence, output_hidden_states=True).hidden_states[1]
@@ -279,8 +283,8 @@ def test_a_killed_run_goes_on(tiny_directory, tmp_path):
                 raise KeyboardInterrupt
             return gptq.quantize_layer(stream, weights, GPTQConfig())
 
-        with layerwise.appearing(ModelFolder.read(tiny_directory), output, quant, asdict(quant)) as folder:
-            layerwise.write(Stream(tiny_directory, quant, tokens), folder, "gptq", quantize_layer)
+        with writer.appearing(ModelFolder.read(tiny_directory), output, quant, asdict(quant)) as folder:
+            writer.write(Stream(tiny_directory, quant, tokens), folder, "gptq", quantize_layer)
 
     run(tmp_path / "whole")
     calls.clear()
@@ -302,10 +306,10 @@ def test_the_grid_is_kept_on_export(dtype, tmp_path):
     source = tmp_path / "model"
     tiny_model().to(dtype).save_pretrained(source)
     stream = Stream(source, QUANT, [ids(tiny_model())])
-    with layerwise.appearing(ModelFolder.read(source), tmp_path / "out", QUANT, {}) as folder:
-        layerwise.write(stream, folder, "gptq", lambda *layer: gptq.quantize_layer(*layer, GPTQConfig()))
+    with writer.appearing(ModelFolder.read(source), tmp_path / "out", QUANT, {}) as folder:
+        writer.write(stream, folder, "gptq", lambda *layer: gptq.quantize_layer(*layer, GPTQConfig()))
     export.export(find(tmp_path / "out"), tmp_path / "export", INTEGERS)
-    in_memory, reloaded = (loading.load(str(tmp_path / name), torch.float32) for name in ("out", "export"))
+    in_memory, reloaded = (simulated.load(str(tmp_path / name), torch.float32) for name in ("out", "export"))
     assert torch.equal(in_memory(ids(in_memory)).logits, reloaded(ids(reloaded)).logits)
     stored = {}
     for file in (tmp_path / "out").glob("model-*.safetensors"):
@@ -334,7 +338,7 @@ def test_gptq_refuses_values_that_lose_their_codes(tmp_path):
 
 def test_rtn_is_prepare_without_training(tiny_directory, tmp_path):
     run_python("quantize", f"--model={tiny_directory}", f"--output={tmp_path / 'rtn'}", "--kv_rotation=hadamard")
-    loaded = loading.load(str(tmp_path / "rtn"), torch.float32)
+    loaded = simulated.load(str(tmp_path / "rtn"), torch.float32)
     expected = prepare(models.load(str(tiny_directory), torch.float32), QuantConfig(kv_rotation="hadamard"))
     assert torch.equal(loaded(ids(loaded)).logits, expected(ids(loaded)).logits)
 
@@ -373,10 +377,10 @@ def test_gptqs_weights_are_not_rounded_to_another_grid(
 def test_command(method, tiny_directory, tiny_data, tmp_path, quantize_command, capsys):
     flags = [f"--model={tiny_directory}", f"--data={tiny_data}", f"--output={tmp_path / 'out'}", f"--method={method}"]
     quantize_command(*flags)
-    record = json.loads((tmp_path / "out" / layerwise.PTQ_RECORD).read_text())
+    record = json.loads((tmp_path / "out" / writer.PTQ_RECORD).read_text())
     assert record["method"] == method
     assert QuantConfig.load(tmp_path / "out") == QUANT
-    model = loading.load(str(tmp_path / "out"), torch.float32)
+    model = simulated.load(str(tmp_path / "out"), torch.float32)
     assert model(ids(model)).logits.isfinite().all()
     assert load_tokenizer(str(tmp_path / "out")).get_vocab() == load_tokenizer(str(tiny_directory)).get_vocab()
     quantize_command(*flags)
@@ -413,12 +417,12 @@ def test_gptq_beats_rtn_on_a_real_model(tmp_path):
     """SmolLM2-135M at 4-16-16, calibrated on what it wrote itself; loss on prose that it did not write."""
     data = tmp_path / "data"
     sizes = ["--sequences=32", "--max_length=128", "--batch_size=32", "--sequences_per_shard=32"]
-    run_python("generate", f"--model={models.EMBEDDED}", f"--output={data}", *sizes)
+    run_python("generate", f"--model={smollm2.EMBEDDED}", f"--output={data}", *sizes)
     bits = ["--w_bits=4", "--a_bits=16", "--kv_bits=16"]
     losses = {}
     for method, text in (("rtn", []), ("gptq", [f"--data={data}"])):
         output = tmp_path / method
-        run_python("quantize", f"--model={models.EMBEDDED}", f"--output={output}", f"--method={method}", *text, *bits)
+        run_python("quantize", f"--model={smollm2.EMBEDDED}", f"--output={output}", f"--method={method}", *text, *bits)
         result = tmp_path / f"{method}.json"
         run_python("evaluate", f"--model={output}", "--window=512", "--windows=8", f"--output={result}")
         losses[method] = json.loads(result.read_text())["texts"]["encyclopedia"]["nll"]

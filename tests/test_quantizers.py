@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from qat import fused, quantizers
-from qat.quantizers import (
+from qat.quant import fused, quantizers
+from qat.quant.quantizers import (
     METHODS,
     Format,
     Grid,

@@ -9,8 +9,9 @@ import pytest
 import torch
 from conftest import ROOT, kill
 
-from qat import models
-from qat.prepare import QuantConfig, prepare
+from qat.quant.config import QuantConfig
+from qat.quant.prepare import prepare
+from qat.store import models, smollm2
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +22,7 @@ def start(output) -> subprocess.Popen:
 
 
 def test_sixteen_bits_give_the_teachers_logits_exactly():
-    name = models.resolve(models.EMBEDDED)
+    name = models.resolve(smollm2.EMBEDDED)
     teacher, student = (models.load(name, torch.float32) for _ in range(2))
     prepare(student, QuantConfig(16, 16, 16))
     ids = torch.arange(1000, 1100)[None]

@@ -18,10 +18,10 @@ from conftest import ROOT, environment
 from test_train import flags, log_of
 
 from launch.stages import free_port
-from qat import ranks
-from qat.errors import UserError
-from qat.preemption import RESUMABLE_EXIT
-from qat.watch import Seen, Sign, hanging, silent
+from qat.runtime import ranks
+from qat.runtime.errors import UserError
+from qat.runtime.preemption import RESUMABLE_EXIT
+from qat.runtime.watch import Seen, Sign, hanging, silent
 
 PATIENCE = 2.0
 

@@ -5,11 +5,11 @@ from dataclasses import asdict
 import pytest
 from conftest import ROOT
 
+from launch.paper import claims
+from launch.paper.claims import Claim, Difference, Finding, closes
 from launch.reproduce import Budget, Cell, queue, read_recipe
-from qat import results
-from qat.harness import ZERO_SHOT
-from qat.prepare import QuantConfig
-from qat.results import Claim, Difference, Finding, closes
+from qat.evaluate.tasks import ZERO_SHOT
+from qat.quant.config import QuantConfig
 
 RECIPES = ROOT / "launch" / "recipes" / "reproduce"
 WINDOWS = [1.0, 2.0, 3.0, 4.0]
@@ -64,7 +64,7 @@ def test_what_another_seed_changes_is_no_difference():
     cells = {"a": cell("qat", 0), "b": cell("qat", 0.1), "r": cell("rtn", 0.1), "q": cell("gptq", 0.2)}
     assert Claim("", [("a", "b")]).check(cells).verdict == "holds"
     cells["a_seed=1"] = cell("qat", 0.15) | {"seed": 1}
-    assert results.seed_spread(cells) == pytest.approx(0.15)
+    assert claims.seed_spread(cells) == pytest.approx(0.15)
     assert Claim("", [("a", "b")]).check(cells).verdict == "undecided"
     assert Claim("", [("a", "b")], strictly=False).check(cells).verdict == "holds"
     assert Claim("", [("r", "q")]).check(cells).verdict == "holds", "of two that were not trained"
@@ -83,8 +83,8 @@ def test_a_claim_may_be_about_one_text():
 
 def test_closing_the_gap():
     cells = {"f": cell("full_precision", 0, nll=3.0), "q": cell("qat", 0.2, nll=3.2)}
-    assert closes(["q"], cells) == results.NOT_MEASURED
-    cells[results._PAPERS_RTN] = cell("rtn", 1, nll=4.0, kv_granularity="token")
+    assert closes(["q"], cells) == claims.NOT_MEASURED
+    cells[claims._PAPERS_RTN] = cell("rtn", 1, nll=4.0, kv_granularity="token")
     assert closes(["q"], cells) == Finding("holds", "q: prose 80%")
     cells["r"] = cell("rtn", 1, nll=3.5)
     assert closes(["q"], cells) == Finding("holds", "q: prose 80% (of its own RTN's: prose 60%)")
@@ -99,12 +99,12 @@ def accuracies(outcome):
 def test_accuracy_differs_by_pairs():
     """The same documents right on both sides leave no spread."""
     a, b = accuracies("1101"), accuracies("1001")
-    difference = results.accuracy_difference([(a, b)])
+    difference = claims.accuracy_difference([(a, b)])
     assert difference.mean == pytest.approx(25)
     assert difference.stderr == pytest.approx(25 / 8**0.5)
-    assert results.accuracy_difference([(a, a)]) == Difference(0, 0)
-    assert results.accuracy_difference([(a, b)] * 3) == difference  # measured thrice, they are not more documents
-    assert results.accuracy_difference([(a, b), (b, a)]) == Difference(0, 0)
+    assert claims.accuracy_difference([(a, a)]) == Difference(0, 0)
+    assert claims.accuracy_difference([(a, b)] * 3) == difference  # measured thrice, they are not more documents
+    assert claims.accuracy_difference([(a, b), (b, a)]) == Difference(0, 0)
 
 
 def test_accuracies_without_a_rival_leave_their_column_empty():
@@ -114,34 +114,34 @@ def test_accuracies_without_a_rival_leave_their_column_empty():
         scores = {task: {"correct": "1101", "documents": 4} for task in ZERO_SHOT}
         settings = asdict(QuantConfig(w_bits=bits)) | {"limit": 4}
         made[name] = {"method": method, "settings": settings, "tasks": scores, "machine": "a Xeon, 2 cores"}
-    lines = results._accuracies_by_pairs(made).splitlines()
+    lines = claims._accuracies_by_pairs(made).splitlines()
     assert lines[-1] == "| all of these | +0.0 ± 0.0 |  |  |  |"
     assert len(lines) == 7
     made["q"]["products"] = {"piqa": "int_mm"}
-    assert results._accuracies_by_pairs(made).splitlines()[:7] == lines
-    assert "a Xeon (floats); a Xeon (int_mm)" in results._accuracies_by_pairs(made)
+    assert claims._accuracies_by_pairs(made).splitlines()[:7] == lines
+    assert "a Xeon (floats); a Xeon (int_mm)" in claims._accuracies_by_pairs(made)
     made["p"]["products"] = {"piqa": "int_mm"}
-    assert results._accuracies_by_pairs(made).splitlines() == lines, "full precision always multiplies floats"
+    assert claims._accuracies_by_pairs(made).splitlines() == lines, "full precision always multiplies floats"
     made["p"]["arithmetic"] = "products of codes"
-    assert "a Xeon (int_mm); a Xeon (products of codes)" in results._accuracies_by_pairs(made)
+    assert "a Xeon (int_mm); a Xeon (products of codes)" in claims._accuracies_by_pairs(made)
     made["q"]["arithmetic"] = "products of codes"
-    assert results._accuracies_by_pairs(made).splitlines() == lines, "full precision always multiplies floats"
+    assert claims._accuracies_by_pairs(made).splitlines() == lines, "full precision always multiplies floats"
 
 
 def test_the_claims_name_cells_that_the_recipes_make():
     made = {job.cell.name for job in queue({path.stem: read_recipe(path) for path in RECIPES.glob("*.yaml")}, "*")}
-    claimed = {name for claim in results.CLAIMS for pair in claim.pairs for name in pair}
-    claimed |= {name for names in results.RECIPES_4_8_4.values() for name in names}
+    claimed = {name for claim in claims.CLAIMS for pair in claim.pairs for name in pair}
+    claimed |= {name for names in claims.RECIPES_4_8_4.values() for name in names}
     assert claimed <= made
 
 
 def test_the_page_shows_every_cell_and_every_claim():
     cells = {"qat_4-8-4": cell("qat", 0)}
-    page = results.markdown({"main": ["qat_4-8-4", "rtn_4-8-4"]}, cells, {})
+    page = claims.markdown({"main": ["qat_4-8-4", "rtn_4-8-4"]}, cells, {})
     assert "| LLM-QAT | 4-8-4 |" in page
     assert "1 of 2 cells." in page
     assert "100 optimizer steps of 2 sequences of at most 256 tokens (1,234 tokens" in page
-    assert all(claim.text in page for claim in results.CLAIMS)
+    assert all(claim.text in page for claim in claims.CLAIMS)
 
 
 def test_a_recipe_stands_for_every_combination_once_and_in_order(tmp_path):

@@ -16,11 +16,13 @@ import torch
 from conftest import ROOT
 from torch.nn.functional import log_softmax
 
-from datagen import heldout
-from qat import export, loading, models, source
-from qat.evaluate import text_windows
-from qat.formats import INTEGERS
-from qat.prepare import QuantConfig
+from qat.evaluate import heldout
+from qat.evaluate.perplexity import text_windows
+from qat.export import export
+from qat.infer import simulated
+from qat.quant.config import QuantConfig
+from qat.store import models, smollm2, student_folder
+from qat.store.compressed_tensors import INTEGERS
 
 pytestmark = pytest.mark.vllm
 
@@ -48,7 +50,7 @@ def vllm() -> Path:
 @pytest.fixture(scope="session")
 def exports(tmp_path_factory) -> dict[str, Path]:
     """SmolLM2, rounded as a student that was not trained, in vLLM's format for CPUs."""
-    model = Path(models.resolve(models.EMBEDDED)).absolute()
+    model = Path(models.resolve(smollm2.EMBEDDED)).absolute()
     found = {"full": model}
     for name, quant in SETTINGS.items():
         folder = tmp_path_factory.mktemp(name)
@@ -56,7 +58,7 @@ def exports(tmp_path_factory) -> dict[str, Path]:
         for file in model.iterdir():
             (folder / "final" / file.name).symlink_to(file)
         quant.save(folder / "final")
-        export.export(source.find(folder / "final"), folder / "export", INTEGERS)
+        export.export(student_folder.find(folder / "final"), folder / "export", INTEGERS)
         found[name] = folder / "export"
     return found
 
@@ -75,7 +77,7 @@ def run(vllm: Path, *command: object, **more) -> str:
 
 @torch.inference_mode()
 def ours(directory: Path, windows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    model = loading.load(str(directory), dtype)
+    model = simulated.load(str(directory), dtype)
     found = [log_softmax(model(window[None]).logits[0, :-1].double(), -1) for window in windows]
     return torch.stack([given.gather(1, window[1:, None])[:, 0] for given, window in zip(found, windows, strict=True)])
 

@@ -20,9 +20,9 @@ from test_launch import error_of
 from datagen import card
 from datagen.corpus import Corpus
 from datagen.generate import GenerateConfig
-from datagen.shards import SCHEMA, Sequence, ShardFolder
 from launch.generate import write_corpus
-from qat.errors import UserError
+from qat.data.shards import SCHEMA, Sequence, ShardFolder
+from qat.runtime.errors import UserError
 
 SEQUENCES = st.lists(
     st.builds(

@@ -10,11 +10,11 @@ from conftest import CONFIG, TEXT, tiny_model, tiny_tokenizer
 from test_launch import error_of, train_flags
 
 from datagen.generate import Vocabulary
-from datagen.shards import Sequence, ShardFolder
 from launch import chat
-from qat import models
-from qat.errors import UserError
-from qat.prepare import QuantConfig
+from qat.data.shards import Sequence, ShardFolder
+from qat.quant.config import QuantConfig
+from qat.runtime.errors import UserError
+from qat.store import models
 
 BEYOND = CONFIG["vocab_size"]
 """The id of the token that was added."""

@@ -36,14 +36,19 @@ from torch.utils.flop_counter import FlopCounterMode
 import qat
 from launch import cli
 from launch.train import Paths
-from qat import export, flops, loading, models, source, training
-from qat.checkpoint import TrainState
-from qat.data import TrainingData
-from qat.distill import Distiller, TeacherTargets, predicting
-from qat.errors import UserError
-from qat.preemption import RESUMABLE_EXIT
-from qat.prepare import QuantConfig, prepare
-from qat.training import TrainConfig, check_sane
+from qat.data.sequences import TrainingData
+from qat.export import export
+from qat.infer import simulated
+from qat.quant.config import QuantConfig
+from qat.quant.forward import predicting
+from qat.quant.prepare import prepare
+from qat.runtime.errors import UserError
+from qat.runtime.preemption import RESUMABLE_EXIT
+from qat.store import models, student_folder
+from qat.train import flops, loop
+from qat.train.checkpoint import TrainState
+from qat.train.distill import Distiller, TeacherTargets
+from qat.train.loop import TrainConfig, check_sane
 
 STEPS = 12  # two passes over the 12 sequences
 CONFIG = TrainConfig(steps=STEPS, lr=1e-3, warmup_steps=2, batch_size=2)
@@ -272,7 +277,7 @@ def test_a_loss_that_is_not_finite_or_explodes_stops_the_run(loss, norm, found, 
 
 def test_validation_is_the_perplexity_of_the_quantized_student(run, tiny_directory, held_out_data):
     """What the run logged of its held-out shards, against evaluation of the trained student in one process."""
-    student = loading.load(str(run / "final"), torch.float32)
+    student = simulated.load(str(run / "final"), torch.float32)
     data = TrainingData(held_out_data, models.load_tokenizer(str(tiny_directory)), 0)
     nats = tokens = 0.0
     for number in range(HELD_OUT):
@@ -296,14 +301,14 @@ def test_a_measurement_that_a_signal_kept_off_is_made_afterwards(monkeypatch, tm
         return {"loss": 2.0, "grad_norm": 1.0}, state.step in (4, 8, 10)
 
     log = SimpleNamespace(step=lambda state, figures: logged.append((state.step, "ppl_text" in figures)))
-    monkeypatch.setattr(training, "take_step", take_step)
-    monkeypatch.setattr(training, "perplexities", lambda *_: {"text": 9.0})
-    monkeypatch.setattr(training, "RunLog", lambda *_: log)
-    monkeypatch.setattr(training.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(training.checkpoint, "resume", lambda *_: state)
-    monkeypatch.setattr(training.checkpoint, "save", lambda *_: None)
+    monkeypatch.setattr(loop, "take_step", take_step)
+    monkeypatch.setattr(loop, "perplexities", lambda *_: {"text": 9.0})
+    monkeypatch.setattr(loop, "RunLog", lambda *_: log)
+    monkeypatch.setattr(loop.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(loop.checkpoint, "resume", lambda *_: state)
+    monkeypatch.setattr(loop.checkpoint, "save", lambda *_: None)
     config = TrainConfig(steps=10, eval_every=4)
-    ends = [training.train(None, None, None, config, tmp_path, None, {"text": [torch.zeros(1, 2)]}) for _ in range(3)]
+    ends = [loop.train(None, None, None, config, tmp_path, None, {"text": [torch.zeros(1, 2)]}) for _ in range(3)]
     assert ends == [False, False, True]
     assert [step for step, measured in logged if measured] == [5, 9, 10]
 
@@ -337,10 +342,10 @@ def test_model_flops_are_those_that_pytorch_counts():
 
 
 def test_the_trained_student_exports_and_reloads_bit_for_bit(run, tmp_path):
-    export.export(source.find(run / "final"), tmp_path / "export", export.FORMAT)
+    export.export(student_folder.find(run / "final"), tmp_path / "export", export.FORMAT)
     ids = torch.arange(2, 50)[None]
-    in_memory = loading.load(str(run / "final"), torch.float32)
-    reloaded = loading.load(str(tmp_path / "export"), torch.float32)
+    in_memory = simulated.load(str(run / "final"), torch.float32)
+    reloaded = simulated.load(str(tmp_path / "export"), torch.float32)
     assert torch.equal(in_memory(ids).logits, reloaded(ids).logits)
 
 
@@ -416,7 +421,7 @@ def test_a_student_begins_where_smoothquant_ended(tiny_directory, tiny_data, tmp
     quantize = [f"--model={model}", f"--data={tiny_data}", f"--output={smooth}", "--w_bits=3"]
     run_python("quantize", "--method=smoothquant", *quantize)
     finish(start_training(2, *flags(model, tiny_data, output), f"--student={smooth}"))
-    teacher, student = models.load(str(tiny_directory), torch.float32), loading.load(str(smooth), torch.float32)
+    teacher, student = models.load(str(tiny_directory), torch.float32), simulated.load(str(smooth), torch.float32)
     data = TrainingData(tiny_data, models.load_tokenizer(str(tiny_directory)), CONFIG.seed)
     expected = []
     for number in (0, 1):

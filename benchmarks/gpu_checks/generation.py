@@ -10,7 +10,7 @@ from datagen import cuda_graphs, plan, sampling
 from datagen.decoder import Decoder
 from datagen.generate import GenerateConfig
 from gpu_checks.bench import Bench, device_seconds, product_rate, profiled, read_rate, seconds
-from qat import memory
+from qat.runtime import memory
 
 
 def decoding(bench: Bench) -> tuple[dict, dict]:

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from gpu_checks.bench import Bench, device_seconds, product_rate, read_rate
-from qat import fused
+from qat.quant import fused
 
 
 def machine(bench: Bench) -> tuple[dict, dict]:

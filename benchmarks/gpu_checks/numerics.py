@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from gpu_checks.bench import Bench, device_seconds, seconds
-from qat import fused, products
-from qat.integer_cache import IntegerLayer, pack
-from qat.kv_cache import KVQuantizer
+from qat.infer.integer_cache import IntegerLayer, pack
 from qat.ptq.gptq import GPTQConfig, error_of, gptq, hessian_of
-from qat.quantizers import Format, Grid, dequantize, lsq, quantize, round_to_grid
+from qat.quant import fused, products
+from qat.quant.kv_cache import KVQuantizer
+from qat.quant.quantizers import Format, Grid, dequantize, lsq, quantize, round_to_grid
 
 _W4 = Format(4)
 _MINMAX = ("minmax", "minmax_asymmetric")

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gpu_checks.bench import Bench, device_seconds, peak_bytes, profiled, seconds
-from qat.distill import CHUNK_TOKENS, DistillationHead, TeacherTargets
-from qat.linear import QuantLinear
-from qat.prepare import QuantConfig, prepare
-from qat.quantizers import Format, quantize
+from qat.quant.config import QuantConfig
+from qat.quant.linear import QuantLinear
+from qat.quant.prepare import prepare
+from qat.quant.quantizers import Format, quantize
+from qat.train.distill import CHUNK_TOKENS, DistillationHead, TeacherTargets
 
 
 def layer(bench: Bench) -> tuple[dict, dict]:

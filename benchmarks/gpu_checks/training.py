@@ -13,13 +13,17 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from gpu_checks.bench import Bench, profiled, seconds
-from qat import checkpoint, ds_json, engines, memory, models, plan
-from qat.checkpoint import TrainState
-from qat.data import Sample
-from qat.distill import Distiller, TeacherTargets, predicting
-from qat.machine import be_deterministic
-from qat.prepare import QuantConfig, prepare
-from qat.training import TrainConfig, take_step
+from qat.data.sequences import Sample
+from qat.quant.config import QuantConfig
+from qat.quant.forward import predicting
+from qat.quant.prepare import prepare
+from qat.runtime import memory
+from qat.runtime.machine import be_deterministic
+from qat.store import models
+from qat.train import checkpoint, deepspeed_json, engines, plan
+from qat.train.checkpoint import TrainState
+from qat.train.distill import Distiller, TeacherTargets
+from qat.train.loop import TrainConfig, take_step
 
 _QUANT = QuantConfig(4, 8, 4)
 _CONFIG = TrainConfig(steps=100, lr=1e-3, batch_size=1)
@@ -42,9 +46,9 @@ class _Run:
     """A student and a teacher in their engines, and where the student is."""
 
     def __init__(self, bench: Bench, model: Path, zero: dict[str, Any] | None = None):
-        self.ds_config = ds_json.resolve(_JSON, _CONFIG.ds_settings(1))
+        self.ds_config = deepspeed_json.resolve(_JSON, _CONFIG.ds_settings(1))
         self.ds_config["zero_optimization"] |= zero or {}
-        self.teacher = engines.Teacher(str(model), ds_json.for_teacher(self.ds_config))
+        self.teacher = engines.Teacher(str(model), deepspeed_json.for_teacher(self.ds_config))
         settings = (_CONFIG.lr_factor, _CONFIG.gradient_checkpointing, _CONFIG.loss)
         self.student = engines.student_engine(str(model), _QUANT, self.ds_config, *settings)
         self.state = TrainState()
@@ -87,7 +91,7 @@ def zero3(bench: Bench) -> tuple[dict, dict]:
         recompiled = counters["stats"]["unique_graphs"]
         step = profiled(lambda: run.steps(_Sequences(bench, [s.tokens]), 1))
         frequencies = str(run.frequencies.dtype)
-        teacher_json = ds_json.for_teacher(run.ds_config)
+        teacher_json = deepspeed_json.for_teacher(run.ds_config)
         run.close()
     machine = plan.Machine(gpus=1)
     planned = plan.training(s.config(s.layers), run.ds_config, teacher_json, machine, s.tokens, bench.device.type)

@@ -1,0 +1,1 @@
+"""Post-training quantization: RTN, GPTQ and SmoothQuant."""

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qat.errors import UserError
-from qat.linear import QuantLinear
-from qat.prepare import SHARED_INPUTS
-from qat.products import matmul
-from qat.ptq.calibrate import Stream, Weights
-from qat.quantizers import (
+from qat.ptq.stream import Stream, Weights
+from qat.quant.architecture import SHARED_INPUTS
+from qat.quant.linear import QuantLinear
+from qat.quant.products import matmul
+from qat.quant.quantizers import (
     Format,
     Grid,
     Quantized,
@@ -30,6 +29,7 @@ from qat.quantizers import (
     round_to_grid,
     values_of,
 )
+from qat.runtime.errors import UserError
 
 _BLOCK = 32
 """Channels whose corrections to all later ones are made at once. It changes the speed alone; so many channels of most

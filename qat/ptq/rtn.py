@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from qat import weight_files
-from qat.model_folder import ModelFolder
+from qat.store import weight_files
+from qat.store.model_folder import ModelFolder
 
 
 def write(source: ModelFolder, output: Path) -> None:

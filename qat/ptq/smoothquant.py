@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qat.errors import UserError
-from qat.model_folder import ModelFolder
-from qat.ptq.calibrate import Stream, Weights, fill
-from qat.quantizers import Grid
+from qat.ptq.stream import Stream, Weights, fill
+from qat.quant.quantizers import Grid
+from qat.runtime.errors import UserError
+from qat.store.model_folder import ModelFolder
 
 ALPHAS = (0.1, 0.3, 0.5, 0.7)
 """What the search tries, beside no smoothing."""

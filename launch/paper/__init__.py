@@ -1,0 +1,1 @@
+"""The paper's tables and claims: how they are drawn and judged."""

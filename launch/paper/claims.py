@@ -1,0 +1,426 @@
+"""Tables of results, and the paper's claims held against them.
+
+A cell is the JSON that launch/reproduce.py writes: a method, its settings, and what it measured. Two cells are compared
+by their KL to the teacher on the same windows of text, in pairs: that tells them apart where accuracies cannot.
+"""
+
+import itertools
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from launch.paper.plots import LABELS
+from qat.evaluate.perplexity import standard_error
+from qat.evaluate.tasks import FEW_SHOT, ZERO_SHOT, zero_shot_average
+from qat.quant.config import QuantConfig
+from qat.quant.linear import can_multiply_codes
+
+Cell = dict[str, Any]
+
+TITLES = {
+    "main": "Main results",
+    "recipes": "Recipes",
+    "kv": "The KV cache",
+    "distillation": "What the student learns from",
+    "quantizers": "Quantizers",
+    "data": "Training data",
+}
+SETTINGS = ("4-8-4", "4-8-8", "4-6-16", "4-8-16", "4-16-16", "8-8-4", "8-8-8", "8-8-16")
+"""The paper's, W-A-KV."""
+
+_SURE = 2.0
+"""Standard errors by which two cells must differ to be told apart."""
+
+_TARGET = 0.75
+_PTQ = ("rtn", "gptq", "smoothquant")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference by pairs, and its standard error."""
+
+    mean: float
+    stderr: float
+
+    @classmethod
+    def of(cls, a: Cell, b: Cell, text: str | None = None) -> "Difference":
+        """Mean over the windows of KL(a) - KL(b), in nats per token, of one text or of all."""
+        pairs = [
+            first - second
+            for text in ([text] if text else a["texts"])
+            for first, second in zip(a["texts"][text]["window_kl"], b["texts"][text]["window_kl"], strict=True)
+        ]
+        return cls(statistics.fmean(pairs), standard_error(pairs))
+
+    @property
+    def sure(self) -> bool:
+        return abs(self.mean) > _SURE * self.stderr
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f} ± {self.stderr:.4f}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the cells say of a claim: a verdict, and the numbers behind it."""
+
+    verdict: str
+    numbers: str
+
+
+HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
+NOT_MEASURED = Finding("not measured yet", "")
+
+
+def mean_kl(cell: Cell) -> float:
+    """Over all its texts, in nats per token."""
+    return statistics.fmean(score["kl"] for score in cell["texts"].values())
+
+
+def accuracy_difference(pairs: Sequence[tuple[Cell, Cell]]) -> Difference:
+    """Zero-shot average of the first of each pair less that of the second, in points, the mean over the pairs; by
+    pairs of documents, which must be the same everywhere."""
+    means, squares = [], 0.0
+    for task in ZERO_SHOT:
+        outcomes = [(a["tasks"][task]["correct"], b["tasks"][task]["correct"]) for a, b in pairs]
+        gained = [[int(x) - int(y) for x, y in zip(a, b, strict=True)] for a, b in outcomes]
+        documents = [100 * statistics.fmean(document) for document in zip(*gained, strict=True)]
+        means.append(statistics.fmean(documents))
+        squares += standard_error(documents) ** 2
+    return Difference(statistics.fmean(means), math.sqrt(squares) / len(means))
+
+
+def zero_shot_averages(accuracies: Mapping[str, Cell]) -> dict[str, tuple[float, float]]:
+    """Mean accuracy and standard error of each cell that has all of the zero-shot tasks, by its name."""
+    whole = {name: cell["tasks"] for name, cell in accuracies.items() if set(ZERO_SHOT) <= set(cell["tasks"])}
+    return {name: zero_shot_average(tasks) for name, tasks in whole.items()}
+
+
+def gap_closed(cell: Cell, rtn: Cell, full_precision: Cell) -> dict[str, float]:
+    """Of each text: the share of RTN's distance to full precision, in log-perplexity, that ``cell`` closes."""
+    closed = {}
+    for text, score in cell["texts"].items():
+        worst, best = rtn["texts"][text]["nll"], full_precision["texts"][text]["nll"]
+        closed[text] = (worst - score["nll"]) / (worst - best)
+    return closed
+
+
+def counterpart(cell: Cell, method: str, cells: Mapping[str, Cell]) -> Cell | None:
+    """The cell of ``method`` with the same quantization; for full precision, the only one."""
+    same = QuantConfig.__dataclass_fields__
+    for other in cells.values():
+        if other["method"] == method and (
+            method == "full_precision" or all(other["settings"][key] == cell["settings"][key] for key in same)
+        ):
+            return other
+    return None
+
+
+def seeds(cells: Mapping[str, Cell]) -> list[tuple[Cell, Cell]]:
+    """The cells that were made twice: with seed 0, and with another."""
+    bases = [(cells.get(name.removesuffix(f"_seed={cell['seed']}")), cell) for name, cell in cells.items()]
+    return [(base, cell) for base, cell in bases if base and base is not cell]
+
+
+def seed_spread(cells: Mapping[str, Cell]) -> float:
+    """The most that another seed changes the mean KL by; 0 where none was tried."""
+    return max((abs(mean_kl(base) - mean_kl(cell)) for base, cell in seeds(cells)), default=0.0)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That the first cell of each pair is nearer to the teacher than the second; or, if not ``strictly``, that it is
+    not farther. Cells are given by name.
+
+    Two cells are told apart where their difference is larger than its standard errors, and, if one of them was trained,
+    than what another seed changes.
+
+    Args:
+        on: for each pair, the text that it is measured on; all texts, where there is none
+    """
+
+    text: str
+    pairs: list[tuple[str, str]]
+    strictly: bool = True
+    on: tuple[str | None, ...] = ()
+
+    def check(self, cells: Mapping[str, Cell]) -> Finding:
+        found, by_seed = [], seed_spread(cells)
+        for (first, second), on in zip(self.pairs, self.on or [None] * len(self.pairs), strict=True):
+            if first in cells and second in cells:
+                difference = Difference.of(cells[first], cells[second], on)
+                trained = "qat" in (cells[first]["method"], cells[second]["method"])
+                where = f" on {on}" if on else ""
+                verdict = self._verdict(difference, by_seed if trained else 0.0)
+                found.append((verdict, f"{first} - {second}{where}: {difference}"))
+        return _together(found, len(self.pairs))
+
+    def _verdict(self, difference: Difference, by_seed: float) -> str:
+        if not difference.sure or abs(difference.mean) <= by_seed:
+            return UNDECIDED if self.strictly else HOLDS
+        return HOLDS if difference.mean < 0 else FAILS
+
+
+_PAPERS_RTN = "rtn_4-8-4_kv_granularity=token"
+
+
+def closes(names: Sequence[str], cells: Mapping[str, Cell]) -> Finding:
+    """Whether each cell closes, on every text, the target share of the distance that RTN has with the paper's
+    quantization. Beside it stands the share of the distance that RTN has with the cell's own."""
+    found = []
+    for name in names:
+        cell, rtn = cells.get(name), cells.get(_PAPERS_RTN)
+        full = counterpart(cell, "full_precision", cells) if cell else None
+        if cell and rtn and full:
+            closed = gap_closed(cell, rtn, full)
+            numbers = f"{name}: {_shares(closed)}"
+            own = counterpart(cell, "rtn", cells)
+            if own and own is not rtn:
+                numbers += f" (of its own RTN's: {_shares(gap_closed(cell, own, full))})"
+            found.append((HOLDS if min(closed.values()) >= _TARGET else FAILS, numbers))
+    return _together(found, len(names))
+
+
+def _shares(closed: Mapping[str, float]) -> str:
+    return ", ".join(f"{text} {share:.0%}" for text, share in closed.items())
+
+
+def _together(found: list[tuple[str, str]], of: int) -> Finding:
+    """One finding from those of the pairs that were measured, ``of`` so many."""
+    if not found:
+        return NOT_MEASURED
+    verdicts, numbers = zip(*found, strict=True)
+    worst = next(verdict for verdict in (FAILS, UNDECIDED, HOLDS) if verdict in verdicts)
+    everywhere = worst == HOLDS or verdicts.count(worst) == len(verdicts)
+    remarks = [] if everywhere else [f"holds in {verdicts.count(HOLDS)} of {len(verdicts)}"]
+    remarks += [f"{len(found)} of {of} measured"] if len(found) < of else []
+    return Finding(worst + (f" ({', '.join(remarks)})" if remarks else ""), "<br>".join(numbers))
+
+
+def _against_ptq(*settings: str) -> list[tuple[str, str]]:
+    return [(f"qat_{bits}", f"{method}_{bits}") for bits in settings for method in _PTQ]
+
+
+_AGAINST_REAL_TEXT = [
+    ("qat_4-6-16", f"qat_4-6-16_max_length=228_data={text}-train") for text in ("encyclopedia", "howto")
+]
+
+CLAIMS = (
+    Claim("4-8-4: LLM-QAT is better than every post-training method", _against_ptq("4-8-4")),
+    Claim("8-8-4: LLM-QAT is better than SmoothQuant", [("qat_8-8-4", "smoothquant_8-8-4")]),
+    Claim(
+        "4-8-8: RTN is the best post-training method",
+        [("rtn_4-8-8", "gptq_4-8-8"), ("rtn_4-8-8", "smoothquant_4-8-8")],
+        strictly=False,
+    ),
+    Claim("4-8-8: LLM-QAT is better than every post-training method", _against_ptq("4-8-8")),
+    Claim(
+        "With a 4-bit part or 6-bit activations LLM-QAT is the best, or not told apart from it",
+        _against_ptq("4-8-4", "4-8-8", "4-6-16", "4-8-16", "4-16-16", "8-8-4"),
+        strictly=False,
+    ),
+    Claim("Generated data are better than real text", _AGAINST_REAL_TEXT),
+    Claim("… on text of another kind than that real text", _AGAINST_REAL_TEXT, on=("howto", "encyclopedia")),
+    Claim("Sampled data are better than greedy data", [("qat_4-6-16_data=sample", "qat_4-6-16_data=top1")]),
+    Claim("Hybrid data are better than sampled data", [("qat_4-6-16", "qat_4-6-16_data=sample")]),
+    Claim(
+        "MinMax is not worse than quantizers that clip",
+        [
+            ("qat_4-8-16", f"qat_4-8-16_{clipping}")
+            for clipping in ("w_quantizer=statsq", "a_quantizer=lsq", "w_quantizer=statsq_a_quantizer=lsq")
+        ],
+        strictly=False,
+    ),
+    Claim("Distilling logits is better than learning labels", [("qat_4-6-16", "qat_4-6-16_loss=label")]),
+    Claim(
+        "Distilling attention or hidden states as well is worse",
+        [("qat_4-6-16", f"qat_4-6-16_loss=logits+{more}") for more in ("attention", "hidden")],
+    ),
+    Claim(
+        "Not the paper's: a rotated KV cache is better, untrained and trained",
+        [(f"{cell}_kv_rotation=hadamard", cell) for cell in ("rtn_16-16-4", "rtn_4-8-4", "qat_4-8-4")],
+    ),
+)
+
+RECIPES_4_8_4 = {
+    "the paper's recipe": ["qat_4-8-4_kv_granularity=token_lr=2e-05"],
+    "the same with the learning rate that suits so few steps": ["qat_4-8-4_kv_granularity=token"],
+    "one scale per token and head": ["qat_4-8-4", "qat_4-8-4_seed=1"],
+    "and a rotated cache": ["qat_4-8-4_kv_rotation=hadamard", "qat_4-8-4_kv_rotation=hadamard_seed=1"],
+    "and four times the steps": ["qat_4-8-4_kv_rotation=hadamard_steps=400"],
+    "rotated, in groups of 64 weights": ["qat_4-8-4_w_group_size=64_kv_rotation=hadamard"],
+    "rotated, and begun with GPTQ's weights": ["qat_4-8-4_kv_rotation=hadamard_student=gptq"],
+    "rotated, and begun with SmoothQuant's": ["qat_4-8-4_kv_rotation=hadamard_student=smoothquant"],
+    "rotated, in groups, and begun with GPTQ's": ["qat_4-8-4_w_group_size=64_kv_rotation=hadamard_student=gptq"],
+}
+"""Of which each shall close the target share of the distance."""
+
+
+# Markdown.
+
+
+def markdown(tables: Mapping[str, list[str]], cells: Mapping[str, Cell], accuracies: Mapping[str, Cell]) -> str:
+    """The page of results: the claims, then every table.
+
+    Args:
+        tables: the names of each table's cells, in order
+        cells: what each cell measured on texts, by name
+        accuracies: what each cell measured on tasks, by name
+    """
+    claims = [
+        "| claim of the paper | at this scale | KL of the first less KL of the second, nats per token |",
+        "|-|-|-|",
+    ]
+    claims += [_finding_line(claim.text, claim.check(cells)) for claim in CLAIMS]
+    target = f"4-8-4 closes {_TARGET:.0%} of the distance to full precision of RTN with the paper's quantization"
+    targets = [f"| {target} | | share of it |", "|-|-|-|"]
+    targets += [_finding_line(recipe, closes(names, cells)) for recipe, names in RECIPES_4_8_4.items()]
+    parts = [*filter(None, [_INTRODUCTION, _budget(cells)]), "## Claims", "\n".join(claims), "\n".join(targets)]
+    parts += filter(None, [_spread(cells), _accuracies_by_pairs(accuracies)])
+    for table, names in tables.items():
+        there = [name for name in names if name in cells]
+        parts += [f"## {TITLES[table]}", _table(there, cells, accuracies), f"{len(there)} of {len(names)} cells."]
+        parts += filter(None, [_in_floats(there, cells)])
+        parts += [f"![{TITLES[table]}]({table}.png)"] if there else []
+    parts += ["## Perplexity and accuracy against bits", "![The four methods in the paper's settings](bits.png)"]
+    return "\n\n".join(parts) + "\n"
+
+
+_INTRODUCTION = """# Results
+
+Written by `python launch/reproduce.py`, which goes on from the cells that are there; each cell with all its settings,
+seeds, versions, times and the machine is a JSON in [cells/](cells). How to read it: perplexity and mean KL(teacher ‖
+student) in nats per token, ± its standard error over the windows, on two texts that we did not train on; *closed* is
+the share of RTN's distance to full precision, in log-perplexity, that is gone (both texts); a difference counts as one
+when it is larger than two standard errors of the differences by pairs, window by window, and, where one of the two was
+trained, larger than what another seed has changed anywhere."""
+
+
+def _budget(cells: Mapping[str, Cell]) -> str:
+    """What the usual cell was given."""
+    if not (cell := cells.get("qat_4-8-4")):
+        return ""
+    budget = cell["budget"]
+    return (
+        f"Every LLM-QAT cell took {budget['steps']} optimizer steps of 2 sequences of at most {budget['max_length']} "
+        f"tokens ({budget['trained']['tokens']:,} tokens in all here), at a peak learning rate of {budget['lr']:g}, "
+        "unless its settings say otherwise; GPTQ and SmoothQuant are calibrated on such sequences. Each text is "
+        f"measured on {budget['windows']} windows of {budget['window']} tokens."
+    )
+
+
+def _finding_line(what: str, finding: Finding) -> str:
+    return f"| {what} | **{finding.verdict}** | {finding.numbers} |"
+
+
+def _spread(cells: Mapping[str, Cell]) -> str:
+    """What another seed changes."""
+    lines = [
+        f"- {base['name']}: mean KL {mean_kl(base):.4f} with seed {base['seed']}, {mean_kl(cell):.4f} with seed "
+        f"{cell['seed']}"
+        for base, cell in seeds(cells)
+    ]
+    return "Another seed (of the generated text and of its order):\n\n" + "\n".join(lines) if lines else ""
+
+
+def _accuracies_by_pairs(accuracies: Mapping[str, Cell]) -> str:
+    """LLM-QAT's zero-shot average less that of every other method with the same quantization, one by one and
+    together."""
+    if not accuracies:
+        return ""
+    first = next(iter(accuracies.values()))
+    comparable = {name: c for name, c in accuracies.items() if c["settings"]["limit"] == first["settings"]["limit"]}
+    rivals = ("full_precision", *_PTQ)
+    rows = {
+        name: [[(cell, other)] if (other := counterpart(cell, method, comparable)) else [] for method in rivals]
+        for name, cell in comparable.items()
+        if cell["method"] == "qat"
+    }
+    if not rows:
+        return ""
+    if len(rows) > 1:
+        rows["all of these"] = [[*itertools.chain(*column)] for column in zip(*rows.values(), strict=True)]
+    counts = {task: score["documents"] for task, score in first["tasks"].items()}
+    usual = statistics.mode(counts.values())
+    others = "".join(f", {count} of {task}" for task, count in counts.items() if count != usual)
+    said = f"Accuracies are of {usual} documents of each task{others}. By pairs of documents, LLM-QAT's differ by:"
+    head = ["zero-shot average, points", *(f"less {LABELS[method]}" for method in rivals)]
+    lines = [head, ["-"] * len(head)]
+    lines += [[name, *(_points(accuracy_difference(p)) if p else "" for p in row)] for name, row in rows.items()]
+    table = "\n".join([said, "", *(f"| {' | '.join(line)} |" for line in lines)])
+    return "\n\n".join(filter(None, [table, _measured_on(accuracies.values())]))
+
+
+def _measured_on(cells: Iterable[Cell]) -> str:
+    """The machines and arithmetics of the quantized ones of ``cells``; nothing if they are the same for all."""
+    ways = {
+        f"{cell['machine'].partition(',')[0]} ({arithmetic})"
+        for cell in cells
+        if cell["method"] != "full_precision"
+        for arithmetic in _arithmetics(cell)
+    }
+    if len(ways) < 2:
+        return ""
+    return (
+        f"They were not all measured alike: {'; '.join(sorted(ways))}. That moves quantized models a little: "
+        "[what rounding alone changes](../evaluation.md#what-rounding-alone-changes)."
+    )
+
+
+def _in_floats(names: list[str], cells: Mapping[str, Cell]) -> str:
+    """Which cells' perplexities are of products of floats, where today's are of codes."""
+    old = [name for name in names if _multiplies_codes(cells[name]) and "floats" in _arithmetics(cells[name])]
+    if not old:
+        return ""
+    return (
+        f"{len(old)} cells were measured by products of floats, where layers multiply codes today "
+        f"([what that changes](../evaluation.md#what-rounding-alone-changes)): {', '.join(old)}."
+    )
+
+
+def _multiplies_codes(cell: Cell) -> bool:
+    quant = QuantConfig(**{field.name: cell["settings"][field.name] for field in fields(QuantConfig)})
+    return can_multiply_codes(quant.weights, quant.activations)
+
+
+def _arithmetics(cell: Cell) -> set[str]:
+    """Early cells were measured by whatever was faster, each task by itself."""
+    return {cell["arithmetic"]} if "arithmetic" in cell else {*cell.get("products", {"": "floats"}).values()}
+
+
+def _points(difference: Difference) -> str:
+    text = f"{difference.mean:+.1f} ± {difference.stderr:.1f}"
+    return f"**{text}**" if difference.sure else text
+
+
+def _table(names: list[str], cells: Mapping[str, Cell], accuracies: Mapping[str, Cell]) -> str:
+    texts = list(next(iter(cells.values()))["texts"]) if cells else []
+    head = ["method", "W-A-KV", "settings", *(f"ppl {t}" for t in texts), *(f"KL {t}" for t in texts), "closed"]
+    with_accuracy = any(name in accuracies for name in names)
+    head += ["zero-shot average", "MMLU", "TriviaQA"] * with_accuracy
+    lines = [" | ".join(head), "|".join("-" * len(head))]
+    for name in names:
+        cell = cells[name]
+        scores = [cell["texts"][text] for text in texts]
+        row = [LABELS[cell["method"]], cell["bits"], ", ".join(cell["changes"])]
+        row += [f"{score['perplexity']:.2f}" for score in scores]
+        row += [f"{score['kl']:.4f} ± {score['kl_stderr']:.4f}" for score in scores]
+        rtn, full = counterpart(cell, "rtn", cells), counterpart(cell, "full_precision", cells)
+        closes_a_gap = rtn and full and cell["method"] not in ("rtn", "full_precision")
+        row.append(" / ".join(f"{v:.0%}" for v in gap_closed(cell, rtn, full).values()) if closes_a_gap else "")  # type: ignore[arg-type]
+        row += _accuracy_columns(accuracies.get(name)) * with_accuracy
+        lines.append(" | ".join(row))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _accuracy_columns(cell: Cell | None) -> list[str]:
+    """Zero-shot average, MMLU and TriviaQA, in points."""
+    if cell is None:
+        return ["", "", ""]
+    values = [zero_shot_averages({"": cell}).get("")]
+    for task in FEW_SHOT:
+        score = cell["tasks"].get(task)
+        values.append((score["accuracy"], score["stderr"]) if score else None)
+    return [f"{100 * value[0]:.1f} ± {100 * value[1]:.1f}" if value else "" for value in values]

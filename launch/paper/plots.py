@@ -1,0 +1,120 @@
+"""Pictures and sizes of a run."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+_BLUE, _RED, _GREY, _GREEN, _ORANGE = "#2563eb", "#dc2626", "#6b7280", "#16a34a", "#ea580c"
+_COLOURS = {"full_precision": _GREY, "rtn": _RED, "gptq": _GREEN, "smoothquant": _ORANGE, "qat": _BLUE}
+LABELS = {
+    "full_precision": "full precision",
+    "rtn": "RTN",
+    "gptq": "GPTQ",
+    "smoothquant": "SmoothQuant",
+    "qat": "LLM-QAT",
+}
+"""The methods' names in tables and pictures."""
+
+
+def plot_training(log: list[dict[str, Any]], path: Path) -> None:
+    """KL to the teacher and learning rate over the optimizer steps of ``log.jsonl``."""
+    steps = [record["step"] for record in log]
+    kl = [record["kl"] for record in log]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(steps, kl, color=_BLUE, alpha=0.3, linewidth=1)
+    axes.plot(steps, _smooth(kl), color=_BLUE, label="KL(teacher ‖ student), smoothed")
+    axes.set(xlabel="optimizer step", ylabel="nats per token", ylim=(0, None), title="Training")
+    rate = axes.twinx()
+    rate.plot(steps, [record["lr"] for record in log], color=_GREY, linestyle=":", label="learning rate")
+    rate.set(ylabel="learning rate", ylim=(0, None))
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    _save(figure, path)
+
+
+def plot_comparison(perplexities: dict[str, float], path: Path) -> None:
+    """Perplexity of the teacher, and of the same quantization untrained and trained."""
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.add_subplot()
+    bars = axes.bar(list(perplexities), list(perplexities.values()), color=[_GREY, _RED, _BLUE], width=0.6)
+    axes.bar_label(bars, fmt="%.1f")
+    axes.set(ylabel="perplexity on held-out prose (lower is better)", title="What quantization costs")
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def plot_cells(cells: list[dict[str, Any]], path: Path) -> None:
+    """KL to the teacher of each cell of a table of results, the mean over its texts."""
+    figure = Figure(figsize=(8, 1.2 + 0.27 * max(1, len(cells))), layout="constrained")
+    axes = figure.add_subplot()
+    for place, cell in enumerate(reversed(cells)):
+        kl = statistics.fmean(score["kl"] for score in cell["texts"].values())
+        axes.barh(place, kl, color=_COLOURS[cell["method"]])
+        axes.annotate(f" {kl:.3f}", (kl, place), va="center", fontsize=8)
+    axes.set_yticks(range(len(cells)), [cell["name"] for cell in reversed(cells)], fontsize=8)
+    axes.set(xlabel="KL(teacher ‖ student), nats per token (lower is better)")
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def plot_bits(
+    cells: list[dict[str, Any]], accuracy: Mapping[str, tuple[float, float]], settings: Sequence[str], path: Path
+) -> None:
+    """Perplexity of each method over the paper's settings, above full precision: one picture for each text; and one for
+    the zero-shot average, if there is any.
+
+    Args:
+        accuracy: zero-shot average and its standard error, by the name of the cell
+        settings: W-A-KV, in the order in which they stand
+    """
+    usual = [cell for cell in cells if not cell["changes"]]
+    full = [cell for cell in usual if cell["method"] == "full_precision"]
+    if not full:
+        return
+    texts = full[0]["texts"]
+    panels: list[tuple[str, dict[str, tuple[float, float]]]] = [
+        (f"perplexity, {text}", {cell["name"]: (cell["texts"][text]["perplexity"], 0.0) for cell in usual})
+        for text in texts
+    ]
+    if accuracy:
+        panels.append(("zero-shot average", dict(accuracy)))
+    figure = Figure(figsize=(5 * len(panels), 4.3), layout="constrained")
+    for number, (title, values) in enumerate(panels, 1):
+        axes = figure.add_subplot(1, len(panels), number)
+        for method, beside in {"rtn": -0.15, "gptq": -0.05, "smoothquant": 0.05, "qat": 0.15}.items():
+            # What is not measured yet is a gap. Side by side, so that no error bar hides another.
+            points = [values.get(f"{method}_{bits}", (math.nan, math.nan)) for bits in settings]
+            means, errors = zip(*points, strict=True)
+            places = [place + beside for place in range(len(settings))]
+            axes.errorbar(places, means, errors, fmt="o-", color=_COLOURS[method], label=LABELS[method])
+        if full[0]["name"] in values:
+            axes.axhline(values[full[0]["name"]][0], color=_GREY, linestyle=":", label=LABELS["full_precision"])
+        axes.set_xticks(range(len(settings)), settings, rotation=45)
+        axes.set(title=title, xlim=(-0.5, len(settings) - 0.5))
+        if title.startswith("perplexity"):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    _save(figure, path)
+
+
+def _smooth(values: list[float], weight: float = 0.85) -> list[float]:
+    """Exponential moving average, corrected for its start."""
+    smoothed, total, mass = [], 0.0, 0.0
+    for value in values:
+        total, mass = weight * total + value, weight * mass + 1
+        smoothed.append(total / mass)
+    return smoothed
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with mpl.rc_context({"savefig.dpi": 150}):
+        figure.savefig(path)

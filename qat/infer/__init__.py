@@ -1,0 +1,1 @@
+"""Running a quantized model: as training simulates it, and as it is deployed."""

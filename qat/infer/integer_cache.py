@@ -1,0 +1,100 @@
+"""The KV cache as integers: the codes and scales that ``qat.quant.kv_cache`` simulates, stored for ``generate``.
+
+``model.generate(..., past_key_values=IntegerCache(model))`` decodes as the full forward pass of the
+fake-quantized model does.
+"""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+
+from qat.quant.kv_cache import KVQuantizer, mark_stored
+from qat.quant.quantizers import Format, Grid, Quantized, dequantize, quantize
+from qat.runtime.errors import UserError
+
+_SCALE_BYTES = 4
+
+
+class IntegerCache(Cache):
+    """One IntegerLayer for each decoder layer of ``model``, which must be prepared with a quantized KV cache.
+
+    Raises UserError if its KV cache is not quantized, or quantized where a cache cannot store it (before RoPE).
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        layers: list[IntegerLayer] = []
+        for layer in model.base_model.layers:  # type: ignore[union-attr]
+            if not hasattr(layer.self_attn, "kv_quantizer"):
+                raise UserError(
+                    "An integer KV cache needs a model with kv_bits below 16 and kv_site=post_rope: a cache stores the "
+                    "keys after RoPE."
+                )
+            layers.append(IntegerLayer(layer.self_attn.kv_quantizer))
+        self.integer_layers = layers
+        super().__init__(layers=list(layers))
+
+    def nbytes(self) -> int:
+        """What the cache takes in memory, scales included."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.integer_layers if layer.is_initialized)
+
+
+class IntegerLayer(DynamicLayer):
+    """Keys and values of one layer as bytes: uint8 [batch, groups, tokens, bytes]; see ``pack``.
+
+    Everything that transformers does with a cache (growing, cropping, reordering for beams) happens to the bytes.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, quantizer: KVQuantizer):
+        super().__init__()
+        self.quantizer = quantizer
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = torch.empty(0, dtype=torch.uint8, device=self.device)
+        self.values = torch.empty(0, dtype=torch.uint8, device=self.device)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Append keys and values [batch, kv_heads, new, head_dim]; all of them, rotated and on their grid."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = torch.cat([self.keys, self._store(key_states)], -2)
+        self.values = torch.cat([self.values, self._store(value_states)], -2)
+        return self._load(self.keys, key_states), self._load(self.values, value_states)
+
+    def _store(self, x: Tensor) -> Tensor:
+        return pack(quantize(self.quantizer.groups(self.quantizer.rotate(x)), self.quantizer.form), self.quantizer.form)
+
+    def _load(self, packed: Tensor, like: Tensor) -> Tensor:
+        values = dequantize(unpack(packed, self.quantizer.form), like.dtype)
+        return mark_stored(self.quantizer.split(values, like.shape[1]))
+
+
+def pack(quantized: Quantized, form: Format) -> Tensor:
+    """Codes [..., n] with one scale per row -> uint8 [..., bytes]: the codes (two a byte up to 4 bits), then the
+    fp32 scale, then the zero point if the format has one."""
+    codes, (scale, zero_point) = quantized
+    packed = codes.view(torch.uint8)
+    if form.bits <= 4:
+        packed = (packed[..., 0::2] & 15) | (packed[..., 1::2] << 4)
+    parts = [packed, scale.contiguous().view(torch.uint8)]
+    if zero_point is not None:
+        parts.append(zero_point.to(torch.int8).view(torch.uint8))
+    return torch.cat(parts, -1)
+
+
+def unpack(packed: Tensor, form: Format) -> Quantized:
+    """The inverse of ``pack``."""
+    grid_bytes = _SCALE_BYTES + (not form.symmetric)
+    codes, grid = packed.split([packed.shape[-1] - grid_bytes, grid_bytes], -1)
+    if form.bits <= 4:
+        signed = codes.view(torch.int8)
+        low, high = (signed << 4) >> 4, signed >> 4  # shifts of int8 keep the sign
+        codes = torch.stack([low, high], -1).flatten(-2)
+    scale = grid[..., :_SCALE_BYTES].contiguous().view(torch.float32)
+    zero_point = None if form.symmetric else grid[..., _SCALE_BYTES:].contiguous().view(torch.int8).float()
+    return Quantized(codes.view(torch.int8), Grid(scale, zero_point))

@@ -1,0 +1,150 @@
+"""A model that runs as it is deployed: weights packed in memory, generation over the integer KV cache.
+
+    model = qat.load("export/llama2-7b-484")
+    model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=20)
+
+What it computes is what training simulated: the same codes, scales and roundings. Engines with kernels of their own are
+faster (see docs/export.md); this one is exact, and needs nothing but torch and transformers.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from qat.infer import simulated
+from qat.infer.integer_cache import IntegerCache, pack, unpack
+from qat.quant import products
+from qat.quant.config import CONFIG_FILE
+from qat.quant.linear import QuantLinear, lsq, quant_linears
+from qat.quant.prepare import prepare
+from qat.quant.products import matmul, matmul_codes
+from qat.quant.quantizers import Quantized, dequantize
+from qat.runtime import machine
+from qat.runtime.errors import UserError
+from qat.store import models
+from qat.store.model_folder import skeleton
+from qat.store.sidecars import load_steps
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a model takes, in bytes.
+
+    Args:
+        weights: all of them, packed ones with their scales
+        cache_per_token: KV cache of one token, codes and scales
+    """
+
+    weights: int
+    cache_per_token: int
+
+
+def load(directory: str) -> PreTrainedModel:
+    """The student or integer export at ``directory``, packed, on the GPU if there is one.
+
+    ``generate`` caches integers, if the student's KV cache is quantized after RoPE. Weights are quantized and packed
+    once, here, one at a time; the rest is in ``models.inference_dtype()``. Raises UserError if the directory holds
+    neither, or is damaged.
+    """
+    path = Path(directory)
+    if not (path / CONFIG_FILE).is_file():
+        raise UserError(f"{directory} has no {CONFIG_FILE}: give an integer export, or the final/ of a training run.")
+    quant, trained_dtype, weights = simulated.read(path)
+    dtype = machine.inference_dtype()
+    model = prepare(skeleton(path), quant)
+    linears = quant_linears(model)
+    rest: dict[str, Tensor] = {}
+    for name, weight in weights:
+        if isinstance(weight, Quantized):
+            PackedLinear.pack(linears[name.removesuffix(".weight")], weight, trained_dtype)
+        else:
+            rest[name] = weight.to(dtype)
+    model.load_state_dict(rest, strict=False, assign=True)
+    model.tie_weights()
+    models.renew_rope(model)
+    load_steps(model, path)
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    # Fine-tuning leaves use_cache=False behind, and others another cache: what is deployed has its own.
+    model.config.use_cache = model.generation_config.use_cache = True
+    model.generation_config.cache_implementation = None
+    machine.place(model)
+    products.speed_up(model)
+    if quant.kv.quantizes and quant.kv_site == "post_rope":
+        model.__class__ = _caching_integers(type(model))
+    return model.eval().requires_grad_(False)
+
+
+def memory(model: PreTrainedModel) -> Memory:
+    """What ``model`` takes; its cache is the one that its ``generate`` uses."""
+    kept = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    cache = model.new_cache() if isinstance(model, _CachesIntegers) else DynamicCache()
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    with torch.inference_mode():
+        model(tokens, past_key_values=cache)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)  # type: ignore[union-attr,misc]
+    return Memory(sum(kept.values()), held // tokens.shape[1])
+
+
+class PackedLinear(QuantLinear):
+    """A QuantLinear that holds its weight as bytes: two codes in each up to 4 bits, and scales.
+
+    Attributes:
+        packed: uint8 [out * groups, bytes], see integer_cache.pack
+        trained_dtype: the dtype in which the weight's values were rounded to their grid
+    """
+
+    packed: Tensor
+    trained_dtype: torch.dtype
+
+    @classmethod
+    def pack(cls, linear: QuantLinear, weight: Quantized, trained_dtype: torch.dtype) -> None:
+        """Turn ``linear`` into a PackedLinear in place; its own weight is dropped."""
+        linear.__class__ = cls
+        assert isinstance(linear, cls)
+        del linear.weight
+        grid = weight.grid.map(lambda part: part.reshape(-1, 1))
+        rows = Quantized(weight.codes.reshape(len(grid.scale), -1), grid)
+        linear.register_buffer("packed", pack(rows, linear.weight_format), persistent=False)
+        linear.trained_dtype = trained_dtype
+
+    def integers(self) -> Quantized:
+        """Codes [out, in] and grid [out, groups]."""
+        codes, grid = unpack(self.packed, self.weight_format)
+        rows = self.out_features
+        return Quantized(codes.reshape(rows, -1), grid.map(lambda part: part.view(rows, -1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.input_step is not None:
+            x = lsq(x, self.input_step, self.input_format)
+        shared = None if self.input_quantizer is None else self.input_quantizer(x)
+        weight = self.integers()
+        if shared is not None and self.multiplies_codes:
+            y = matmul_codes(shared.quantized, weight, self.weight_format.qmax, x.dtype)
+        else:
+            values = dequantize(weight, self.trained_dtype).to(x.dtype)
+            inputs = x if shared is None else shared.values()
+            y = matmul(inputs.flatten(0, -2), values.t()).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+class _CachesIntegers:
+    """Mixed into a model's class: ``generate`` caches integers unless it is told what to cache."""
+
+    def new_cache(self) -> IntegerCache:
+        return IntegerCache(self)  # type: ignore[arg-type]
+
+    def generate(self, inputs=None, generation_config=None, **kwargs):
+        settings = generation_config or self.generation_config  # type: ignore[attr-defined]
+        uses_cache = kwargs.get("use_cache", settings.use_cache)
+        if uses_cache is not False and (kwargs.get("cache_implementation") or settings.cache_implementation) is None:
+            kwargs.setdefault("past_key_values", self.new_cache())
+        return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
+
+
+def _caching_integers(model_class: type) -> type:
+    return type(model_class.__name__, (_CachesIntegers, model_class), {})

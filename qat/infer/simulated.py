@@ -1,0 +1,86 @@
+"""Models for evaluation: what training simulated, weights rounded once."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+
+from qat.quant.config import CONFIG_FILE, QuantConfig
+from qat.quant.linear import quant_linears
+from qat.quant.prepare import prepare
+from qat.quant.products import speed_up
+from qat.quant.quantizers import Quantized, dequantize
+from qat.runtime.errors import UserError
+from qat.store import compressed_tensors, models, student_folder
+from qat.store.model_folder import ModelFolder, quantization_of
+from qat.store.sidecars import load_steps
+
+Weights = Iterator[tuple[str, Tensor | Quantized]]
+"""Of a whole model, by name, one at a time."""
+
+
+def load(directory: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model at ``directory``, ready for inference: full precision, a student, or an integer export.
+
+    Weights are quantized once, here; activations and KV cache as ``quant_config.json`` says.
+    """
+    path = Path(directory)
+    if not (path / CONFIG_FILE).is_file():
+        model = models.load(directory, dtype)
+        speed_up(model)
+        return model
+    quant, trained_dtype, weights = read(path)
+    return simulate(path, weights, trained_dtype, quant, dtype)
+
+
+def simulate(
+    config: Path, weights: Weights, trained_dtype: torch.dtype, quant: QuantConfig, dtype: torch.dtype
+) -> PreTrainedModel:
+    """A model that computes in ``dtype`` with ``weights``, activations and KV cache quantized as ``quant`` says.
+
+    Args:
+        config: folder with config.json, and the learned steps if there are any
+        trained_dtype: the dtype in which quantized weights lie on their grid: another one rounds differently
+    """
+    values: dict[str, Tensor] = {}
+    integers: dict[str, Quantized] = {}
+    for name, weight in weights:
+        if isinstance(weight, Quantized):
+            integers[name.removesuffix(".weight")] = weight
+            weight = dequantize(weight, trained_dtype)
+        values[name] = weight.to(dtype)
+    settings = ModelFolder.read(config).config
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)]
+    model = model_class.from_pretrained(  # type: ignore[attr-defined]
+        None, config=settings, state_dict=values, dtype=dtype, attn_implementation="sdpa"
+    )
+    linears = quant_linears(prepare(model, quant))
+    for name, quantized in integers.items():
+        linears[name].hold(quantized)
+    load_steps(model, config)
+    speed_up(model)
+    return model.eval()
+
+
+def read(path: Path) -> tuple[QuantConfig, torch.dtype, Weights]:
+    """Of a student's Hugging Face directory, or an integer export: how it is quantized, the dtype that was trained,
+    and its weights, one at a time."""
+    config = _quantization_config(path)
+    if config is None:
+        student = student_folder.find(path)
+        return student.quant, student.dtype, student.weights()
+    folder = ModelFolder.read(path)
+    return student_folder.read_quant(path), folder.dtype, compressed_tensors.decode(folder.tensors(), config)
+
+
+def _quantization_config(path: Path) -> dict[str, Any] | None:
+    """What an export's config.json says of its integers; None for a student."""
+    config = quantization_of(path) if (path / "config.json").is_file() else None
+    if config is None:
+        return None
+    if config.get("format") not in (compressed_tensors.PACKED, compressed_tensors.INTEGERS):
+        raise UserError(f"{path} is quantized in the format {config.get('format')!r}, which is not one of ours.")
+    return config

@@ -1,0 +1,180 @@
+"""Calibration: text, and what the decoder layers of the quantized model see of it, one layer in memory at a time.
+
+The model is a skeleton on the meta device. A layer gets its weights when its turn comes and loses them after it, so
+that a model of any size needs the memory of one layer, its Hessians, and the sequences' hidden states.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.data.sequences import TrainingData
+from qat.quant.config import QuantConfig
+from qat.quant.linear import quant_linears
+from qat.quant.prepare import prepare
+from qat.quant.quantizers import Grid
+from qat.runtime import machine
+from qat.runtime.machine import device
+from qat.store import models
+from qat.store.model_folder import ModelFolder
+
+Weights = dict[str, Tensor]
+"""The weights of one decoder layer, by their names in it (``self_attn.q_proj.weight``), in the dtype of the file."""
+
+
+def calibration_sequences(data: TrainingData, most: int) -> list[Tensor]:
+    """Token ids [1, tokens] of the first ``most`` sequences of a shard folder; of all, if ``most`` is 0."""
+    return [data.sequence(index).input_ids for index in range(min(most or len(data), len(data)))]
+
+
+class WeightFiles:
+    """The weights of a model folder, read when they are asked for."""
+
+    def __init__(self, folder: ModelFolder):
+        self._folder = folder
+
+    def layer(self, number: int) -> Weights:
+        """The weights of decoder layer ``number``."""
+        return self._read(lambda name: name.startswith(_prefix(number)), _prefix(number))
+
+    def rest(self) -> Weights:
+        """The weights outside the decoder layers, by their full names."""
+        return self._read(lambda name: not name.startswith("model.layers."), "")
+
+    def _read(self, wanted: Callable[[str], bool], prefix: str) -> Weights:
+        return {name.removeprefix(prefix): weight for name, weight in self._folder.tensors(wanted)}
+
+
+class Stream:
+    """The calibration sequences on their way through the quantized model: hidden states [1, tokens, hidden] in
+    front of decoder layer ``position``.
+
+    Attributes:
+        model: the skeleton, prepared; only the layer in use has weights
+        position: the layer that reads the hidden states next
+        hidden: they themselves, on the CPU
+    """
+
+    def __init__(self, source: Path, quant: QuantConfig, sequences: list[Tensor]):
+        """Raises UserError if the model's blocks cannot be quantized, or its weights are not those of its config."""
+        self.device = device()
+        self.dtype = machine.inference_dtype()
+        folder = ModelFolder.read(source)
+        self.files = WeightFiles(folder)
+        self.model = prepare(folder.skeleton(), quant)
+        self.layers: nn.ModuleList = self.model.base_model.layers  # type: ignore[assignment]
+        self.position = 0
+        self._arguments: dict[int, list[dict[str, Any]]] = {}
+        self.hidden = self._embed(sequences)
+
+    @torch.inference_mode()
+    def advance(self, weights: Weights, grids: dict[str, Grid]) -> None:
+        """Let the hidden states pass the layer at ``position``, whose final weights these are."""
+        if self.position + 1 < len(self.layers):
+            layer = self.load_rounded(weights, grids)
+            self.hidden = [self.run(layer, hidden).cpu() for hidden in self.hidden]
+            self.unload()
+        self.position += 1
+
+    def load(self, weights: Weights) -> nn.Module:
+        """The layer at ``position`` with ``weights``, not rounded, on the device."""
+        layer = self.layers[self.position]
+        fill(layer, weights, self.device)
+        for linear in quant_linears(layer).values():
+            linear.thaw()  # it may have been rounded before
+        return layer
+
+    def load_rounded(self, weights: Weights, grids: dict[str, Grid]) -> nn.Module:
+        """The same, as it is evaluated: rounded in the dtype of the file, on the given grids or their own."""
+        layer = self.load(weights)
+        for name, linear in quant_linears(layer).items():
+            grid = grids.get(name)
+            linear.freeze(grid and grid.map(lambda part: part.to(self.device)))
+        return layer.to(self.dtype)
+
+    def unload(self) -> None:
+        self.layers[self.position].to("meta")
+
+    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """The output of a layer at ``position`` for one sequence's hidden states, on the device."""
+        arguments = self._arguments[hidden.shape[1]][self.position]
+        return layer(hidden.to(self.device), **arguments)
+
+    def inputs(self, layer: nn.Module, module: nn.Module) -> Iterator[Tensor]:
+        """What ``module`` in ``layer`` reads, [tokens, in], sequence by sequence. The layer runs no further."""
+
+        def stop(_, inputs: tuple[Tensor, ...]) -> None:
+            raise _Reached(inputs[0])
+
+        hook = module.register_forward_pre_hook(stop)
+        try:
+            for hidden in self.hidden:
+                try:
+                    self.run(layer, hidden)
+                except _Reached as reached:
+                    yield reached.x.flatten(0, -2)
+        finally:
+            hook.remove()
+
+    @torch.inference_mode()
+    def _embed(self, sequences: list[Tensor]) -> list[Tensor]:
+        """Run the model around its layers, which only note the arguments that they get (positions, mask)."""
+        base = self.model.base_model
+        rest = {name.removeprefix("model."): w for name, w in self.files.rest().items() if name.startswith("model.")}
+        for name in ("embed_tokens", "norm"):
+            module = base.get_submodule(name)
+            fill(module, {key.removeprefix(f"{name}."): w for key, w in rest.items() if key.startswith(name)}, "cpu")
+            module.to(self.dtype)
+        models.renew_rope(self.model)
+        noted: list[dict[str, Any]] = []
+
+        def note(hidden: Tensor, **arguments: Any) -> Tensor:
+            noted.append(arguments)
+            return hidden
+
+        embedded = []
+        for layer in self.layers:
+            layer.forward = note
+        for ids in sequences:
+            base(ids, use_cache=False)
+            embedded.append(base.embed_tokens(ids))  # type: ignore[operator]
+            moved: dict[int, Tensor] = {}  # the layers share their positions, on another device too
+            self._arguments[ids.shape[1]] = [_moved(arguments, self.device, moved) for arguments in noted]
+            noted.clear()
+        for layer in self.layers:
+            del layer.forward
+        base.embed_tokens.to("meta")
+        return embedded
+
+
+def fill(module: nn.Module, weights: Weights, device: torch.device | str) -> None:
+    """Put ``weights``, which must be all of them, in the place of the module's own."""
+    own = {name: weight.to(device, copy=True) for name, weight in weights.items()}  # it may be rounded in place
+    module.load_state_dict(own, assign=True)
+
+
+def _prefix(number: int) -> str:
+    return f"model.layers.{number}."
+
+
+def _moved(arguments: Any, device: torch.device, moved: dict[int, Tensor]) -> Any:
+    """``arguments`` with each tensor on ``device``, once: ``moved`` has those that are, by the id of the original."""
+    if isinstance(arguments, dict):
+        return {name: _moved(value, device, moved) for name, value in arguments.items()}
+    if isinstance(arguments, tuple):
+        return tuple(_moved(value, device, moved) for value in arguments)
+    if not isinstance(arguments, Tensor):
+        return arguments
+    if id(arguments) not in moved:
+        moved[id(arguments)] = arguments.to(device)
+    return moved[id(arguments)]
+
+
+class _Reached(Exception):
+    """Carries a module's input out of a forward pass that nothing needs the rest of."""
+
+    def __init__(self, x: Tensor):
+        self.x = x

@@ -1,0 +1,123 @@
+"""KV-cache quantization, simulated inside attention while the student trains.
+
+The keys and values that a cache would store are rounded per token before they are attended to:
+
+* site ``post_rope``: what a cache stores; ``pre_rope``: the outputs of k_proj and v_proj, as in the
+  paper's released code.
+* granularity ``token_head``: one scale per token and KV head; ``token``: one per token (the paper).
+* rotation ``hadamard``: Q and K after RoPE, and V, are multiplied by an orthogonal Hadamard matrix
+  over head_dim, which spreads the outlier channels of K. Attention scores and outputs are unchanged
+  in exact arithmetic, and no data is needed. The stored codes are those of the rotated K and V.
+
+``qat.infer.integer_cache`` stores for real what is simulated here.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from qat.quant.quantizers import Format, fake_quantize
+
+ATTENTION = "qat_sdpa"
+"""The name under which ``quantized_attention`` is registered with transformers."""
+
+
+class KVQuantizer:
+    """The KV format of one attention layer."""
+
+    def __init__(self, form: Format, granularity: str, rotation: str):
+        self.form, self.granularity, self.rotation = form, granularity, rotation
+
+    def heads(self, x: Tensor) -> Tensor:
+        """Round keys or values [batch, kv_heads, tokens, head_dim]."""
+        return self.split(fake_quantize(self.groups(x), self.form), x.shape[1])
+
+    def projection(self, x: Tensor, head_dim: int) -> Tensor:
+        """Round the output of k_proj or v_proj [batch, tokens, kv_heads * head_dim]."""
+        if self.granularity == "token":
+            return fake_quantize(x, self.form)
+        return fake_quantize(x.unflatten(-1, (-1, head_dim)), self.form).flatten(-2)
+
+    def groups(self, x: Tensor) -> Tensor:
+        """[batch, kv_heads, tokens, head_dim] -> the same with what shares a scale in the last dimension:
+        for ``token`` [batch, 1, tokens, kv_heads * head_dim]."""
+        return x if self.granularity == "token_head" else x.transpose(1, 2).flatten(2)[:, None]
+
+    def split(self, groups: Tensor, kv_heads: int) -> Tensor:
+        """The inverse of ``groups``."""
+        return (
+            groups if self.granularity == "token_head" else groups[:, 0].unflatten(-1, (kv_heads, -1)).transpose(1, 2)
+        )
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Queries, keys, values or attention outputs [..., head_dim]; rotating twice changes nothing."""
+        return x if self.rotation == "none" else x @ hadamard_matrix(x.shape[-1], x.device, x.dtype)
+
+
+class AttentionRecord:
+    """Collects (query, key, scaling, window) of each layer's attention, as its scores are computed from them.
+
+    Queries are [batch, heads, tokens, head_dim], keys [batch, kv_heads, tokens, head_dim]; of the tokens before it, a
+    token sees the last ``window`` ones, itself included, or all if that is None.
+    """
+
+    def __init__(self) -> None:
+        self.layers: dict[int, tuple[Tensor, Tensor, float, int | None]] = {}
+
+
+def attend(model: PreTrainedModel) -> None:
+    """Let ``model`` attend by ``quantized_attention``. Its mask goes with it, or it would be dropped."""
+    AttentionInterface.register(ATTENTION, quantized_attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    model.set_attn_implementation(ATTENTION)
+
+
+def quantized_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    attention_record: AttentionRecord | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Scaled dot-product attention over quantized keys and values, in transformers' attention signature.
+
+    A layer without ``kv_quantizer`` attends in full precision. Keys and values that come out of an IntegerCache
+    are rotated and on their grid already.
+    """
+    kv: KVQuantizer | None = getattr(module, "kv_quantizer", None)
+    if kv is not None:
+        query = kv.rotate(query)
+        if not is_stored(key):
+            key, value = kv.heads(kv.rotate(key)), kv.heads(kv.rotate(value))
+    if attention_record is not None:
+        attention_record.layers[module.layer_idx] = query, key, scaling, kwargs.get("sliding_window")  # type: ignore[index]
+    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    return output if kv is None else kv.rotate(output), None
+
+
+def mark_stored(x: Tensor) -> Tensor:
+    """Say of keys or values that they come from an IntegerCache; transformers hands them on as they are."""
+    x.stored_on_grid = True  # type: ignore[attr-defined]
+    return x
+
+
+def is_stored(x: Tensor) -> bool:
+    return getattr(x, "stored_on_grid", False)
+
+
+@cache
+@torch.inference_mode(False)  # it is kept: what evaluation builds must serve training too
+def hadamard_matrix(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Sylvester's Hadamard matrix over sqrt(size): symmetric and orthogonal; size is a power of two."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    assert len(matrix) == size, f"{size} is not a power of two"
+    return (matrix / size**0.5).to(device, dtype)

@@ -1,0 +1,214 @@
+"""QuantLinear: a Linear that keeps its Parameter and quantizes it, and its input, on the way.
+
+The class of an existing ``nn.Linear`` is swapped (``QuantLinear.convert``), so names, Parameters and
+state dicts stay what they were, and DeepSpeed ZeRO-3 partitions the layer like any other. No
+dequantized weight outlives the call: backward quantizes the Parameter again, on the grid that forward found,
+which ZeRO-3 has gathered again anyway. What a layer saves is its input's int8 codes, and scales.
+
+Where the formats allow it (``multiplies_codes``) forward multiplies the codes and scales their sum, which is the same
+in training, evaluation and serving; elsewhere it multiplies the values, in the dtype of the input.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qat.quant.products import matmul, matmul_codes
+from qat.quant.quantizers import Format, Grid, Quantized, dequantize, inside, lsq, quantize, round_to_grid
+
+ARITHMETIC = "products of codes"
+"""What the numbers of a quantized model come from. It is recorded with runs and results, and changes where the same
+settings would give other numbers."""
+
+
+class InputQuantizer:
+    """Per-token quantization of one activation, done once for all the layers that read it.
+
+    q, k and v share one InputQuantizer, gate and up another. The result is kept until the last of
+    them has read it, and only for the very values it came from.
+    """
+
+    def __init__(self, form: Format, readers: int):
+        self.form = form
+        self.readers = readers
+        self._last: _LastInput | None = None
+
+    def __call__(self, x: Tensor) -> "SharedInput":
+        last = self._last
+        if last is None or not last.is_of(x):
+            last = self._last = _LastInput(x.detach(), _version(x), SharedInput(quantize(x, self.form), x.dtype))
+        last.reads += 1
+        if last.reads == self.readers:
+            self._last = None
+        return last.result
+
+
+class SharedInput:
+    """A quantized activation [..., n], and its values for those who multiply in floats."""
+
+    def __init__(self, quantized: Quantized, dtype: torch.dtype):
+        self.quantized, self.dtype = quantized, dtype
+        self._values: Tensor | None = None
+
+    def values(self) -> Tensor:
+        if self._values is None:
+            self._values = dequantize(self.quantized, self.dtype)
+        return self._values
+
+
+@dataclass
+class _LastInput:
+    """What was quantized last. It is known by its memory, not by its tensor object: DeepSpeed's hooks give each
+    layer a view of its own. Held here, the memory cannot become another tensor's meanwhile."""
+
+    source: Tensor
+    version: int
+    result: SharedInput
+    reads: int = 0
+
+    def is_of(self, x: Tensor) -> bool:
+        return (
+            self.source.data_ptr() == x.data_ptr()
+            and self.source.shape == x.shape
+            and self.source.stride() == x.stride()
+            and self.version == _version(x)
+        )
+
+
+def _version(x: Tensor) -> int:
+    """Counts the in-place changes to x; inference tensors do not count them."""
+    return 0 if x.is_inference() else x._version
+
+
+class QuantLinear(nn.Linear):
+    """``y = x_hat @ w_hat.T + bias``: x on the grid of its tokens, w on the grid of its output channels.
+
+    Attributes:
+        weight_format: how the weight is quantized
+        input_quantizer: quantizes x per token; None where x stays as it is, or has a learned step
+        input_format: how x is quantized
+        input_step: LSQ's learned step, [1]; None for the other methods
+        frozen: whether the Parameter holds values that are on their grid already, and stay there
+        codes, scale_bits: the frozen weight's codes [out, in] and fp32 scale [out, 1], where the layer multiplies
+            codes. The scale's bits are kept as integers: what casts a model to bf16 leaves them alone
+    """
+
+    weight_format: Format
+    input_format: Format
+    input_quantizer: InputQuantizer | None
+    input_step: nn.Parameter | None
+    frozen: bool
+    codes: Tensor | None
+    scale_bits: Tensor | None
+
+    @classmethod
+    def convert(cls, linear: nn.Linear, weight: Format, inputs: Format, shared: InputQuantizer | None) -> "QuantLinear":
+        """Turn ``linear`` into a QuantLinear in place; ``shared`` quantizes its input with its siblings'."""
+        linear.__class__ = cls
+        assert isinstance(linear, cls)
+        linear.weight_format, linear.input_format = weight, inputs
+        linear.input_quantizer = shared
+        linear.thaw()
+        step = nn.Parameter(torch.full((1,), torch.nan)) if inputs.learned else None  # NaN until it is initialised
+        linear.register_parameter("input_step", step)
+        return linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.input_step is not None:
+            x = lsq(x, self.input_step, self.input_format)
+        shared = None if self.input_quantizer is None else self.input_quantizer(x)
+        return _QuantLinear.apply(x, self.weight, self.bias, self, shared)
+
+    @property
+    def multiplies_codes(self) -> bool:
+        """Whether forward multiplies codes: both are integers with one scale per row and no zero point, so that the
+        scales come out of the sum."""
+        return can_multiply_codes(self.weight_format, self.input_format)
+
+    @torch.no_grad()
+    def freeze(self, grid: Grid | None = None) -> None:
+        """Quantize the weight once and for all: for evaluation; on ``grid``, if one is given."""
+        if self.weight_format.quantizes:
+            quantized = quantize(self.weight, self.weight_format, grid)
+            self.weight.copy_(dequantize(quantized, self.weight.dtype))
+            self.hold(quantized)
+
+    def hold(self, weight: Quantized) -> None:
+        """From now on the weight is these integers, whose values the Parameter has."""
+        self.frozen = True
+        if self.multiplies_codes:
+            self.codes, self.scale_bits = weight.codes, weight.grid.scale.view(torch.int32)
+
+    def thaw(self) -> None:
+        """Quantize the Parameter at each call, as in training."""
+        self.frozen = False
+        for buffer in ("codes", "scale_bits"):
+            self.register_buffer(buffer, None, persistent=False)
+
+    def integers(self) -> Quantized:
+        """The weight as integers, of a layer that multiplies codes."""
+        if self.codes is not None and self.scale_bits is not None:
+            return Quantized(self.codes, Grid(self.scale_bits.view(torch.float32)))
+        return quantize(self.weight, self.weight_format)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, weight={self.weight_format}, input={self.input_format}"
+
+
+def can_multiply_codes(weight: Format, inputs: Format) -> bool:
+    """See ``QuantLinear.multiplies_codes``."""
+    if not weight.quantizes or not inputs.quantizes:
+        return False
+    whole_rows = weight.group_size == 0 and inputs.group_size == 0
+    return whole_rows and weight.symmetric and inputs.symmetric and not inputs.learned
+
+
+class _QuantLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, layer: QuantLinear, shared: SharedInput | None
+    ) -> Tensor:
+        grid = Grid(None, None)  # type: ignore[arg-type]
+        if shared is not None and layer.multiplies_codes:
+            quantized = layer.integers()
+            grid = quantized.grid
+            y = matmul_codes(shared.quantized, quantized, layer.weight_format.qmax, x.dtype)
+        else:
+            values = weight.detach()
+            if _rounds(layer):
+                values, grid = round_to_grid(weight, layer.weight_format)
+            inputs = x if shared is None else shared.values()
+            y = matmul(inputs.flatten(0, -2), values.t()).view(*x.shape[:-1], -1)
+        ctx.layer, ctx.input_dtype = layer, x.dtype
+        kept = (x,) if shared is None else (shared.quantized.codes, *shared.quantized.grid)
+        ctx.save_for_backward(weight, *grid, *kept)
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        weight, scale, zero_point, *kept = ctx.saved_tensors
+        rounds, form, grid = _rounds(ctx.layer), ctx.layer.weight_format, Grid(scale, zero_point)
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        grad_x = grad_weight = None
+        rows = grad.flatten(0, -2)
+        if needs_x:
+            values = round_to_grid(weight, form, grid)[0] if rounds else weight
+            grad_x = matmul(rows, values).view(*grad.shape[:-1], -1)
+        if needs_weight:
+            x = kept[0] if len(kept) == 1 else dequantize(Quantized(kept[0], Grid(*kept[1:])), ctx.input_dtype)
+            grad_weight = matmul(rows.t(), x.flatten(0, -2))
+            if rounds and form.clips:
+                grad_weight *= inside(weight, form, grid)
+        grad_bias = rows.sum(0) if needs_bias else None
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def _rounds(layer: QuantLinear) -> bool:
+    """Whether the Parameter's values are to be rounded."""
+    return layer.weight_format.quantizes and not layer.frozen
+
+
+def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
+    """The quantized layers of a prepared model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}

@@ -1,0 +1,169 @@
+"""Matrix products: of integer codes, which are exact, and of floats.
+
+A layer whose weights and inputs are symmetric integers with one scale per row computes, everywhere and for any number
+of rows,
+
+    y = (codes_x @ codes_w.T) * scale_x * scale_w
+
+with the sum in exact integers, rounded to fp32 once, then scaled in fp32: what inference engines compute. Which
+instructions make the sum does not show in it, so the fastest that are exact here may be taken. An int32 holds the sum
+up to 133,144 features.
+
+Products of fp32 matrices on CPUs go to oneDNN, not to torch's own choice, MKL: on AMD processors with AVX-512 MKL runs
+its AVX2 code, at less than half the speed.
+"""
+
+import functools
+import logging
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from qat.quant.fused import fused
+from qat.quant.quantizers import Quantized
+from qat.runtime.machine import has_onednn
+
+_logger = logging.getLogger(__name__)
+
+_TEST_SIZE = {"cpu": 512, "cuda": 4096}
+"""Rows, columns and outputs of the products that are timed: on a GPU smaller ones measure how long a launch takes."""
+
+_ROWS = 32
+"""Integer products on GPUs want more than 16 rows, and whole tiles are faster: rows are filled up to multiples."""
+
+_FEATURES = 8
+"""They want multiples of 8 columns and outputs, too."""
+
+_EXACT_IN_FP32 = 2**24 // 127**2
+"""Columns over which a sum of products of 8-bit codes stays below 2^24, and so exact in fp32, in any order."""
+
+IntegerProduct = Callable[[Tensor, Tensor], Tensor]
+"""Codes [rows, in] and weight codes [out, in], both int8 -> their exact product [rows, out], in int32 or, rounded
+once from it, in fp32."""
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a [rows, inner] @ b [inner, columns], without a gradient; either may be a transposed view."""
+    if a.device.type == "cpu" and a.dtype == torch.float32 and has_onednn():
+        return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+    return a @ b
+
+
+class Linear(nn.Linear):
+    """A Linear whose forward pass, where it needs no gradient, is ``matmul``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+            return super().forward(x)
+        y = matmul(x.flatten(0, -2), self.weight.t()).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+def speed_up(model: nn.Module) -> None:
+    """Let the plain Linear layers of a model that only runs forward use ``matmul``."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
+
+
+def matmul_codes(
+    x: Quantized, weight: Quantized, weight_qmax: int, dtype: torch.dtype, product: IntegerProduct | None = None
+) -> Tensor:
+    """x [..., in], one scale per row, times weight [out, in], one scale per row -> [..., out] of ``dtype``.
+
+    Args:
+        x, weight: symmetric
+        weight_qmax: the largest code that weights of this format have
+        product: what multiplies; by default the fastest that is exact on this device. The result does not depend on it
+    """
+    product = product or integer_product(x.codes.device, weight_qmax)
+    products = product(x.codes.flatten(0, -2), weight.codes)
+    y = _scaled(products, x.grid.scale.view(-1, 1), weight.grid.scale.view(1, -1), dtype)
+    return y.view(*x.codes.shape[:-1], -1)
+
+
+def int_mm(codes: Tensor, weight: Tensor) -> Tensor:
+    """An IntegerProduct on GPUs, and on CPUs that multiply bytes (VNNI); elsewhere a plain loop."""
+    if codes.device.type == "cpu":
+        return torch._int_mm(codes, weight.t())
+    rows, columns = codes.shape
+    out, more = len(weight), -columns % _FEATURES
+    codes = pad(codes, (0, more, 0, -rows % _ROWS))
+    return torch._int_mm(codes, pad(weight, (0, more, 0, -out % _FEATURES)).t())[:rows, :out]
+
+
+def qlinear(codes: Tensor, weight: Tensor) -> Tensor:
+    """An IntegerProduct on CPUs, of inputs shifted to be unsigned.
+
+    Without VNNI it adds pairs of products in 16 bits: exact up to 255 * 2 * 64, hence for weights of 7 bits at most.
+    """
+    packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    unsigned = codes.bitwise_xor(-128).view(torch.uint8)  # code + 128
+    ones, zeros = torch.ones(len(weight)), torch.zeros(len(weight), dtype=torch.int64)
+    return torch.ops.onednn.qlinear_pointwise(
+        unsigned, 1.0, 128, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+
+
+def float_blocks(codes: Tensor, weight: Tensor) -> Tensor:
+    """An IntegerProduct everywhere: of fp32 matrices, over so many columns at a time that no sum is rounded."""
+    total = torch.zeros((), dtype=torch.int32, device=codes.device)
+    for some, of_weight in zip(codes.split(_EXACT_IN_FP32, 1), weight.split(_EXACT_IN_FP32, 1), strict=True):
+        total = total + matmul(some.float(), of_weight.float().t()).int()
+    return total
+
+
+INTEGER_PRODUCTS = (int_mm, qlinear, float_blocks)
+
+
+@functools.cache
+def integer_product(device: torch.device, qmax: int) -> IntegerProduct:
+    """The fastest product that is exact on ``device`` for weight codes up to ``qmax``. All that are exact give the same
+    numbers, so it does no harm that another run may choose another one."""
+    codes, weight = _test_codes(device, qmax)
+    exact = [product for product in INTEGER_PRODUCTS if is_exact(product, device, qmax)]
+    product = min(exact, key=lambda product: _seconds(lambda: product(codes, weight), device))
+    _logger.info("integer products on this %s, for weight codes up to %d: %s", device.type, qmax, product.__name__)
+    return product
+
+
+def is_exact(product: IntegerProduct, device: torch.device, qmax: int) -> bool:
+    """Whether a product is there, and exact, for weight codes up to ``qmax``. The worst case is the one that saturates
+    where a processor adds pairs in 16 bits."""
+    codes, weight = _test_codes(device, qmax)
+    largest, heaviest = torch.full_like(codes, 127), torch.full_like(weight, qmax)
+    cases = ((largest, heaviest), (largest, -heaviest), (codes, heaviest), (largest, weight), (codes, weight))
+    some_rows = ((codes[:rows], weight) for rows in (1, 17, 333))
+    try:
+        return all(torch.equal(product(a, b).double(), a.double() @ b.double().t()) for a, b in (*cases, *some_rows))
+    except (AttributeError, NotImplementedError, RuntimeError):  # there is no such operator here
+        return False
+
+
+def _test_codes(device: torch.device, qmax: int) -> tuple[Tensor, Tensor]:
+    """Codes of inputs and of weights, [size, size] each."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (_TEST_SIZE[device.type], _TEST_SIZE[device.type])
+    codes = torch.randint(-127, 128, shape, generator=generator)
+    weight = torch.randint(-qmax, qmax + 1, shape, generator=generator)
+    return codes.to(device, torch.int8), weight.to(device, torch.int8)
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """The shortest of several runs: what else the machine does must not count."""
+    best = float("inf")
+    for _ in range(10):
+        began = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+@fused
+def _scaled(products: Tensor, x_scale: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (products.float() * x_scale * weight_scale).to(dtype)

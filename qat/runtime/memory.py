@@ -1,0 +1,83 @@
+"""The memory of a rank's device: what there is, a warning where a plan needs more, and what was held at most."""
+
+import logging
+import os
+import resource
+from collections.abc import Mapping
+
+import psutil
+import torch
+
+from qat.runtime.machine import device, local_ranks
+
+PROCESS = {"cpu": 0.57e9, "cuda": 1.5e9}
+"""Bytes that a rank holds without a model: Python and the libraries, measured; on a GPU the CUDA context, assumed."""
+
+_logger = logging.getLogger(__name__)
+
+
+def of_rank() -> float:
+    """Bytes that this rank may hold: all of its GPU's; without a GPU, its share of what is available on the host."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(device()).total_memory
+    return of_host() / local_ranks()
+
+
+def of_host() -> float:
+    """Bytes that are available on this host."""
+    return psutil.virtual_memory().available
+
+
+def peak() -> int:
+    """Bytes that this process has held at most: on its GPU, or, without one, resident on the host."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def planned_peak(needs: Mapping[str, float]) -> float:
+    """What ``peak`` should come to by a plan's ``needs``: torch does not count a GPU's CUDA context."""
+    return sum(needs.values()) - (needs["process"] if torch.cuda.is_available() else 0.0)
+
+
+def beside_plan(needs: Mapping[str, float]) -> str:
+    """A line that says what was held at most, and what was planned."""
+    return f"peak memory of a rank: {peak() / 1e9:.2f} GB, {planned_peak(needs) / 1e9:.2f} GB planned"
+
+
+def check_rank(work: str, needs: Mapping[str, float], advice: str) -> None:
+    """Warn if a plan needs more of each rank's device than there is. It does not refuse: plans are estimates.
+
+    Args:
+        work: what was planned
+        needs: bytes, by what they are for
+        advice: what to change
+    """
+    _check(work, "GPU" if torch.cuda.is_available() else "rank", needs, of_rank(), advice)
+
+
+def check_host(work: str, offloaded: float, advice: str) -> None:
+    """Warn likewise if a plan offloads more bytes to a node's host than are available."""
+    _check(work, "host", {"what is offloaded": offloaded}, of_host(), advice)
+
+
+def _check(work: str, place: str, needs: Mapping[str, float], there: float, advice: str) -> None:
+    needed = sum(needs.values())
+    if needed <= there:
+        return
+    largest_first = sorted(needs.items(), key=lambda part: part[1], reverse=True)
+    parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in largest_first)
+    _logger.warning(
+        "warning: %s may run out of memory: as planned it needs %.1f GB on each %s (%s), which has %.1f GB: %s",
+        work, needed / 1e9, place, parts, there / 1e9, advice,
+    )  # fmt: skip
+
+
+def let_segments_grow() -> None:
+    """Let the caching allocator enlarge the segments of GPU memory that it has, instead of reserving others: sequences
+    of many lengths would leave pieces that fit nothing.
+
+    To be called before CUDA is first used, when torch reads the variable. A user's own setting is left alone.
+    """
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name, which torch looks at first
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

@@ -1,0 +1,229 @@
+"""Ranks that work together: how they find each other, wait for one another, and learn that one has died or hangs.
+
+A collective waits for the slowest rank, gives up after a fixed time, and does not say for whom it has waited. So
+wherever ranks come from long work that they do not do alike, they meet first by polling the store (``meet``). And each
+announces what it does (``announce``, ``doing``, ``progress``) to the threads of qat.runtime.watch, which end the run
+if one dies or hangs. Announcing costs microseconds. With one rank all of this does nothing.
+"""
+
+import atexit
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from qat.runtime.errors import UserError
+from qat.runtime.watch import FirstRank, OtherRank, Sign, Watch
+
+TIMEOUT = timedelta(hours=2)
+"""Of collectives. The last resort: what hangs is found before."""
+
+LONG = TIMEOUT.total_seconds()
+"""Seconds that reading or writing a model may take."""
+
+PATIENCE = "QAT_PATIENCE"
+"""Environment variable: seconds that a rank may go without getting on, or without a sign of life."""
+
+_PATIENCE = 180.0
+_FIRST_TIME = 10
+"""Times the patience: for what a rank does for the first time, when it may compile."""
+_SLOWEST = 5
+"""Times the longest that the same work has taken, where that is more than the patience."""
+_JOINING = timedelta(minutes=10)
+_OURS = tuple(str(Path(__file__).parent.parent / package) + os.sep for package in ("qat", "launch", "datagen"))
+_INNERMOST = 4
+
+
+def join(rank: int, size: int, group: str = "all") -> None:
+    """Find the other ranks, and watch them from now on. RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT must be set.
+
+    Args:
+        rank: of this process in its group
+        size: ranks in the group
+        group: its name, where there are several
+
+    Raises UserError if the others do not come within ten minutes.
+    """
+    global _self, _watch
+    if size == 1:
+        return
+    patience = _patience(os.environ.get(PATIENCE, str(_PATIENCE)))
+    try:
+        store = dist.PrefixStore(f"ranks-{group}", next(iter(dist.rendezvous("env://", timeout=_JOINING)))[0])
+        _self = _Self(size, store, patience)
+        _watch = _watching(_self, rank, size, store)
+    except (dist.DistError, OSError) as error:
+        raise UserError(
+            f"Rank {os.environ['RANK']} did not find the others ({error}): see whether one of them has failed before; "
+            "between hosts, ranks need open ports, as NCCL and gloo do."
+        ) from error
+    _watch.start()
+    atexit.register(_watch.leave)
+
+
+def announce(what: str, step: int | None = None) -> None:
+    """Say what this rank does from now on. All ranks of a group must announce the same, in the same order.
+
+    What it may take: the patience, or 5 times the longest that it has taken, and 10 times the patience when it is done
+    for the first time.
+
+    Args:
+        what: in the same words whenever it is the same work
+        step: of training, from 1; that of what is announced later, too
+    """
+    if _self is not None:
+        _self.announce(what, step)
+
+
+def progress() -> None:
+    """Say that this rank has got on with what it does; the ranks need not do so equally often."""
+    if _self is not None:
+        _self.go_on(_self.phase)
+
+
+@contextmanager
+def doing(what: str, patience: float = LONG) -> Iterator[None]:
+    """Within it, this rank does what not all ranks need to do, and what may take ``patience`` seconds."""
+    if _self is None:
+        yield
+        return
+    before = _self.phase
+    _self.go_on(_Phase(what, patience))
+    yield
+    _self.go_on(before)  # not after an error, which ends the run: then the last line says where it came from
+
+
+def meet(what: str) -> None:
+    """Return when all ranks have come here. None of them waits in a collective for another's work.
+
+    Args:
+        what: what has happened then
+    """
+    if _self is not None:
+        _self.meet(what)
+    # Short, as all have come. The first rank, whose process may hold the store, must not end while others poll it.
+    dist.barrier()
+
+
+def are_watched() -> bool:
+    """Whether there are other ranks, which must be told when this one fails."""
+    return _watch is not None and not _watch.over
+
+
+def fail(message: str, code: int) -> tuple[str, int]:
+    """See ``Watch.fail``; only where ``are_watched``."""
+    assert _watch is not None
+    return _watch.fail(message, code)
+
+
+class _Phase(NamedTuple):
+    what: str
+    patience: float | None = None
+    waits: bool = False
+
+
+class _Self:
+    """What this rank does. Its main thread changes it, the watching thread reads it."""
+
+    def __init__(self, size: int, store: dist.Store, patience: float):
+        self.patience, self.phase = patience, _Phase("starting")
+        self._size, self._store = size, store
+        self._rank, self._host = int(os.environ["RANK"]), socket.gethostname()
+        self._step: int | None = None
+        self._place = self._beat = self._meetings = 0
+        self._began, self._longest = time.monotonic(), dict[str, float]()
+
+    def announce(self, what: str, step: int | None) -> None:
+        if step is not None:
+            self._step = step
+        self._place += 1
+        self.go_on(_Phase(what))
+
+    def go_on(self, phase: _Phase) -> None:
+        now, what = time.monotonic(), self.phase.what
+        # The first time, which may have taken a compilation, does not count.
+        self._longest[what] = max(self._longest[what], now - self._began) if what in self._longest else 0.0
+        self._began = now
+        self._beat += 1  # before the phase: or, to the other thread, what took so long would seem to be the new one
+        self.phase = phase
+
+    def meet(self, what: str) -> None:
+        before, key = self.phase, f"meeting-{self._meetings}"
+        self._meetings += 1
+        self._place += 1
+        self.go_on(_Phase(f"waiting until {what}", self.patience, waits=True))
+        there, pause = self._store.add(key, 1), 0.005
+        while there < self._size:
+            time.sleep(pause)
+            there, pause = self._store.add(key, 0), min(2 * pause, 0.2)
+        self.go_on(before)
+
+    def sign(self) -> Sign:
+        phase, main = self.phase, sys._current_frames().get(threading.main_thread().ident or 0)
+        patience, slowest = phase.patience, self._longest.get(phase.what)
+        if patience is None:
+            patience = self.patience * _FIRST_TIME if slowest is None else max(self.patience, slowest * _SLOWEST)
+        what = phase.what if self._step is None else f"step {self._step}, {phase.what}"
+        at, in_collective = _whereabouts(main)
+        return Sign(self._rank, self._host, what, patience, self._place, self._beat, phase.waits, at, in_collective)
+
+
+_self: _Self | None = None
+_watch: Watch | None = None
+
+
+def _watching(own: _Self, rank: int, size: int, store: dist.Store) -> Watch:
+    """This rank's thread; the first rank's address goes through the store."""
+    tick, number = min(1.0, own.patience / 10), int(os.environ["RANK"])
+    if rank == 0:
+        others = [Sign(number + other, "host unknown", "starting", own.patience) for other in range(1, size)]
+        first = FirstRank(own.sign, tick, others)
+        store.set("first", json.dumps([asdict(own.sign()), _own_address(), first.port, first.token]))
+        return first
+    sign, host, port, token = json.loads(store.get("first"))
+    return OtherRank(own.sign, tick, (host or os.environ["MASTER_ADDR"], port), token, Sign(**sign))
+
+
+def _own_address() -> str:
+    """The address at which others find this host; empty on MASTER_ADDR's, which they know by that."""
+    family, kind, _, _, master = socket.getaddrinfo(os.environ["MASTER_ADDR"], 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(master)  # sends nothing
+        own, there = probe.getsockname()[0], probe.getpeername()[0]
+    return "" if own == there or own.startswith("127.") else own
+
+
+def _patience(given: str) -> float:
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise UserError(f"{PATIENCE}={given} is not possible: give seconds above 0, or leave it out for 180.")
+    return seconds
+
+
+def _whereabouts(frame: FrameType | None) -> tuple[str, bool]:
+    """Of a thread: the line of our code that it is in, and whether it is in a collective."""
+    in_collective, depth = False, 0
+    while frame is not None:
+        file, function = frame.f_code.co_filename, frame.f_code.co_name
+        if depth < _INNERMOST and (
+            file.endswith("distributed_c10d.py") or ("deepspeed" in file and (function == "wait" or "comm" in file))
+        ):
+            in_collective = True
+        if file.startswith(_OURS):
+            return f"{Path(file).name}:{frame.f_lineno}", in_collective
+        frame, depth = frame.f_back, depth + 1
+    return "outside of our code", in_collective

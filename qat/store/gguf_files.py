@@ -1,0 +1,345 @@
+"""GGUF: one file that llama.cpp runs.
+
+Its block types store 32 codes and an fp16 scale: Q4_0 holds every symmetric code of 2 to 4 bits, Q5_0 of 5, Q8_0 of 6
+to 8. So the codes go over without loss, the scale of an output channel repeated in each of its blocks; the scale itself
+is rounded to fp16, by at most 1 part in 2048. Types with a finer structure (Q4_K, Q6_K, IQ4_XS: blocks of 256 with
+scales of their own) need a rounding of the weights that was not trained.
+"""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Type
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from qat.quant.products import speed_up
+from qat.quant.quantizers import Grid, Quantized
+from qat.runtime.errors import UserError
+from qat.runtime.files import writing
+from qat.store.models import load_tokenizer
+from qat.store.student_folder import Student
+
+FILE = "model.gguf"
+
+_BLOCK = 32
+_TYPES = {2: Type.Q4_0, 3: Type.Q4_0, 4: Type.Q4_0, 5: Type.Q5_0, 6: Type.Q8_0, 7: Type.Q8_0, 8: Type.Q8_0}
+_FILE_TYPES = {
+    Type.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
+    Type.Q5_0: gguf.LlamaFileType.MOSTLY_Q5_0,
+    Type.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
+}
+_LARGEST_ERROR = 2.0**-11
+"""Of a scale rounded to fp16, relative; beyond it fp16 has too few bits left, or overflows."""
+
+_ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "mistral": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+}
+_ROPES = {
+    "default": set(),
+    "dynamic": {"factor"},  # the default, up to max_position_embeddings
+    "linear": {"factor"},
+    "yarn": {"factor", "original_max_position_embeddings"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+}
+"""How positions may be scaled, and by which parameters; llama.cpp knows llama3's in its LLaMA alone."""
+
+_ROPE_FREQUENCIES = "rope_freqs.weight"
+_ROPE_PARAMETERS = "qat.rope_parameters"
+"""A tensor that divides the frequencies; and, for ``load``, the parameters that both it and the metadata came from."""
+
+_LOAD = """
+import os, sys, xllamacpp
+settings = xllamacpp.CommonParams()
+settings.model.path = sys.argv[1]
+settings.n_ctx, settings.n_parallel, settings.cpuparams.n_threads, settings.warmup = 64, 1, 1, False
+server = xllamacpp.Server(settings)
+os._exit(0)
+"""
+"""What another Python runs to see whether llama.cpp loads a file. The server's end, which may never come, is not waited
+for."""
+
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}",
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+_SPLITS = {"{1,3}".join(_SPLIT): "llama-bpe", "".join(_SPLIT): "qwen2"}
+"""llama.cpp's names for the ways in which a text is split before BPE."""
+
+
+def check(student: Student) -> None:
+    """Raise UserError for what no GGUF type can hold, and for models that are not mapped here."""
+    quant = student.quant
+    if not quant.weights.symmetric:
+        raise UserError(
+            f"w_quantizer={quant.w_quantizer} has integer zero points, and no GGUF type has: Q4_1 and its like add an "
+            "fp16 minimum instead. Give --format hf-fake."
+        )
+    if quant.w_group_size % _BLOCK:
+        raise UserError(
+            f"w_group_size={quant.w_group_size}: GGUF has one scale for {_BLOCK} codes, so groups must be multiples of "
+            f"{_BLOCK}. Give --format hf-fake."
+        )
+    config = AutoConfig.from_pretrained(student.directory)
+    _check_computed(config)
+    if config.hidden_size % _BLOCK or config.intermediate_size % _BLOCK:
+        raise UserError(
+            f"The model is {config.hidden_size} and {config.intermediate_size} wide: GGUF wants multiples of {_BLOCK}."
+        )
+    _tokenizer(student.directory)
+
+
+def _check_computed(config: PreTrainedConfig) -> None:
+    """Raise UserError for what llama.cpp would compute otherwise, or not load."""
+    kind, rope = config.model_type, config.rope_parameters
+    is_llama = _ARCHITECTURES[kind] == gguf.MODEL_ARCH.LLAMA
+    ropes = [name for name in _ROPES if is_llama or name != "llama3"]
+    scaled = rope["rope_type"]
+    reasons = []
+    if config.hidden_act not in ("silu", "swish"):
+        reasons.append(f"hidden_act={config.hidden_act!r}, where llama.cpp computes silu")
+    if kind == "qwen3" and config.attention_bias:
+        reasons.append("attention_bias=True, for which llama.cpp's qwen3 has no place")
+    if scaled not in ropes:
+        reasons.append(f"rope_type={scaled!r}, where llama.cpp's {kind} has {', '.join(ropes)}")
+    elif scaled != "default" and (more := set(rope) - _ROPES[scaled] - {"rope_type", "type", "rope_theta"}):
+        reasons.append(f"rope_parameters with {', '.join(sorted(more))}, which are not mapped to GGUF here")
+    if reasons:
+        raise UserError(f"The model has {'; and '.join(reasons)}. Give --format hf-fake.")
+
+
+def positions(config: PreTrainedConfig) -> int:
+    """The longest sequence for which llama.cpp, which gives these architectures no sliding window, is right."""
+    windowed = config.model_type == "mistral" or "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None) if windowed and config.model_type != "llama" else None
+    return min(config.max_position_embeddings, window or config.max_position_embeddings)
+
+
+def held(quantized: Quantized) -> Quantized:
+    """What GGUF holds of a weight: its codes, and its scale rounded to fp16."""
+    return Quantized(quantized.codes, Grid(quantized.grid.scale.half().float()))
+
+
+def write(student: Student, output: Path) -> None:
+    """Write ``output/model.gguf``. The weights pass through a temporary file: one tensor is in memory at a time."""
+    config = AutoConfig.from_pretrained(student.directory)
+    architecture = _ARCHITECTURES[config.model_type]
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    kind = _TYPES[student.quant.w_bits]
+    writer = gguf.GGUFWriter(output / FILE, gguf.MODEL_ARCH_NAMES[architecture], use_temp_file=True)
+    _add_config(writer, config, _FILE_TYPES[kind])
+    for key, value in _tokenizer(student.directory).items():
+        getattr(writer, f"add_{key}")(value)
+    gguf.SpecialVocab(student.directory, load_merges=True, n_vocab=config.vocab_size).add_to_gguf(writer, quiet=True)
+    if (factors := _rope_factors(config)) is not None:
+        writer.add_tensor(_ROPE_FREQUENCIES, factors.numpy())
+    for name, weight in student.progress():
+        place = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert place is not None, name
+        if isinstance(weight, Quantized):
+            _check_scale(name, weight.grid.scale)
+            codes, (scale, _) = weight
+            scale = scale.repeat_interleave(codes.shape[1] // _BLOCK // scale.shape[1], 1)
+            codes, scale = (_as_llama_cpp_rotates(name, part, config) for part in (codes, scale))
+            data, raw = blocks(codes, scale, kind), kind
+        else:
+            weight = _as_llama_cpp_rotates(name, weight, config)
+            if weight.dim() > 1 and weight.dtype == torch.bfloat16:
+                data, raw = weight.view(torch.uint16).numpy().view(np.uint8), Type.BF16
+            else:
+                data, raw = weight.float().numpy(), None
+        with writing(Path(tempfile.gettempdir())):
+            writer.add_tensor(place, data, raw_dtype=raw)
+    with writing(output):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def blocks(codes: Tensor, scale: Tensor, kind: Type) -> np.ndarray:
+    """int8 codes [out, in] and scales [out, in / 32] as the bytes of GGUF blocks: uint8 [out, bytes]."""
+    rows, columns = codes.shape
+    q = codes.numpy().reshape(rows, columns // _BLOCK, _BLOCK)
+    parts = [scale.half().numpy()[..., None].view(np.uint8)]
+    if kind == Type.Q8_0:
+        parts.append(q.view(np.uint8))
+    else:
+        offset = 8 if kind == Type.Q4_0 else 16
+        q = (q + offset).astype(np.uint8)
+        if kind == Type.Q5_0:
+            parts.append(np.packbits(q >> 4, axis=-1, bitorder="little"))
+        low, high = np.split(q & 15, 2, axis=-1)
+        parts.append(low | (high << 4))
+    return np.concatenate(parts, -1).reshape(rows, -1)
+
+
+def load(directory: Path) -> PreTrainedModel:
+    """The model in ``directory/model.gguf`` as transformers reads it, in fp32 and without activation quantization.
+
+    Biases and scaled positions, which its reader passes over, are read here. Raises UserError if the latter are not
+    those of ``write``.
+    """
+    config = AutoConfig.from_pretrained(directory, gguf_file=FILE)
+    reader = gguf.GGUFReader(directory / FILE)
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    config.attention_bias, config.mlp_bias = (f"blk.0.{name}.bias" in tensors for name in ("attn_output", "ffn_down"))
+    if _ROPE_PARAMETERS in reader.fields:  # the first version's files, which scale nothing, have none
+        config.rope_parameters = json.loads(reader.fields[_ROPE_PARAMETERS].contents())
+    factors = _rope_factors(config)
+    written = {key: field.contents() for key, field in reader.fields.items() if ".rope.scaling." in key}
+    frequencies = np.ones(0) if factors is None else factors.numpy()
+    if written != _rope_metadata(config) or not np.array_equal(tensors.get(_ROPE_FREQUENCIES, np.ones(0)), frequencies):
+        raise UserError(f"{directory / FILE} is wrong: it scales positions otherwise than the model.")
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, config=config, gguf_file=FILE, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True),
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    speed_up(model)
+    return model.eval()
+
+
+def is_loaded(directory: Path) -> bool:
+    """Whether llama.cpp itself loads ``directory/model.gguf``; False where the package xllamacpp is not installed.
+
+    In another process: what llama.cpp cannot compute may end its own. Raises UserError if it refuses the file.
+    """
+    if importlib.util.find_spec("xllamacpp") is None:
+        return False
+    done = subprocess.run([sys.executable, "-c", _LOAD, directory / FILE], capture_output=True, text=True)
+    if done.returncode:
+        reasons = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+        reason = (reasons or ["it says no reason"])[0].strip()
+        raise UserError(f"{directory / FILE} is wrong: llama.cpp does not load it ({reason}). Give --format hf-fake.")
+    return True
+
+
+def _check_scale(name: str, scale: Tensor) -> None:
+    error = ((scale.half().float() - scale).abs() / scale).max().item()
+    if not error <= _LARGEST_ERROR:
+        raise UserError(
+            f"{name} has a scale that fp16 cannot hold (off by {error:.2g} of it), and GGUF's are fp16: give --format "
+            "hf-fake."
+        )
+
+
+def _as_llama_cpp_rotates(name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
+    """Output channels of q and k in llama.cpp's order. Its LLaMA rotates neighbours, transformers' the two halves."""
+    if _ARCHITECTURES[config.model_type] != gguf.MODEL_ARCH.LLAMA:
+        return tensor
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for layer, count in heads.items():
+        if f".{layer}." in name:
+            return tensor.unflatten(0, (count, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
+    return tensor
+
+
+def _add_config(writer: gguf.GGUFWriter, config: PreTrainedConfig, file_type: gguf.LlamaFileType) -> None:
+    writer.add_name(config.name_or_path or config.model_type)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(positions(config))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_string(_ROPE_PARAMETERS, json.dumps(config.rope_parameters))
+    add: dict[type, Callable[..., None]] = {
+        str: writer.add_string, float: writer.add_float32, int: writer.add_uint32
+    }  # fmt: skip
+    for key, value in _rope_metadata(config).items():
+        add[type(value)](key, value)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+
+
+def _rope_metadata(config: PreTrainedConfig) -> dict[str, str | float | int]:
+    """How llama.cpp is told of scaled positions, by key."""
+    rope = config.rope_parameters
+    kind, architecture = rope["rope_type"], gguf.MODEL_ARCH_NAMES[_ARCHITECTURES[config.model_type]]
+    if kind not in ("linear", "yarn"):
+        return {}
+    said: dict[str, str | float | int]
+    said = {gguf.Keys.Rope.SCALING_TYPE: kind, gguf.Keys.Rope.SCALING_FACTOR: float(np.float32(rope["factor"]))}
+    if kind == "yarn":
+        said[gguf.Keys.Rope.SCALING_ORIG_CTX_LEN] = int(rope["original_max_position_embeddings"])
+    return {key.format(arch=architecture): value for key, value in said.items()}
+
+
+def _rope_factors(config: PreTrainedConfig) -> Tensor | None:
+    """What llama.cpp divides the frequencies by, fp32 [head_dim / 2]; None where they are the default's or follow from
+    the metadata."""
+    rope = config.rope_parameters
+    if rope["rope_type"] != "llama3":
+        return None
+    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
+    size = 2 * len(frequencies)
+    return 1 / (rope["rope_theta"] ** (torch.arange(0, size, 2) / size)) / frequencies
+
+
+def _tokenizer(directory: Path) -> dict[str, object]:
+    """What GGUFWriter is told of the tokenizer, by its ``add_`` methods."""
+    vocabulary_size = AutoConfig.from_pretrained(directory).vocab_size
+    if (directory / "tokenizer.model").is_file():
+        # As many as the embedding has rows: llama.cpp takes no other number. What the tokenizer has beyond them, the
+        # model cannot read.
+        tokens = list(gguf.SentencePieceVocab(directory).all_tokens())[:vocabulary_size]
+        tokens += [(f"[PAD{i}]".encode(), -1000.0, gguf.TokenType.UNUSED) for i in range(len(tokens), vocabulary_size)]
+        return {
+            "tokenizer_model": "llama",
+            "token_list": [text for text, _, _ in tokens],
+            "token_scores": [score for _, score, _ in tokens],
+            "token_types": [kind for _, _, kind in tokens],
+        }
+    split = _split(directory)
+    tokenizer = load_tokenizer(str(directory))
+    added, special = tokenizer.get_added_vocab(), set(tokenizer.all_special_tokens)
+    texts, kinds = [], []
+    by_id = {number: text for text, number in tokenizer.get_vocab().items()}
+    for number in range(vocabulary_size):
+        text = by_id.get(number)
+        texts.append(text if text is not None else f"[PAD{number}]")
+        if text is None:
+            kinds.append(gguf.TokenType.UNUSED)
+        elif text in special or (text in added and tokenizer.added_tokens_decoder[number].special):
+            kinds.append(gguf.TokenType.CONTROL)
+        else:
+            kinds.append(gguf.TokenType.USER_DEFINED if text in added else gguf.TokenType.NORMAL)
+    return {"tokenizer_model": "gpt2", "tokenizer_pre": split, "token_list": texts, "token_types": kinds}
+
+
+def _split(directory: Path) -> str:
+    """llama.cpp's name for how the tokenizer splits a text before BPE; raises UserError if it has none here."""
+    file = directory / "tokenizer.json"
+    steps = json.loads(file.read_text())["pre_tokenizer"] if file.is_file() else None
+    if steps:
+        steps = steps.get("pretokenizers", [steps])
+        kinds = [step["type"] for step in steps]
+        if kinds == ["ByteLevel"] and steps[0]["use_regex"]:
+            return "gpt-2"
+        if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and steps[1]["use_regex"]:
+            return "smollm"
+        if kinds == ["Split", "ByteLevel"] and (name := _SPLITS.get(steps[0]["pattern"].get("Regex"))):
+            return name
+    raise UserError(
+        f"The tokenizer of {directory} splits text in a way that is not mapped to llama.cpp's here: give --format "
+        "hf-fake and convert that with llama.cpp's own script."
+    )

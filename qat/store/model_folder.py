@@ -1,0 +1,269 @@
+"""A model folder: what transformers computes from it, with a place in its files for every weight.
+
+Every command reads full-precision models, students and integer exports through ``ModelFolder``. It looks at the headers
+of the weight files alone, before anything heavy is loaded, and compares them with the model that ``config.json``
+describes: transformers would put random numbers in the place of a weight that is missing.
+"""
+
+import copy
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from qat.quant.architecture import SUPPORTED_MODEL_TYPES, quantizable_linears
+from qat.quant.config import CONFIG_FILE
+from qat.runtime.errors import UserError, first_line
+from qat.runtime.files import writing
+from qat.store import compressed_tensors
+from qat.store.weight_files import FLOATS, INDEX, Stored, read, stored_tensors
+
+PTQ_RECORD = "ptq.json"
+"""Says which post-training method made a folder, from what."""
+
+_COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
+_OF_THE_WEIGHTS = (INDEX, "pytorch_model.bin.index.json", PTQ_RECORD, CONFIG_FILE)
+HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def read_config(name: str) -> PreTrainedConfig:
+    """The config of a Hugging Face directory or hub name; raises UserError if it is of an unsupported architecture, or
+    asks for what transformers cannot compute."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"The model {name} cannot be read: {first_line(error)}") from error
+    except StrictDataclassError as error:  # says which field on its first line, what of it on the second
+        raise UserError(f"The config of {name} is not valid: {' '.join(str(error).split())}") from error
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
+        raise UserError(
+            f"{name} is of the architecture {config.model_type!r}, which is not supported: give one of "
+            f"{', '.join(SUPPORTED_MODEL_TYPES)}."
+        )
+    _check_computable(config, name)
+    return config
+
+
+def _check_computable(config: PreTrainedConfig, name: str) -> None:
+    """Raise UserError for what transformers reads without complaint, and then fails at or computes without the causal
+    mask."""
+    rope, window = config.rope_parameters, getattr(config, "sliding_window", None)
+    layers = set(getattr(config, "layer_types", None) or ()) if config.model_type.startswith("qwen") else set()
+    kind, part = rope["rope_type"], rope.get("partial_rotary_factor", 1)
+    windows = "sliding_attention" in layers or (config.model_type == "mistral" and window is not None)
+    kinds, types = ("default", *ROPE_INIT_FUNCTIONS), {"full_attention", "sliding_attention"}
+    faults = {
+        f"is_causal={getattr(config, 'is_causal', None)}": (
+            getattr(config, "is_causal", True),
+            "a language model predicts from the tokens before",
+        ),
+        f"hidden_act={config.hidden_act!r}": (config.hidden_act in ACT2FN, f"it knows {', '.join(ACT2FN)}"),
+        f"rope_type={kind!r}": (kind in kinds, f"it knows {', '.join(kinds)}"),
+        f"partial_rotary_factor={part} with rope_type={kind!r}": (
+            part == 1 or kind in ("default", "proportional"),
+            "these architectures rotate whole heads",
+        ),
+        f"layer_types={sorted(layers)}": (layers <= types, f"it knows {' and '.join(sorted(types))}"),
+        f"sliding_window={window}": (not windows or (window is not None and window > 0), "give 1 token or more"),
+    }
+    for given, (is_possible, reason) in faults.items():
+        if not is_possible:
+            raise UserError(f"The config.json of {name} has {given}, which transformers cannot compute: {reason}.")
+
+
+def quantization_of(directory: Path) -> dict[str, Any] | None:
+    """What ``config.json`` says of how the weights are stored quantized; None if they are not."""
+    return json.loads((directory / "config.json").read_text()).get("quantization_config") or None
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model on disk.
+
+    Args:
+        directory: where it is
+        config: what transformers makes of ``config.json`` and the files together: embedding and head are tied unless
+            the files hold a head of its own. Without ``quantization_config``.
+        places: where each weight is, by the model's own names; of an integer export, each of its parts
+    """
+
+    directory: Path
+    config: PreTrainedConfig
+    places: Mapping[str, Stored]
+
+    @classmethod
+    def read(cls, directory: Path) -> "ModelFolder":
+        """Raises UserError if a weight is missing, there twice, of another shape or no number format of ours, if the
+        config has no place for one, or if a file is missing or damaged."""
+        config = read_config(str(directory))
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        stored = stored_tensors(directory)
+        named = {_own_name(name): place for name, place in stored.items()}
+        if config.tie_word_embeddings and _has_its_own_head(named):
+            config.tie_word_embeddings = False
+        model = without_weights(config, directory)
+        expected = kinds(model)
+        if quantization := quantization_of(directory):
+            expected = _encoded(expected, model, quantization)
+        if config.tie_word_embeddings and (head := named.pop(HEAD, None)):
+            named.setdefault(_EMBEDDING, head)  # two names of one weight
+        ignored = re.compile("|".join((r"rotary_emb\.inv_freq", *(model._keys_to_ignore_on_load_unexpected or ()))))
+        named = {name: place for name, place in named.items() if name in expected or not ignored.search(name)}
+        check_complete({name: Kind(torch.Size(p.shape), {p.dtype}) for name, p in named.items()}, expected, directory)
+        return cls(directory, config, named)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the model computes, by its config; fp32 if that does not say."""
+        return self.config.dtype if isinstance(self.config.dtype, torch.dtype) else torch.float32
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model in full precision, in eval mode and without memory for its weights."""
+        return without_weights(self.config, self.directory)
+
+    def tensors(self, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor of each weight, or of those that are ``wanted``, one at a time in the order of the files.
+
+        Raises UserError for one that is not finite.
+        """
+        places = {name: place for name, place in self.places.items() if wanted(name)}
+        for name, tensor in read(places):
+            check_finite(name, tensor, self.directory)
+            yield name, tensor
+
+    def companions(self) -> dict[str, bytes]:
+        """What a model that is made from this one takes over, by the files' names: config, generation config and
+        tokenizer."""
+        files = {file for pattern in _COMPANIONS for file in self.directory.glob(pattern)}
+        contents = {file.name: file.read_bytes() for file in sorted(files) if file.name not in _OF_THE_WEIGHTS}
+        settings = json.loads(contents["config.json"])
+        settings.pop("transformers_weights", None)
+        settings["tie_word_embeddings"] = self.config.tie_word_embeddings
+        return contents | {"config.json": (json.dumps(settings, indent=2) + "\n").encode()}
+
+
+def skeleton(directory: Path) -> PreTrainedModel:
+    """``ModelFolder.skeleton`` of the folder ``directory``."""
+    return ModelFolder.read(directory).skeleton()
+
+
+def write_companions(companions: Mapping[str, bytes], directory: Path, **changes: Any) -> None:
+    """Write ``ModelFolder.companions`` into ``directory``, with ``changes`` to ``config.json``."""
+    with writing(directory):
+        for name, content in companions.items():
+            (directory / name).write_bytes(content)
+        if changes:
+            config = json.loads(companions["config.json"]) | changes
+            (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
+    """The shape of each weight, by name."""
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A tensor's shape, and the safetensors names of its dtype, or of those that it may have."""
+
+    shape: torch.Size
+    dtypes: frozenset[str] | set[str] = FLOATS
+
+
+def kinds(model: PreTrainedModel) -> dict[str, Kind]:
+    """What is expected of each weight of a full-precision model, by name."""
+    return {name: Kind(shape) for name, shape in shapes(model).items()}
+
+
+def check_complete(found: Mapping[str, Kind], expected: Mapping[str, Kind], where: Path) -> None:
+    """Raise UserError unless ``found`` are the weights that are expected."""
+    missing, strange = expected.keys() - found.keys(), found.keys() - expected.keys()
+    if missing:
+        also = f", and holds {_some(strange)}, for which its config.json has no place" if strange else ""
+        raise UserError(
+            f"{where} is incomplete: it lacks {_some(missing)}{also}. Copy it again, or save it with all weights under "
+            "the names that transformers gives them."
+        )
+    if strange:
+        raise UserError(f"{where} does not match its config.json, which has no place for {_some(strange)}.")
+    for name, kind in expected.items():
+        shape, dtypes = found[name].shape, found[name].dtypes
+        if shape != kind.shape:
+            raise UserError(
+                f"{where} does not match its config.json: {name} is {list(shape)}, and should be {list(kind.shape)}."
+            )
+        if not dtypes <= kind.dtypes:
+            raise UserError(
+                f"{where} stores {name} as {', '.join(dtypes)}, and {' or '.join(sorted(kind.dtypes))} is expected: "
+                "give the full-precision model."
+            )
+
+
+def check_finite(name: str, tensor: Tensor, where: Path | str) -> None:
+    """Raise UserError if a tensor holds NaN or an infinity."""
+    if tensor.is_floating_point() and tensor.numel() and not all(part.isfinite() for part in tensor.aminmax()):
+        raise UserError(
+            f"{where} holds numbers that are not finite, in {name}: the file is damaged, or what trained the model "
+            "diverged. Give a sound copy."
+        )
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first name, and how many more there are."""
+    first, *others = sorted(names)
+    return first + (f" and {len(others)} more" if others else "")
+
+
+def _own_name(name: str) -> str:
+    """The model's name for what files call ``name``: those of a model that was saved without its head lack a prefix."""
+    return f"model.{name}" if name.startswith(("embed_tokens.", "layers.", "norm.")) else name
+
+
+def _has_its_own_head(stored: Mapping[str, Stored]) -> bool:
+    """Whether the files hold a head other than the embedding: then transformers does not tie them, whatever the config
+    says."""
+    if HEAD not in stored or _EMBEDDING not in stored:
+        return False
+    head, embedding = stored[HEAD], stored[_EMBEDDING]
+    if head.shape != embedding.shape or head.dtype != embedding.dtype:
+        return True
+    pair = dict(read({HEAD: head, _EMBEDDING: embedding}))
+    return not torch.equal(pair[HEAD], pair[_EMBEDDING])
+
+
+def without_weights(config: PreTrainedConfig, directory: Path) -> PreTrainedModel:
+    """The model that ``config``, of ``directory``, describes, without memory for its weights; raises UserError if it
+    describes none."""
+    model_class: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # type: ignore[assignment]
+    try:
+        with torch.device("meta"):
+            model = model_class(copy.deepcopy(config))  # AutoModel.from_config would partition it where ZeRO-3 reads
+    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"The config of {directory} describes no model: {first_line(error)}") from error
+    model.set_attn_implementation("sdpa")
+    return model.eval()
+
+
+def _encoded(expected: dict[str, Kind], model: PreTrainedModel, quantization: dict[str, Any]) -> dict[str, Kind]:
+    """What an integer export holds of the weights that are ``expected`` of a full-precision model."""
+    linears = quantizable_linears(model)
+    encoded: dict[str, Kind] = {}
+    for name, kind in expected.items():
+        layer = name.removesuffix(".weight")
+        parts = (
+            compressed_tensors.layout(layer, kind.shape, quantization)
+            if layer in linears
+            else {name: (kind.shape, FLOATS)}
+        )
+        encoded |= {part: Kind(torch.Size(shape), dtypes) for part, (shape, dtypes) in parts.items()}
+    return encoded

@@ -1,0 +1,56 @@
+"""Files beside a quantized model's weights: learned activation steps (LSQ), and weight grids (GPTQ)."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qat.quant.linear import quant_linears
+from qat.quant.quantizers import Grid
+from qat.runtime.errors import UserError
+from qat.runtime.files import load_tensors, save_tensors
+
+STEPS_FILE = "activation_steps.safetensors"
+"""Beside them too, where activations have learned steps: they are no weights of the architecture."""
+
+
+STEP_SUFFIX = ".input_step"
+
+
+GRIDS_FILE = "weight_grids.safetensors"
+"""Beside them as well, where the weights lie on a grid that their own largest values do not give: GPTQ's."""
+
+
+def save_steps(steps: dict[str, Tensor], directory: Path) -> None:
+    if steps:
+        save_tensors(steps, directory / STEPS_FILE)
+
+
+@torch.no_grad()
+def load_steps(model: nn.Module, directory: Path) -> None:
+    """Set the learned steps of a prepared model; raises UserError if they are missing."""
+    linears = {name: linear for name, linear in quant_linears(model).items() if linear.input_step is not None}
+    if not linears:
+        return
+    if not (directory / STEPS_FILE).is_file():
+        raise UserError(f"{directory} is incomplete: a_quantizer=lsq has learned steps, and {STEPS_FILE} is missing.")
+    steps = load_tensors(directory / STEPS_FILE)
+    if without := linears.keys() - {name.removesuffix(STEP_SUFFIX) for name in steps}:
+        raise UserError(f"{directory} is incomplete: {STEPS_FILE} lacks {min(without)}. Copy it again.")
+    for name, linear in linears.items():
+        linear.input_step.copy_(steps[name + STEP_SUFFIX])  # type: ignore[union-attr]
+
+
+def save_grids(grids: dict[str, Grid], path: Path) -> None:
+    """Write the grids of layers, by name, into one file: ``NAME.weight_scale``, and ``NAME.weight_zero_point``."""
+    tensors = {f"{name}.weight_{field}": part for name, grid in grids.items() for field, part in grid._asdict().items()}
+    save_tensors({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+
+
+def load_grids(directory: Path, file: str = GRIDS_FILE) -> dict[str, Grid]:
+    """The grids that the weights at ``directory`` keep, by the layer's name; empty where their values say them."""
+    if not (directory / file).is_file():
+        return {}
+    stored = load_tensors(directory / file)
+    names = [name.removesuffix(".weight_scale") for name in stored if name.endswith(".weight_scale")]
+    return {name: Grid(stored[f"{name}.weight_scale"], stored.get(f"{name}.weight_zero_point")) for name in names}

@@ -1,0 +1,1 @@
+"""Distillation on DeepSpeed: engines, losses, the loop, checkpoints, and what a run needs."""

@@ -1,0 +1,278 @@
+"""Everything that must survive a preemption: DeepSpeed's checkpoint and one TrainState.
+
+A checkpoint is a folder ``step-N``. It is whole when its manifest is: that is written last, after all ranks have
+written their files, and holds the size and the checksum of each. Then ``latest`` moves, by an atomic rename, and only
+then older checkpoints are deleted: a rank killed while saving costs nothing. Folders that are half-written or damaged
+are passed over when a run goes on.
+
+A checkpoint belongs to a number of ranks. Another number gets it by DeepSpeed's universal checkpoints. Whatever its
+files hold, reading them runs no code.
+"""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+from qat.runtime import ranks
+from qat.runtime.errors import UserError
+from qat.runtime.files import write_atomically
+from qat.store import manifest
+from qat.store.manifest import MANIFEST
+from qat.store.pickles import as_data
+from qat.train.universal import REFUSED
+
+LATEST = "latest"
+
+_UNIVERSAL = "universal-"
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainState:
+    """Where a run is.
+
+    Args:
+        step: optimizer steps taken
+        samples: sequences consumed, over all ranks
+        tokens: tokens predicted, over all ranks
+        seconds: wall time spent training
+        average_loss: of the steps so far, the newest weigh most
+        measured: the step of the last measurement on held-out sequences
+    """
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    average_loss: float = 0.0
+    measured: int = 0
+
+
+def save(engine: deepspeed.DeepSpeedEngine, directory: Path, state: TrainState, keep: int) -> None:
+    """Write a checkpoint, make it the latest, and delete all but the newest ``keep``; log its size and duration.
+
+    Raises UserError on all ranks, and deletes what was written of it, if any rank cannot write its part.
+    """
+    began = time.monotonic()
+    folder = directory / f"step-{state.step:06d}"
+    if dist.get_rank() == 0:
+        with ranks.doing("deleting a broken checkpoint"):
+            shutil.rmtree(folder, ignore_errors=True)  # an earlier start's, half-written or damaged
+    ranks.meet("a broken checkpoint is deleted")
+    engine.checkpoint_engine = writer = _Writer()
+    engine._copy_recovery_script = lambda directory: None  # one rank would fail alone; the package has the script
+    with ranks.doing("writing a checkpoint"), _meeting_before_the_gathering(engine, "the checkpoint is written"):
+        engine.save_checkpoint(str(directory), tag=folder.name, client_state=asdict(state), save_latest=False)
+    _agree(writer.failure, folder)
+    with ranks.doing("reading the checkpoint back"):
+        entries = manifest.entries(folder, dist.get_rank(), dist.get_world_size())
+    ranks.meet("the checkpoint is read back")
+    files = {name: entry for part in _gather(entries) for name, entry in part.items()}
+    failure = ""
+    if dist.get_rank() == 0:
+        size, seconds = sum(entry["bytes"] for entry in files.values()), time.monotonic() - began
+        content = {"ranks": dist.get_world_size(), "bytes": size, "seconds": round(seconds, 2), "files": files}
+        try:
+            write_atomically(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
+            write_atomically(directory / LATEST, folder.name)
+        except OSError as error:
+            failure = str(error)
+    _agree(failure, folder)
+    if dist.get_rank() == 0:
+        with ranks.doing("deleting old checkpoints"):
+            for superseded in _superseded(sorted(directory.glob("step-*")), folder, keep):
+                _delete(superseded)
+            for converted in directory.glob(f"{_UNIVERSAL}*"):
+                shutil.rmtree(converted)
+        _log.info("checkpoint %s: %.3g GB in %.1f s", folder.name, size / 1e9, seconds)
+    ranks.meet("old checkpoints are deleted")
+
+
+def resume(engine: deepspeed.DeepSpeedEngine, directory: Path) -> TrainState:
+    """Load the newest whole checkpoint into ``engine``; without one, the state of a new run.
+
+    Raises UserError if there was a whole one, and none is left.
+    """
+    (names,) = _broadcast([path.name for path in sorted(directory.glob("step-*"), reverse=True)])
+    for name in names:
+        with ranks.doing(f"checking {name}"):
+            damage = manifest.damage(directory / name, dist.get_rank(), dist.get_world_size())
+        ranks.meet(f"{name} is checked")
+        if damages := [damage for damage in _gather(damage) if damage]:
+            _log.warning("warning: the checkpoint %s is passed over: %s", directory / name, damages[0])
+        else:
+            return _load(engine, directory / name)
+    if (directory / LATEST).is_file():
+        raise UserError(
+            f"No checkpoint in {directory} is whole any more: put one back, or delete the folder to start anew."
+        )
+    return TrainState()
+
+
+def latest(directory: Path) -> str:
+    """The checkpoint that ``latest`` names, in words."""
+    pointer = directory / LATEST
+    return str(directory / pointer.read_text()) if pointer.is_file() else "none"
+
+
+def _load(engine: deepspeed.DeepSpeedEngine, folder: Path) -> TrainState:
+    writers = json.loads((folder / MANIFEST).read_text())["ranks"]
+    universal = writers != dist.get_world_size()
+    if universal:
+        if engine.zero_nvme_offload_optimizer():
+            raise UserError(
+                f"{folder} was written by {writers} ranks with the optimizer on NVMe, which DeepSpeed cannot convert "
+                f"for {dist.get_world_size()}: go on with {writers} ranks."
+            )
+        folder = _converted(folder, writers)
+    engine._config.load_universal_checkpoint = universal
+    with (
+        ranks.doing(f"loading {folder.name}"),
+        as_data(folder),
+        _meeting_before_the_gathering(engine, f"the weights of {folder.name} are loaded"),
+    ):
+        _, client_state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    ranks.meet(f"{folder.name} is loaded")
+    engine._config.load_universal_checkpoint = False
+    if universal:
+        # DeepSpeed gives all groups of Parameters one tensor that counts the steps, on the CPU. Each of them counts it
+        # up, and on a GPU a fused Adam wants it there.
+        for part, group in engine.optimizer.optimizer.state.items():
+            if torch.is_tensor(group["step"]):
+                group["step"] = group["step"].to(part.device, torch.float32, copy=True)
+    known = TrainState.__dataclass_fields__.keys() & client_state.keys()  # runs of earlier versions lack the newest
+    state = TrainState(**{name: client_state[name] for name in known})
+    if engine.zero_nvme_offload_optimizer():
+        _load_adam_of_nvme(engine, state.step)
+    return state
+
+
+def _load_adam_of_nvme(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
+    """Make Adam go on with the moments that lie on the disk.
+
+    DeepSpeed copies their files back and loads nothing else: Adam would begin with moments of 0, at step 1, with the
+    learning rate of the first step.
+    """
+    adam, swapper = engine.optimizer.optimizer, engine.optimizer.optimizer_swapper
+    for part in engine.optimizer.fp32_partitioned_groups_flat:
+        stored = swapper.swap_params_info[part.ds_id]
+        moments = {name: torch.empty(stored.numel()) for name in ("exp_avg", "exp_avg_sq")}
+        adam.state[part] = {"step": step, **moments}
+        swapper._update_param_state_info(stored, part)
+        stored.release_memory()
+    for group, lr in zip(adam.param_groups, engine.lr_scheduler.get_last_lr(), strict=True):
+        group["lr"] = lr
+
+
+def _converted(folder: Path, writers: int) -> Path:
+    """The checkpoint as DeepSpeed's universal one, made by the first rank."""
+    universal = folder.with_name(_UNIVERSAL + folder.name)
+    if dist.get_rank() == 0 and not universal.exists():
+        with ranks.doing(f"converting {folder.name}"):
+            _convert(folder, universal, writers)
+    ranks.meet(f"{folder.name} is converted")
+    return universal
+
+
+def _convert(folder: Path, universal: Path, writers: int) -> None:
+    _log.info("converting %s, written by %d ranks, for %d ...", folder, writers, dist.get_world_size())
+    partial = folder.with_name(f"{_UNIVERSAL}partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    places = ["--input_folder", str(folder), "--output_folder", str(partial)]
+    workers = ["--num_extract_workers=1", f"--num_merge_workers={min(8, len(os.sched_getaffinity(0)))}"]
+    command = [sys.executable, "-m", "qat.train.universal", *places, *workers]
+    # The converter forks: a child of a process that has computed with OpenMP's threads would wait for them for ever.
+    done = subprocess.run(command, text=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = (done.stderr.strip() or "killed").splitlines()[-1]
+        if done.returncode == REFUSED:
+            raise UserError(reason)
+        raise UserError(
+            f"{folder}, written by {writers} ranks, could not be converted for {dist.get_world_size()} ({reason}): "
+            f"make room for twice its size, or go on with {writers} ranks."
+        )
+    partial.rename(universal)
+
+
+@contextmanager
+def _meeting_before_the_gathering(engine: deepspeed.DeepSpeedEngine, what: str) -> Iterator[None]:
+    """Within it, DeepSpeed writes or reads each rank's files, and then gathers small weights: not before all have come
+    so far."""
+    optimizer = engine.optimizer
+    gather_weights = optimizer.checkpoint_event_epilogue
+
+    def meet_first() -> None:
+        ranks.meet(what)
+        gather_weights()
+
+    optimizer.checkpoint_event_epilogue = meet_first
+    yield
+    del optimizer.checkpoint_event_epilogue  # of this object: its class's is there again
+
+
+class _Writer(TorchCheckpointEngine):
+    """DeepSpeed's writer of files. It keeps a failure until all ranks have met at DeepSpeed's barriers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.zipfile_serialization = True  # so that an export can map the files into memory
+        self.failure = ""
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        try:
+            super().save(state_dict, path)
+        except (OSError, RuntimeError) as error:
+            self.failure = self.failure or str(error)
+
+
+def _gather(value: Any) -> list[Any]:
+    """Every rank's value, on all ranks."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _broadcast(value: Any) -> list[Any]:
+    values = [value]
+    dist.broadcast_object_list(values, 0)
+    return values
+
+
+def _agree(failure: str, folder: Path) -> None:
+    """Raise UserError on all ranks if one has a failure, and delete what there is of the checkpoint."""
+    failures = [failure for failure in _gather(failure) if failure]
+    if not failures:
+        return
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    raise UserError(
+        f"{folder} could not be written ({failures[0]}): make room and start again. "
+        f"The last whole checkpoint is {latest(folder.parent)}."
+    )
+
+
+def _superseded(checkpoints: list[Path], newest: Path, keep: int) -> list[Path]:
+    """All but the last ``keep`` up to ``newest``; what is later was left broken by a killed run."""
+    whole = [path for path in checkpoints if path <= newest]
+    return [path for path in checkpoints if path > newest] + whole[:-keep]
+
+
+def _delete(checkpoint: Path) -> None:
+    """The manifest first: what is half deleted must not pass for damaged."""
+    (checkpoint / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)

@@ -1,0 +1,121 @@
+"""DeepSpeed's JSON files: how to run. The flags say what is learned, and the two must not contradict each other."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qat.runtime.errors import UserError
+
+_FP32_BUFFERS = "inv_freq"
+"""RoPE's frequencies. ``zero.Init`` and the engine cast all floating tensors to bf16, which would put a phase of
+thousands of radians off by whole ones; DeepSpeed leaves alone the buffers that it is told."""
+
+_REFUSED = {
+    "fp16.enabled": "the student computes in bf16 on GPUs and in fp32 on CPUs",
+    "torch_autocast.enabled": "it would cast what the quantizers compute in fp32",
+    "bf16.bf16_master_weights_and_grads": "at the paper's learning rate most bf16 weights never move",
+    "bf16.bf16_optimizer_states": "Adam's moments are kept in fp32",
+    "tensor_parallel": "AutoTP replaces the quantized layers by its own",
+    "expert_parallel": "it replaces layers by its own",
+    "hybrid_engine": "it replaces layers by its own",
+    "zero_optimization.zero_quantized_weights": "it would quantize the teacher and the student a second time",
+    "zero_optimization.zero_quantized_nontrainable_weights": "it would quantize the teacher",
+    "zero_optimization.zero_quantized_gradients": "it would round the student's gradients",
+    "zero_optimization.zenflow": "it updates the weights late, and what is late is in no checkpoint",
+    "zero_optimization.elastic_checkpoint": "another number of ranks goes on without it",
+    "checkpoint": "checkpoints are written, checked and found again without it",
+    "scheduler": "the learning rate is set by --lr, --warmup_steps and --min_lr_ratio",
+}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The DeepSpeed JSON at ``path``; raises UserError if nothing can be trained so."""
+    try:
+        ds_config = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"There is no DeepSpeed configuration at {path}: see ds_configs/.") from error
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise UserError(f"{path} is not JSON: {error}.") from error
+    if _get(ds_config, "zero_optimization.stage") != 3:
+        raise UserError(f"{path} must set zero_optimization.stage to 3: teacher and student are sharded.")
+    for key, reason in _REFUSED.items():
+        if _get(ds_config, key):
+            raise UserError(f"{path} sets {key}, which is refused: {reason}. Remove it.")
+    kept = _get(ds_config, "data_types.keep_in_fp32_modules")
+    _set(ds_config, "data_types.keep_in_fp32_modules", [*(kept if isinstance(kept, list) else []), _FP32_BUFFERS])
+    return ds_config
+
+
+def read_for_here(path: Path) -> dict[str, Any]:
+    """``read``; raises UserError, too, if it names an NVMe folder that this machine has not."""
+    ds_config = read(path)
+    for part in ("offload_optimizer", "offload_param"):
+        nvme = _get(ds_config, f"zero_optimization.{part}.nvme_path")
+        if nvme and not Path(nvme).is_dir():
+            raise UserError(f"{path} puts {part} on {nvme}, which is not there: give a folder on a local NVMe disk.")
+    return ds_config
+
+
+def resolve(path: Path, learning: dict[str, Any]) -> dict[str, Any]:
+    """The JSON at ``path``, for this machine, with the flags filled in.
+
+    ``learning`` maps dotted keys of the JSON to the flags' values. A key that the JSON leaves out, or calls "auto",
+    takes the flag's value; raises UserError if it holds another one.
+    """
+    ds_config = read_for_here(path)
+    for key, value in learning.items():
+        there = _get(ds_config, key)
+        if there not in (None, "auto", value):
+            raise UserError(
+                f'{path} says {key} = {there}, the flags say {value}: change one, or write "auto" in the JSON.'
+            )
+        _set(ds_config, key, value)
+    if unresolved := _autos(ds_config):
+        raise UserError(f'{path} says {unresolved[0]} = "auto", but no flag sets it: give a value.')
+    return ds_config
+
+
+def for_teacher(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """This way of running, without anything that learns: the teacher is sharded like the student."""
+    config = copy.deepcopy(ds_config)
+    for key in ("optimizer", "gradient_clipping", "gradient_accumulation_steps", "tensorboard", "wandb"):
+        config.pop(key, None)
+    zero = config["zero_optimization"]
+    zero.pop("offload_optimizer", None)
+    if nvme := _get(zero, "offload_param.nvme_path"):
+        # An engine empties its folder of parameters when it is made: the student's must not be the teacher's.
+        zero["offload_param"]["nvme_path"] = str(Path(nvme) / "teacher")
+    return config
+
+
+def dtype(ds_config: dict[str, Any]) -> torch.dtype:
+    """What is computed in."""
+    return torch.bfloat16 if _get(ds_config, "bf16.enabled") else torch.float32
+
+
+def _get(config: dict[str, Any], dotted: str) -> Any:
+    value: Any = config
+    for key in dotted.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _autos(config: dict[str, Any], prefix: str = "") -> list[str]:
+    """The dotted keys that are still "auto"."""
+    found = []
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found += _autos(value, f"{prefix}{key}.")
+        elif value == "auto":
+            found.append(prefix + key)
+    return found
+
+
+def _set(config: dict[str, Any], dotted: str, value: Any) -> None:
+    *path, last = dotted.split(".")
+    for key in path:
+        config = config.setdefault(key, {})
+    config[last] = value

@@ -1,0 +1,70 @@
+"""What a run says: one JSON line a step in ``log.jsonl``, a progress bar, and DeepSpeed's monitors."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+
+from qat.runtime import memory, progress
+from qat.runtime.errors import first_line
+from qat.runtime.files import read_lines, write_atomically, writing
+from qat.train.checkpoint import TrainState
+
+_log = logging.getLogger(__name__)
+
+
+class RunLog:
+    """The first rank's log. Once begun it never ends a run: what cannot be written (a full disk, a lost network) is
+    warned of once, and tried again with the next step.
+
+    Args:
+        path: the file; what it holds of steps after ``state.step``, which are taken again, is dropped
+        student: its monitors (TensorBoard, Weights & Biases, as the DeepSpeed JSON says) get the same figures
+
+    Raises UserError if the file cannot be written when the run starts.
+    """
+
+    def __init__(self, path: Path, student: deepspeed.DeepSpeedEngine, state: TrainState, steps: int):
+        kept = [record for record in read_lines(path) if record["step"] <= state.step] if path.exists() else []
+        with writing(path):
+            write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+            self._path, self._file, self._steps = path, path.open("a", buffering=1), steps
+        master = student.monitor
+        monitors = (master.tb_monitor, master.wandb_monitor, master.csv_monitor, master.comet_monitor)
+        self._monitors = [monitor for monitor in monitors if monitor is not None]
+        self._warned = set[str]()
+        self._bar = progress.bar(desc="train", total=steps, initial=state.step, unit="step")
+
+    def step(self, state: TrainState, figures: dict[str, Any]) -> None:
+        """Write one step's figures."""
+        record = {
+            "step": state.step,
+            **figures,
+            "tokens": state.tokens,
+            "seconds": round(state.seconds, 2),
+            "eta_seconds": round(state.seconds / state.step * (self._steps - state.step)),
+            "memory_gb": round(memory.peak() / 1e9, 3),
+        }
+        self._try(str(self._path), self._file.write, json.dumps(record) + "\n")
+        # By samples, as DeepSpeed's own events are: Weights & Biases ignores what comes under a lower number.
+        numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
+        events = [(f"train/{name}", value, state.samples) for name, value in numbers.items()]
+        for monitor in self._monitors:
+            self._try(type(monitor).__name__, monitor.write_events, events)
+        self._try("the progress bar", self._show, figures)
+
+    def _show(self, figures: dict[str, Any]) -> None:
+        shown = {name: f"{figures[name]:.3f}" for name in ("loss", "kl")}
+        self._bar.set_postfix(shown | {"tok_s": f"{figures['tokens_per_second']:.0f}"}, refresh=False)
+        self._bar.update()
+
+    def _try(self, what: str, write: Callable[..., object], *given: object) -> None:
+        try:
+            write(*given)
+        except Exception as error:  # Weights & Biases and Comet have their own
+            if what not in self._warned:
+                self._warned.add(what)
+                _log.warning("warning: %s cannot be written (%s): the run goes on without.", what, first_line(error))

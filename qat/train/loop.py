@@ -1,0 +1,217 @@
+"""The training loop."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from qat.data.sequences import Sample, TrainingData
+from qat.quant.config import QuantConfig
+from qat.quant.linear import ARITHMETIC, can_multiply_codes
+from qat.runtime import ranks
+from qat.runtime.errors import UserError, check_choice, check_least
+from qat.runtime.machine import device
+from qat.runtime.preemption import StopSignal
+from qat.train import checkpoint, flops
+from qat.train.checkpoint import TrainState
+from qat.train.distill import LOSSES, Targets
+from qat.train.engines import Teacher
+from qat.train.log import RunLog
+from qat.train.validation import Texts, perplexities
+
+SETTINGS, CHECKPOINTS, LOG, TENSORBOARD, FINAL = "settings.json", "checkpoints", "log.jsonl", "tensorboard", "final"
+"""A run's folder: what it is, its checkpoints, one JSON line a step, the same for TensorBoard, and the trained
+student."""
+
+_STEPS_BEFORE_JUDGING = 20
+"""Steps that the average loss is over, and that must have been taken before a loss is called exploding."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the student learns: AdamW without weight decay, by single sequences. The defaults are the paper's.
+
+    Args:
+        loss: logits (cross-entropy with the teacher's distribution: the paper's choice), label (with the next token),
+            logits+hidden or logits+attention (its comparison: hidden states or attention maps are matched too)
+        steps: optimizer steps; 0 for one pass over the data
+        lr: peak learning rate
+        warmup_steps: steps of linear warm-up before the cosine
+        min_lr_ratio: the cosine ends at this fraction of lr
+        batch_size: sequences per optimizer step, over all ranks, however many there are: each rank takes its share one
+            by one (the paper: one on each of 8 GPUs)
+        gradient_clipping: largest global gradient norm; 0 clips nothing
+        gradient_checkpointing: recompute activations in backward: less memory, a third more time
+        save_every: steps between checkpoints
+        keep: how many checkpoints to keep
+        eval_every: steps between measurements of the perplexity on held-out sequences, where some are given
+        max_loss_ratio: stop if a step's loss is so many times its average; 0 never does
+        peak_flops: FLOP/s that one device can do (989e12 for bf16 on an H100): logs the model FLOP utilisation
+        deterministic: on GPUs, a resumed run goes on bit for bit; slower (docs/gpu/). CPUs always do so
+        seed: of the order of the data
+    """
+
+    loss: str = "logits"
+    steps: int = 0
+    lr: float = 2e-5
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.0
+    batch_size: int = 8
+    gradient_clipping: float = 1.0
+    gradient_checkpointing: bool = True
+    save_every: int = 500
+    keep: int = 2
+    eval_every: int = 500
+    max_loss_ratio: float = 4.0
+    peak_flops: float = 0.0
+    deterministic: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice(self, loss=LOSSES)
+        check_least(self, steps=0, warmup_steps=0, min_lr_ratio=0, gradient_clipping=0, max_loss_ratio=0, peak_flops=0)
+        check_least(self, batch_size=1, save_every=1, keep=1, eval_every=1)
+        if not 0 < self.lr < 1:
+            raise UserError(f"lr={self.lr} is not possible: give a learning rate above 0 and below 1, say 2e-5.")
+
+    def lr_factor(self, step: int) -> float:
+        """Learning rate of optimizer step ``step`` (from 0) over ``lr``: linear warm-up, then a cosine."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+
+    def ds_settings(self, world_size: int) -> dict[str, object]:
+        """What a DeepSpeed JSON must not contradict, by its dotted keys.
+
+        Raises UserError for a batch that ``world_size`` ranks cannot share.
+        """
+        if self.batch_size % world_size:
+            raise UserError(
+                f"batch_size={self.batch_size} cannot be shared by {world_size} ranks: give a multiple of "
+                f"{world_size}, or start a number of ranks that divides {self.batch_size}."
+            )
+        return {
+            "train_batch_size": self.batch_size,
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": self.batch_size // world_size,
+            "gradient_clipping": self.gradient_clipping,
+            "optimizer.type": "AdamW",
+            "optimizer.params.lr": self.lr,
+            "optimizer.params.weight_decay": 0.0,
+        }
+
+
+def train(
+    student: deepspeed.DeepSpeedEngine,
+    teacher: Callable[[Sample], Targets],
+    data: TrainingData,
+    config: TrainConfig,
+    run: Path,
+    stop: StopSignal,
+    held_out: Texts,
+) -> bool:
+    """Train to ``config.steps`` from the run's last whole checkpoint; False if a signal stopped it before."""
+    state = checkpoint.resume(student, run / CHECKPOINTS)
+    log = RunLog(run / LOG, student, state, config.steps) if dist.get_rank() == 0 else None
+    stopped = False
+    while state.step < config.steps and not stopped:
+        figures, stopped = take_step(student, teacher, data, config, state, stop)
+        check_sane(figures, config, state, run / CHECKPOINTS)
+        last = state.step == config.steps
+        due = state.step // config.eval_every > state.measured // config.eval_every
+        if held_out and (last or (due and not stopped)):  # who is told to stop saves first, and measures later
+            figures |= {f"ppl_{name}": ppl for name, ppl in perplexities(student, held_out, device()).items()}
+            state.measured = state.step
+        if log is not None:
+            log.step(state, figures)
+        if state.step % config.save_every == 0 or last or stopped:
+            checkpoint.save(student, run / CHECKPOINTS, state, config.keep)
+    return state.step == config.steps
+
+
+def arithmetic_of(settings: dict[str, Any], run: Path) -> str:
+    """How the run in folder ``run``, begun with ``settings``, computes.
+
+    The first version wrote into the folder, not into the settings, whether it multiplied codes or floats; in bf16 it
+    rounded the frequencies of RoPE too.
+    """
+    if "arithmetic" in settings:
+        return settings["arithmetic"]
+    if (settings.get("bf16") or {}).get("enabled"):
+        return "RoPE in bf16"
+    record = run / "integer_product"
+    quant = QuantConfig(**{name: settings[name] for name in QuantConfig.__dataclass_fields__ if name in settings})
+    in_floats = record.is_file() and record.read_text() == "floats"
+    return "products of floats" if in_floats and can_multiply_codes(quant.weights, quant.activations) else ARITHMETIC
+
+
+def take_step(
+    student: deepspeed.DeepSpeedEngine,
+    teacher: Callable[[Sample], Targets],
+    data: TrainingData,
+    config: TrainConfig,
+    state: TrainState,
+    stop: StopSignal,
+) -> tuple[dict[str, float], bool]:
+    """One optimizer step on the next ``config.batch_size`` samples; its figures, and whether any rank must stop."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    began, lr = time.monotonic(), student.get_lr()[0]
+    learned = torch.zeros(2, dtype=torch.float64, device=device())  # loss, KL
+    done = [0.0, 0.0]  # tokens, FLOPs
+    for _ in range(config.batch_size // world_size):
+        ranks.announce("reading a sample", state.step + 1)
+        number = state.samples + rank
+        sample = data.sample(number).to(device())
+        torch.manual_seed(config.seed + number)  # dropout, where a model has it, belongs to the sample
+        ranks.announce("forward and backward")
+        loss, kl = student(sample.input_ids, teacher(sample))
+        student.backward(loss)
+        if student.is_gradient_accumulation_boundary():
+            ranks.announce("optimizer step")
+        student.step()
+        tokens = sample.input_ids.shape[1] - 1
+        learned += torch.stack([loss.detach(), kl])
+        del loss  # and its graph, before the next one is made
+        done[0] += tokens
+        done[1] += flops.distillation(student.module.student.config, tokens, isinstance(teacher, Teacher))
+        state.samples += world_size
+    sums = torch.cat([learned, learned.new_tensor([*done, stop.received])])
+    dist.all_reduce(sums)
+    loss_sum, kl_sum, token_sum, flops_sum, told_to_stop = sums.tolist()
+    seconds = time.monotonic() - began
+    state.step += 1
+    state.tokens += int(token_sum)
+    state.seconds += seconds
+    figures = {
+        "loss": loss_sum / config.batch_size,
+        "kl": kl_sum / config.batch_size,
+        "lr": lr,
+        "grad_norm": float(student.get_global_grad_norm()),
+        "tokens_per_second": round(token_sum / seconds, 1),
+    }
+    if config.peak_flops:
+        figures["mfu"] = round(flops_sum / seconds / (world_size * config.peak_flops), 4)
+    return figures, told_to_stop > 0
+
+
+def check_sane(figures: dict[str, float], config: TrainConfig, state: TrainState, checkpoints: Path) -> None:
+    """Raise UserError, on all ranks alike, for a loss or gradient that is not finite, or a loss that explodes."""
+    loss, norm = figures["loss"], figures["grad_norm"]
+    advice = f"The last good checkpoint is {checkpoint.latest(checkpoints)}; a lower lr or a longer warm-up may help."
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise UserError(f"At step {state.step} the loss is {loss} and the gradient norm {norm}. {advice}")
+    known = state.step > _STEPS_BEFORE_JUDGING
+    if config.max_loss_ratio and known and loss > config.max_loss_ratio * state.average_loss:
+        raise UserError(
+            f"At step {state.step} the loss is {loss:.3g}, more than max_loss_ratio={config.max_loss_ratio:g} times "
+            f"its average of {state.average_loss:.3g}. {advice}"
+        )
+    weight = max(1 / state.step, 1 / _STEPS_BEFORE_JUDGING)
+    state.average_loss += weight * (loss - state.average_loss)

@@ -1,0 +1,118 @@
+"""What the teacher predicts, on disk: training then runs without a teacher.
+
+A folder of ``targets-*.safetensors``, each for some consecutive sequences of a shard folder, in one of two forms:
+
+* the k most likely tokens of every position: ``ids`` int32 [tokens, k] and ``log_probabilities`` fp16 [tokens, k],
+  6 k bytes a token; see distill.TopKTargets for what becomes of the rest;
+* the final hidden states: ``hidden`` [tokens, hidden] in the dtype that the teacher computes in, and its output weight
+  once, in ``head.safetensors``. Nothing is lost.
+
+``offsets`` int64 says where each sequence begins. A file appears whole, and ``manifest.json`` says what made it.
+"""
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from qat.data.sequences import Sample
+from qat.runtime.errors import UserError, differences
+from qat.runtime.files import load_tensors, save_tensors, write_atomically, writing
+from qat.train.distill import CHUNK_TOKENS, TeacherTargets, TopKTargets
+
+SEQUENCES_PER_FILE = 256
+
+_HEAD = "head.safetensors"
+
+
+class TeacherCache:
+    """The folder. ``settings`` are what its content depends on: the teacher, the data, and ``top_k``."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self._head: Tensor | None = None
+
+    def claim(self, settings: dict[str, object]) -> None:
+        """Create the folder for ``settings``, or check that it was made with the same; raises UserError if not."""
+        path = self.directory / "manifest.json"
+        with writing(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                write_atomically(path, json.dumps(settings, indent=2) + "\n")
+        self.check(settings)
+
+    def check(self, settings: dict[str, object]) -> None:
+        """Raise UserError unless the folder was made with ``settings``."""
+        path = self.directory / "manifest.json"
+        if not path.is_file():
+            raise UserError(
+                f"There is no teacher cache at {self.directory}: run launch/cache_teacher.py --output there."
+            )
+        made_with = self.fingerprint()
+        if listed := differences({key: made_with.get(key) for key in settings}, settings):
+            raise UserError(f"{self.directory} was made with other settings ({listed}): make a cache for these.")
+
+    def fingerprint(self) -> dict[str, object]:
+        """The settings that the folder was made with."""
+        return json.loads((self.directory / "manifest.json").read_text())
+
+    def path(self, number: int) -> Path:
+        """The file of sequences ``number * SEQUENCES_PER_FILE`` and on."""
+        return self.directory / f"targets-{number:05d}.safetensors"
+
+    def missing(self, sequences: int) -> list[int]:
+        """The numbers of the files that a folder of ``sequences`` sequences still lacks."""
+        return [i for i in range(-(-sequences // SEQUENCES_PER_FILE)) if not self.path(i).exists()]
+
+    def check_complete(self, sequences: int) -> None:
+        """Raise UserError if a folder of ``sequences`` sequences lacks a file."""
+        if missing := self.missing(sequences):
+            raise UserError(
+                f"{self.directory} is incomplete: {self.path(missing[0]).name} is missing, and {len(missing) - 1} "
+                "other files. Run launch/cache_teacher.py again."
+            )
+
+    def write(self, number: int, entries: list[dict[str, Tensor]]) -> None:
+        """Write file ``number``: one dictionary of tensors [tokens, ...] for each of its sequences."""
+        lengths = torch.tensor([0] + [len(next(iter(entry.values()))) for entry in entries])
+        tensors = {name: torch.cat([entry[name] for entry in entries]) for name in entries[0]}
+        self._save({"offsets": lengths.cumsum(0), **tensors}, self.path(number))
+
+    def write_head(self, weight: Tensor) -> None:
+        """Write the teacher's output weight [vocabulary, hidden], which hidden states need."""
+        self._save({"weight": weight.detach().cpu().contiguous()}, self.directory / _HEAD)
+
+    def __call__(self, sample: Sample) -> TeacherTargets | TopKTargets:
+        """The teacher's targets for a sample of the data, on the sample's device."""
+        number, position = divmod(sample.sequence, SEQUENCES_PER_FILE)
+        path, device = self.path(number), sample.input_ids.device
+        with safe_open(path, framework="pt") as file:
+            first, last = file.get_slice("offsets")[position : position + 2].tolist()
+            entry = {name: file.get_slice(name)[first:last].to(device) for name in file.keys() if name != "offsets"}  # noqa: SIM118
+        if last - first != sample.input_ids.shape[1] - 1:
+            raise UserError(f"{path} does not belong to the data: sequence {sample.sequence} has another length there.")
+        if "ids" in entry:
+            return TopKTargets(entry["ids"], entry["log_probabilities"])
+        if self._head is None:
+            self._head = load_tensors(self.directory / _HEAD)["weight"].to(device)
+        return TeacherTargets(entry["hidden"], lambda: nullcontext(self._head))  # type: ignore[arg-type]
+
+    def _save(self, tensors: dict[str, Tensor], path: Path) -> None:
+        partial = path.with_suffix(".partial")
+        save_tensors(tensors, partial)
+        partial.replace(path)
+
+
+def entry_of(targets: TeacherTargets, top_k: int) -> dict[str, Tensor]:
+    """What a cache keeps of one sequence: the ``top_k`` most likely tokens, or, for 0, the final hidden states."""
+    if top_k == 0:
+        return {"hidden": targets.hidden.cpu().clone()}
+    ids, log_probabilities = [], []
+    for logits in targets.logits(CHUNK_TOKENS[targets.hidden.device.type]):
+        top = torch.log_softmax(logits, -1, dtype=torch.float32).topk(top_k, -1)
+        ids.append(top.indices.int().cpu())
+        log_probabilities.append(top.values.half().cpu())
+    return {"ids": torch.cat(ids), "log_probabilities": torch.cat(log_probabilities)}

@@ -75,7 +75,8 @@ def test_every_product_that_is_exact_gives_the_same_numbers(product, qmax):
         pytest.skip("not exact on this processor")
     torch.manual_seed(0)
     x = Quantized(torch.randint(90, 128, (5, 3000), dtype=torch.int8), Grid(torch.rand(5, 1)))
-    w = Quantized(torch.randint(qmax // 2, qmax + 1, (8, 3000), dtype=torch.int8), Grid(torch.rand(8, 1)))
+    codes = torch.randint(qmax // 2, qmax + 1, (8, 3004), dtype=torch.int8)[:, :3000]
+    w = Quantized(codes, Grid(torch.rand(8, 1)))
     exact = (x.codes.double() @ w.codes.double().t()).float()
     assert qmax < 127 or exact.max() > 2**24
     expected = exact * x.grid.scale * w.grid.scale.t()
@@ -92,6 +93,15 @@ def test_a_product_that_saturates_is_not_exact(monkeypatch):
     monkeypatch.setattr(products, "_TEST_SIZE", {"cpu": 32})
     assert products.is_exact(saturating, torch.device("cpu"), qmax=63)
     assert not products.is_exact(saturating, torch.device("cpu"), qmax=127)
+
+
+def test_a_product_that_does_not_heed_strides_is_not_exact():
+    """As oneDNN's prepacking, given the codes of a packed layer, which lie beside their scales."""
+
+    def careless(codes, weight):
+        return codes.int() @ weight.as_strided(weight.shape, (weight.shape[1], 1)).int().t()
+
+    assert not products.is_exact(careless, torch.device("cpu"), qmax=7)
 
 
 def test_a_learned_step_needs_its_start_and_then_learns():

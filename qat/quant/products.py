@@ -100,7 +100,7 @@ def qlinear(codes: Tensor, weight: Tensor) -> Tensor:
 
     Without VNNI it adds pairs of products in 16 bits: exact up to 255 * 2 * 64, hence for weights of 7 bits at most.
     """
-    packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    packed = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)  # it would not heed other strides
     unsigned = codes.bitwise_xor(-128).view(torch.uint8)  # code + 128
     ones, zeros = torch.ones(len(weight)), torch.zeros(len(weight), dtype=torch.int64)
     return torch.ops.onednn.qlinear_pointwise(
@@ -137,8 +137,10 @@ def is_exact(product: IntegerProduct, device: torch.device, qmax: int) -> bool:
     largest, heaviest = torch.full_like(codes, 127), torch.full_like(weight, qmax)
     cases = ((largest, heaviest), (largest, -heaviest), (codes, heaviest), (largest, weight), (codes, weight))
     some_rows = ((codes[:rows], weight) for rows in (1, 17, 333))
+    strided = ((pad(codes, (0, 4))[:, :-4], weight), (codes, pad(weight, (0, 4))[:, :-4]), (codes.t(), weight.t()))
+    every = (*cases, *some_rows, *strided)
     try:
-        return all(torch.equal(product(a, b).double(), a.double() @ b.double().t()) for a, b in (*cases, *some_rows))
+        return all(torch.equal(product(a, b).double(), a.double() @ b.double().t()) for a, b in every)
     except (AttributeError, NotImplementedError, RuntimeError):  # there is no such operator here
         return False
 

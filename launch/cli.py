@@ -1,6 +1,8 @@
 """What the entry points share: dataclasses from flags and YAML, and errors without tracebacks."""
 
+import argparse
 import atexit
+import importlib
 import logging
 import os
 import sys
@@ -21,6 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from qat.runtime import malloc
 from qat.runtime.errors import UserError
 from qat.runtime.ranks import are_watched, fail
+from qat.runtime.table import choices_of
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -89,21 +92,52 @@ def is_first_rank() -> bool:
     return rank() == 0
 
 
+PLUGIN = "modules to import first, with commas between: they may add quantizers, losses, methods and formats"
+
+
+def import_plugins(names: str | None) -> None:
+    """Import modules, named with commas between, from the working directory too; raises UserError if one is not there."""
+    if names and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    for name in names.split(",") if names else ():
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(f"--plugin={name} cannot be imported: {error}.") from error
+
+
 def parse(description: str, *configs: type) -> list[Any]:
     """One instance of each dataclass, its fields set by flags, a YAML recipe (``--config``), or their defaults.
 
-    Flags beat the recipe where they come after it. The fields' help is the ``Args`` of their docstrings. Raises
-    UserError for flags that there are not, and for values that they cannot have.
+    Flags beat the recipe where they come after it. The fields' help is the ``Args`` of their docstrings, and what they
+    can be chosen from. Raises UserError for flags that there are not, and for values that they cannot have.
     """
+    import_plugins(_plugin_flag())  # before the parser lists what there is
     parser = ArgumentParser(
         description=description.strip(), prog=Path(sys.argv[0]).name, allow_abbrev=False, exit_on_error=False
     )
     parser.add_argument("--config", action="config", help="YAML recipe with any of the flags below")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
+    parser.add_argument("--plugin", help=PLUGIN)
     for config in configs:
         parser.add_class_arguments(config)
+        _list_choices(parser, config)
     try:
         values = parser.parse_args()
     except ArgumentError as error:
         raise UserError(f"{' '.join(str(error).split())}\n{parser.format_usage().strip()}") from error
+    import_plugins(values.plugin)  # of a recipe
     return [config(**{field.name: values[field.name] for field in fields(config)}) for config in configs]
+
+
+def _plugin_flag() -> str | None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--plugin")
+    return parser.parse_known_args()[0].plugin
+
+
+def _list_choices(parser: ArgumentParser, config: type) -> None:
+    """Add to the help of a dataclass's flags what they can be chosen from."""
+    for action in parser._actions:
+        for name, thing in choices_of(config).get(action.dest, {}).items():
+            action.help = f"{action.help}; {name}: {thing.meaning}"

@@ -1,0 +1,68 @@
+"""Tables: the things of one kind, by the name that a setting gives. A new thing is one file, and one line in its table."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Generic, TypeVar
+
+from qat.runtime.errors import UserError
+
+T = TypeVar("T")
+
+
+class Table(Mapping[str, T], Generic[T]):
+    """The things of one kind, in the order in which they were added.
+
+    Args:
+        kind: what they are, for messages: "loss", "quantizer"
+        things: those that the package brings; plug-ins ``add`` theirs
+    """
+
+    def __init__(self, kind: str, **things: T):
+        self.kind = kind
+        self._things = dict(things)
+
+    def add(self, name: str, thing: T) -> T:
+        """Add ``thing`` as ``name``; raises ValueError if there is another one of that name."""
+        if self._things.get(name, thing) is not thing:
+            raise ValueError(f"There is a {self.kind} {name!r} already.")
+        self._things[name] = thing
+        return thing
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._things:
+            raise UserError(
+                f"The {self.kind} {name!r} is unknown: choose {' or '.join(self)}, or load what adds it with --plugin."
+            )
+        return self._things[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._things
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._things)
+
+    def __len__(self) -> int:
+        return len(self._things)
+
+
+def choice(default: str, choices: Callable[[], Mapping[str, Any]]) -> Any:
+    """A dataclass field with the choices of a table, which may grow after its class was made.
+
+    ``check_choices`` refuses other values, and the commands' ``--help`` lists each choice with its ``meaning``.
+    """
+    return dataclasses.field(default=default, metadata={"choices": choices})
+
+
+def choices_of(kind: type) -> dict[str, Mapping[str, Any]]:
+    """The choices of a dataclass's fields made by ``choice``."""
+    return {
+        field.name: field.metadata["choices"]() for field in dataclasses.fields(kind) if "choices" in field.metadata
+    }
+
+
+def check_choices(settings: Any) -> None:
+    """Raise UserError if a field made by ``choice`` has none of its choices."""
+    for name, choices in choices_of(type(settings)).items():
+        given = getattr(settings, name)
+        if given not in choices:
+            raise UserError(f"{name}={given!r} is invalid: choose {' or '.join(choices)}.")

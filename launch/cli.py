@@ -96,7 +96,7 @@ PLUGIN = "modules to import first, with commas between: they may add quantizers,
 
 
 def import_plugins(names: str | None) -> None:
-    """Import modules, named with commas between, from the working directory too; raises UserError if one is not there."""
+    """Import modules, given with commas between, which may lie in the working directory; UserError if one does not."""
     if names and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     for name in names.split(",") if names else ():

@@ -1,4 +1,4 @@
-"""Tables: the things of one kind, by the name that a setting gives. A new thing is one file, and one line in its table."""
+"""Tables: the things of one kind, by the name that a setting gives. A new thing is one file and one line in a table."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from launch import cli
 from qat.quant import products
-from qat.quant.quantizers import Format, dequantize, fake_quantize, quantize
+from qat.quant.number_format import Format, dequantize, fake_quantize, quantize
 
 LAYERS = {"SmolLM2": (576, 192, 1536, 256), "LLaMA": (4096, 4096, 11008, 1024)}
 """Hidden size, size of keys and values, intermediate size, tokens."""

@@ -15,7 +15,7 @@ from qat.data.sequences import TrainingData
 from qat.ptq.gptq import GPTQConfig, error_of, gptq, hessian_of
 from qat.ptq.stream import Stream, calibration_sequences
 from qat.quant.config import QuantConfig
-from qat.quant.quantizers import dequantize, round_to_grid
+from qat.quant.number_format import dequantize, round_to_grid
 from qat.runtime.errors import UserError
 from qat.store import models, smollm2
 

@@ -25,7 +25,7 @@ from qat.evaluate.perplexity import TextScore, perplexity, text_windows
 from qat.infer import simulated
 from qat.infer.packed import memory
 from qat.quant.config import CONFIG_FILE
-from qat.quant.quantizers import FULL_PRECISION
+from qat.quant.number_format import FULL_PRECISION
 from qat.store import models, weight_files
 
 

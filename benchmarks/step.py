@@ -26,8 +26,8 @@ from qat.quant.architecture import quantizable_linears
 from qat.quant.config import QuantConfig
 from qat.quant.forward import predicting
 from qat.quant.linear import QuantLinear
+from qat.quant.number_format import FULL_PRECISION, Format
 from qat.quant.prepare import prepare
-from qat.quant.quantizers import FULL_PRECISION, Format
 from qat.train.distill import Distiller, TeacherTargets
 
 SMOLLM2 = LlamaConfig(

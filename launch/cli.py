@@ -140,4 +140,4 @@ def _list_choices(parser: ArgumentParser, config: type) -> None:
     """Add to the help of a dataclass's flags what they can be chosen from."""
     for action in parser._actions:
         for name, thing in choices_of(config).get(action.dest, {}).items():
-            action.help = f"{action.help}; {name}: {thing.meaning}"
+            action.help = f"{action.help}; {name}: {getattr(thing, 'meaning', thing)}"

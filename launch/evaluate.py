@@ -27,8 +27,8 @@ from qat.evaluate.tasks import ZERO_SHOT, task_names, zero_shot_average
 from qat.infer import simulated
 from qat.quant.config import CONFIG_FILE, QuantConfig
 from qat.quant.linear import ARITHMETIC, can_multiply_codes
+from qat.quant.number_format import FULL_PRECISION
 from qat.quant.prepare import freeze, prepare
-from qat.quant.quantizers import FULL_PRECISION
 from qat.runtime import ranks
 from qat.runtime.errors import UserError, check_choice, check_least, differences
 from qat.runtime.files import write_atomically, writing

@@ -15,8 +15,8 @@ from qat.ptq.gptq import GPTQConfig, quantize_layer
 from qat.ptq.smoothquant import SmoothQuant, SmoothQuantConfig
 from qat.ptq.stream import Stream, calibration_sequences
 from qat.quant.config import QuantConfig
+from qat.quant.number_format import FULL_PRECISION
 from qat.quant.prepare import prepare
-from qat.quant.quantizers import FULL_PRECISION
 from qat.runtime.errors import UserError, check_choice, check_least
 from qat.runtime.files import lock
 from qat.store import models

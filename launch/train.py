@@ -157,7 +157,7 @@ def main() -> int:
         taught_by = None if without_teacher else teacher_json
         planned = plan_of(config_of_model, student_json, taught_by, data.longest, config)
         warn_if_short(planned)
-    magnitudes = None
+    steps = None
     if without_teacher:
         targets: Callable[[Sample], Targets] = cache or engines.labels
     else:
@@ -165,10 +165,10 @@ def main() -> int:
             targets = teacher = engines.Teacher(model, deepspeed_json.for_teacher(teacher_json), config.loss)
         if quant.activations.learned:
             ranks.announce("measuring activations")
-            magnitudes = teacher.input_magnitudes(data.sample(cli.rank()).to(device()))
+            steps = teacher.initial_steps(data.sample(cli.rank()).to(device()), quant.activations)
     with ranks.doing("loading the student"):
         student = engines.student_engine(
-            begin, quant, student_json, config.lr_factor, config.gradient_checkpointing, config.loss, magnitudes
+            begin, quant, student_json, config.lr_factor, config.gradient_checkpointing, config.loss, steps
         )
     if cli.is_first_rank():
         claim(paths.output, identity, student_json, {"model": paths.model, "data": str(paths.data)})

@@ -8,8 +8,8 @@ from test_prepare import ids
 from qat.infer.integer_cache import IntegerCache, pack, unpack
 from qat.quant.config import QuantConfig
 from qat.quant.kv_cache import KVQuantizer, hadamard_matrix
+from qat.quant.number_format import Format, fake_quantize, quantize
 from qat.quant.prepare import prepare
-from qat.quant.quantizers import Format, fake_quantize, quantize
 from qat.runtime.errors import UserError
 
 KV_SETTINGS = [

@@ -5,7 +5,8 @@ from torch.nn.functional import linear
 
 from qat.quant import products
 from qat.quant.linear import InputQuantizer, QuantLinear
-from qat.quant.quantizers import Format, Grid, Quantized, fake_quantize, grid_of, inside, quantize, round_to_grid
+from qat.quant.number_format import Format, Quantized, fake_quantize, grid_of, inside, quantize, round_to_grid
+from qat.quant.quantizers.base import Grid
 
 FULL, W4, A8 = Format(16), Format(4), Format(8)
 SETTINGS = [

@@ -32,8 +32,9 @@ from qat.quant import forward, kv_cache, products
 from qat.quant.config import QuantConfig
 from qat.quant.kv_cache import AttentionRecord, KVQuantizer
 from qat.quant.linear import QuantLinear
+from qat.quant.number_format import Format, dequantize, fake_quantize, inside, quantize, round_to_grid
 from qat.quant.prepare import freeze, prepare
-from qat.quant.quantizers import METHODS, Format, dequantize, fake_quantize, inside, lsq, quantize, round_to_grid
+from qat.quant.quantizers import QUANTIZERS
 from qat.store import models, weight_files
 from qat.train import distill
 from qat.train.distill import Distiller, LabelTargets, TeacherTargets, TopKTargets
@@ -195,12 +196,13 @@ def tokens_on_gpu(count=24, batch=1):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("group_size", [0, 8])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", QUANTIZERS)
 def test_quantizers(method, group_size, dtype, gpu):
     x, form = torch.randn(3, 5, 32, device=GPU, dtype=dtype), Format(4, method, group_size)
     groups = (3, 5, 4 if group_size else 1)
     if form.learned:
-        check(lsq(x, torch.ones(1, device=GPU, dtype=dtype), form), dtype, x.shape)
+        step = torch.ones(1, device=GPU, dtype=dtype)
+        check(form.learned.fake_quantize(x, step, form.qmax), dtype, x.shape)
         return
     quantized = quantize(x, form)
     values, grid = round_to_grid(x, form)

@@ -18,8 +18,9 @@ from qat.ptq.gptq import GPTQConfig
 from qat.ptq.smoothquant import GROUPS, SmoothQuantConfig, fold, largest_inputs
 from qat.ptq.stream import Stream
 from qat.quant.config import QuantConfig
+from qat.quant.number_format import Format, Quantized, dequantize, grid_of, quantize, round_to_grid
 from qat.quant.prepare import freeze, prepare
-from qat.quant.quantizers import Format, Grid, Quantized, dequantize, grid_of, quantize, round_to_grid
+from qat.quant.quantizers.base import Grid
 from qat.runtime.errors import UserError
 from qat.store import models, smollm2
 from qat.store.compressed_tensors import INTEGERS
@@ -72,7 +73,7 @@ def obq(weight, hessian, form, damping, act_order):
     for i in hessian.diagonal().argsort(descending=True).tolist() if act_order else range(weight.shape[1]):
         group = i // (form.group_size or weight.shape[1])
         own = grid.map(lambda part: part[:, group : group + 1])  # noqa: B023
-        column = round_to_grid(left[:, i : i + 1].float(), Format(form.bits, form.method), own)[0].double()
+        column = round_to_grid(left[:, i : i + 1].float(), Format(form.bits, form.quantizer), own)[0].double()
         rounded[:, i : i + 1] = column
         left = left - (left[:, i : i + 1] - column) * inverse[i] / inverse[i, i]
         inverse = inverse - torch.outer(inverse[:, i], inverse[i]) / inverse[i, i]

@@ -7,25 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from qat.quant import fused, quantizers
-from qat.quant.quantizers import (
-    METHODS,
-    Format,
-    Grid,
-    dequantize,
-    fake_quantize,
-    grid_of,
-    inside,
-    lsq,
-    lsq_initial_step,
-    quantize,
-    round_to_grid,
-)
+from qat.quant import fused, number_format
+from qat.quant.number_format import Format, dequantize, fake_quantize, grid_of, inside, quantize, round_to_grid
+from qat.quant.quantizers import QUANTIZERS, lsq
+from qat.quant.quantizers.base import Grid, divided
 
 BITS = st.integers(2, 8)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)  # denormals and huge outliers included
-FIXED = [method for method in METHODS if method != "lsq"]  # those whose grid is a function of the tensor
+FIXED = [name for name, quantizer in QUANTIZERS.items() if not quantizer.learned]  # the grid: a function of the tensor
+MINMAX, ASYMMETRIC, LSQ = (QUANTIZERS[name] for name in ("minmax", "minmax_asymmetric", "lsq"))
 FORMATS = st.builds(Format, BITS, st.sampled_from(FIXED))
 
 
@@ -52,8 +43,7 @@ def test_fake_equals_integer_bit_for_bit(x, form):
     same(values, dequantize(quantized, x.dtype))
     same(values, round_to_grid(x, form, grid)[0])  # on the grid that was found: what backward does
     same(quantized.codes, quantize(x, form, grid).codes)
-    if not form.clips:
-        same(values, fake_quantize(x, form))
+    same(values, fake_quantize(x, form))
 
 
 @given(tensors(), st.sampled_from([f for f in FIXED if f != "statsq"]), BITS)
@@ -82,7 +72,7 @@ def test_zero_rows_give_zeros_and_a_finite_scale(n, form):
 @given(FORMATS, st.sampled_from([1, 2, 4]))
 def test_a_group_is_quantized_like_a_row_of_its_own(form, groups):
     x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(form.bits))
-    grouped = Format(form.bits, form.method, 8 // groups)
+    grouped = Format(form.bits, form.quantizer, 8 // groups)
     values, grid = round_to_grid(x, grouped)
     assert grid.scale.shape == (3, 5, groups)
     alone = round_to_grid(x.view(3, 5, groups, -1), form)[0]
@@ -109,9 +99,9 @@ def test_lsq_gradients_are_the_papers():
     """Against autograd over its definition: round as identity, clip by clamp."""
     form = Format(4, "lsq")
     x = torch.randn(7, 33, dtype=torch.float64).requires_grad_()
-    step = (lsq_initial_step(x.detach().abs().mean(), form) / 3).float().view(1).requires_grad_()  # some clipping
+    step = (LSQ.initial(x.detach(), form.qmax) / 3).float().requires_grad_()  # some clipping
     grad = torch.randn(7, 33, dtype=torch.float64)
-    y = lsq(x, step, form)
+    y = LSQ.fake_quantize(x, step, form.qmax)
     y.backward(grad)
     x2, step2 = x.detach().requires_grad_(), step.detach().requires_grad_()
     clipped = (x2 / step2).clamp(-form.qmax, form.qmax)
@@ -154,7 +144,7 @@ def test_bf16_is_quantized_in_fp32_arithmetic(method):
 def test_a_learned_step_gives_integers_times_that_step(x, step, bits):
     form, learned = Format(bits, "lsq"), torch.tensor([step])
     grid = Grid(learned.expand(*x.shape[:-1], 1))
-    same(lsq(x, learned, form), dequantize(quantize(x, form, grid), x.dtype))
+    same(LSQ.fake_quantize(x, learned, form.qmax), dequantize(quantize(x, form, grid), x.dtype))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -170,7 +160,7 @@ def test_division_by_qmax_is_exact_even_where_a_compiler_takes_the_reciprocal(nu
     bits = torch.randint(0x7F800000, (4096,), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
     x = bits.view(torch.float32)  # all finite numbers, denormal ones too
     exact = x / torch.full_like(x, number)
-    assert torch.equal(quantizers._divided(x, number), exact)
+    assert torch.equal(divided(x, number), exact)
     assert torch.equal((x.double() * (1 / number)).float(), exact)
 
 
@@ -186,20 +176,20 @@ def test_compiled_equals_eager_bit_for_bit(dtype, monkeypatch):
     scale = grid_of(x, Format(4)).scale
     codes = torch.randint(-7, 8, (65, 96), dtype=torch.int8)
     calls = [
-        ("_fused_quantize", (x, 7, True)),
-        ("_fused_quantize", (x, 127, False)),
-        ("_fused_round", (x, 7, True)),
-        ("_fused_round", (x, 7, False)),
-        ("_fused_quantize_on", (x, scale, None, 7)),
-        ("_fused_round_on", (x, scale, zero_point, 7)),
-        ("_fused_dequantize", (codes, scale, zero_point, dtype)),
-        ("_learned_step_gradients", (x.flip(0), x, torch.tensor([0.3]), 7)),
+        (number_format._fused_quantize, (x, MINMAX, 7)),
+        (number_format._fused_quantize, (x, ASYMMETRIC, 127)),
+        (number_format._fused_round, (x, MINMAX, 7)),
+        (number_format._fused_round, (x, ASYMMETRIC, 7)),
+        (number_format._fused_quantize_on, (x, scale, None, MINMAX, 7)),
+        (number_format._fused_round_on, (x, scale, zero_point, ASYMMETRIC, 7)),
+        (number_format._fused_dequantize, (codes, scale, zero_point, dtype)),
+        (lsq._gradients, (x.flip(0), x, torch.tensor([0.3]), 7)),
     ]
-    for name, arguments in calls:
-        eager = getattr(quantizers, name).__wrapped__
+    for function, arguments in calls:
+        eager = function.__wrapped__
         compiled = torch.compile(eager, dynamic=True, options=fused.options())
         outputs = zip(_tuple(compiled(*arguments)), _tuple(eager(*arguments)), strict=True)
-        assert all(_equal(a, b) for a, b in outputs), name
+        assert all(_equal(a, b) for a, b in outputs), eager.__name__
 
 
 def _tuple(output):
@@ -213,13 +203,17 @@ def _equal(a, b):
     return torch.equal(a.nan_to_num(123.0), b.nan_to_num(123.0))
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_compiled_quantizers_give_the_same_bits_as_eager_ones(symmetric, monkeypatch):
+@pytest.mark.parametrize("by", [MINMAX, ASYMMETRIC])
+def test_compiled_quantizers_give_the_same_bits_as_eager_ones(by, monkeypatch):
     needs_compiler()
     monkeypatch.setattr(fused, "compiles", lambda device: True)
     quantize_rows, round_rows, dequantize_rows = (
         fused.fused(function.__wrapped__)
-        for function in (quantizers._fused_quantize, quantizers._fused_round, quantizers._fused_dequantize)
+        for function in (
+            number_format._fused_quantize,
+            number_format._fused_round,
+            number_format._fused_dequantize,
+        )
     )
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):
@@ -227,25 +221,25 @@ def test_compiled_quantizers_give_the_same_bits_as_eager_ones(symmetric, monkeyp
             x = (torch.randn(shape) * torch.logspace(-42, 30, shape[0])[:, None]).to(dtype)
             x[1], x[2, 3] = 0, 1e4
             for qmax in (1, 7, 127):
-                codes, *grid = quantize_rows(x, qmax, symmetric)
-                expected_codes, *expected_grid = quantizers._fused_quantize.__wrapped__(x, qmax, symmetric)
+                codes, *grid = quantize_rows(x, by, qmax)
+                expected_codes, *expected_grid = number_format._fused_quantize.__wrapped__(x, by, qmax)
                 assert torch.equal(codes, expected_codes)
                 assert all(a is b is None or torch.equal(a, b) for a, b in zip(grid, expected_grid, strict=True))
-                values = quantizers._fused_round.__wrapped__(x, qmax, symmetric)[0]
-                assert torch.equal(round_rows(x, qmax, symmetric)[0], values)
+                values = number_format._fused_round.__wrapped__(x, by, qmax)[0]
+                assert torch.equal(round_rows(x, by, qmax)[0], values)
                 assert torch.equal(dequantize_rows(codes, *grid, dtype), values)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and QAT_TEST_GPU=1")
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_a_gpu_eager_and_compiled_gives_the_bits_of_the_cpu(symmetric):
+@pytest.mark.parametrize("by", [MINMAX, ASYMMETRIC])
+def test_a_gpu_eager_and_compiled_gives_the_bits_of_the_cpu(by):
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):
         x = (torch.randn(64, 576) * torch.logspace(-30, 30, 64)[:, None]).to(dtype)
         for qmax in (1, 7, 127):
-            for function in (quantizers._fused_quantize, quantizers._fused_round):
+            for function in (number_format._fused_quantize, number_format._fused_round):
                 eager = function.__wrapped__
-                expected = eager(x, qmax, symmetric)
+                expected = eager(x, by, qmax)
                 for on_gpu in (eager, torch.compile(eager, dynamic=True, options=fused.options())):
-                    found = on_gpu(x.cuda(), qmax, symmetric)
+                    found = on_gpu(x.cuda(), by, qmax)
                     assert all(a is b is None or torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))

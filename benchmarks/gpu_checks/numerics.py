@@ -12,7 +12,9 @@ from qat.infer.integer_cache import IntegerLayer, pack
 from qat.ptq.gptq import GPTQConfig, error_of, gptq, hessian_of
 from qat.quant import fused, products
 from qat.quant.kv_cache import KVQuantizer
-from qat.quant.quantizers import Format, Grid, dequantize, lsq, quantize, round_to_grid
+from qat.quant.number_format import Format, dequantize, quantize, round_to_grid
+from qat.quant.quantizers import QUANTIZERS
+from qat.quant.quantizers.base import Grid
 
 _W4 = Format(4)
 _MINMAX = ("minmax", "minmax_asymmetric")
@@ -136,9 +138,9 @@ def _all_of(x: Tensor, form: Format) -> list[Tensor]:
     parts = [quantized.codes, quantized.grid.scale, values, on_grid.codes, dequantize(on_grid, x.dtype)]
     if form.symmetric and not form.group_size:
         step = torch.full((1,), 0.05, device=x.device)
-        learned = Format(form.bits, "lsq")
+        learned = QUANTIZERS["lsq"]
         inside = x.detach().requires_grad_()
-        rounded = lsq(inside, step, learned)
+        rounded = learned.fake_quantize(inside, step, form.qmax)
         rounded.backward(x)
         assert inside.grad is not None
         parts += [rounded.detach(), inside.grad]

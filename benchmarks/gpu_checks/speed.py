@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from gpu_checks.bench import Bench, device_seconds, peak_bytes, profiled, seconds
 from qat.quant.config import QuantConfig
 from qat.quant.linear import QuantLinear
+from qat.quant.number_format import Format, quantize
 from qat.quant.prepare import prepare
-from qat.quant.quantizers import Format, quantize
 from qat.train.distill import CHUNK_TOKENS, DistillationHead, TeacherTargets
 
 

@@ -1,7 +1,7 @@
 """What an export will do differently from the student that was trained, in plain words."""
 
 from qat.quant.config import QuantConfig
-from qat.quant.quantizers import FULL_PRECISION
+from qat.quant.number_format import FULL_PRECISION
 from qat.store import compressed_tensors
 from qat.store.compressed_tensors import PACKED
 

@@ -19,7 +19,7 @@ from qat.evaluate.perplexity import perplexity
 from qat.infer import simulated
 from qat.infer.simulated import load
 from qat.quant.config import QuantConfig
-from qat.quant.quantizers import FULL_PRECISION, Quantized, dequantize
+from qat.quant.number_format import FULL_PRECISION, Quantized, dequantize
 from qat.runtime.errors import UserError
 from qat.runtime.files import load_tensors, save_tensors, writing
 from qat.store import compressed_tensors, gguf_files, weight_files

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from qat.quant.kv_cache import KVQuantizer, mark_stored
-from qat.quant.quantizers import Format, Grid, Quantized, dequantize, quantize
+from qat.quant.number_format import Format, Quantized, dequantize, quantize
+from qat.quant.quantizers.base import Grid
 from qat.runtime.errors import UserError
 
 _SCALE_BYTES = 4

@@ -19,10 +19,10 @@ from qat.infer import simulated
 from qat.infer.integer_cache import IntegerCache, pack, unpack
 from qat.quant import products
 from qat.quant.config import CONFIG_FILE
-from qat.quant.linear import QuantLinear, lsq, quant_linears
+from qat.quant.linear import QuantLinear, quant_linears
+from qat.quant.number_format import Quantized, dequantize
 from qat.quant.prepare import prepare
 from qat.quant.products import matmul, matmul_codes
-from qat.quant.quantizers import Quantized, dequantize
 from qat.runtime import machine
 from qat.runtime.errors import UserError
 from qat.store import models
@@ -119,9 +119,7 @@ class PackedLinear(QuantLinear):
         return Quantized(codes.reshape(rows, -1), grid.map(lambda part: part.view(rows, -1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.input_step is not None:
-            x = lsq(x, self.input_step, self.input_format)
-        shared = None if self.input_quantizer is None else self.input_quantizer(x)
+        x, shared = self.quantize_input(x)
         weight = self.integers()
         if shared is not None and self.multiplies_codes:
             y = matmul_codes(shared.quantized, weight, self.weight_format.qmax, x.dtype)

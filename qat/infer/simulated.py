@@ -10,9 +10,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from qat.quant.config import CONFIG_FILE, QuantConfig
 from qat.quant.linear import quant_linears
+from qat.quant.number_format import Quantized, dequantize
 from qat.quant.prepare import prepare
 from qat.quant.products import speed_up
-from qat.quant.quantizers import Quantized, dequantize
 from qat.runtime.errors import UserError
 from qat.store import compressed_tensors, models, student_folder
 from qat.store.model_folder import ModelFolder, quantization_of

@@ -17,18 +17,9 @@ from torch import Tensor, nn
 from qat.ptq.stream import Stream, Weights
 from qat.quant.architecture import SHARED_INPUTS
 from qat.quant.linear import QuantLinear
+from qat.quant.number_format import Format, Quantized, dequantize, grid_of, quantize, round_to_grid
 from qat.quant.products import matmul
-from qat.quant.quantizers import (
-    Format,
-    Grid,
-    Quantized,
-    codes_of,
-    dequantize,
-    grid_of,
-    quantize,
-    round_to_grid,
-    values_of,
-)
+from qat.quant.quantizers.base import Grid, values_of
 from qat.runtime.errors import UserError
 
 _BLOCK = 32
@@ -138,7 +129,7 @@ def gptq(weight: Tensor, hessian: Tensor, form: Format, config: GPTQConfig) -> Q
         errors = torch.empty_like(left[start:end])
         for i in range(start, end):
             channel_grid = Grid(scales[i], None if zero_points is None else zero_points[i])  # type: ignore[index]
-            channel = codes_of(left[i], channel_grid, form.qmax)
+            channel = form.by.codes(left[i], channel_grid, form.qmax)
             codes[i] = channel
             errors[i - start] = (left[i] - values_of(channel, channel_grid, torch.float32)) / factor[i, i]
             left[i + 1 : end].addr_(factor[i, i + 1 : end], errors[i - start], alpha=-1)

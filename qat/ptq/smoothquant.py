@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.ptq.stream import Stream, Weights, fill
-from qat.quant.quantizers import Grid
+from qat.quant.quantizers.base import Grid
 from qat.runtime.errors import UserError
 from qat.store.model_folder import ModelFolder
 

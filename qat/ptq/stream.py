@@ -15,7 +15,7 @@ from qat.data.sequences import TrainingData
 from qat.quant.config import QuantConfig
 from qat.quant.linear import quant_linears
 from qat.quant.prepare import prepare
-from qat.quant.quantizers import Grid
+from qat.quant.quantizers.base import Grid
 from qat.runtime import machine
 from qat.runtime.machine import device
 from qat.store import models

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from qat.ptq.stream import Stream, Weights
 from qat.quant.config import QuantConfig
-from qat.quant.quantizers import Grid
+from qat.quant.quantizers.base import Grid
 from qat.runtime import progress
 from qat.runtime.errors import UserError, differences
 from qat.runtime.files import load_tensors, save_tensors, write_atomically, writing

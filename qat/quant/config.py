@@ -2,24 +2,21 @@
 
 import json
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
-from qat.quant.quantizers import FULL_PRECISION, Format
-from qat.runtime.errors import UserError, check_choice
+from qat.quant.number_format import FULL_PRECISION, Format
+from qat.quant.quantizers import quantizers_of
+from qat.runtime.errors import UserError
 from qat.runtime.files import writing
+from qat.runtime.table import check_choices, choice
 
 CONFIG_FILE = "quant_config.json"
 """Lies beside the weights of every quantized model directory."""
 
-
-_CHOICES = {
-    "w_quantizer": ("minmax", "minmax_asymmetric", "statsq"),
-    "a_quantizer": ("minmax", "minmax_asymmetric", "lsq"),
-    "kv_quantizer": ("minmax", "minmax_asymmetric"),
-    "kv_site": ("post_rope", "pre_rope"),
-    "kv_granularity": ("token_head", "token"),
-    "kv_rotation": ("none", "hadamard"),
-}
+_SITES = {"post_rope": "what a cache stores", "pre_rope": "the paper's released code"}
+_GRANULARITIES = {"token_head": "one scale per token and KV head", "token": "one per token (the paper)"}
+_ROTATIONS = {"none": "the paper", "hadamard": "rotates Q, K and V over head_dim; needs post_rope"}
 
 
 @dataclass(frozen=True)
@@ -30,35 +27,34 @@ class QuantConfig:
         w_bits: weights: 2 to 8, or 16 for full precision
         a_bits: inputs of the linear layers: 2 to 8, or 16
         kv_bits: KV cache: 2 to 8, or 16
-        w_quantizer: minmax (symmetric, no clipping: the paper), minmax_asymmetric, or statsq (clips; the paper's
-            comparison), with one scale per output channel
-        a_quantizer: minmax, minmax_asymmetric (one scale per token), or lsq (one learned step per layer; clips)
-        kv_quantizer: minmax or minmax_asymmetric
+        w_quantizer: quantizer of the weights
+        a_quantizer: quantizer of the activations, with one scale per token
+        kv_quantizer: quantizer of the KV cache
         w_group_size: weights share a scale in groups of so many input channels; 0 for one scale per output channel
-        kv_site: post_rope (what a cache stores) or pre_rope (the paper's released code)
-        kv_granularity: token_head (one scale per token and KV head) or token (one per token, the paper)
-        kv_rotation: none (the paper) or hadamard (rotates Q, K and V over head_dim; needs post_rope)
+        kv_site: where keys and values are quantized
+        kv_granularity: what shares a scale in the KV cache
+        kv_rotation: rotation of the keys and values before they are quantized
     """
 
     w_bits: int = 4
     a_bits: int = 8
     kv_bits: int = 4
-    w_quantizer: str = "minmax"
-    a_quantizer: str = "minmax"
-    kv_quantizer: str = "minmax"
+    w_quantizer: str = choice("minmax", partial(quantizers_of, "weights"))
+    a_quantizer: str = choice("minmax", partial(quantizers_of, "activations"))
+    kv_quantizer: str = choice("minmax", partial(quantizers_of, "kv"))
     w_group_size: int = 0
-    kv_site: str = "post_rope"
-    kv_granularity: str = "token_head"
-    kv_rotation: str = "none"
+    kv_site: str = choice("post_rope", lambda: _SITES)
+    kv_granularity: str = choice("token_head", lambda: _GRANULARITIES)
+    kv_rotation: str = choice("none", lambda: _ROTATIONS)
 
     def __post_init__(self) -> None:
         for name in ("w_bits", "a_bits", "kv_bits"):
             bits = getattr(self, name)
             if bits not in (2, 3, 4, 5, 6, 7, 8, FULL_PRECISION):
-                raise UserError(f"{name}={bits} is not possible: give 2 to 8, or 16 for full precision.")
-        check_choice(self, **_CHOICES)
+                raise UserError(f"{name}={bits} is invalid: choose 2 to 8, or 16 for full precision.")
+        check_choices(self)
         if self.w_group_size < 0 or self.w_group_size % 2:  # two 4-bit codes lie in a byte
-            raise UserError(f"w_group_size={self.w_group_size} is not possible: give 0, or 32, 64, 128.")
+            raise UserError(f"w_group_size={self.w_group_size} is invalid: choose 0, or 32, 64, 128.")
         if self.kv_rotation == "hadamard" and self.kv_site == "pre_rope":
             raise UserError(
                 "kv_rotation=hadamard needs kv_site=post_rope: a rotation before RoPE would change the "

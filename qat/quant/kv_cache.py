@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qat.quant.quantizers import Format, fake_quantize
+from qat.quant.number_format import Format, fake_quantize
 
 ATTENTION = "qat_sdpa"
 """The name under which ``quantized_attention`` is registered with transformers."""

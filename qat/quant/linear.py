@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qat.quant.number_format import Format, Quantized, dequantize, inside, quantize, round_to_grid
 from qat.quant.products import matmul, matmul_codes
-from qat.quant.quantizers import Format, Grid, Quantized, dequantize, inside, lsq, quantize, round_to_grid
+from qat.quant.quantizers.base import Grid
 
 ARITHMETIC = "products of codes"
 """What the numbers of a quantized model come from. It is recorded with runs and results, and changes where the same
@@ -88,7 +89,7 @@ class QuantLinear(nn.Linear):
         weight_format: how the weight is quantized
         input_quantizer: quantizes x per token; None where x stays as it is, or has a learned step
         input_format: how x is quantized
-        input_step: LSQ's learned step, [1]; None for the other methods
+        input_step: the Parameter of a learned quantizer, [size]; None for the other ones
         frozen: whether the Parameter holds values that are on their grid already, and stay there
         codes, scale_bits: the frozen weight's codes [out, in] and fp32 scale [out, 1], where the layer multiplies
             codes. The scale's bits are kept as integers: what casts a model to bf16 leaves them alone
@@ -110,15 +111,21 @@ class QuantLinear(nn.Linear):
         linear.weight_format, linear.input_format = weight, inputs
         linear.input_quantizer = shared
         linear.thaw()
-        step = nn.Parameter(torch.full((1,), torch.nan)) if inputs.learned else None  # NaN until it is initialised
+        learned = inputs.learned
+        step = nn.Parameter(torch.full((learned.size,), torch.nan)) if learned else None  # NaN until it is initialised
         linear.register_parameter("input_step", step)
         return linear
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.input_step is not None:
-            x = lsq(x, self.input_step, self.input_format)
-        shared = None if self.input_quantizer is None else self.input_quantizer(x)
+        x, shared = self.quantize_input(x)
         return _QuantLinear.apply(x, self.weight, self.bias, self, shared)
+
+    def quantize_input(self, x: Tensor) -> tuple[Tensor, "SharedInput | None"]:
+        """x rounded by a learned quantizer, or x and its codes, or x as it is."""
+        learned = self.input_format.learned
+        if learned is not None and self.input_step is not None:
+            x = learned.fake_quantize(x, self.input_step, self.input_format.qmax)
+        return x, None if self.input_quantizer is None else self.input_quantizer(x)
 
     @property
     def multiplies_codes(self) -> bool:
@@ -183,6 +190,8 @@ class _QuantLinear(torch.autograd.Function):
         ctx.layer, ctx.input_dtype = layer, x.dtype
         kept = (x,) if shared is None else (shared.quantized.codes, *shared.quantized.grid)
         ctx.save_for_backward(weight, *grid, *kept)
+        clips = shared is not None and layer.input_format.clips
+        ctx.passes = inside(x, layer.input_format, shared.quantized.grid) if clips else None
         return y if bias is None else y.add_(bias)
 
     @staticmethod
@@ -195,6 +204,8 @@ class _QuantLinear(torch.autograd.Function):
         if needs_x:
             values = round_to_grid(weight, form, grid)[0] if rounds else weight
             grad_x = matmul(rows, values).view(*grad.shape[:-1], -1)
+            if ctx.passes is not None:
+                grad_x *= ctx.passes
         if needs_weight:
             x = kept[0] if len(kept) == 1 else dequantize(Quantized(kept[0], Grid(*kept[1:])), ctx.input_dtype)
             grad_weight = matmul(rows.t(), x.flatten(0, -2))

@@ -8,7 +8,6 @@ from qat.quant import kv_cache
 from qat.quant.architecture import SHARED_INPUTS, check_supported
 from qat.quant.config import QuantConfig
 from qat.quant.linear import InputQuantizer, QuantLinear, quant_linears
-from qat.quant.quantizers import lsq_initial_step
 from qat.runtime.errors import UserError
 
 
@@ -32,11 +31,11 @@ def prepare(model: PreTrainedModel, config: QuantConfig) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def initialise_steps(model: nn.Module, magnitudes: dict[str, Tensor]) -> None:
-    """Set LSQ's steps from the mean magnitude of each layer's input, by name."""
+def initialise_steps(model: nn.Module, steps: dict[str, Tensor]) -> None:
+    """Set the Parameters of learned quantizers, by the layer's name."""
     for name, linear in quant_linears(model).items():
         if linear.input_step is not None:
-            linear.input_step.fill_(lsq_initial_step(magnitudes[name], linear.input_format))
+            linear.input_step.copy_(steps[name])
 
 
 def freeze(model: nn.Module) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from qat.quant.fused import fused
-from qat.quant.quantizers import Quantized
+from qat.quant.number_format import Quantized
 from qat.runtime.machine import has_onednn
 
 _logger = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from torch import Tensor
 
 from qat.quant.config import QuantConfig
-from qat.quant.quantizers import FULL_PRECISION, Grid, Quantized
+from qat.quant.number_format import FULL_PRECISION, Quantized
+from qat.quant.quantizers.base import Grid
 from qat.runtime.errors import UserError
 
 PACKED, INTEGERS = FORMATS = "pack-quantized", "int-quantized"

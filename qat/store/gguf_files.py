@@ -22,8 +22,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from qat.quant.number_format import Quantized
 from qat.quant.products import speed_up
-from qat.quant.quantizers import Grid, Quantized
+from qat.quant.quantizers.base import Grid
 from qat.runtime.errors import UserError
 from qat.runtime.files import writing
 from qat.store.models import load_tokenizer

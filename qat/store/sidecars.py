@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.quant.linear import quant_linears
-from qat.quant.quantizers import Grid
+from qat.quant.quantizers.base import Grid
 from qat.runtime.errors import UserError
 from qat.runtime.files import load_tensors, save_tensors
 

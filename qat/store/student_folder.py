@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from qat.quant.architecture import quantizable_linears
 from qat.quant.config import CONFIG_FILE, QuantConfig
-from qat.quant.quantizers import Quantized, quantize
+from qat.quant.number_format import Quantized, quantize
 from qat.runtime import progress
 from qat.runtime.errors import UserError
 from qat.runtime.files import read_lines

@@ -25,6 +25,7 @@ from qat.quant import architecture, kv_cache, prepare
 from qat.quant.config import QuantConfig
 from qat.quant.forward import run
 from qat.quant.kv_cache import AttentionRecord
+from qat.quant.number_format import Format
 from qat.quant.products import speed_up
 from qat.runtime import machine, ranks
 from qat.runtime.errors import UserError
@@ -71,19 +72,19 @@ def student_engine(
     lr_factor: Callable[[int], float],
     gradient_checkpointing: bool,
     loss: str,
-    input_magnitudes: dict[str, Tensor] | None = None,
+    initial_steps: dict[str, Tensor] | None = None,
 ) -> deepspeed.DeepSpeedEngine:
     """The quantized student, with its optimizer: ``engine(input_ids, targets)`` gives (loss, KL).
 
     Args:
         lr_factor: what the learning rate is multiplied with at each step
         loss: one of distill.LOSSES
-        input_magnitudes: ``Teacher.input_magnitudes``, where activations have a learned step
+        initial_steps: ``Teacher.initial_steps``, where the quantizer of the activations is learned
     """
     student = _read_partitioned(model, ds_config)
     prepare.prepare(student, quant)
-    if input_magnitudes is not None:
-        prepare.initialise_steps(student, input_magnitudes)
+    if initial_steps is not None:
+        prepare.initialise_steps(student, initial_steps)
     student.train()
     if gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
@@ -138,22 +139,24 @@ class Teacher:
         return TeacherTargets(hidden, self.head, hidden_states if all_layers else None, record)
 
     @torch.no_grad()
-    def input_magnitudes(self, sample: Sample) -> dict[str, Tensor]:
-        """Mean |x| of the input of every layer that ``prepare`` quantizes, by name, over all ranks' samples."""
-        means: dict[str, Tensor] = {}
+    def initial_steps(self, sample: Sample, inputs: Format) -> dict[str, Tensor]:
+        """What a learned quantizer of the activations starts with, by layer: the mean over all ranks' samples."""
+        found: dict[str, Tensor] = {}
+        learned = inputs.learned
+        assert learned is not None
         language_model = self._engine.module.language_model
         hooks = [
             linear.register_forward_pre_hook(
-                lambda _, inputs, name=name: means.__setitem__(name, inputs[0].float().abs().mean())
+                lambda _, x, name=name: found.__setitem__(name, learned.initial(x[0], inputs.qmax))
             )
             for name, linear in architecture.quantizable_linears(language_model).items()
         ]
         self(sample)
         for hook in hooks:
             hook.remove()
-        together = torch.stack([means[name] for name in sorted(means)])
+        together = torch.stack([found[name] for name in sorted(found)])
         dist.all_reduce(together)
-        return dict(zip(sorted(means), together / dist.get_world_size(), strict=True))
+        return dict(zip(sorted(found), together / dist.get_world_size(), strict=True))
 
     @contextmanager
     def head(self) -> Iterator[Tensor]:

@@ -1,0 +1,176 @@
+"""Number formats: so many bits, by a quantizer, over groups of so many consecutive elements.
+
+A group is the last dimension of the tensor given here, or ``group_size`` consecutive elements of it: a weight row (per
+channel), the features of one token (per token), the ``head_dim`` of one token and KV head. The quantizer lays a grid
+over it (qat.quant.quantizers: one file each).
+
+The gradient is straight-through, and 0 where a value was clipped. ``round_to_grid`` is ``dequantize(quantize(x))``
+without the integers in between: training simulates exactly what is exported.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qat.quant.fused import fused
+from qat.quant.quantizers import QUANTIZERS
+from qat.quant.quantizers.base import Grid, LearnedQuantizer, Quantizer, values_of
+
+FULL_PRECISION = 16
+"""``bits=16`` means "not quantized" everywhere."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A number format: bits, quantizer (by name), and elements of a group (0: the whole last dimension)."""
+
+    bits: int
+    quantizer: str = "minmax"
+    group_size: int = 0
+
+    @property
+    def quantizes(self) -> bool:
+        return self.bits != FULL_PRECISION
+
+    @property
+    def qmax(self) -> int:
+        """The largest code."""
+        return 2 ** (self.bits - 1) - 1
+
+    @property
+    def by(self) -> Quantizer:
+        """The quantizer itself."""
+        return QUANTIZERS[self.quantizer]
+
+    @property
+    def symmetric(self) -> bool:
+        return self.by.symmetric
+
+    @property
+    def clips(self) -> bool:
+        """Whether values beyond the last codes are cut off, and get no gradient."""
+        return self.by.clips
+
+    @property
+    def learned(self) -> LearnedQuantizer | None:
+        """The quantizer, if it learns its grid."""
+        return self.by if self.quantizes and isinstance(self.by, LearnedQuantizer) else None
+
+
+class Quantized(NamedTuple):
+    """A tensor as integers: int8 codes [..., n], and the grid [..., groups] that gives them their values."""
+
+    codes: Tensor
+    grid: Grid
+
+
+def grid_of(x: Tensor, form: Format) -> Grid:
+    """The grid that ``form`` lays over x [..., n]; NaN where x has one."""
+    return _unrow(form.by.grid(_rows(x, form), form.qmax), x, form)
+
+
+def quantize(x: Tensor, form: Format, grid: Grid | None = None) -> Quantized:
+    """x [..., n] -> int8 codes and grid; on the ``grid`` given, if one is."""
+    rows = _rows(x, form)
+    if grid is None and form.by.is_exact:
+        codes, *found = _fused_quantize(rows, form.by, form.qmax)
+    else:
+        found = _rowed(grid) if grid is not None else form.by.grid(rows, form.qmax)
+        codes = _fused_quantize_on(rows, *found, form.by, form.qmax)
+    return Quantized(codes.view(x.shape), _unrow(Grid(*found), x, form))
+
+
+def dequantize(quantized: Quantized, dtype: torch.dtype) -> Tensor:
+    """Codes and grid -> values [..., n] of ``dtype``."""
+    codes, (scale, _) = quantized
+    rows = codes.reshape(-1, codes.shape[-1] // scale.shape[-1])
+    return _fused_dequantize(rows, *_rowed(quantized.grid), dtype).view(codes.shape)
+
+
+def round_to_grid(x: Tensor, form: Format, grid: Grid | None = None) -> tuple[Tensor, Grid]:
+    """``dequantize(quantize(x))`` in one pass and without a gradient: values of x's dtype [..., n], and their grid."""
+    rows = _rows(x, form)
+    if grid is None and form.by.is_exact:
+        values, *found = _fused_round(rows, form.by, form.qmax)
+    else:
+        found = _rowed(grid) if grid is not None else form.by.grid(rows, form.qmax)
+        values = _fused_round_on(rows, *found, form.by, form.qmax)
+    return values.view(x.shape), _unrow(Grid(*found), x, form)
+
+
+def fake_quantize(x: Tensor, form: Format) -> Tensor:
+    """x rounded to its grid, with the straight-through gradient; 16 bits: x itself."""
+    if not form.quantizes:
+        return x
+    return _StraightThrough.apply(x, form)
+
+
+def inside(x: Tensor, form: Format, grid: Grid) -> Tensor:
+    """True where x [..., n] was not clipped: where the gradient passes."""
+    return form.by.inside(_rows(x, form), _rowed(grid), form.qmax).view(x.shape)
+
+
+# All arithmetic is done on rows: [groups of x, elements of a group]. Only exact operations and elementwise ones are
+# fused, so that the compiled functions and the eager ones give the same bits.
+
+
+def _rows(x: Tensor, form: Format) -> Tensor:
+    return x.detach().reshape(-1, form.group_size or x.shape[-1])
+
+
+def _unrow(grid: Grid, x: Tensor, form: Format) -> Grid:
+    """[rows, 1] -> [..., groups]."""
+    shape = (*x.shape[:-1], x.shape[-1] // form.group_size if form.group_size else 1)
+    return grid.map(lambda part: part.view(shape))
+
+
+def _rowed(grid: Grid) -> Grid:
+    """[..., groups] -> [rows, 1]."""
+    return grid.map(lambda part: part.reshape(-1, 1))
+
+
+@fused
+def _fused_quantize(rows: Tensor, by: Quantizer, qmax: int):
+    grid = by.grid(rows, qmax)
+    return by.codes(rows, grid, qmax).to(torch.int8), *grid
+
+
+@fused
+def _fused_quantize_on(rows: Tensor, scale: Tensor, zero_point: Tensor | None, by: Quantizer, qmax: int):
+    return by.codes(rows, Grid(scale, zero_point), qmax).to(torch.int8)
+
+
+@fused
+def _fused_round(rows: Tensor, by: Quantizer, qmax: int):
+    grid = by.grid(rows, qmax)
+    return values_of(by.codes(rows, grid, qmax), grid, rows.dtype), *grid
+
+
+@fused
+def _fused_round_on(rows: Tensor, scale: Tensor, zero_point: Tensor | None, by: Quantizer, qmax: int):
+    grid = Grid(scale, zero_point)
+    return values_of(by.codes(rows, grid, qmax), grid, rows.dtype)
+
+
+@fused
+def _fused_dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype):
+    return values_of(codes, Grid(scale, zero_point), dtype)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, form: Format) -> Tensor:
+        values, grid = round_to_grid(x, form)
+        ctx.form = form
+        if form.clips:
+            ctx.save_for_backward(x, *grid)
+        return values
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        if not ctx.form.clips:
+            return grad, None
+        x, *grid = ctx.saved_tensors
+        return grad * inside(x, ctx.form, Grid(*grid)), None

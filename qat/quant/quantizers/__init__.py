@@ -1,0 +1,21 @@
+"""Quantizers: one file each, and one line here."""
+
+from qat.quant.quantizers.base import Quantizer
+from qat.quant.quantizers.lsq import LSQ
+from qat.quant.quantizers.minmax import MinMax
+from qat.quant.quantizers.minmax_asymmetric import MinMaxAsymmetric
+from qat.quant.quantizers.statsq import StatsQ
+from qat.runtime.table import Table
+
+QUANTIZERS: Table[Quantizer] = Table(
+    "quantizer",
+    minmax=MinMax(),
+    minmax_asymmetric=MinMaxAsymmetric(),
+    statsq=StatsQ(),
+    lsq=LSQ(),
+)
+
+
+def quantizers_of(part: str) -> dict[str, Quantizer]:
+    """Those that ``part`` can have: "weights", "activations" or "kv"."""
+    return {name: quantizer for name, quantizer in QUANTIZERS.items() if part in quantizer.parts}

@@ -1,0 +1,105 @@
+"""What a quantizer is: a grid for each group of values, the codes on it, and the values of the codes.
+
+    scale, zero = grid(group)
+    code  = round(x / scale) + zero      half to even, in fp32, whatever the dtype of x
+    x_hat = (code - zero) * scale        rounded once, to the dtype of x
+
+A group is a row here: quantizers get [groups, elements of a group], see qat.quant.number_format. ``qmax`` is
+2**(bits-1) - 1: 7 for 4 bits.
+"""
+
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+_SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+
+
+class Grid(NamedTuple):
+    """Where the codes lie: fp32 scale [..., groups], and zero point of the same shape where there is one."""
+
+    scale: Tensor
+    zero_point: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Grid":
+        """Both parts, changed alike."""
+        return Grid(change(self.scale), None if self.zero_point is None else change(self.zero_point))
+
+
+class Quantizer:
+    """A way to quantize. A new one says what differs, and is added to ``qat.quant.quantizers.QUANTIZERS``.
+
+    Attributes:
+        meaning: in a few words, for ``--help``
+        parts: what can be quantized so: weights, activations, kv
+        symmetric: whether the zero point is 0 everywhere: sums of products of codes need only be scaled
+        clips: whether values beyond the last codes are cut off; they get no gradient
+        is_exact: whether ``grid`` has only exact operations (min, max, abs, round) and elementwise ones, so that
+            compiled code gives the same bits as eager code. A sum has not: it is added up in another order
+        learned: whether the grid is that of Parameters, see LearnedQuantizer
+    """
+
+    meaning: ClassVar[str]
+    parts: ClassVar[tuple[str, ...]] = ("weights", "activations", "kv")
+    symmetric: ClassVar[bool] = True
+    clips: ClassVar[bool] = False
+    is_exact: ClassVar[bool] = True
+    learned: ClassVar[bool] = False
+
+    def grid(self, rows: Tensor, qmax: int) -> Grid:
+        """Grid [groups, 1] of rows [groups, n]."""
+        raise NotImplementedError
+
+    def codes(self, rows: Tensor, grid: Grid, qmax: int) -> Tensor:
+        """Codes [groups, n] in fp32. Where nothing is clipped, clamping changes nothing: the largest element has the
+        largest code."""
+        codes = torch.round(rows.float() / grid.scale)
+        if grid.zero_point is None:
+            return codes.clamp_(-qmax, qmax)
+        return codes.add_(grid.zero_point).clamp_(-qmax - 1, qmax)
+
+    def inside(self, rows: Tensor, grid: Grid, qmax: int) -> Tensor:
+        """True [groups, n] where a value was not clipped: where its gradient passes."""
+        if grid.zero_point is None:
+            return rows.abs() <= grid.scale * qmax
+        low, high = (-qmax - 1 - grid.zero_point) * grid.scale, (qmax - grid.zero_point) * grid.scale
+        return (low <= rows) & (rows <= high)
+
+
+def values_of(codes: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+    """Values [groups, n] of ``dtype`` of codes, which are integers or fp32."""
+    if grid.zero_point is not None:
+        codes = codes - grid.zero_point
+    return (codes * grid.scale).to(dtype)
+
+
+class LearnedQuantizer(Quantizer):
+    """A quantizer of activations whose grid is learned: a Parameter [size] per layer, the same for all its tokens."""
+
+    size: ClassVar[int] = 1
+    parts = ("activations",)
+    clips = True
+    learned = True
+
+    def initial(self, x: Tensor, qmax: int) -> Tensor:
+        """The Parameter [size] to start with, from activations x [..., n]; ranks start with the mean of theirs."""
+        raise NotImplementedError
+
+    def fake_quantize(self, x: Tensor, parameter: Tensor, qmax: int) -> Tensor:
+        """x [..., n] rounded to its grid, with gradients for x and for ``parameter``."""
+        raise NotImplementedError
+
+
+def usable(scale: Tensor) -> Tensor:
+    """1 in the place of scales that would be denormal (of groups of zeros, above all), hence zero codes: a denormal
+    scale has too few bits left to keep the codes in range. NaN stays NaN."""
+    return torch.where(scale < _SMALLEST_SCALE, 1.0, scale)
+
+
+def divided(x: Tensor, number: int) -> Tensor:
+    """fp32 x / number, rounded correctly by whatever computes it. Compilers and GPUs turn a division by a number into
+    a product with its reciprocal; in fp64 the error of that is too small to change the rounding to fp32, as no quotient
+    by an odd number below 2^9 lies nearer than 2^-34 to the middle between two fp32 numbers."""
+    return (x.double() / number).float()

@@ -1,0 +1,18 @@
+"""MinMax, asymmetric: scale = (max - min) / (2 qmax + 1) over the range that holds 0; codes in [-qmax-1, qmax]."""
+
+import torch
+from torch import Tensor
+
+from qat.quant.quantizers.base import Grid, Quantizer, divided, usable
+
+
+class MinMaxAsymmetric(Quantizer):
+    meaning = "with a zero point, no clipping"
+    symmetric = False
+
+    def grid(self, rows: Tensor, qmax: int) -> Grid:
+        low = rows.amin(-1, keepdim=True).float().clamp(max=0)
+        high = rows.amax(-1, keepdim=True).float().clamp(min=0)
+        levels = 2 * qmax + 1
+        scale = usable(divided(high, levels) - divided(low, levels))
+        return Grid(scale, torch.round(-low / scale) - (qmax + 1))

@@ -1,13 +1,62 @@
-"""LLM-QAT on DeepSpeed: the library. ``qat.load`` runs what it made."""
+"""LLM-QAT on DeepSpeed: quantization-aware training of language models, without training data.
 
-from typing import TYPE_CHECKING
+    student = qat.prepare(AutoModelForCausalLM.from_pretrained(name), qat.QuantConfig(w_bits=4, a_bits=8, kv_bits=4))
+    loss, kl = qat.Distiller(student)(input_ids, qat.TeacherTargets.of(teacher, input_ids))
+    qat.save(student, "student", source=name)
+    model = qat.load("student")
+
+examples/own_loop.py is a whole training. Importing this package imports nothing else: a name's module is imported when
+the name is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from qat.infer.integer_cache import IntegerCache
+    from qat.infer.packed import load
+    from qat.quant.config import QuantConfig
+    from qat.quant.prepare import freeze, prepare
+    from qat.runtime.errors import UserError
+    from qat.store.student_folder import save
+    from qat.train.distill import Distiller, LabelTargets, TeacherTargets, TopKTargets
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Distiller",
+    "IntegerCache",
+    "LabelTargets",
+    "QuantConfig",
+    "TeacherTargets",
+    "TopKTargets",
+    "UserError",
+    "freeze",
+    "load",
+    "prepare",
+    "save",
+]
+
+_HOMES = {
+    "Distiller": "qat.train.distill",
+    "IntegerCache": "qat.infer.integer_cache",
+    "LabelTargets": "qat.train.distill",
+    "QuantConfig": "qat.quant.config",
+    "TeacherTargets": "qat.train.distill",
+    "TopKTargets": "qat.train.distill",
+    "UserError": "qat.runtime.errors",
+    "freeze": "qat.quant.prepare",
+    "load": "qat.infer.packed",
+    "prepare": "qat.quant.prepare",
+    "save": "qat.store.student_folder",
+}
 
 
-def load(directory: str) -> "PreTrainedModel":
-    """The student or integer export at ``directory`` as it is deployed; see qat.infer.packed.load."""
-    from qat.infer import packed  # here, so that importing a part of the package does not import all of it
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qat' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
-    return packed.load(directory)
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -10,13 +10,19 @@ from qat.quant.config import QuantConfig
 from qat.quant.linear import InputQuantizer, QuantLinear, quant_linears
 from qat.runtime.errors import UserError
 
+_PREPARED = "_prepared_with"
+"""Attribute of a prepared model: its QuantConfig."""
+
 
 def prepare(model: PreTrainedModel, config: QuantConfig) -> PreTrainedModel:
     """Quantize ``model`` in place as ``config`` says; with 16-16-16 nothing is touched.
 
-    Raises UserError for an architecture whose blocks are not known, or a head_dim that cannot be rotated.
+    Raises UserError for an architecture whose blocks are not known, a head_dim that cannot be rotated, or a model that
+    is prepared already.
     """
     check_supported(model)
+    if hasattr(model, _PREPARED):
+        raise UserError("The model is prepared already: load it again to quantize it otherwise.")
     if config.kv_rotation == "hadamard":
         _check_rotatable(model)
     for layer in model.base_model.layers:  # type: ignore[union-attr]
@@ -27,7 +33,15 @@ def prepare(model: PreTrainedModel, config: QuantConfig) -> PreTrainedModel:
             _quantize_kv(layer.self_attn, config)
     if config.kv.quantizes and config.kv_site == "post_rope":
         kv_cache.attend(model)
+    setattr(model, _PREPARED, config)
     return model
+
+
+def prepared_with(model: PreTrainedModel) -> QuantConfig:
+    """The config that ``prepare`` was given for ``model``; raises UserError if it is not prepared."""
+    if not hasattr(model, _PREPARED):
+        raise UserError("The model is not quantized: call qat.prepare(model, qat.QuantConfig(...)) first.")
+    return getattr(model, _PREPARED)
 
 
 @torch.no_grad()

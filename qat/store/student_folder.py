@@ -7,8 +7,9 @@ launch/quantize.py writes), or one of a run's ZeRO-3 checkpoints, of any number 
 import contextlib
 import json
 import logging
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from transformers import PreTrainedModel
 from qat.quant.architecture import quantizable_linears
 from qat.quant.config import CONFIG_FILE, QuantConfig
 from qat.quant.number_format import Quantized, quantize
+from qat.quant.prepare import prepared_with
 from qat.runtime import progress
 from qat.runtime.errors import UserError
-from qat.runtime.files import read_lines
-from qat.store import manifest, models
+from qat.runtime.files import read_lines, writing
+from qat.store import manifest, models, weight_files
 from qat.store.model_folder import (
     HEAD,
     PTQ_RECORD,
@@ -34,10 +36,12 @@ from qat.store.model_folder import (
     kinds,
     quantization_of,
     read_config,
+    shapes,
     skeleton,
+    write_companions,
 )
 from qat.store.pickles import as_data
-from qat.store.sidecars import GRIDS_FILE, load_grids
+from qat.store.sidecars import GRIDS_FILE, STEP_SUFFIX, load_grids, save_steps
 
 _RUN_SETTINGS = "settings.json"
 _LOG = "log.jsonl"
@@ -45,6 +49,48 @@ _LATEST = "latest"
 _ZERO_FILES = "zero_pp_rank_*_model_states.pt"
 _STUDENT_PREFIX = "student."
 _log = logging.getLogger(__name__)
+
+
+def save(model: PreTrainedModel, directory: str | Path, source: str | Path) -> None:
+    """Write a prepared model, trained in a loop of your own, as launch/train.py writes the ``final/`` of a run.
+
+    ``qat.load`` and the commands read it. Its weights are not yet rounded; ``quant_config.json`` beside them says how.
+
+    Args:
+        directory: a new folder, which appears complete or not at all
+        source: folder of the model that it was made from, whose config and tokenizer it takes over
+    """
+    if Path(directory).exists():
+        raise UserError(f"{directory} exists already: choose another folder.")
+    quant = prepared_with(model)
+    write(Path(directory), model, model.state_dict(), quant, ModelFolder.read(Path(source)).companions())
+
+
+def write(
+    directory: Path,
+    model: PreTrainedModel,
+    weights: Mapping[str, Tensor],
+    quant: QuantConfig,
+    companions: Mapping[str, bytes],
+) -> None:
+    """Write ``weights`` of ``model`` (learned steps among them) as a student, in the dtype that it computes in.
+
+    The directory appears complete or not at all.
+
+    Args:
+        companions: ModelFolder.companions of the model that the student began with
+    """
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with writing(partial):
+        partial.mkdir(parents=True)
+    names = [name for name in shapes(model) if not name.endswith(STEP_SUFFIX)]
+    weight_files.write(partial, ((name, weights[name]) for name in names))
+    write_companions(companions, partial, dtype=str(model.dtype).removeprefix("torch."))
+    quant.save(partial)
+    save_steps({name: weight for name, weight in weights.items() if name.endswith(STEP_SUFFIX)}, partial)
+    with writing(directory):
+        partial.rename(directory)
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ Other targets than the teacher's logits: the next token (``LabelTargets``), the 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from qat.quant.forward import run
+from qat.quant.forward import predicting, run
 from qat.quant.fused import fused
 from qat.quant.kv_cache import AttentionRecord, attend
 from qat.quant.products import matmul
@@ -71,6 +72,12 @@ class TeacherTargets(Targets):
     ):
         self.hidden, self.head = hidden, head
         self.hidden_states, self.attention = hidden_states, attention
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, teacher: PreTrainedModel, input_ids: Tensor) -> "TeacherTargets":
+        """What ``teacher``, which is not sharded, predicts after each token but the last of input_ids [1, tokens]."""
+        return cls(predicting(teacher, input_ids), lambda: nullcontext(teacher.lm_head.weight))
 
     def logits(self, tokens: int) -> Iterator[Tensor]:
         """The teacher's logits [up to ``tokens``, vocabulary], chunk by chunk."""

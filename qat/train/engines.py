@@ -5,7 +5,6 @@ Under ZeRO-3 both are partitioned while they are read from disk, and both are sh
 
 import copy
 import os
-import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,10 +28,8 @@ from qat.quant.number_format import Format
 from qat.quant.products import speed_up
 from qat.runtime import machine, ranks
 from qat.runtime.errors import UserError
-from qat.runtime.files import writing
 from qat.runtime.machine import local_ranks, take_gpu
-from qat.store import models, sidecars, weight_files
-from qat.store.model_folder import shapes, write_companions
+from qat.store import models, student_folder
 from qat.train import deepspeed_json
 from qat.train.distill import Distiller, LabelTargets, TeacherTargets
 
@@ -186,21 +183,9 @@ def save_student(
     weights = engine._consolidated_16bit_state_dict()
     if dist.get_rank() == 0:
         with ranks.doing(f"writing {directory.name}/"):
-            partial = directory.with_name(directory.name + ".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            own = {name.removeprefix("student."): weight for name, weight in weights.items()}
-            steps = {name: own.pop(name) for name in list(own) if name.endswith(sidecars.STEP_SUFFIX)}
             student = engine.module.student
-            with writing(partial):
-                partial.mkdir()
-            weight_files.write(
-                partial, ((name, own[name]) for name in shapes(student) if not name.endswith(sidecars.STEP_SUFFIX))
-            )
-            write_companions(companions, partial, dtype=str(student.dtype).removeprefix("torch."))
-            quant.save(partial)
-            sidecars.save_steps(steps, partial)
-            with writing(directory):
-                partial.rename(directory)
+            own = {name.removeprefix("student."): weight for name, weight in weights.items()}
+            student_folder.write(directory, student, own, quant, companions)
     ranks.meet(f"{directory.name}/ is written")
 
 

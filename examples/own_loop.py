@@ -1,0 +1,46 @@
+"""Quantization-aware training in a plain PyTorch loop: one process, no DeepSpeed, no data but what the model writes.
+
+    python examples/own_loop.py MODEL OUTPUT --steps 20
+
+MODEL is a Hugging Face directory or hub name of a LLaMA, Mistral, Qwen2 or Qwen3 model; OUTPUT is a new folder, which
+``qat.load`` and the commands in launch/ read.
+"""
+
+import argparse
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import qat
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("model")
+parser.add_argument("output")
+parser.add_argument("--steps", type=int, default=20)
+parser.add_argument("--tokens", type=int, default=64, help="of each training sequence")
+parser.add_argument("--lr", type=float, default=2e-4)
+settings = parser.parse_args()
+
+torch.manual_seed(0)
+tokenizer = AutoTokenizer.from_pretrained(settings.model)
+teacher = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32).eval()
+student = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
+qat.prepare(student, qat.QuantConfig(w_bits=4, a_bits=8, kv_bits=4, kv_rotation="hadamard"))
+distiller = qat.Distiller(student).train()
+optimizer = torch.optim.AdamW(student.parameters(), settings.lr, weight_decay=0.0)
+schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
+
+for step in range(settings.steps):
+    start = torch.randint(len(tokenizer), (1, 1))  # the paper's data: the teacher goes on from a random token
+    ids = teacher.generate(start, do_sample=True, max_length=settings.tokens, pad_token_id=tokenizer.eos_token_id)
+    loss, kl = distiller(ids, qat.TeacherTargets.of(teacher, ids))
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    schedule.step()
+    print(f"step {step + 1}: KL to the teacher {kl:.4f} nats per token")
+
+qat.save(student, settings.output, source=settings.model)
+model = qat.load(settings.output)  # packed 4-bit weights, integer KV cache
+prompt = tokenizer("The", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=20, do_sample=False)[0]))

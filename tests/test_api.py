@@ -1,0 +1,58 @@
+"""The public API: what ``import qat`` costs and offers, and the examples, as they stand."""
+
+import runpy
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TEXT, tiny_model
+from transformers import AutoModelForCausalLM
+
+import qat
+from qat.infer import simulated
+from qat.runtime.errors import UserError
+
+
+def test_importing_the_package_imports_nothing_else():
+    code = "import sys, qat; qat.__version__; print(any(name in sys.modules for name in ('torch', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", code], text=True, capture_output=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize("name", qat.__all__)
+def test_every_public_name_is_there_and_explained(name):
+    assert name in dir(qat)
+    assert getattr(qat, name).__doc__
+
+
+def run_example(name, *arguments, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(ROOT / "examples" / name))
+
+
+def test_a_loop_of_ones_own(tiny_directory, tmp_path, monkeypatch, capsys):
+    run_example("own_loop.py", tiny_directory, tmp_path / "student", "--steps=12", monkeypatch=monkeypatch)
+    kl = [float(line.split()[-4]) for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert len(kl) == 12
+    assert sum(kl[-4:]) < sum(kl[:4])
+    tokens = torch.arange(2, 22).view(2, 10)
+    packed, simulation = qat.load(str(tmp_path / "student")), simulated.load(str(tmp_path / "student"), torch.float32)
+    assert torch.equal(packed(tokens).logits, simulation(tokens).logits)
+
+
+def test_the_trainer_of_hugging_face(tiny_directory, tmp_path, monkeypatch):
+    (tmp_path / "text").write_text(TEXT)
+    run_example(
+        "hf_trainer.py", tiny_directory, tmp_path / "text", tmp_path / "out", "--steps=3", monkeypatch=monkeypatch
+    )
+    trained = simulated.load(str(tmp_path / "out"), torch.float32).lm_head.weight
+    assert not torch.equal(trained, AutoModelForCausalLM.from_pretrained(tiny_directory).lm_head.weight)
+
+
+def test_what_is_not_prepared_or_is_so_already_is_refused(tiny_directory, tmp_path):
+    model = tiny_model()
+    with pytest.raises(UserError, match="not quantized"):
+        qat.save(model, tmp_path / "student", source=tiny_directory)
+    qat.prepare(model, qat.QuantConfig())
+    with pytest.raises(UserError, match="prepared already"):
+        qat.prepare(model, qat.QuantConfig())

@@ -3,12 +3,14 @@
 import atexit
 import logging
 import os
+import re
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,7 +20,7 @@ from huggingface_hub.utils import logging as hub_logging
 from jsonargparse import ArgumentError, ArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
-from qat import cpu
+from qat import cpu, progress
 from qat.errors import UserError
 from qat.ranks import are_watched, fail
 
@@ -34,7 +36,7 @@ def run(main: Callable[[], int | None]) -> None:
         disable_progress_bar()  # transformers', which redraws
     hub_logging.set_verbosity_error()  # a line for each of many retries; what comes of them is said once
     if is_first_rank():
-        logging.basicConfig(format="%(message)s")
+        logging.basicConfig(format="%(message)s", handlers=[progress.LogHandler()])
         logging.getLogger("qat").setLevel(logging.INFO)
     if not torch.cuda.is_available():
         cpu.keep_freed_memory()
@@ -89,6 +91,12 @@ def is_first_rank() -> bool:
     return rank() == 0
 
 
+def say(sentence: str) -> None:
+    """Print, once for all ranks."""
+    if is_first_rank():
+        print(sentence, flush=True)
+
+
 def parse(description: str, *configs: type) -> list[Any]:
     """One instance of each dataclass, its fields set by flags, a YAML recipe (``--config``), or their defaults.
 
@@ -105,5 +113,14 @@ def parse(description: str, *configs: type) -> list[Any]:
     try:
         values = parser.parse_args()
     except ArgumentError as error:
-        raise UserError(f"{' '.join(str(error).split())}\n{parser.format_usage().strip()}") from error
+        said = " ".join(str(error).split())
+        names = ["config", *(field.name for config in configs for field in fields(config))]
+        raise UserError(f"{said}{_meant(said, names)}\n{parser.format_usage().strip()}") from error
     return [config(**{field.name: values[field.name] for field in fields(config)}) for config in configs]
+
+
+def _meant(said: str, names: list[str]) -> str:
+    """A question that names the flag of ``names`` that is nearest to the one that ``said`` calls unknown, if any is."""
+    unknown = re.search(r"^(?:unrecognized arguments: --|Option ')([\w-]+)", said)
+    near = get_close_matches(unknown[1], names, n=1) if unknown else []
+    return f": did you mean --{near[0]}?" if near else ""

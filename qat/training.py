@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from qat.linear import ARITHMETIC, can_multiply_codes
 from qat.machine import device
 from qat.preemption import StopSignal
 from qat.prepare import QuantConfig
-from qat.run_log import RunLog
+from qat.run_log import PERPLEXITY, RunLog
 from qat.validation import Texts, perplexities
 
 SETTINGS, CHECKPOINTS, LOG, TENSORBOARD, FINAL = "settings.json", "checkpoints", "log.jsonl", "tensorboard", "final"
@@ -118,20 +119,20 @@ def train(
 ) -> bool:
     """Train to ``config.steps`` from the run's last whole checkpoint; False if a signal stopped it before."""
     state = checkpoint.resume(student, run / CHECKPOINTS)
-    log = RunLog(run / LOG, student, state, config.steps) if dist.get_rank() == 0 else None
     stopped = False
-    while state.step < config.steps and not stopped:
-        figures, stopped = take_step(student, teacher, data, config, state, stop)
-        check_sane(figures, config, state, run / CHECKPOINTS)
-        last = state.step == config.steps
-        due = state.step // config.eval_every > state.measured // config.eval_every
-        if held_out and (last or (due and not stopped)):  # who is told to stop saves first, and measures later
-            figures |= {f"ppl_{name}": ppl for name, ppl in perplexities(student, held_out, device()).items()}
-            state.measured = state.step
-        if log is not None:
-            log.step(state, figures)
-        if state.step % config.save_every == 0 or last or stopped:
-            checkpoint.save(student, run / CHECKPOINTS, state, config.keep)
+    with RunLog(run / LOG, student, state, config.steps) if dist.get_rank() == 0 else nullcontext() as log:
+        while state.step < config.steps and not stopped:
+            figures, stopped = take_step(student, teacher, data, config, state, stop)
+            check_sane(figures, config, state, run / CHECKPOINTS)
+            last = state.step == config.steps
+            due = state.step // config.eval_every > state.measured // config.eval_every
+            if held_out and (last or (due and not stopped)):  # who is told to stop saves first, and measures later
+                figures |= {PERPLEXITY + name: ppl for name, ppl in perplexities(student, held_out, device()).items()}
+                state.measured = state.step
+            if log is not None:
+                log.step(state, figures)
+            if state.step % config.save_every == 0 or last or stopped:
+                checkpoint.save(student, run / CHECKPOINTS, state, config.keep)
     return state.step == config.steps
 
 
@@ -190,7 +191,7 @@ def take_step(
     state.seconds += seconds
     figures = {
         "loss": loss_sum / config.batch_size,
-        "kl": kl_sum / config.batch_size,
+        **({} if config.loss == "label" else {"kl": kl_sum / config.batch_size}),  # which needs a teacher
         "lr": lr,
         "grad_norm": float(student.get_global_grad_norm()),
         "tokens_per_second": round(token_sum / seconds, 1),

@@ -76,7 +76,7 @@ class Evaluation:
         if self.engine == "vllm" and (self.method != "as_is" or self.teacher or self.tasks):
             raise UserError(
                 "engine=vllm measures perplexity of a directory as it is: leave out --method, --teacher and --tasks "
-                "(lm_eval --model vllm reads the same directory)."
+                "(lm_eval --model vllm reads the same directory, and fetches the tasks' data from the hub)."
             )
 
 

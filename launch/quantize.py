@@ -68,7 +68,7 @@ def main() -> None:
     if data:
         models.check_ids(model.config, data.largest, f"The text in {settings.data}")
     lock(layerwise.partial_of(settings.output))
-    with layerwise.appearing(folder, settings.output, quant, record) as output:
+    with layerwise.appearing(folder, settings.output, quant, record, settings.model) as output:
         if settings.method == "rtn":
             rtn.write(folder, output)
         else:

@@ -20,8 +20,8 @@ _log = logging.getLogger(__name__)
 
 
 class RunLog:
-    """The first rank's log, a context that ends it. Once begun it never ends a run: what cannot be written (a full disk,
-    a lost network) is warned of once, and tried again with the next step.
+    """The first rank's log, a context that ends it. Once begun it never ends a run: what cannot be written (a full
+    disk, a lost network) is warned of once, and tried again with the next step.
 
     Args:
         path: the file; what it holds of steps after ``state.step``, which are taken again, is dropped

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import tempfile
@@ -114,6 +115,15 @@ def test_datasets_reads_the_folder(tiny_data, tmp_path):
     assert data["input_ids"] == ShardFolder(tiny_data).sequences().to_pylist()
     by_card = load_dataset(str(tiny_data), split="train", cache_dir=str(tmp_path))
     assert by_card["input_ids"] == data["input_ids"]
+
+
+def test_the_cards_snippet_runs_as_it_stands(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.chdir(tiny_data)
+    (snippet,) = re.findall(r"```python\n(.*?)```", (tiny_data / card.CARD).read_text(), re.DOTALL)
+    defined = {}
+    exec(snippet, defined)
+    assert len(defined["data"]) == 12
 
 
 @given(SEQUENCES)

@@ -6,18 +6,21 @@ length; each begins with BOS where the tokenizer puts it.
 
 import hashlib
 import json
+import tempfile
+from array import array
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from qat.data.shards import Sequence
+from qat.runtime import progress
 from qat.runtime.errors import UserError
-from qat.runtime.files import utf8
+from qat.runtime.files import utf8, writing
 
 HUB = {
     "wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
@@ -26,11 +29,8 @@ HUB = {
 """Corpora by name, and where the hub has them; their training split is read."""
 
 _FIELD = "text"
-_BATCH = 64
-"""Pieces of text that are tokenized together."""
-
 _BLOCK = 2**20
-"""Characters of a piece of plain text, which is cut at a line's end."""
+"""Characters of a piece of plain text, which is cut at a line's end; and of pieces that are tokenized together."""
 
 Piece = tuple[str, bool]
 """Text that can be tokenized by itself, and whether a document ends with it."""
@@ -62,22 +62,46 @@ class Corpus:
         else:
             yield from _from_hub(*HUB[self.source])
 
-    def sequences(self, tokenizer: Tokenizer, prefix: list[int], count: int, length: int) -> list[Sequence]:
-        """The first ``count`` sequences of ``length`` tokens; raises UserError if the corpus has fewer."""
-        rows = list(islice(_cut(_tokens(self.pieces(), tokenizer), prefix, length), count))
-        if len(rows) < count:
-            advice = f"give --sequences {len(rows)} or less" if rows else "give more text, or a smaller --max_length"
-            raise UserError(f"{self.source} makes {len(rows)} sequences of {length} tokens, not {count}: {advice}.")
-        return [Sequence(row, row[len(prefix)], 0, "length", None) for row in rows]
+    def rows(self, tokenizer: Tokenizer, prefix: list[int], count: int, length: int) -> np.ndarray:
+        """The token ids [count, length] of the first sequences; raises UserError if the corpus has fewer.
+
+        They lie in a file without a name, 4 bytes a token, so that the memory does not grow with ``count``.
+        """
+        rows = islice(_cut(_tokens(self.pieces(), tokenizer), prefix, length), count)
+        with tempfile.TemporaryFile() as file:
+            with progress.bar(desc="tokenize", total=count, unit="seq") as bar:
+                for row in rows:
+                    with writing(Path(tempfile.gettempdir())):
+                        file.write(array("i", row))
+                    bar.update()
+            if bar.n < count:
+                advice = f"give --sequences {bar.n} or less" if bar.n else "give more text, or a smaller --max_length"
+                raise UserError(f"{self.source} makes {bar.n} sequences of {length} tokens, not {count}: {advice}.")
+            with writing(Path(tempfile.gettempdir())):
+                file.flush()
+            return np.memmap(file, np.int32, "r", shape=(count, length))
 
 
 def _tokens(pieces: Iterator[Piece], tokenizer: Tokenizer) -> Iterator[list[int]]:
     """Token ids, piece by piece; the end-of-text token, if there is one, after each document."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    while batch := list(islice(pieces, _BATCH)):
+    for batch in _batches(pieces):
         ids = tokenizer([text for text, _ in batch], add_special_tokens=False, verbose=False).input_ids
         for own, (_, ends) in zip(ids, batch, strict=True):
             yield own + end if ends else own
+
+
+def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    batch: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece[0])
+        if size >= _BLOCK:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _cut(tokens: Iterable[list[int]], prefix: list[int], length: int) -> Iterator[list[int]]:

@@ -64,6 +64,9 @@ def main() -> None:
     engines.init_distributed()
     missing = [cache.missing(len(data))]
     dist.broadcast_object_list(missing, 0)
+    if not missing[0]:
+        cli.say(f"{config.output} is complete already: what {config.model} predicts on {len(data)} sequences")
+        return
     with ranks.doing("loading the teacher"):
         teacher = engines.Teacher(model, deepspeed_json.for_teacher(ds_config))
     if config.top_k == 0:
@@ -90,8 +93,7 @@ def main() -> None:
                 if entries:
                     cache.write(number, entries)
             ranks.meet("the targets are written")
-    if cli.is_first_rank():
-        print(f"{config.output}: what {config.model} predicts on {len(data)} sequences", flush=True)
+    cli.say(f"{config.output}: what {config.model} predicts on {len(data)} sequences; train with --teacher_cache")
 
 
 def settings(model: str, data: TrainingData) -> dict[str, object]:

@@ -5,12 +5,14 @@ import atexit
 import importlib
 import logging
 import os
+import re
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +22,7 @@ from huggingface_hub.utils import logging as hub_logging
 from jsonargparse import ArgumentError, ArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
-from qat.runtime import malloc
+from qat.runtime import malloc, progress
 from qat.runtime.errors import UserError
 from qat.runtime.ranks import are_watched, fail
 from qat.runtime.table import choices_of
@@ -37,7 +39,7 @@ def run(main: Callable[[], int | None]) -> None:
         disable_progress_bar()  # transformers', which redraws
     hub_logging.set_verbosity_error()  # a line for each of many retries; what comes of them is said once
     if is_first_rank():
-        logging.basicConfig(format="%(message)s")
+        logging.basicConfig(format="%(message)s", handlers=[progress.LogHandler()])
         logging.getLogger("qat").setLevel(logging.INFO)
     if not torch.cuda.is_available():
         malloc.keep_freed_memory()
@@ -106,6 +108,12 @@ def import_plugins(names: str | None) -> None:
             raise UserError(f"--plugin={name} cannot be imported: {error}.") from error
 
 
+def say(sentence: str) -> None:
+    """Print, once for all ranks."""
+    if is_first_rank():
+        print(sentence, flush=True)
+
+
 def parse(description: str, *configs: type) -> list[Any]:
     """One instance of each dataclass, its fields set by flags, a YAML recipe (``--config``), or their defaults.
 
@@ -125,7 +133,9 @@ def parse(description: str, *configs: type) -> list[Any]:
     try:
         values = parser.parse_args()
     except ArgumentError as error:
-        raise UserError(f"{' '.join(str(error).split())}\n{parser.format_usage().strip()}") from error
+        said = " ".join(str(error).split())
+        names = ["config", "plugin", *(field.name for config in configs for field in fields(config))]
+        raise UserError(f"{said}{_meant(said, names)}\n{parser.format_usage().strip()}") from error
     import_plugins(values.plugin)  # of a recipe
     return [config(**{field.name: values[field.name] for field in fields(config)}) for config in configs]
 
@@ -141,3 +151,10 @@ def _list_choices(parser: ArgumentParser, config: type) -> None:
     for action in parser._actions:
         for name, thing in choices_of(config).get(action.dest, {}).items():
             action.help = f"{action.help}; {name}: {getattr(thing, 'meaning', thing)}"
+
+
+def _meant(said: str, names: list[str]) -> str:
+    """A question that names the flag of ``names`` that is nearest to the one that ``said`` calls unknown, if any is."""
+    unknown = re.search(r"^(?:unrecognized arguments: --|Option ')([\w-]+)", said)
+    near = get_close_matches(unknown[1], names, n=1) if unknown else []
+    return f": did you mean --{near[0]}?" if near else ""

@@ -80,7 +80,7 @@ class Evaluation:
         if self.engine == "vllm" and (self.method != "as_is" or self.teacher or self.tasks):
             raise UserError(
                 "engine=vllm measures perplexity of a directory as it is: leave out --method, --teacher and --tasks "
-                "(lm_eval --model vllm reads the same directory)."
+                "(lm_eval --model vllm reads the same directory, and fetches the tasks' data from the hub)."
             )
 
 
@@ -125,11 +125,13 @@ def main() -> None:
     new_texts = {text: windows for text, windows in texts.items() if not results.has(text, windows)}
     new_tasks = [task for task in tasks if task not in results.tasks]
     if not new_texts and not new_tasks and evaluation.output:
-        print(f"{evaluation.output} is there already.")
+        results.show([*texts, *tasks])
+        results.show_average(tasks)
+        cli.say(f"{evaluation.output} is there already: these results")
         return
     if cli.is_first_rank():
         results.check_writable()
-        results.show([name for name in (*texts, *tasks) if name not in (*new_texts, *new_tasks)])
+    results.show([name for name in (*texts, *tasks) if name not in (*new_texts, *new_tasks)])
     if evaluation.engine == "vllm":
         llm = vllm.engine(name, window + 1)
         for text, windows in new_texts.items():
@@ -140,10 +142,9 @@ def main() -> None:
         model = _load(name, quant if rtn else None)
         _measure_texts(model, teacher_name, new_texts, results)
         _measure_tasks(model, tokenizer, new_tasks, evaluation, results)
-    if cli.is_first_rank():
-        results.show_average(tasks)
-        if evaluation.output:
-            print(f"{evaluation.output}: these results")
+    results.show_average(tasks)
+    if evaluation.output:
+        cli.say(f"{evaluation.output}: these results")
 
 
 def check_teacher(teacher: str, model: str, tokenizer: models.Tokenizer) -> None:
@@ -254,7 +255,7 @@ class _Results:
     def show(self, names: list[str]) -> None:
         """Print a line for each of these texts and tasks."""
         for name in names:
-            print(self._text_line(name) if name in self.texts else self._task_line(name), flush=True)
+            cli.say(self._text_line(name) if name in self.texts else self._task_line(name))
 
     def _text_line(self, text: str) -> str:
         score = self.texts[text]
@@ -268,9 +269,9 @@ class _Results:
 
     def show_average(self, tasks: list[str]) -> None:
         """Print the zero-shot average, if ``tasks`` has them all."""
-        if set(ZERO_SHOT) <= set(tasks):
+        if cli.is_first_rank() and set(ZERO_SHOT) <= set(tasks):
             mean, stderr = zero_shot_average(self.tasks)
-            print(f"zero-shot average {mean:.4f} ± {stderr:.4f}")
+            cli.say(f"zero-shot average {mean:.4f} ± {stderr:.4f}")
 
 
 def _check_same(content: dict[str, Any], settings: dict[str, Any], path: Path) -> None:

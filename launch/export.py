@@ -32,7 +32,8 @@ class Export:
         model: the model that the run began with; by default where the run found it
         verify: read the export back, before it appears, and compare logits and perplexity with the student in memory
         text: what perplexity is measured on: encyclopedia or howto (built in), or a text file
-        base_model: name of the model that the run began with, for the model card; by default the run's --model
+        base_model: the hub's name of the model that the run began with, for the model card; by default the run's
+            --model, or, where that was a folder, what its README.md declares
         license: of that model, for the model card; by default what its README.md declares
         results: JSON files of launch/evaluate.py, for the model card
     """
@@ -83,7 +84,8 @@ def main() -> None:
 def _origin(settings: Export, student: student_folder.Student) -> model_card.Origin:
     name = settings.base_model or student.base_model
     known = model_card.origin_of(name)
-    return model_card.Origin(known.base_model, settings.license or known.license, settings.results)
+    base_model = settings.base_model or known.base_model
+    return model_card.Origin(base_model, settings.license or known.license, settings.results)
 
 
 if __name__ == "__main__":

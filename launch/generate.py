@@ -60,8 +60,7 @@ def main() -> int:
         else:
             write_generated(folder, directory, tokenizer, config)
     except Stopped:
-        if cli.is_first_rank():
-            print(f"stopped by a signal: the same command goes on with {paths.output}", flush=True)
+        cli.say(f"stopped by a signal: the same command goes on with {paths.output}")
         return RESUMABLE_EXIT
     if all(folder.path(index).exists() for index in range(config.shards)):  # whoever is the last finds them all
         name = Path(paths.model).name if Path(paths.model).exists() else paths.model
@@ -160,9 +159,8 @@ def write_corpus(corpus: Corpus, folder: ShardFolder, directory: str, tokenizer,
     model = models.read_config(directory)
     models.check_length(model, config.max_length, "max_length")
     prefix = Vocabulary.of(tokenizer, directory).prefix
-    sequences = corpus.sequences(tokenizer, prefix, config.sequences, config.max_length)
-    largest = max(max(sequence.input_ids) for sequence in sequences)
-    models.check_ids(model, largest, f"The text of {corpus.source}")
+    ids = corpus.rows(tokenizer, prefix, config.sequences, config.max_length)
+    models.check_ids(model, int(ids.max()), f"The text of {corpus.source}")
     folder.claim(
         {
             **{setting: getattr(config, setting) for setting in _OF_TEXT},
@@ -177,7 +175,8 @@ def write_corpus(corpus: Corpus, folder: ShardFolder, directory: str, tokenizer,
         if stop.received:
             raise Stopped
         rows = config.shard_range(index)
-        folder.write(index, sequences[rows.start : rows.stop])
+        sequences = ids[rows.start : rows.stop].tolist()
+        folder.write(index, [Sequence(row, row[len(prefix)], 0, "length", None) for row in sequences])
 
 
 def check(directory: str, tokenizer, config: GenerateConfig, tensor_parallel: int) -> None:

@@ -69,7 +69,7 @@ def main() -> None:
     if data:
         models.check_ids(model.config, data.largest, f"The text in {settings.data}")
     lock(writer.partial_of(settings.output))
-    with writer.appearing(folder, settings.output, quant, record) as output:
+    with writer.appearing(folder, settings.output, quant, record, settings.model) as output:
         if settings.method == "rtn":
             rtn.write(folder, output)
         else:

@@ -170,12 +170,18 @@ class Job(NamedTuple):
 def main() -> int:
     (reproduction,) = cli.parse(__doc__, Reproduction)
     handle_signals(interrupt)
+    tables = {table: read_recipe(_RECIPES / f"{table}.yaml") for table in TABLES}
+    chosen = {table: tables[table] for table in reproduction.tables.split(",")}
+    wanted = queue(chosen, reproduction.cells)
+    if not wanted:
+        raise UserError(
+            f"cells={reproduction.cells} is the name of no cell of {reproduction.tables}: give a pattern that is, say "
+            f"{next(iter(chosen.values()))[0].name}."
+        )
     lock(reproduction.work)
     deadline = time.monotonic() + 60 * reproduction.minutes if reproduction.minutes else None
-    tables = {table: read_recipe(_RECIPES / f"{table}.yaml") for table in TABLES}
     runner = _Runner(reproduction, deadline)
-    chosen = {table: tables[table] for table in reproduction.tables.split(",")}
-    jobs = [job for job in queue(chosen, reproduction.cells) if not runner.is_done(job)]
+    jobs = [job for job in wanted if not runner.is_done(job)]
     failures = []
     try:
         for number, job in enumerate(jobs, 1):
@@ -193,9 +199,10 @@ def main() -> int:
         runner.collect(tables)
     if failures:
         raise UserError(f"{len(failures)} of {len(jobs)} jobs failed: {', '.join(failures)}.")
-    print(
-        f"{reproduction.output}: {reproduction.tables}; {len(jobs)} jobs done now, the others were before", flush=True
+    done = (
+        f"{len(jobs)} jobs done now, {len(wanted) - len(jobs)} before" if jobs else f"all {len(wanted)} jobs were done"
     )
+    print(f"{reproduction.output}: {done}; README.md there has the tables", flush=True)
     return 0
 
 
@@ -393,11 +400,12 @@ class _Runner:
 
 
 def _trained(folder: Path) -> dict[str, Any]:
-    """What a training run took, and its KL at every step; nothing where nobody trained."""
+    """What a training run took, and its KL at every step, if a teacher taught; nothing where nobody trained."""
     if not (folder / LOG).is_file():
         return {}
     log = read_lines(folder / LOG)
-    return {"tokens": log[-1]["tokens"], "seconds": log[-1]["seconds"], "kl": [round(line["kl"], 5) for line in log]}
+    taken = {"tokens": log[-1]["tokens"], "seconds": log[-1]["seconds"]}
+    return taken | ({"kl": [round(line["kl"], 5) for line in log]} if "kl" in log[-1] else {})
 
 
 def _row(cell: dict[str, Any], accuracy: dict[str, Any] | None) -> dict[str, Any]:

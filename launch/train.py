@@ -141,11 +141,9 @@ def main() -> int:
     open_folder(paths.output, identity)
     final = paths.output / FINAL
     if final.exists():
-        print(f"{final} is there already: the run is complete.")
+        cli.say(f"{final} is there already: the run is complete.")
         return 0
-    if cli.is_first_rank():
-        print(json.dumps(identity, indent=1))
-        print(f"{quant} student of {model}: {config.steps} steps of {config.batch_size} sequences", flush=True)
+    cli.say(f"{quant} student of {model}: {config.steps} steps of {config.batch_size} sequences")
 
     companions = folder.companions()
     if config.deterministic:
@@ -177,9 +175,8 @@ def main() -> int:
         print(memory.beside_plan(planned.needs), flush=True)
     if complete:
         engines.save_student(student, final, quant, companions)
-    if cli.is_first_rank():
-        stopped = f"stopped by a signal and saved: the same command goes on with {paths.output}"
-        print(f"{final}: the trained student, {quant}" if complete else stopped, flush=True)
+    stopped = f"stopped by a signal and saved: the same command goes on with {paths.output}"
+    cli.say(f"{final}: the trained student, {quant}" if complete else stopped)
     return 0 if complete else RESUMABLE_EXIT
 
 
@@ -251,10 +248,16 @@ def open_folder(output: Path, settings: dict[str, Any]) -> None:
         defaults = {field.name: field.default for kind in kinds for field in dataclasses.fields(kind)}
         started = defaults | started | {"arithmetic": ARITHMETIC}  # an earlier version may not have had them all
         free = {name: settings[name] for name in CHANGES_NO_RESULT}
-        if listed := differences(started | free, settings):
+        if listed := differences(_said_once(started | free), _said_once(settings)):
             raise UserError(f"{output} was started with other settings ({listed}): give the same, or another --output.")
     elif (output / FINAL).exists() or any((output / CHECKPOINTS).glob("step-*")):
         raise UserError(f"{output} holds a run without its {SETTINGS}: put that back, or give another --output.")
+
+
+def _said_once(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without the optimizer's copy of the learning rate."""
+    optimizer = settings["optimizer"]
+    return settings | {"optimizer": optimizer | {"params": optimizer["params"] | {"lr": None}}}
 
 
 def claim(output: Path, settings: dict[str, Any], ds_config: dict[str, Any], places: dict[str, str]) -> None:

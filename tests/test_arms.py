@@ -57,6 +57,7 @@ def falls(run) -> bool:
 def test_arm_trains(arm, tiny_directory, tiny_data, tmp_path):
     finish(start_training(2, *flags(tiny_directory, tiny_data, tmp_path / "run"), *ARMS[arm]))
     assert falls(tmp_path / "run")
+    assert all(("kl" in record) == (arm != "label") for record in log_of(tmp_path / "run")), "the teacher's, or none"
 
 
 def test_learned_steps_are_saved_and_loaded(tiny_directory, tiny_data, tmp_path):

@@ -7,7 +7,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -158,19 +159,29 @@ def test_a_full_disk_between_checkpoints_does_not_end_a_run(tmp_path, caplog):
     figures = {"loss": 1.0, "kl": 1.0, "tokens_per_second": 1.0}
     with small_disk(tmp_path / "small", 1 << 16) as small:
         board = {"enabled": True, "output_path": str(small), "job_name": "tensorboard"}
-        log = RunLog(small / "log.jsonl", engine(tensorboard=board), TrainState(), steps=101)
-        with suppress(OSError), (small / "filler").open("wb", buffering=0) as filler:
-            while True:
-                filler.write(bytes(1024))
-        for step in range(1, 101):
-            log.step(TrainState(step=step, samples=step), figures)
-        for name in ("log.jsonl", "TensorBoardMonitor"):
-            assert caplog.text.count(f"{name} cannot be written ([Errno 28]") == 1
-        (small / "filler").unlink()
-        log.step(TrainState(step=101, samples=101), figures)
+        with RunLog(small / "log.jsonl", engine(tensorboard=board), TrainState(), steps=101) as log:
+            with suppress(OSError), (small / "filler").open("wb", buffering=0) as filler:
+                while True:
+                    filler.write(bytes(1024))
+            for step in range(1, 101):
+                log.step(TrainState(step=step, samples=step), figures)
+            for name in ("log.jsonl", "TensorBoardMonitor"):
+                assert caplog.text.count(f"{name} cannot be written ([Errno 28]") == 1
+            (small / "filler").unlink()
+            log.step(TrainState(step=101, samples=101), figures)
         steps = [json.loads(line)["step"] for line in (small / "log.jsonl").read_text().splitlines()]
         assert steps == sorted(set(steps))
         assert steps[-1] == 101, "with room again, the log goes on"
+
+
+def test_the_log_ends_with_the_loop_whatever_ends_it(tmp_path):
+    """Its bar too, before the error is told: else that would stand in the bar's line."""
+    path, begin = tmp_path / "log.jsonl", TrainState()
+    with suppress(UserError), redirect_stderr(StringIO()) as said, RunLog(path, engine(), begin, steps=4) as log:
+        log.step(TrainState(step=1, samples=1), {"loss": 2.0, "tokens_per_second": 1.0})
+        raise UserError("the loss explodes")
+    assert said.getvalue().splitlines()[-1].startswith("train:  25%")
+    assert "loss=2.000" in said.getvalue()
 
 
 class Planted:

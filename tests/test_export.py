@@ -1,9 +1,12 @@
 """Exports: what was trained is what is written, read back, and read by others."""
 
 import json
+import re
 import shutil
+import sys
 import threading
 import time
+from importlib import import_module
 from pathlib import Path
 
 import gguf
@@ -21,7 +24,7 @@ from test_launch import error_of
 from test_prepare import FAMILIES, ids
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from qat.export import export
+from qat.export import export, model_card
 from qat.export.differences import differences
 from qat.export.export import FAKE, GGUF
 from qat.infer import simulated
@@ -461,6 +464,42 @@ def test_what_engines_will_do_differently_is_said():
     assert "trained with 4 bits" in said
     assert "KV cache" in said
     assert not differences(QuantConfig(4, 16, 16), FAKE)
+
+
+def test_the_snippets_of_card_and_docs_run_as_they_stand(tmp_path, monkeypatch, capsys):
+    student, folder = write_student(tmp_path / "final", QuantConfig()), tmp_path / "export" / "NAME"
+    folder.parent.mkdir()
+    export.export(student, folder, PACKED)
+    model_card.write(student, PACKED, model_card.Origin("nobody/tiny", ""), "", folder)
+    for file, place in {folder / "README.md": folder.parent, ROOT / "docs" / "export.md": tmp_path}.items():
+        (snippet,) = re.findall(r"```python\n(.*?)```", file.read_text(), re.DOTALL)
+        monkeypatch.chdir(place)
+        exec(snippet, {})
+        assert capsys.readouterr().out.startswith("<s>"), file
+
+
+@pytest.mark.parametrize(
+    ("model", "declared", "named"),
+    [
+        ("folder", "base_model: 'nobody/tiny'", "base_model: nobody/tiny"),
+        ("folder", "", ""),
+        ("nobody/tiny", "", "base_model: nobody/tiny"),
+    ],
+)
+def test_the_card_of_a_quantized_model_names_its_base_model(model, declared, named, tmp_path, monkeypatch):
+    """The hub's name, never a path of this machine."""
+    tiny_model().save_pretrained(tmp_path / "folder")
+    tiny_tokenizer().save_pretrained(tmp_path / "folder")
+    (tmp_path / "folder" / "README.md").write_text(f"---\n{declared}\nlicense: cc0-1.0\n---\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models, "_download", lambda name: str(tmp_path / "folder"))
+    monkeypatch.setattr(sys, "argv", ["quantize.py", f"--model={model}", "--output=rtn"])
+    import_module("launch.quantize").main()
+    monkeypatch.setattr(sys, "argv", ["export.py", "--checkpoint=rtn", "--output=export", "--verify=false"])
+    import_module("launch.export").main()
+    front, text = (tmp_path / "export" / "README.md").read_text().removeprefix("---\n").split("---\n", 1)
+    assert [line for line in front.splitlines() if line.startswith("base_model")] == [named] * bool(named)
+    assert f"{named.removeprefix('base_model: ') or 'folder'} in low precision, by rtn." in text
 
 
 def test_one_command_writes_a_model_its_card_and_what_was_verified(run, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr
+from dataclasses import asdict
 from importlib import import_module
 from io import StringIO
 from pathlib import Path
@@ -16,11 +17,14 @@ from transformers import GPTNeoXConfig
 
 from datagen.corpus import Corpus
 from launch import cli
+from launch.train import claim, open_folder
 from qat.evaluate import heldout
 from qat.export import model_card
 from qat.quant.config import QuantConfig
+from qat.quant.linear import ARITHMETIC
 from qat.runtime.errors import UserError
 from qat.runtime.files import lock
+from qat.train.loop import TrainConfig
 
 JSON = ROOT / "ds_configs" / "zero3_cpu.json"
 
@@ -80,6 +84,20 @@ def test_a_refused_mistake_leaves_the_folder_free(monkeypatch, tiny_directory, t
     flags = train_flags(tiny_directory, tiny_data, tmp_path / "out")
     assert "w_group_size=48 does not divide" in error_of(monkeypatch, "train", *flags, "--w_group_size=48")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_resume_with_other_settings_names_those_alone(tmp_path):
+    params = {"lr": 2e-5, "betas": [0.9, 0.999], "weight_decay": 0.0}
+    optimizer = {"type": "AdamW", "params": params}
+    settings = {**asdict(QuantConfig()), **asdict(TrainConfig()), "optimizer": optimizer, "arithmetic": ARITHMETIC}
+    claim(tmp_path, settings, {}, {})
+    changed = settings | {"lr": 3e-4, "optimizer": optimizer | {"params": params | {"lr": 3e-4}}}
+    with pytest.raises(UserError, match=re.escape("other settings (lr was 2e-05, now 0.0003): give the same")):
+        open_folder(tmp_path, changed)
+    (tmp_path / "lock").unlink()  # which this process holds to its end
+    changed = settings | {"optimizer": optimizer | {"params": params | {"betas": [0.9, 0.95]}}}
+    with pytest.raises(UserError, match=re.escape("(optimizer.params.betas was [0.9, 0.999], now [0.9, 0.95])")):
+        open_folder(tmp_path, changed)
 
 
 def test_a_run_that_lost_its_settings_is_refused(monkeypatch, tiny_directory, tiny_data, tmp_path):
@@ -162,6 +180,22 @@ def test_quantized_model_as_teacher(monkeypatch, tiny_directory, tiny_data, tmp_
     QuantConfig().save(student)
     message = error_of(monkeypatch, "train", *train_flags(student, tiny_data, tmp_path / "out"))
     assert "quantized already" in message
+
+
+COMMANDS = sorted(path.stem for path in (ROOT / "launch").glob("*.py") if "cli.run(main)" in path.read_text())
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_every_command_says_which_flag_was_meant(script, monkeypatch, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("modle: there\n")
+    for given in ("--modle=there", f"--config={tmp_path / 'recipe.yaml'}"):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", given])
+        with pytest.raises(UserError) as refused:
+            import_module(f"launch.{script}").main()
+        first, usage, *_ = str(refused.value).splitlines()
+        assert "modle" in first
+        assert first.endswith(": did you mean --model?")
+        assert usage.startswith(f"usage: {script}.py")
 
 
 @pytest.mark.parametrize(("flag", "named"), [("--learning_rate=1", "--learning_rate=1"), ("--lr=fast", '"lr"')])

@@ -1,5 +1,6 @@
 """Bars in log files, and what a lost terminal does to a run."""
 
+import logging
 import os
 import pty
 import signal
@@ -35,6 +36,29 @@ def test_a_log_file_gets_a_line_at_the_start_and_at_the_end():
     assert last.startswith("train: 100%")
     assert "10000/10000" in last
     assert "loss=9999" in last
+
+
+def test_a_bar_that_was_left_open_does_not_move_the_next():
+    with redirect_stderr(StringIO()) as log:
+        left = progress.bar(desc="left", total=10)
+        with progress.bar(desc="train", total=2) as bar:
+            bar.update(2)
+        left.close()
+    assert [line.split("%")[0] for line in log.getvalue().splitlines()] == [
+        "left:   0", "train:   0", "train: 100", "left:   0"
+    ]  # fmt: skip
+
+
+def test_what_is_logged_stands_above_the_bar(monkeypatch):
+    """On a terminal, that is: the bar is wiped, and drawn anew below."""
+    with redirect_stderr(StringIO()) as terminal:
+        monkeypatch.setattr(terminal, "isatty", lambda: True)
+        with progress.bar(desc="train", total=2) as bar:
+            bar.update()
+            progress.LogHandler().emit(logging.makeLogRecord({"msg": "a warning"}))
+    before, after = terminal.getvalue().split("a warning\n")
+    assert before.endswith(" \r")
+    assert after.startswith("\rtrain:  50%")
 
 
 def test_a_lost_terminal_stops_a_run_which_saves(tmp_path):

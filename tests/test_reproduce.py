@@ -8,6 +8,7 @@ import sys
 import time
 
 from conftest import ROOT, environment, tiny_model
+from test_launch import error_of
 
 
 def start(model, folder, *flags: str) -> subprocess.Popen:
@@ -17,6 +18,13 @@ def start(model, folder, *flags: str) -> subprocess.Popen:
         command, env=environment(), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         start_new_session=True,
     )  # fmt: skip
+
+
+def test_cells_that_there_are_not(monkeypatch, tmp_path):
+    places = [f"--output={tmp_path / 'results'}", f"--work={tmp_path / 'work'}"]
+    message = error_of(monkeypatch, "reproduce", "--tables=main", "--cells=qat_4-9-4", *places)
+    assert "cells=qat_4-9-4 is the name of no cell of main: give a pattern that is, say full_precision" in message
+    assert not list(tmp_path.iterdir())
 
 
 def test_killed_and_started_again(tiny_directory, tmp_path):
@@ -38,7 +46,8 @@ def test_killed_and_started_again(tiny_directory, tmp_path):
     assert not (run / "final").exists()
     assert "| LLM-QAT | 4-8-4 |" in (results / "README.md").read_text()
     files = {file: file.stat().st_mtime_ns for file in (results / "cells").iterdir()}
-    assert start(tiny_directory, tmp_path, cells).wait() == 0
+    output, _ = start(tiny_directory, tmp_path, cells).communicate(timeout=500)
+    assert output.splitlines()[-1] == f"{results}: all 3 jobs were done; README.md there has the tables"
     assert {file: file.stat().st_mtime_ns for file in (results / "cells").iterdir()} == files
     tiny_model().save_pretrained(tmp_path / "other")
     output, _ = start(tmp_path / "other", tmp_path, cells).communicate(timeout=100)

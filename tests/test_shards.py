@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import tempfile
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_launch import error_of
 
-from datagen import card
+from datagen import card, corpus
 from datagen.corpus import Corpus
 from datagen.generate import GenerateConfig
 from launch.generate import write_corpus
@@ -115,6 +117,15 @@ def test_datasets_reads_the_folder(tiny_data, tmp_path):
     assert by_card["input_ids"] == data["input_ids"]
 
 
+def test_the_cards_snippet_runs_as_it_stands(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.chdir(tiny_data)
+    (snippet,) = re.findall(r"```python\n(.*?)```", (tiny_data / card.CARD).read_text(), re.DOTALL)
+    defined = {}
+    exec(snippet, defined)
+    assert len(defined["data"]) == 12
+
+
 @given(SEQUENCES)
 def test_the_cards_figures_are_those_of_plain_counting(sequences):
     rows = [vars(sequence) | {"start_token": sequence.input_ids[0]} for sequence in sequences]
@@ -170,21 +181,34 @@ def test_a_corpus_becomes_its_own_tokens(tokenizer, tmp_path):
     ids = tokenizer(DOCUMENTS, add_special_tokens=False).input_ids
     stream = [token for document in ids if document for token in [*document, tokenizer.eos_token_id]]
     for path in corpora(tmp_path).values():
-        sequences = Corpus(str(path)).sequences(tokenizer, [0], len(stream) // 31, 32)
-        assert [token for s in sequences for token in s.input_ids[1:]] == stream[: len(stream) // 31 * 31]
-        assert all(
-            s.input_ids[0] == 0 and s.start_token == s.input_ids[1] and len(s.input_ids) == 32 for s in sequences
-        )
+        rows = Corpus(str(path)).rows(tokenizer, [0], len(stream) // 31, 32)
+        assert rows[:, 1:].flatten().tolist() == stream[: len(stream) // 31 * 31]
+        assert not rows[:, 0].any()
         with pytest.raises(UserError, match=f"give --sequences {len(stream) // 31} or less"):
-            Corpus(str(path)).sequences(tokenizer, [0], 10**6, 32)
+            Corpus(str(path)).rows(tokenizer, [0], 10**6, 32)
 
 
 def test_documents_are_joined_without_a_token_where_none_ends_a_text(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None
     ids = [i for document in DOCUMENTS for i in tokenizer(document, add_special_tokens=False).input_ids]
-    (sequence,) = Corpus(str(corpora(tmp_path)["jsonl"])).sequences(tokenizer, [0], 1, len(ids))
-    assert sequence.input_ids == [0, *ids[:-1]]
+    rows = Corpus(str(corpora(tmp_path)["jsonl"])).rows(tokenizer, [0], 1, len(ids))
+    assert rows.tolist() == [[0, *ids[:-1]]]
+
+
+def test_a_corpus_takes_no_memory_for_its_length(tokenizer, tmp_path, capsys, monkeypatch):
+    """What Python holds at most is the tokens of a few pieces, whatever the number of sequences. A bar shows how far it
+    is."""
+    monkeypatch.setattr(corpus, "_BLOCK", 1000)
+    (tmp_path / "corpus.jsonl").write_text(f"{json.dumps({'text': TEXT[:1000]})}\n" * 200)
+    peaks = []
+    for count in (2000, 500):
+        tracemalloc.start()
+        assert len(Corpus(str(tmp_path / "corpus.jsonl")).rows(tokenizer, [0], count, 32)) == count
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert f"{count}/{count}" in capsys.readouterr().err
+    assert peaks[0] < 1.1 * peaks[1]
 
 
 def test_generate_makes_shards_of_a_corpus(tiny_directory, tmp_path):
@@ -234,7 +258,7 @@ def test_what_is_no_corpus_is_refused(tokenizer, tmp_path, monkeypatch):
         "wikitext": "The hub does not give Salesforce/wikitext",
     }.items():
         with pytest.raises(UserError, match=message):
-            Corpus(str(source)).sequences(tokenizer, [0], 4, 24)
+            Corpus(str(source)).rows(tokenizer, [0], 4, 24)
 
 
 def test_a_corpus_takes_no_settings_of_a_writer(tmp_path):

@@ -1,6 +1,7 @@
 """README.md of an export: where it comes from, how it was made, what was measured, how to serve it."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,15 @@ from qat.store import smollm2
 from qat.store.compressed_tensors import FORMATS, INTEGERS, PACKED
 from qat.store.student_folder import Student
 
+_IN_PYTHON = """```python
+import qat
+from transformers import AutoTokenizer
+
+model, tokenizer = qat.load("{name}"), AutoTokenizer.from_pretrained("{name}")
+prompt = tokenizer("Hello", return_tensors="pt").to(model.device)
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=20)[0]))
+```"""
+
 _MANIFEST = "manifest.json"
 _TRAINING = ("loss", "steps", "lr", "warmup_steps", "batch_size", "seed")
 
@@ -21,7 +31,7 @@ class Origin:
     """What only the one who exports knows.
 
     Args:
-        base_model: name of the model that the student began with
+        base_model: the hub's name of the model that the student began with; empty if it is not known
         license: its licence, which is that of the export
         results: JSON files written by launch/evaluate.py
     """
@@ -31,6 +41,7 @@ class Origin:
     results: list[Path] = field(default_factory=list)
 
 
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _EMBEDDED = Origin("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
 
 
@@ -41,7 +52,7 @@ def write(student: Student, form: str, origin: Origin, checks: str, output: Path
     if form in FORMATS:
         head += ["library_name: transformers", "tags:", "- compressed-tensors", "- llm-qat"]
     quant = student.quant
-    base = origin.base_model or "a model that is not recorded"
+    base = origin.base_model or Path(student.base_model).name or "a model that is not recorded"
     parts = [
         "\n".join(["---", *head, "---"]),
         f"# {base}, {quant}",
@@ -58,9 +69,12 @@ def write(student: Student, form: str, origin: Origin, checks: str, output: Path
 
 
 def origin_of(name: str) -> Origin:
-    """What is known of a model that a run named so: the licence that its README.md declares in its front matter."""
+    """What is known of a model that a run named so: a name of the hub, or a folder, whose README.md may declare base
+    model and licence in its front matter."""
     if Path(name).name == smollm2.EMBEDDED:
         return _EMBEDDED
+    if not Path(name).exists():
+        return Origin(name if _HUB_NAME.fullmatch(name) else "", "")
     file = Path(name) / "README.md"
     text = ""
     if name and file.is_file():
@@ -68,7 +82,7 @@ def origin_of(name: str) -> Origin:
             text = stream.read()
     front = text.split("---", 2)[1] if text.startswith("---") else ""
     declared = dict(line.split(":", 1) for line in front.splitlines() if ":" in line)
-    return Origin(name, declared.get("license", "").strip())
+    return Origin(declared.get("base_model", "").strip(" '\""), declared.get("license", "").strip())
 
 
 def _made(student: Student, base: str, form: str) -> str:
@@ -149,10 +163,10 @@ def _serving(form: str, name: str) -> str:
         "hf-fake": f"vllm serve {name}",
         "gguf": f"llama-cli -m {name}/model.gguf",
     }
-    ours = (
-        [f"python launch/chat.py --model {name}   # as trained, with the integer KV cache"] if form in FORMATS else []
-    )
-    return "\n".join(["```", commands[form], *ours, "```"])
+    if form not in FORMATS:
+        return f"```\n{commands[form]}\n```"
+    chat = f"python launch/chat.py --model {name}   # as trained, with the integer KV cache"
+    return f"```\n{commands[form]}\n{chat}\n```\n\nIn Python, as trained:\n\n{_IN_PYTHON.format(name=name)}"
 
 
 def _license(origin: Origin) -> str:

@@ -1,7 +1,8 @@
 """A model that runs as it is deployed: weights packed in memory, generation over the integer KV cache.
 
     model = qat.load("export/llama2-7b-484")
-    model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=20)
+    tokenizer = AutoTokenizer.from_pretrained("export/llama2-7b-484")
+    model.generate(**tokenizer("Hello", return_tensors="pt").to(model.device), max_new_tokens=20)
 
 What it computes is what training simulated: the same codes, scales and roundings. Engines with kernels of their own are
 faster (see docs/export.md); this one is exact, and needs nothing but torch and transformers.

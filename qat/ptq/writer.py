@@ -18,7 +18,7 @@ from qat.quant.quantizers.base import Grid
 from qat.runtime import progress
 from qat.runtime.errors import UserError, differences
 from qat.runtime.files import load_tensors, save_tensors, write_atomically, writing
-from qat.store.model_folder import PTQ_RECORD, ModelFolder, write_companions
+from qat.store.model_folder import BASE_MODEL, PTQ_RECORD, ModelFolder, write_companions
 from qat.store.sidecars import GRIDS_FILE, load_grids, save_grids
 from qat.store.weight_files import INDEX
 
@@ -33,9 +33,15 @@ def is_complete(output: Path, settings: dict[str, Any]) -> bool:
         return False
     if not (output / PTQ_RECORD).is_file():
         raise UserError(f"{output} is there already, and no post-training method made it: give another folder.")
-    if listed := differences(json.loads((output / PTQ_RECORD).read_text()), settings):
+    if listed := differences(_settings_in(output), settings):
         raise UserError(f"{output} is there already, made with other settings ({listed}): give another folder.")
     return True
+
+
+def _settings_in(folder: Path) -> dict[str, Any]:
+    """What its output depends on: not on the model's name."""
+    record = json.loads((folder / PTQ_RECORD).read_text())
+    return {name: value for name, value in record.items() if name != BASE_MODEL}
 
 
 def partial_of(output: Path) -> Path:
@@ -44,22 +50,25 @@ def partial_of(output: Path) -> Path:
 
 
 @contextmanager
-def appearing(source: ModelFolder, output: Path, quant: QuantConfig, settings: dict[str, Any]) -> Iterator[Path]:
+def appearing(
+    source: ModelFolder, output: Path, quant: QuantConfig, settings: dict[str, Any], base_model: str = ""
+) -> Iterator[Path]:
     """A folder beside ``output`` for its weights; at the end it gets the rest of the files, and the name.
 
-    Raises UserError if it holds a run of other settings.
+    ``base_model`` is what the model is called that it is made from. Raises UserError if it holds a run of other
+    settings.
     """
     partial = partial_of(output)
     with writing(partial):
         partial.mkdir(parents=True, exist_ok=True)
     if (partial / PTQ_RECORD).is_file():
-        if listed := differences(json.loads((partial / PTQ_RECORD).read_text()), settings):
+        if listed := differences(_settings_in(partial), settings):
             raise UserError(
                 f"{partial} holds an unfinished run of other settings ({listed}): give another --output, or delete it."
             )
     else:
         with writing(partial):
-            write_atomically(partial / PTQ_RECORD, json.dumps(settings, indent=2) + "\n")
+            write_atomically(partial / PTQ_RECORD, json.dumps(settings | {BASE_MODEL: base_model}, indent=2) + "\n")
     yield partial
     write_companions(source.companions(), partial)
     quant.save(partial)

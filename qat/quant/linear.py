@@ -190,8 +190,9 @@ class _QuantLinear(torch.autograd.Function):
         ctx.layer, ctx.input_dtype = layer, x.dtype
         kept = (x,) if shared is None else (shared.quantized.codes, *shared.quantized.grid)
         ctx.save_for_backward(weight, *grid, *kept)
-        clips = shared is not None and layer.input_format.clips
-        ctx.passes = inside(x, layer.input_format, shared.quantized.grid) if clips else None
+        ctx.passes = None
+        if shared is not None and layer.input_format.clips:
+            ctx.passes = inside(x, layer.input_format, shared.quantized.grid)
         return y if bias is None else y.add_(bias)
 
     @staticmethod

@@ -126,7 +126,7 @@ def integer_product(device: torch.device, qmax: int) -> IntegerProduct:
     codes, weight = _test_codes(device, qmax)
     exact = [product for product in INTEGER_PRODUCTS if is_exact(product, device, qmax)]
     product = min(exact, key=lambda product: _seconds(lambda: product(codes, weight), device))
-    _logger.info("integer products on this %s, for weight codes up to %d: %s", device.type, qmax, product.__name__)
+    _logger.info("this %s multiplies integer weights of up to %d by %s", device.type, qmax, product.__name__)
     return product
 
 

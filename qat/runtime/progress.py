@@ -1,5 +1,6 @@
 """Progress bars: redrawn on a terminal, a line now and then in a log file."""
 
+import logging
 import sys
 from collections.abc import Iterable
 from typing import Any, TextIO
@@ -13,11 +14,20 @@ _SECONDS = 60.0
 def bar(steps: Iterable[Any] | None = None, **how: Any) -> tqdm:
     """tqdm's bar on standard error, given what tqdm takes.
 
-    Set its postfix with ``refresh=False``: the next update shows it, if it is time for one.
+    Set its postfix with ``refresh=False``: the next update shows it, if it is time for one. There is one bar at a time,
+    in one place: tqdm itself would put it below another one that is still open.
     """
+    how["position"] = 0
     if sys.stderr.isatty():
         return tqdm(steps, dynamic_ncols=True, **how)
     return tqdm(steps, file=_Lines(sys.stderr), ascii=True, mininterval=_SECONDS, miniters=1, **how)
+
+
+class LogHandler(logging.Handler):
+    """Writes what is logged to standard error, above the bar and not into its line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
 
 
 class _Lines:

@@ -30,6 +30,9 @@ from qat.store.weight_files import FLOATS, INDEX, Stored, read, stored_tensors
 PTQ_RECORD = "ptq.json"
 """Says which post-training method made a folder, from what."""
 
+BASE_MODEL = "base_model"
+"""In that record: what the model was called that it was made from."""
+
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
 _OF_THE_WEIGHTS = (INDEX, "pytorch_model.bin.index.json", PTQ_RECORD, CONFIG_FILE)
 HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

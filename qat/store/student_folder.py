@@ -27,6 +27,7 @@ from qat.runtime.errors import UserError
 from qat.runtime.files import read_lines, writing
 from qat.store import manifest, models, weight_files
 from qat.store.model_folder import (
+    BASE_MODEL,
     HEAD,
     PTQ_RECORD,
     Kind,
@@ -117,8 +118,8 @@ class Student:
 
     @property
     def base_model(self) -> str:
-        """The model that the run began with, as it was named then; empty if that is not recorded."""
-        return self.run.get("model", "")
+        """The model that it was made from, as it was named then; empty if that is not recorded."""
+        return self.run.get("model") or self._ptq_record.get(BASE_MODEL, "")
 
     @property
     def longest(self) -> int:
@@ -128,8 +129,12 @@ class Student:
     @property
     def ptq_method(self) -> str:
         """The method of launch/quantize.py that made it; empty for a trained student."""
+        return self._ptq_record.get("method", "")
+
+    @property
+    def _ptq_record(self) -> dict[str, Any]:
         file = self.path / PTQ_RECORD
-        return json.loads(file.read_text()).get("method", "") if file.is_file() else ""
+        return json.loads(file.read_text()) if file.is_file() else {}
 
     def weights(self) -> Iterator[tuple[str, Tensor | Quantized]]:
         """Name and tensor of each weight, one at a time; those that are quantized as codes and grid.

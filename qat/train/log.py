@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import deepspeed
 
@@ -13,12 +13,15 @@ from qat.runtime.errors import first_line
 from qat.runtime.files import read_lines, write_atomically, writing
 from qat.train.checkpoint import TrainState
 
+PERPLEXITY = "ppl_"
+"""Begins the names of the figures that were measured on held-out texts; the text's follows."""
+
 _log = logging.getLogger(__name__)
 
 
 class RunLog:
-    """The first rank's log. Once begun it never ends a run: what cannot be written (a full disk, a lost network) is
-    warned of once, and tried again with the next step.
+    """The first rank's log, a context that ends it. Once begun it never ends a run: what cannot be written (a full
+    disk, a lost network) is warned of once, and tried again with the next step.
 
     Args:
         path: the file; what it holds of steps after ``state.step``, which are taken again, is dropped
@@ -38,6 +41,13 @@ class RunLog:
         self._warned = set[str]()
         self._bar = progress.bar(desc="train", total=steps, initial=state.step, unit="step")
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._try("the progress bar", self._bar.close)
+        self._try(str(self._path), self._file.close)
+
     def step(self, state: TrainState, figures: dict[str, Any]) -> None:
         """Write one step's figures."""
         record = {
@@ -54,10 +64,14 @@ class RunLog:
         events = [(f"train/{name}", value, state.samples) for name, value in numbers.items()]
         for monitor in self._monitors:
             self._try(type(monitor).__name__, monitor.write_events, events)
+        for name, value in figures.items():
+            if name.startswith(PERPLEXITY):
+                text = name.removeprefix(PERPLEXITY)
+                _log.info("step %d: perplexity %.3f on the held-out %s", state.step, value, text)
         self._try("the progress bar", self._show, figures)
 
     def _show(self, figures: dict[str, Any]) -> None:
-        shown = {name: f"{figures[name]:.3f}" for name in ("loss", "kl")}
+        shown = {name: f"{figures[name]:.3f}" for name in ("loss", "kl") if name in figures}
         self._bar.set_postfix(shown | {"tok_s": f"{figures['tokens_per_second']:.0f}"}, refresh=False)
         self._bar.update()
 

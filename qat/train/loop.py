@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from qat.train import checkpoint, flops
 from qat.train.checkpoint import TrainState
 from qat.train.distill import LOSSES, Targets
 from qat.train.engines import Teacher
-from qat.train.log import RunLog
+from qat.train.log import PERPLEXITY, RunLog
 from qat.train.validation import Texts, perplexities
 
 SETTINGS, CHECKPOINTS, LOG, TENSORBOARD, FINAL = "settings.json", "checkpoints", "log.jsonl", "tensorboard", "final"
@@ -119,20 +120,20 @@ def train(
 ) -> bool:
     """Train to ``config.steps`` from the run's last whole checkpoint; False if a signal stopped it before."""
     state = checkpoint.resume(student, run / CHECKPOINTS)
-    log = RunLog(run / LOG, student, state, config.steps) if dist.get_rank() == 0 else None
     stopped = False
-    while state.step < config.steps and not stopped:
-        figures, stopped = take_step(student, teacher, data, config, state, stop)
-        check_sane(figures, config, state, run / CHECKPOINTS)
-        last = state.step == config.steps
-        due = state.step // config.eval_every > state.measured // config.eval_every
-        if held_out and (last or (due and not stopped)):  # who is told to stop saves first, and measures later
-            figures |= {f"ppl_{name}": ppl for name, ppl in perplexities(student, held_out, device()).items()}
-            state.measured = state.step
-        if log is not None:
-            log.step(state, figures)
-        if state.step % config.save_every == 0 or last or stopped:
-            checkpoint.save(student, run / CHECKPOINTS, state, config.keep)
+    with RunLog(run / LOG, student, state, config.steps) if dist.get_rank() == 0 else nullcontext() as log:
+        while state.step < config.steps and not stopped:
+            figures, stopped = take_step(student, teacher, data, config, state, stop)
+            check_sane(figures, config, state, run / CHECKPOINTS)
+            last = state.step == config.steps
+            due = state.step // config.eval_every > state.measured // config.eval_every
+            if held_out and (last or (due and not stopped)):  # who is told to stop saves first, and measures later
+                figures |= {PERPLEXITY + name: ppl for name, ppl in perplexities(student, held_out, device()).items()}
+                state.measured = state.step
+            if log is not None:
+                log.step(state, figures)
+            if state.step % config.save_every == 0 or last or stopped:
+                checkpoint.save(student, run / CHECKPOINTS, state, config.keep)
     return state.step == config.steps
 
 
@@ -191,7 +192,7 @@ def take_step(
     state.seconds += seconds
     figures = {
         "loss": loss_sum / config.batch_size,
-        "kl": kl_sum / config.batch_size,
+        **({} if config.loss == "label" else {"kl": kl_sum / config.batch_size}),  # which needs a teacher
         "lr": lr,
         "grad_norm": float(student.get_global_grad_norm()),
         "tokens_per_second": round(token_sum / seconds, 1),

@@ -46,7 +46,9 @@ _INNERMOST = 4
 
 
 def join(rank: int, size: int, group: str = "all") -> None:
-    """Find the other ranks, and watch them from now on, if that has not been done. RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT must be set.
+    """Find the other ranks, once, and watch them from then on.
+
+    RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT must be set.
 
     Args:
         rank: of this process in its group

@@ -122,7 +122,6 @@ def test_a_mistake_of_one_rank_ends_the_other_and_is_one_line(start):
     run.processes[0].join(2)
     assert run.end()[0] == [2, 2]
     assert re.fullmatch(r"error: of one rank \(rank 1 \(.+\), at starting\)", run.log.read_text().strip())
-    assert time.monotonic() - began < 10
 
 
 def test_a_mistake_before_the_ranks_have_met_is_one_line_and_the_launchers_signal_ends_the_other(start):

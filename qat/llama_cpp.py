@@ -223,7 +223,7 @@ def is_loaded(directory: Path) -> bool:
     if importlib.util.find_spec("xllamacpp") is None:
         return False
     limit = _LOADING + (directory / FILE).stat().st_size / 10e6
-    command = [sys.executable, "-c", _LOAD, directory / FILE]
+    command = [sys.executable, "-c", _LOAD, str(directory / FILE)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:

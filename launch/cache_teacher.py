@@ -47,6 +47,7 @@ class CacheConfig:
 
 
 def main() -> None:
+    ranks.join(cli.rank(), cli.ranks())
     memory.let_segments_grow()
     (config,) = cli.parse(__doc__, CacheConfig)
     model = models.resolve_full_precision(config.model)

@@ -22,10 +22,14 @@ from huggingface_hub.utils import logging as hub_logging
 from jsonargparse import ArgumentError, ArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
-from qat.runtime import malloc, progress
+from qat.runtime import launcher, malloc, progress
 from qat.runtime.errors import UserError
 from qat.runtime.ranks import are_watched, fail
 from qat.runtime.table import choices_of
+
+_FOLLOWING = 2.0
+"""Seconds that an error waits before it is told: one that only follows from another rank's end, as in a collective with
+it, is never told, as this rank ends meanwhile."""
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -43,6 +47,7 @@ def run(main: Callable[[], int | None]) -> None:
         logging.getLogger("qat").setLevel(logging.INFO)
     if not torch.cuda.is_available():
         malloc.keep_freed_memory()
+    launcher.stop_without_it()
     try:
         code = main()
     except UserError as error:
@@ -52,6 +57,7 @@ def run(main: Callable[[], int | None]) -> None:
     except Exception as error:
         if not are_watched():
             raise
+        time.sleep(_FOLLOWING)
         traceback.print_exc()
         first_line = str(error).strip().partition("\n")[0]
         _end(f"error: {type(error).__name__}: {first_line}", code=1)
@@ -62,7 +68,7 @@ def _end(message: str, code: int) -> NoReturn:
     if are_watched():
         message, code = fail(message, code)
     elif not is_first_rank():
-        time.sleep(10)  # the launchers kill all ranks when one has failed: if the first one has too, it speaks for all
+        time.sleep(3)  # the launchers kill all ranks when one has failed: if the first one has too, it speaks for all
         message += f" (rank {rank()})"
     if message:
         print(message, file=sys.stderr, flush=True)

@@ -85,6 +85,7 @@ class Evaluation:
 
 
 def main() -> None:
+    ranks.join(cli.rank(), cli.ranks())
     evaluation, quant = cli.parse(__doc__, Evaluation, QuantConfig)
     rtn = evaluation.method == "rtn"
     name = models.resolve_full_precision(evaluation.model) if rtn else models.resolve(evaluation.model)
@@ -138,7 +139,7 @@ def main() -> None:
             with results.timed(text):
                 results.keep_text(text, windows, vllm.score_windows(llm, windows))
     else:
-        _join_ranks()
+        _meet_ranks()
         model = _load(name, quant if rtn else None)
         _measure_texts(model, teacher_name, new_texts, results)
         _measure_tasks(model, tokenizer, new_tasks, evaluation, results)
@@ -304,13 +305,12 @@ def _digest(windows: Tensor) -> str:
     return hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16]
 
 
-def _join_ranks() -> None:
-    """Join the other ranks, if a launcher started any; on CPUs they share the cores."""
+def _meet_ranks() -> None:
+    """Be ready for collectives with the other ranks, if there are any; on CPUs they share the cores."""
     if cli.ranks() == 1:
         return
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, torch.get_num_threads() // cli.ranks()))
-    ranks.join(cli.rank(), cli.ranks())
     dist.init_process_group("gloo", timeout=ranks.TIMEOUT)
 
 

@@ -82,8 +82,8 @@ def write_generated(folder: ShardFolder, directory: str, tokenizer, config: Gene
             "tokenizer": models.tokenizer_fingerprint(tokenizer),
         }
     )
-    stop = StopSignal()
     group.init()
+    stop = StopSignal()
     missing = [index for index in range(config.shards) if group.agree(folder.missing(index))]
     # vLLM takes the memory that there is, and looks after it.
     needs = planned(directory, config) if missing and not vllm and cli.is_first_rank() else None

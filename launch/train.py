@@ -96,7 +96,7 @@ class HeldOut:
 
 
 def main() -> int:
-    stop = StopSignal()
+    ranks.join(cli.rank(), cli.ranks())
     memory.let_segments_grow()
     paths, held_out, quant, config = cli.parse(__doc__, Paths, HeldOut, QuantConfig, TrainConfig)
     model = models.resolve_full_precision(paths.model)
@@ -170,6 +170,7 @@ def main() -> int:
         )
     if cli.is_first_rank():
         claim(paths.output, identity, student_json, {"model": paths.model, "data": str(paths.data)})
+    stop = StopSignal()  # until now a signal ended this process at once: there was nothing to save
     complete = train(student, targets, data, config, paths.output, stop, texts)
     if planned:
         print(memory.beside_plan(planned.needs), flush=True)

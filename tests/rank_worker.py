@@ -60,6 +60,16 @@ def refuse() -> None:
     raise UserError("of all ranks")
 
 
+def refuse_one(met: bool) -> None:
+    """The second rank refuses a mistake that it alone has, before or after it has found the first one."""
+    if cli.rank() == 1 and not met:
+        raise UserError("of one rank")
+    join()
+    if cli.rank() == 1:
+        raise UserError("of one rank")
+    dist.barrier()
+
+
 def wait() -> None:
     """The second rank waits for the first one for longer than a collective, or a step, may take."""
     join(timeout=1)
@@ -84,6 +94,8 @@ PARTS: dict[str, Callable[[], int | None]] = {
     "hang": lambda: train(hang),
     "fail": lambda: train(fail),
     "refuse": refuse,
+    "refuse one": lambda: refuse_one(met=True),
+    "refuse one unmet": lambda: refuse_one(met=False),
     "wait": wait,
     "stop, first rank last": lambda: stop(0),
     "stop, second rank last": lambda: stop(1),

@@ -274,6 +274,13 @@ def test_llama_cpp_loads_a_tokenizer_with_more_tokens_than_the_model(tmp_path):
     assert export.verify(student, tmp_path / "export", GGUF, WINDOWS).runs
 
 
+def test_llama_cpp_is_not_waited_for_without_end(monkeypatch, tmp_path):
+    (tmp_path / gguf_files.FILE).touch()
+    monkeypatch.setattr(gguf_files, "_LOAD", "import time; time.sleep(60)")
+    monkeypatch.setattr(gguf_files, "_LOADING", 0.2)
+    assert not gguf_files.is_loaded(tmp_path)
+
+
 def test_what_llama_cpp_does_not_load_is_not_verified(tmp_path):
     student = write_student(tmp_path / "final", QuantConfig())
     export.export(student, tmp_path / "export", GGUF)

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,12 +30,12 @@ PATIENCE = 2.0
 class Ranks:
     """``part`` of rank_worker.py, by two ranks."""
 
-    def __init__(self, part: str, folder: Path):
+    def __init__(self, part: str, log: Path, port: str):
         # Forked from one process that has imported torch, which takes longer than any of this.
         processes = multiprocessing.get_context("forkserver")
         processes.set_forkserver_preload(["launch.cli"])
-        variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), ranks.PATIENCE: str(PATIENCE)}
-        self.log = folder / "log"
+        variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, ranks.PATIENCE: str(PATIENCE)}
+        self.log = log
         self.log.touch()
         self.processes = [
             processes.Process(target=rank_worker.run, args=(part, rank, variables, str(self.log))) for rank in range(2)
@@ -73,8 +74,8 @@ def start(tmp_path):
     """Ranks that are gone after the test."""
     started = []
 
-    def begin(part: str) -> Ranks:
-        started.append(Ranks(part, tmp_path))
+    def begin(part: str, port: str | None = None) -> Ranks:
+        started.append(Ranks(part, tmp_path / f"log{len(started)}", port or free_port()))
         return started[-1]
 
     yield begin
@@ -113,6 +114,44 @@ def test_an_error_of_one_rank_ends_the_other_and_is_the_last_line(start):
     codes, line = start("fail").end()
     assert codes == [1, 1]
     assert re.fullmatch(r"error: ValueError: of one rank \(rank 1 \(.+\), at step 50, forward and backward\)", line)
+
+
+def test_a_mistake_of_one_rank_ends_the_other_and_is_one_line(start):
+    run = start("refuse one")
+    run.end(1)
+    run.processes[0].join(2)
+    assert run.end()[0] == [2, 2]
+    assert re.fullmatch(r"error: of one rank \(rank 1 \(.+\), at starting\)", run.log.read_text().strip())
+
+
+def test_a_mistake_before_the_ranks_have_met_is_one_line_and_the_launchers_signal_ends_the_other(start):
+    """Which waits for the first one outside of Python."""
+    run = start("refuse one unmet")
+    codes, line = run.end(1)
+    assert (codes, line) == ([2], "error: of one rank (rank 1)")
+    assert run.processes[0].is_alive()
+    run.signal(0, signal.SIGTERM)
+    assert run.end(0) == ([-signal.SIGTERM], line)
+
+
+def test_the_port_of_another_run_is_refused_and_that_run_goes_on(start):
+    port = free_port()
+    run = start("train", port)
+    run.wait_until_late()
+    other = start("refuse", port)
+    assert other.end() == ([2, 2], other.log.read_text().splitlines()[0] + " (rank 1)")
+    assert f"error: Port {port} is in use" in other.log.read_text()
+    assert f"--master_port {int(port) + 1}" in other.log.read_text()
+    time.sleep(PATIENCE + 2)
+    assert all(process.is_alive() for process in run.processes), run.log.read_text()
+
+
+def test_a_port_that_something_else_has_is_refused(start):
+    with socket.create_server(("", int(free_port()))) as taken:
+        port = str(taken.getsockname()[1])
+        codes, line = start("refuse", port).end(0)
+    assert codes == [2]
+    assert line.startswith(f"error: Port {port} is in use")
 
 
 def test_an_error_of_all_ranks_is_told_once(start):

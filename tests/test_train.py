@@ -291,6 +291,27 @@ def test_validation_is_the_perplexity_of_the_quantized_student(run, tiny_directo
     assert all("ppl_text" in record for record in evaluated)
 
 
+def test_a_signal_before_there_is_anything_to_save_ends_training_at_once(
+    monkeypatch, tiny_directory, tiny_data, tmp_path
+):
+    """Also in the midst of what does not come back to Python: it is not handled there."""
+
+    def initialise() -> None:
+        handlers = {signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
+        raise UserError(f"handled by {handlers}")
+
+    monkeypatch.setattr("qat.train.engines.init_distributed", initialise)
+    before = {
+        number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    }
+    try:
+        message = error_of(monkeypatch, "train", *flags(tiny_directory, tiny_data, tmp_path / "run"))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert message == f"error: handled by {{{signal.SIG_DFL!r}}}"
+
+
 def test_a_measurement_that_a_signal_kept_off_is_made_afterwards(monkeypatch, tmp_path):
     """Of the loop alone: what it calls is recorded. The signals come in steps 4, 8 and 10, of which the first two are
     due and the last is the run's end."""

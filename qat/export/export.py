@@ -36,7 +36,7 @@ FORMAT = PACKED
 _RUNS = {
     None: "",
     True: ", and llama.cpp loads it",
-    False: "; whether llama.cpp loads it is not known, as xllamacpp is not installed",
+    False: "; whether llama.cpp loads it is not known, as xllamacpp is not installed or did not come to an end",
 }
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -100,7 +100,7 @@ class Verified:
         trained: of the student, as training simulated it
         expected: of what the format holds of it; the same for integer checkpoints
         exported: of the export, read back
-        runs: whether llama.cpp itself has loaded it; None for other formats
+        runs: whether llama.cpp itself is known to load it; None for other formats
     """
 
     trained: float

@@ -46,24 +46,30 @@ _INNERMOST = 4
 
 
 def join(rank: int, size: int, group: str = "all") -> None:
-    """Find the other ranks, and watch them from now on. RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT must be set.
+    """Find the other ranks, once, and watch them from then on.
+
+    RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT must be set.
 
     Args:
         rank: of this process in its group
         size: ranks in the group
         group: its name, where there are several
 
-    Raises UserError if the others do not come within ten minutes.
+    Raises UserError if the others do not come within ten minutes, or another run has the port.
     """
     global _self, _watch
-    if size == 1:
+    if size == 1 or _watch is not None:
         return
     patience = _patience(os.environ.get(PATIENCE, str(_PATIENCE)))
     try:
-        store = dist.PrefixStore(f"ranks-{group}", next(iter(dist.rendezvous("env://", timeout=_JOINING)))[0])
-        _self = _Self(size, store, patience)
-        _watch = _watching(_self, rank, size, store)
+        meeting = dist.PrefixStore(f"ranks-{group}", next(iter(dist.rendezvous("env://", timeout=_JOINING)))[0])
+        if meeting.add(f"rank {rank}", 1) > 1:  # this is the store of another run, which has such a rank
+            raise _port_in_use()
+        _self = _Self(size, meeting, patience)
+        _watch = _watching(_self, rank, size)
     except (dist.DistError, OSError) as error:
+        if "EADDRINUSE" in str(error):
+            raise _port_in_use() from error
         raise UserError(
             f"Rank {os.environ['RANK']} did not find the others ({error}): see whether one of them has failed before; "
             "between hosts, ranks need open ports, as NCCL and gloo do."
@@ -136,9 +142,12 @@ class _Phase(NamedTuple):
 class _Self:
     """What this rank does. Its main thread changes it, the watching thread reads it."""
 
-    def __init__(self, size: int, store: dist.Store, patience: float):
+    store: dist.Store
+
+    def __init__(self, size: int, meeting: dist.Store, patience: float):
         self.patience, self.phase = patience, _Phase("starting")
-        self._size, self._store = size, store
+        self.meeting = meeting  # kept: the first rank's may be what serves the others
+        self._size = size
         self._rank, self._host = int(os.environ["RANK"]), socket.gethostname()
         self._step: int | None = None
         self._place = self._beat = self._meetings = 0
@@ -163,10 +172,10 @@ class _Self:
         self._meetings += 1
         self._place += 1
         self.go_on(_Phase(f"waiting until {what}", self.patience, waits=True))
-        there, pause = self._store.add(key, 1), 0.005
+        there, pause = self.store.add(key, 1), 0.005
         while there < self._size:
             time.sleep(pause)
-            there, pause = self._store.add(key, 0), min(2 * pause, 0.2)
+            there, pause = self.store.add(key, 0), min(2 * pause, 0.2)
         self.go_on(before)
 
     def sign(self) -> Sign:
@@ -183,16 +192,21 @@ _self: _Self | None = None
 _watch: Watch | None = None
 
 
-def _watching(own: _Self, rank: int, size: int, store: dist.Store) -> Watch:
-    """This rank's thread; the first rank's address goes through the store."""
+def _watching(own: _Self, rank: int, size: int) -> Watch:
+    """This rank's thread; gives ``own`` its store. Both lead to the first rank, whose ports go through the meeting's
+    store: that one may be torchrun's, and end with it."""
     tick, number = min(1.0, own.patience / 10), int(os.environ["RANK"])
     if rank == 0:
         others = [Sign(number + other, "host unknown", "starting", own.patience) for other in range(1, size)]
         first = FirstRank(own.sign, tick, others)
-        store.set("first", json.dumps([asdict(own.sign()), _own_address(), first.port, first.token]))
+        own.store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        ports = first.port, own.store.port
+        own.meeting.set("first", json.dumps([asdict(own.sign()), _own_address(), *ports, first.token]))
         return first
-    sign, host, port, token = json.loads(store.get("first"))
-    return OtherRank(own.sign, tick, (host or os.environ["MASTER_ADDR"], port), token, Sign(**sign))
+    sign, host, port, store_port, token = json.loads(own.meeting.get("first"))
+    host = host or os.environ["MASTER_ADDR"]
+    own.store = dist.TCPStore(host, store_port, is_master=False, wait_for_workers=False)
+    return OtherRank(own.sign, tick, (host, port), token, Sign(**sign))
 
 
 def _own_address() -> str:
@@ -202,6 +216,14 @@ def _own_address() -> str:
         probe.connect(master)  # sends nothing
         own, there = probe.getsockname()[0], probe.getpeername()[0]
     return "" if own == there or own.startswith("127.") else own
+
+
+def _port_in_use() -> UserError:
+    port = int(os.environ["MASTER_PORT"])
+    return UserError(
+        f"Port {port} is in use, perhaps by another run on this host: give the launcher another one, say --master_port "
+        f"{port + 1} (MASTER_PORT, where there is no launcher)."
+    )
 
 
 def _patience(given: str) -> float:

@@ -32,6 +32,9 @@ _GRACE = 3.0
 """Seconds from a rank's error to the end of all ranks. By then the others have said that they have it too, and a death
 that it only follows from has been seen."""
 _GOODBYE = 1.0
+_SAME_CAUSE = 1.0
+"""Seconds from a rank's death to the others' end. What ended it may be on its way to them: the launchers send their
+signal to one rank after the other."""
 _DEAD_HOST = {"KEEPIDLE": 15, "KEEPINTVL": 15, "KEEPCNT": 4, "USER_TIMEOUT": 75_000}
 
 
@@ -229,6 +232,7 @@ class FirstRank(Watch):
         if peer.rank in self._peers:
             del self._peers[peer.rank]
             if peer.rank in self._others:
+                time.sleep(_SAME_CAUSE)
                 self._end_all(dead(self._others[peer.rank].sign))
         if not self._peers and not self._unheard:
             self._parted.set()
@@ -317,7 +321,9 @@ class OtherRank(Watch):
             self._selector.unregister(peer.connection)
             peer.close()
             self._parted.set()
-            self._end(dead(self._first.sign), 1)
+            if not self.over:
+                time.sleep(_SAME_CAUSE)
+                self._end(dead(self._first.sign), 1)
 
     def _look(self) -> None:
         if self._answered:  # one at a time: who hangs is not sent more than the kernel can hold

@@ -72,6 +72,9 @@ os._exit(0)
 """What another Python runs to see whether llama.cpp loads a file. The server's end, which may never come, is not waited
 for."""
 
+_LOADING = 600.0
+"""Seconds that this may take for a small file."""
+
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}",
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
@@ -213,13 +216,19 @@ def load(directory: Path) -> PreTrainedModel:
 
 
 def is_loaded(directory: Path) -> bool:
-    """Whether llama.cpp itself loads ``directory/model.gguf``; False where the package xllamacpp is not installed.
+    """Whether llama.cpp itself loads ``directory/model.gguf``; False where that is not known: the package xllamacpp is
+    not installed, or takes more than ten minutes and a second for every 10 MB.
 
     In another process: what llama.cpp cannot compute may end its own. Raises UserError if it refuses the file.
     """
     if importlib.util.find_spec("xllamacpp") is None:
         return False
-    done = subprocess.run([sys.executable, "-c", _LOAD, directory / FILE], capture_output=True, text=True)
+    limit = _LOADING + (directory / FILE).stat().st_size / 10e6
+    command = [sys.executable, "-c", _LOAD, str(directory / FILE)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return False
     if done.returncode:
         reasons = [line for line in done.stderr.splitlines() if "error" in line.lower()]
         reason = (reasons or ["it says no reason"])[0].strip()

@@ -1,0 +1,48 @@
+"""The launcher above a rank: when it is gone, the rank stops as if told to.
+
+``deepspeed`` starts a process that starts the ranks. Killed, it leaves these behind, and they would go on unseen, with
+the folder locked. Only launchers count: what a launcher was started by (a shell, nohup, sbatch) may end before it.
+"""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+_PROGRAMS = {
+    "deepspeed",
+    "deepspeed.launcher.runner",
+    "deepspeed.launcher.launch",
+    "torchrun",
+    "torch.distributed.run",
+    "torch.distributed.launch",
+}
+
+
+def stop_without_it() -> None:
+    """Send this process a SIGTERM once one of the launchers above it has gone; without a launcher, do nothing."""
+    if started_by := above():
+        threading.Thread(target=_wait, args=(started_by,), name="watch of the launcher", daemon=True).start()
+
+
+def above() -> list[int]:
+    """The process ids of the launchers that this process descends from, nearest first."""
+    try:
+        return [process.pid for process in psutil.Process().parents() if _is_launcher(process.cmdline())]
+    except psutil.NoSuchProcess:  # one ended meanwhile: whatever is above it is not above us any more
+        return []
+
+
+def _is_launcher(command: list[str]) -> bool:
+    """Whether it is ``python [-u] [-m] LAUNCHER ...``."""
+    program = next((part for part in command[1:] if not part.startswith("-")), "")
+    return Path(program).name in _PROGRAMS and "python" in Path(command[0]).name
+
+
+def _wait(started_by: list[int]) -> None:
+    while above() == started_by:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)

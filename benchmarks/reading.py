@@ -26,7 +26,7 @@ from launch.stages import CPU_ONLY, free_port
 from qat.runtime import memory
 from qat.store import models
 from qat.store.weight_files import weights_size
-from qat.train import deepspeed_json, engines
+from qat.train import deepspeed_internals, deepspeed_json, engines
 from qat.train.loop import TrainConfig
 
 
@@ -80,7 +80,7 @@ def rank(config: ReadingBenchmark, model: Path) -> None:
     ds_config = deepspeed_json.resolve(config.deepspeed, TrainConfig(batch_size=2).ds_settings(2))
     engines.init_distributed()
     before = anonymous_memory()
-    with PeakAllocated() as allocated, engines.partitioned_reading(ds_config):
+    with PeakAllocated() as allocated, deepspeed_internals.partitioned_reading(ds_config):
         student = models.load(str(model), torch.float32)
     own = sum(parameter.ds_tensor.numel() for parameter in student.parameters())
     assert own * 4 < 0.51 * weights_size(model)

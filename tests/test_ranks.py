@@ -271,7 +271,7 @@ def slowly(rank, function):
     return call
 
 PreTrainedModel.save_pretrained = slowly(0, PreTrainedModel.save_pretrained)
-checkpoint._Writer.save = slowly(1, checkpoint._Writer.save)
+checkpoint.Writer.save = slowly(1, checkpoint.Writer.save)
 cli.run(train.main)
 """
 

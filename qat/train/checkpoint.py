@@ -16,16 +16,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import deepspeed
-import torch
 import torch.distributed as dist
-from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
 from qat.runtime import ranks
 from qat.runtime.errors import UserError
@@ -33,6 +30,8 @@ from qat.runtime.files import write_atomically
 from qat.store import manifest
 from qat.store.manifest import MANIFEST
 from qat.store.pickles import as_data
+from qat.train import deepspeed_internals
+from qat.train.deepspeed_internals import Writer
 from qat.train.universal import REFUSED
 
 LATEST = "latest"
@@ -73,9 +72,9 @@ def save(engine: deepspeed.DeepSpeedEngine, directory: Path, state: TrainState, 
         with ranks.doing("deleting a broken checkpoint"):
             shutil.rmtree(folder, ignore_errors=True)  # an earlier start's, half-written or damaged
     ranks.meet("a broken checkpoint is deleted")
-    engine.checkpoint_engine = writer = _Writer()
-    engine._copy_recovery_script = lambda directory: None  # one rank would fail alone; the package has the script
-    with ranks.doing("writing a checkpoint"), _meeting_before_the_gathering(engine, "the checkpoint is written"):
+    writer = Writer()
+    deepspeed_internals.write_with(engine, writer)
+    with ranks.doing("writing a checkpoint"), _meeting(engine, "the checkpoint is written"):
         engine.save_checkpoint(str(directory), tag=folder.name, client_state=asdict(state), save_latest=False)
     _agree(writer.failure, folder)
     with ranks.doing("reading the checkpoint back"):
@@ -139,43 +138,19 @@ def _load(engine: deepspeed.DeepSpeedEngine, folder: Path) -> TrainState:
                 f"for {dist.get_world_size()}: go on with {writers} ranks."
             )
         folder = _converted(folder, writers)
-    engine._config.load_universal_checkpoint = universal
     with (
         ranks.doing(f"loading {folder.name}"),
         as_data(folder),
-        _meeting_before_the_gathering(engine, f"the weights of {folder.name} are loaded"),
+        _meeting(engine, f"the weights of {folder.name} are loaded"),
+        deepspeed_internals.universal_loading(engine, universal),
     ):
         _, client_state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     ranks.meet(f"{folder.name} is loaded")
-    engine._config.load_universal_checkpoint = False
-    if universal:
-        # DeepSpeed gives all groups of Parameters one tensor that counts the steps, on the CPU. Each of them counts it
-        # up, and on a GPU a fused Adam wants it there.
-        for part, group in engine.optimizer.optimizer.state.items():
-            if torch.is_tensor(group["step"]):
-                group["step"] = group["step"].to(part.device, torch.float32, copy=True)
     known = TrainState.__dataclass_fields__.keys() & client_state.keys()  # runs of earlier versions lack the newest
     state = TrainState(**{name: client_state[name] for name in known})
     if engine.zero_nvme_offload_optimizer():
-        _load_adam_of_nvme(engine, state.step)
+        deepspeed_internals.resume_adam_on_nvme(engine, state.step)
     return state
-
-
-def _load_adam_of_nvme(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
-    """Make Adam go on with the moments that lie on the disk.
-
-    DeepSpeed copies their files back and loads nothing else: Adam would begin with moments of 0, at step 1, with the
-    learning rate of the first step.
-    """
-    adam, swapper = engine.optimizer.optimizer, engine.optimizer.optimizer_swapper
-    for part in engine.optimizer.fp32_partitioned_groups_flat:
-        stored = swapper.swap_params_info[part.ds_id]
-        moments = {name: torch.empty(stored.numel()) for name in ("exp_avg", "exp_avg_sq")}
-        adam.state[part] = {"step": step, **moments}
-        swapper._update_param_state_info(stored, part)
-        stored.release_memory()
-    for group, lr in zip(adam.param_groups, engine.lr_scheduler.get_last_lr(), strict=True):
-        group["lr"] = lr
 
 
 def _converted(folder: Path, writers: int) -> Path:
@@ -209,35 +184,9 @@ def _convert(folder: Path, universal: Path, writers: int) -> None:
     partial.rename(universal)
 
 
-@contextmanager
-def _meeting_before_the_gathering(engine: deepspeed.DeepSpeedEngine, what: str) -> Iterator[None]:
-    """Within it, DeepSpeed writes or reads each rank's files, and then gathers small weights: not before all have come
-    so far."""
-    optimizer = engine.optimizer
-    gather_weights = optimizer.checkpoint_event_epilogue
-
-    def meet_first() -> None:
-        ranks.meet(what)
-        gather_weights()
-
-    optimizer.checkpoint_event_epilogue = meet_first
-    yield
-    del optimizer.checkpoint_event_epilogue  # of this object: its class's is there again
-
-
-class _Writer(TorchCheckpointEngine):
-    """DeepSpeed's writer of files. It keeps a failure until all ranks have met at DeepSpeed's barriers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.zipfile_serialization = True  # so that an export can map the files into memory
-        self.failure = ""
-
-    def save(self, state_dict: dict[str, Any], path: str) -> None:
-        try:
-            super().save(state_dict, path)
-        except (OSError, RuntimeError) as error:
-            self.failure = self.failure or str(error)
+def _meeting(engine: deepspeed.DeepSpeedEngine, what: str) -> AbstractContextManager[None]:
+    """Within it, no rank goes on to gather weights before all have come so far."""
+    return deepspeed_internals.before_the_gathering(engine, lambda: ranks.meet(what))
 
 
 def _gather(value: Any) -> list[Any]:

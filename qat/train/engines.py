@@ -3,7 +3,6 @@
 Under ZeRO-3 both are partitioned while they are read from disk, and both are sharded over all ranks.
 """
 
-import copy
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
-from transformers.integrations import HfDeepSpeedConfig
 
 from qat.data.sequences import Sample
 from qat.quant import architecture, kv_cache, prepare
@@ -30,7 +28,8 @@ from qat.runtime import machine, ranks
 from qat.runtime.errors import UserError
 from qat.runtime.machine import local_ranks, take_gpu
 from qat.store import models, student_folder
-from qat.train import deepspeed_json
+from qat.train import deepspeed_internals, deepspeed_json
+from qat.train.deepspeed_internals import partitioned_reading
 from qat.train.distill import Distiller, LabelTargets, TeacherTargets
 
 
@@ -54,7 +53,7 @@ def init_distributed() -> None:
         os.environ.update(alone)
     take_gpu()
     if not torch.cuda.is_available():
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed_internals.without_shared_memory()
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks()))
     ranks.join(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     deepspeed.init_distributed(timeout=ranks.TIMEOUT)
@@ -93,20 +92,18 @@ def student_engine(
         lr_scheduler=lambda optimizer: LambdaLR(optimizer, lr_factor),
     )
     if engine.zero_nvme_offload_optimizer():
-        _check_nvme_parts(engine.optimizer)
+        _check_nvme_parts(engine)
     _check_rope(student)
     return engine
 
 
-def _check_nvme_parts(optimizer: Any) -> None:
-    """Raise UserError if a part of the optimizer is too small for the disk: DeepSpeed keeps it in memory then, and in
-    no checkpoint."""
-    parts = range(len(optimizer.fp32_partitioned_groups_flat))
-    if not all(optimizer._swappable_optimizer_subgroup(part) for part in parts):
-        least = optimizer.optimizer_swapper.min_aio_bytes / 2**20
+def _check_nvme_parts(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Raise UserError if a part of the optimizer is too small for the disk, and would be in no checkpoint."""
+    least = deepspeed_internals.part_that_nvme_does_not_take(engine)
+    if least is not None:
         raise UserError(
             f"With the optimizer on NVMe, each of a rank's parts (sub_group_size) must have {least:g} MiB or more, and "
-            "one has less: give ds_configs/zero3_offload.json, or another sub_group_size."
+            "one has less: choose ds_configs/zero3_offload.json, or another sub_group_size."
         )
 
 
@@ -180,7 +177,7 @@ def save_student(
         companions: ModelFolder.companions of the model that the student began with, read when the run started: its
             files may have moved since, and transformers would refuse to write some that it reads
     """
-    weights = engine._consolidated_16bit_state_dict()
+    weights = deepspeed_internals.gathered_weights(engine)
     if dist.get_rank() == 0:
         with ranks.doing(f"writing {directory.name}/"):
             student = engine.module.student
@@ -208,14 +205,6 @@ def _check_rope(model: PreTrainedModel) -> None:
                 f"DeepSpeed has rounded the model's RoPE frequencies ({name} is {found.dtype}, which must be "
                 f"{expected.dtype}): install the deepspeed of requirements.txt."
             )
-
-
-@contextmanager
-def partitioned_reading(ds_config: dict[str, Any]) -> Iterator[None]:
-    """Within it, ``from_pretrained`` partitions under ZeRO-3. transformers holds the object weakly: keep it."""
-    keep = HfDeepSpeedConfig(copy.deepcopy(ds_config))
-    yield
-    del keep
 
 
 class _HiddenStates(nn.Module):

@@ -1,0 +1,114 @@
+"""Everything of ours that reaches into DeepSpeed's private parts, with the reason for each.
+
+tests/test_upstream.py holds that the parts are still there, so that a new version fails with a sentence.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from torch import Tensor
+from transformers.integrations import HfDeepSpeedConfig
+
+Engine = deepspeed.DeepSpeedEngine
+
+
+def without_shared_memory() -> None:
+    """Switch off DeepSpeed's shared-memory collectives, which want a compiler at the start and fail under torchrun."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@contextmanager
+def partitioned_reading(ds_config: dict[str, Any]) -> Iterator[None]:
+    """Within it, ``from_pretrained`` partitions under ZeRO-3. transformers holds the object weakly: keep it."""
+    keep = HfDeepSpeedConfig(copy.deepcopy(ds_config))
+    yield
+    del keep
+
+
+def gathered_weights(engine: Engine) -> Mapping[str, Tensor]:
+    """All weights in full, on the first rank, in the dtype that the engine computes in."""
+    return engine._consolidated_16bit_state_dict()
+
+
+class Writer(TorchCheckpointEngine):
+    """DeepSpeed's writer of files. It keeps a failure until all ranks have met at DeepSpeed's barriers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.zipfile_serialization = True  # so that an export can map the files into memory
+        self.failure = ""
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        try:
+            super().save(state_dict, path)
+        except (OSError, RuntimeError) as error:
+            self.failure = self.failure or str(error)
+
+
+def write_with(engine: Engine, writer: Writer) -> None:
+    """Let ``engine`` write its checkpoints by ``writer``, and nothing else: copying DeepSpeed's recovery script would
+    fail on one rank alone, and the package has it."""
+    engine.checkpoint_engine = writer
+    engine._copy_recovery_script = lambda directory: None
+
+
+@contextmanager
+def before_the_gathering(engine: Engine, meet: Callable[[], None]) -> Iterator[None]:
+    """Within it, DeepSpeed writes or reads each rank's files, calls ``meet``, and then gathers small weights."""
+    optimizer = engine.optimizer
+    gather_weights = optimizer.checkpoint_event_epilogue
+
+    def meet_first() -> None:
+        meet()
+        gather_weights()
+
+    optimizer.checkpoint_event_epilogue = meet_first
+    yield
+    del optimizer.checkpoint_event_epilogue  # of this object: its class's is there again
+
+
+@contextmanager
+def universal_loading(engine: Engine, universal: bool) -> Iterator[None]:
+    """Within it, ``engine`` reads universal checkpoints, if ``universal``.
+
+    Afterwards Adam's count of steps is where it belongs. DeepSpeed gives all groups of Parameters one tensor for it, on
+    the CPU; each group counts it up, and on a GPU a fused Adam wants it there.
+    """
+    engine._config.load_universal_checkpoint = universal
+    yield
+    engine._config.load_universal_checkpoint = False
+    if universal:
+        for part, group in engine.optimizer.optimizer.state.items():
+            if torch.is_tensor(group["step"]):
+                group["step"] = group["step"].to(part.device, torch.float32, copy=True)
+
+
+def resume_adam_on_nvme(engine: Engine, step: int) -> None:
+    """Let Adam resume with the moments that lie on the disk.
+
+    DeepSpeed copies their files back and loads nothing else: Adam would begin with moments of 0, at step 1, with the
+    learning rate of the first step.
+    """
+    adam, swapper = engine.optimizer.optimizer, engine.optimizer.optimizer_swapper
+    for part in engine.optimizer.fp32_partitioned_groups_flat:
+        stored = swapper.swap_params_info[part.ds_id]
+        moments = {name: torch.empty(stored.numel()) for name in ("exp_avg", "exp_avg_sq")}
+        adam.state[part] = {"step": step, **moments}
+        swapper._update_param_state_info(stored, part)
+        stored.release_memory()
+    for group, lr in zip(adam.param_groups, engine.lr_scheduler.get_last_lr(), strict=True):
+        group["lr"] = lr
+
+
+def part_that_nvme_does_not_take(engine: Engine) -> float | None:
+    """MiB that each part of the optimizer must have to be kept on NVMe, if one has less: DeepSpeed keeps that one in
+    memory, and in no checkpoint."""
+    parts = range(len(engine.optimizer.fp32_partitioned_groups_flat))
+    if all(engine.optimizer._swappable_optimizer_subgroup(part) for part in parts):
+        return None
+    return engine.optimizer.optimizer_swapper.min_aio_bytes / 2**20

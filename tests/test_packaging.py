@@ -1,0 +1,39 @@
+"""What ``pip install .`` gives: every module, what they read, and ranges that hold the pinned versions."""
+
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from itertools import chain
+
+from conftest import ROOT
+from packaging.requirements import Requirement
+
+PACKAGES = ("qat", "datagen", "launch")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_the_wheel_has_every_module_and_what_they_read(tmp_path):
+    source = tmp_path / "source"
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / file, source)
+    expected = {str(file.relative_to(source)) for package in PACKAGES for file in (source / package).rglob("*.*")}
+    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--quiet"]
+    subprocess.run([*command, "--wheel-dir", str(tmp_path)], cwd=source, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert not expected - set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_the_pinned_versions_are_within_the_ranges():
+    pins = {}
+    for file in ("requirements.txt", "requirements-dev.txt"):
+        for line in (ROOT / file).read_text().splitlines():
+            if "==" in line:
+                requirement = Requirement(line.partition("#")[0].strip())
+                pins[requirement.name] = next(iter(requirement.specifier)).version
+    ranges = chain(PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
+    for requirement in map(Requirement, ranges):
+        assert requirement.specifier.contains(pins[requirement.name]), requirement

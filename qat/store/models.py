@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from qat.quant.architecture import architecture_of, new_rotation
 from qat.quant.config import CONFIG_FILE
 from qat.runtime.errors import UserError, first_line
 from qat.store import compressed_tensors

@@ -25,12 +25,12 @@ from qat.runtime.errors import UserError
 from qat.runtime.files import read_lines
 from qat.store import manifest, models
 from qat.store.model_folder import (
-    HEAD,
     PTQ_RECORD,
     Kind,
     ModelFolder,
     check_complete,
     check_finite,
+    head_weight,
     kinds,
     quantization_of,
     read_config,
@@ -188,7 +188,7 @@ def _gathered(checkpoint: Path, model: PreTrainedModel, dtype: torch.dtype) -> I
             parts = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), checkpoint.name, lazy_mode=True)
         own = {name.removeprefix(_STUDENT_PREFIX): part for name, part in parts.items()}
         if model.config.tie_word_embeddings:
-            own.pop(HEAD, None)
+            own.pop(head_weight(model.config), None)
         check_complete({name: Kind(torch.Size(part.shape)) for name, part in own.items()}, kinds(model), checkpoint)
         for name, part in own.items():
             tensor = part.contiguous().to(dtype)

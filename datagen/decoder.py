@@ -6,7 +6,6 @@ computation (a test holds it equal), over a static KV cache with a position per 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +17,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from datagen import sampling
 from datagen.attention import Attention
 from datagen.cuda_graphs import CudaGraphs
+from qat.quant.architecture import (
+    architecture_of,
+    decoder_layers,
+    head_dim,
+    input_embedding,
+    linear_in,
+    output_layer,
+    rotation,
+    windowed_layers,
+)
 from qat.runtime.errors import UserError
 from qat.runtime.machine import has_onednn
 
@@ -25,8 +34,13 @@ Product = Callable[[Tensor], Tensor]
 
 
 def check(config: PreTrainedConfig, max_length: int) -> None:
-    """Raise UserError for a model whose rotation of a position depends on the length of the sequence, where a sequence
-    may be so long: the keys before are cached, rotated for the shorter one."""
+    """Raise UserError for a model that is not LLaMA's formula, and for one whose rotation of a position depends on the
+    length of the sequence, where a sequence may be so long: the keys before are cached, rotated for the shorter one."""
+    if architecture_of(config).block is None:
+        raise UserError(
+            f"engine=torch computes the layers of LLaMA's formula itself, and those of {config.model_type} are other "
+            "ones: give --engine vllm."
+        )
     rope = config.rope_parameters
     unchanged = {
         "dynamic": config.max_position_embeddings,
@@ -49,41 +63,41 @@ class Decoder:
     """
 
     def __init__(self, model: PreTrainedModel, slots: int, max_length: int):
-        base: Any = model.model
         config = model.config
         check(config, max_length)
+        block, layers = architecture_of(config).block, decoder_layers(model)
+        assert block is not None
         self.device, self.slots, self.max_length = model.device, slots, max_length
         self.eps = config.rms_norm_eps
-        self.parallel = isinstance(base.layers[0].self_attn.o_proj.weight, DTensor)
-        self.embedding = _local(base.embed_tokens.weight)
-        head_dim = base.layers[0].self_attn.head_dim
+        self.parallel = isinstance(linear_in(layers[0], block.out).weight, DTensor)
+        self.embedding = _weight(input_embedding(model))
+        size = head_dim(config)
         groups = config.num_attention_heads // config.num_key_value_heads
         self.layers = []
-        for layer in base.layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            kv_heads = len(_local(attention.k_proj.weight)) // head_dim
+        for layer, is_windowed in zip(layers, windowed_layers(config), strict=True):
+            qkv = [linear_in(layer, name) for name in (block.queries, block.keys, block.values)]
+            kv_heads = len(_weight(qkv[1])) // size
+            window = config.sliding_window if is_windowed else None
             self.layers.append(
                 _Layer(
-                    attention_norm=_local(layer.input_layernorm.weight),
-                    qkv=self._product(attention.q_proj, attention.k_proj, attention.v_proj),
-                    head_norms=[_local(norm.weight) for norm in _head_norms(attention)],
-                    attention=Attention(
-                        slots, kv_heads, groups, max_length, head_dim, _window(attention, config), self.embedding[:0]
-                    ),
-                    out=self._summed_product(attention.o_proj),
-                    mlp_norm=_local(layer.post_attention_layernorm.weight),
-                    gate_up=self._product(mlp.gate_proj, mlp.up_proj),
-                    activation=mlp.act_fn,
-                    down=self._summed_product(mlp.down_proj),
+                    attention_norm=_weight(layer.get_submodule(block.attention_norm)),
+                    qkv=self._product(*qkv),
+                    head_norms=[_weight(layer.get_submodule(name)) for name in block.head_norms],
+                    attention=Attention(slots, kv_heads, groups, max_length, size, window, self.embedding[:0]),
+                    out=self._summed_product(linear_in(layer, block.out)),
+                    mlp_norm=_weight(layer.get_submodule(block.mlp_norm)),
+                    gate_up=self._product(linear_in(layer, block.gate), linear_in(layer, block.up)),
+                    activation=layer.get_submodule(block.activation),
+                    down=self._summed_product(linear_in(layer, block.down)),
                 )
             )
-        self.norm = _local(base.norm.weight)
-        self.head = self._product(model.lm_head)
-        self.head_is_split = len(_local(model.lm_head.weight)) < config.vocab_size
+        self.norm = _weight(model.get_submodule(architecture_of(config).norm))
+        self.head = self._product(output_layer(model))
+        self.head_is_split = len(_weight(output_layer(model))) < config.vocab_size
         self.embedding_is_split = len(self.embedding) < config.vocab_size  # where the head shares its weight
         with torch.inference_mode():
             positions = torch.arange(max_length, device=self.device)[None]
-            cos, sin = base.rotary_emb(self.embedding[:1, None], positions)
+            cos, sin = rotation(model)(self.embedding[:1, None], positions)
         self.cos, self.sin = cos[0].contiguous(), sin[0].contiguous()
         self.graphs = self._new_graphs()
 
@@ -217,16 +231,9 @@ class _Layer:
     down: Product
 
 
-def _window(attention: nn.Module, config: PreTrainedConfig) -> int | None:
-    """The last tokens that a layer attends to, its own included; None for all. Qwen's layers differ, Mistral's do not,
-    and Llama's have none, whatever its config holds."""
-    if config.model_type == "mistral":
-        return config.sliding_window
-    return getattr(attention, "sliding_window", None)
-
-
-def _head_norms(attention: nn.Module) -> list[Any]:
-    return [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
+def _weight(module: nn.Module) -> Tensor:
+    """What this rank holds of a module's weight."""
+    return _local(module.get_parameter("weight"))
 
 
 def _local(parameter: Tensor) -> Tensor:

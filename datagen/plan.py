@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from datagen.cuda_graphs import COLUMNS
 from datagen.generate import GenerateConfig
 from datagen.sampling import Truncation
+from qat.quant.architecture import head_dim
 
 _CHOOSING, _CHOOSING_TRUNCATED = 9, 43
 """Bytes that ``sampling.choose`` holds at most for each logit, measured; sorting the vocabulary (top_p) takes most."""
@@ -27,8 +28,7 @@ def needs(config: PretrainedConfig, settings: GenerateConfig, device: str) -> Ma
     weights = sum(parameter.numel() for parameter in model.parameters())
     if device == "cpu":  # oneDNN's layout of the products' weights, beside the model's own
         weights += sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
-    head_dim = model.model.layers[0].self_attn.head_dim
-    cached = 2 * config.num_key_value_heads * head_dim * config.num_hidden_layers  # numbers of a token
+    cached = 2 * config.num_key_value_heads * head_dim(config) * config.num_hidden_layers  # numbers of a token
     # Each CUDA graph keeps its own logits.
     graphs = -(-settings.max_length // COLUMNS) if device == "cuda" and ranks == 1 else 1
     choosing = _CHOOSING if settings.truncation == Truncation() else _CHOOSING_TRUNCATED

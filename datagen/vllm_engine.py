@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from datagen import sampling
 from datagen.generate import Beginnings, GenerateConfig, Vocabulary
 from qat.data.shards import Sequence
+from qat.quant.architecture import head_dim
 from qat.runtime.errors import UserError
 
 _SPARE = 256
@@ -88,6 +89,5 @@ class VllmEngine:
 def _cache_bytes(model: str, dtype: torch.dtype, config: GenerateConfig) -> int:
     """What the keys and values of a full batch need: on CPUs vLLM would take nearly all of the host's memory."""
     shape = AutoConfig.from_pretrained(model)
-    head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    row = 2 * shape.num_hidden_layers * shape.num_key_value_heads * head_dim * dtype.itemsize
+    row = 2 * shape.num_hidden_layers * shape.num_key_value_heads * head_dim(shape) * dtype.itemsize
     return config.batch_size * (config.max_length + _SPARE) * row

@@ -11,9 +11,10 @@ from launch import cli
 from qat.evaluate import heldout
 from qat.evaluate.perplexity import text_windows
 from qat.export import export, model_card
-from qat.export.differences import differences
-from qat.runtime.errors import UserError, check_choice
+from qat.export.formats import FORMAT, FORMATS
+from qat.runtime.errors import UserError
 from qat.runtime.files import writing
+from qat.runtime.table import check_choices, choice
 from qat.store import models, student_folder
 from qat.store.model_folder import read_config
 
@@ -27,8 +28,7 @@ class Export:
     Args:
         checkpoint: the final/ or a checkpoints/step-N of a training run, or what launch/quantize.py wrote
         output: folder of the export; must not exist
-        format: pack-quantized (compressed-tensors, for GPU engines), int-quantized (compressed-tensors, for CPU
-            engines), hf-fake (rounded weights as floats) or gguf (llama.cpp)
+        format: how weights are written, and for which engines
         model: the model that the run began with; by default where the run found it
         verify: read the export back, before it appears, and compare logits and perplexity with the student in memory
         text: what perplexity is measured on: encyclopedia or howto (built in), or a text file
@@ -40,7 +40,7 @@ class Export:
 
     checkpoint: Path
     output: Path
-    format: str = export.FORMAT
+    format: str = choice(FORMAT, lambda: FORMATS)
     model: str | None = None
     verify: bool = True
     text: str = heldout.ENCYCLOPEDIA
@@ -49,7 +49,7 @@ class Export:
     results: list[Path] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        check_choice(self, format=export.FORMATS)
+        check_choices(self)
         if self.output.exists():
             raise UserError(f"{self.output} is there already: give another folder.")
 
@@ -61,7 +61,7 @@ def main() -> None:
     windows = None
     if settings.verify:
         tokenizer = models.load_tokenizer(str(student.directory))
-        window = min(_WINDOW, export.longest(student, settings.format))
+        window = min(_WINDOW, FORMATS[settings.format].longest(student))
         windows = text_windows(heldout.paragraphs(settings.text), tokenizer, window, _WINDOWS)
         models.check_ids(read_config(str(student.directory)), int(windows.max()), f"The text {settings.text}")
     print(f"{student.quant} student of {settings.checkpoint} -> {settings.format}", flush=True)
@@ -74,9 +74,10 @@ def main() -> None:
     model_card.write(student, settings.format, _origin(settings, student), checks, partial)
     with writing(settings.output):
         partial.rename(settings.output)
-    size = sum(file.stat().st_size for pattern in ("*.safetensors", "*.gguf") for file in settings.output.glob(pattern))
+    kind = FORMATS[settings.format]
+    size = sum(file.stat().st_size for file in settings.output.glob(kind.weight_files))
     print(checks or "not verified")
-    for sentence in differences(student.quant, settings.format):
+    for sentence in kind.differences(student.quant):
         print(f"differs: {sentence}")
     print(f"{settings.output}: {settings.format}, {size / 1e6:.0f} MB; README.md says all of this")
 

@@ -19,8 +19,7 @@ from conftest import ROOT, run_python, run_ranks, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from qat.evaluate.perplexity import perplexity
-from qat.export import export
-from qat.export.export import FAKE, GGUF
+from qat.export.formats import FAKE, FORMATS, GGUF
 from qat.infer import simulated
 from qat.store import gguf_files, student_folder
 from qat.store.compressed_tensors import INTEGERS, PACKED
@@ -74,7 +73,7 @@ def write(here: Path) -> None:
     for top_k in (8, 0):
         flags = ["--model=model", "--data=data", f"--top_k={top_k}", f"--output=cache-{top_k}"]
         run_ranks("cache_teacher", *flags, f"--deepspeed={ROOT / 'ds_configs' / 'zero3_cpu.json'}", cwd=here)
-    for form in export.FORMATS:
+    for form in FORMATS:
         flags = ["--checkpoint=finished/final", f"--output=export-{form}", f"--format={form}", "--text=text.txt"]
         run_python("export", *flags, cwd=here)
     flags = ["--model=finished/final", "--teacher=model", *EVALUATE, "--output=evaluation.json"]

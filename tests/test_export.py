@@ -25,8 +25,7 @@ from test_prepare import FAMILIES, ids
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from qat.export import export, model_card
-from qat.export.differences import differences
-from qat.export.export import FAKE, GGUF
+from qat.export.formats import FAKE, FORMATS, GGUF
 from qat.infer import simulated
 from qat.quant.config import CONFIG_FILE, QuantConfig
 from qat.quant.linear import can_multiply_codes, quant_linears
@@ -35,7 +34,7 @@ from qat.quant.prepare import prepare
 from qat.quant.quantizers.base import Grid
 from qat.runtime.errors import UserError
 from qat.store import compressed_tensors, gguf_files, models, student_folder
-from qat.store.compressed_tensors import INTEGERS, PACKED
+from qat.store.compressed_tensors import INTEGERS, LAYOUTS, PACKED
 from qat.store.manifest import MANIFEST
 from qat.store.sidecars import GRIDS_FILE, STEP_SUFFIX, load_steps, save_grids, save_steps
 
@@ -144,8 +143,8 @@ def test_transformers_own_loader_reads_the_same_weights(form, w_bits, tmp_path):
 def test_the_formats_keep_codes_and_scales(form, bits, rows, columns):
     quant = QuantConfig(w_bits=bits)
     stored = quantize(torch.randn(rows, columns), quant.weights)
-    parts = compressed_tensors.encode("layer", stored, quant, form)
-    ((name, read),) = compressed_tensors.decode(parts.items(), compressed_tensors.quantization_config(quant, form))
+    parts = LAYOUTS[form].encode("layer", stored, quant)
+    ((name, read),) = compressed_tensors.decode(parts.items(), LAYOUTS[form].quantization_config(quant, []))
     assert name == "layer.weight"
     assert isinstance(read, Quantized)
     assert torch.equal(read.codes, stored.codes)
@@ -219,7 +218,7 @@ def write_biased_student(directory: Path, quant: QuantConfig, **how) -> student_
 @pytest.mark.parametrize(("config_class", "said"), SAID)
 def test_gguf_is_read_back_by_transformers(config_class, said, tmp_path):
     student = write_biased_student(tmp_path / "final", QuantConfig(), config_class=config_class, **said)
-    assert export.longest(student, GGUF) == said.get("sliding_window", 256)
+    assert FORMATS[GGUF].longest(student) == said.get("sliding_window", 256)
     export.check(student, GGUF)
     export.export(student, tmp_path / "export", GGUF)
     found = export.verify(student, tmp_path / "export", GGUF, WINDOWS)  # bit for bit, or UserError
@@ -271,7 +270,8 @@ def test_llama_cpp_loads_a_tokenizer_with_more_tokens_than_the_model(tmp_path):
     student = write_student(tmp_path / "final", QuantConfig(), vocab_size=340, bos_token_id=1, eos_token_id=2)
     write_sentencepiece(tmp_path / "final", 340, (ROOT / "LICENSE").read_text())
     export.export(student, tmp_path / "export", GGUF)
-    assert export.verify(student, tmp_path / "export", GGUF, WINDOWS).runs
+    verified = export.verify(student, tmp_path / "export", GGUF, WINDOWS)
+    assert "bit for bit, and llama.cpp loads it." in verified.sentence("random tokens")
 
 
 def test_llama_cpp_is_not_waited_for_without_end(monkeypatch, tmp_path):
@@ -444,7 +444,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
     for family, said in ((LlamaConfig, LONGROPE), (Qwen2Config, LLAMA3), (LlamaConfig, YARN_BY_HAND)):
         assert "rope_" in refusal(QuantConfig(), GGUF, config_class=family, **said)
     assert "attention_bias=True" in refusal(QuantConfig(), GGUF, config_class=Qwen3Config, attention_bias=True)
-    assert "give pack-quantized or int-quantized or hf-fake or gguf" in refusal(QuantConfig(), "onnx")
+    assert "choose pack-quantized or int-quantized or hf-fake or gguf" in refusal(QuantConfig(), "onnx")
     (tmp_path / "final" / CONFIG_FILE).unlink()
     with pytest.raises(UserError, match="holds no student"):
         student_folder.find(tmp_path / "final")
@@ -464,13 +464,13 @@ def test_a_student_without_a_tokenizer_is_refused(tmp_path):
 
 
 def test_what_engines_will_do_differently_is_said():
-    said = " ".join(differences(QuantConfig(3, 6, 4), PACKED))
+    said = " ".join(FORMATS[PACKED].differences(QuantConfig(3, 6, 4)))
     assert "trained with 6 bits" in said
     assert "rounded to 8" in said
     assert "3-bit codes are declared as 4-bit" in said
     assert "trained with 4 bits" in said
     assert "KV cache" in said
-    assert not differences(QuantConfig(4, 16, 16), FAKE)
+    assert not FORMATS[FAKE].differences(QuantConfig(4, 16, 16))
 
 
 def test_the_snippets_of_card_and_docs_run_as_they_stand(tmp_path, monkeypatch, capsys):

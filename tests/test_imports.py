@@ -1,29 +1,37 @@
 """The house: which package may import which, and what importing costs."""
 
 import ast
+import re
 import sys
+from dataclasses import is_dataclass
 from itertools import chain
 
 import pytest
 from conftest import ROOT
 
+from qat.export.formats import FORMATS
+from qat.quant.architecture import ARCHITECTURES
+
 FLOORS = [
     {"launch", "launch.paper"},
     {"datagen", "qat"},
-    {"qat.train", "qat.ptq", "qat.export"},
+    {"qat.train", "qat.ptq", "qat.export", "qat.export.formats"},
     {"qat.infer", "qat.evaluate", "qat.data"},
     {"qat.store"},
     {"qat.quant"},
     {"qat.runtime"},
 ]
-"""From top to bottom. A package imports from floors below its own; of the top one, launch runs launch.paper."""
+"""From top to bottom. A package imports from floors below its own; launch runs launch.paper, and qat.export
+has a package for its formats."""
 
 MAY_IMPORT = {
     package: set(chain.from_iterable(FLOORS[floor + 1 :])) | {package}
     for floor, packages in enumerate(FLOORS)
     for package in packages
 }
-MAY_IMPORT["datagen"] -= {"qat", "qat.train", "qat.ptq", "qat.export", "qat.infer", "qat.evaluate"}
+MAY_IMPORT["datagen"] -= {"qat", "qat.train", "qat.ptq", "qat.infer", "qat.evaluate"}
+MAY_IMPORT["datagen"] -= {"qat.export", "qat.export.formats"}
+MAY_IMPORT["qat.export"] |= {"qat.export.formats"}
 MAY_IMPORT["launch"] |= {"launch.paper"}
 MAY_IMPORT["launch.paper"] |= {"launch"}
 
@@ -72,3 +80,41 @@ def test_number_formats_need_torch_alone():
     for module in ("qat.quant.fused", *formats):
         foreign = {name for name in imports(module) if name not in FILES and name not in sys.stdlib_module_names}
         assert foreign <= {"torch"}, module
+
+
+def strings(value: object) -> set[str]:
+    """All strings in a description."""
+    if isinstance(value, str):
+        return {value}
+    parts = vars(value).values() if is_dataclass(value) else value if isinstance(value, tuple) else ()
+    return set(chain.from_iterable(map(strings, parts)))
+
+
+LAYERS = {
+    part
+    for described in ARCHITECTURES.values()
+    for name in strings(described)
+    for part in name.split(".")
+    if "_" in part and part != described.sliding_window
+} | {"model.layers"}
+"""What transformers calls the modules of the models that are described."""
+
+
+@pytest.mark.parametrize("module", sorted(FILES.keys() - {"qat.quant.architecture"}))
+def test_one_file_knows_the_layers_names(module):
+    assert {"q_proj", "gate_proj", "self_attn", "embed_tokens", "lm_head", "rotary_emb", "input_layernorm"} <= LAYERS
+    source = FILES[module].read_text()
+    assert not re.search(r"hidden_size\s*//\s*[\w.]*num_attention_heads", source), "head_dim(config) knows better"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in LAYERS, f"{module}, line {node.lineno}"
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and not re.search(r"\s", node.value):
+            found = [name for name in LAYERS if re.search(rf"(^|\W){re.escape(name)}($|\W)", node.value)]
+            assert not found, f"{module}, line {node.lineno}"
+
+
+@pytest.mark.parametrize(
+    "module", ["qat.export.export", "qat.export.model_card", "launch.export", "qat.infer.simulated"]
+)
+def test_what_writes_and_reads_exports_names_no_format(module):
+    assert not [name for name in FORMATS if name in FILES[module].read_text()]

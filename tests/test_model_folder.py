@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 import qat
 from qat.export import export
-from qat.export.export import FAKE
+from qat.export.formats import FAKE
 from qat.infer import simulated
 from qat.ptq import rtn, writer
 from qat.ptq.stream import Stream

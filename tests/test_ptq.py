@@ -15,8 +15,9 @@ from qat.export import export
 from qat.infer import simulated
 from qat.ptq import gptq, smoothquant, writer
 from qat.ptq.gptq import GPTQConfig
-from qat.ptq.smoothquant import GROUPS, SmoothQuantConfig, fold, largest_inputs
+from qat.ptq.smoothquant import SmoothQuantConfig, fold, largest_inputs
 from qat.ptq.stream import Stream
+from qat.quant.architecture import ARCHITECTURES
 from qat.quant.config import QuantConfig
 from qat.quant.number_format import Format, Quantized, dequantize, grid_of, quantize, round_to_grid
 from qat.quant.prepare import freeze, prepare
@@ -38,6 +39,7 @@ FORMATS = [
     Format(7, "minmax_asymmetric", 32),
 ]
 QUANT = QuantConfig(4, 8, 4)
+GROUPS = ARCHITECTURES["llama"].smoothed
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +208,7 @@ def test_search_takes_the_least_error_or_nothing():
     def error(alphas):
         return 1 + sum(abs(alpha - best.get(group, 2)) - 0.1 for group, alpha in alphas.items())
 
-    assert smoothquant.search(error) == best
+    assert smoothquant.search(GROUPS, error) == best
 
 
 @pytest.mark.parametrize("quant", [QUANT, QuantConfig(3, 16, 16, w_group_size=32)], ids=["4-8-4", "3 bits, groups"])

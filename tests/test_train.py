@@ -38,6 +38,7 @@ from launch import cli
 from launch.train import Paths
 from qat.data.sequences import TrainingData
 from qat.export import export
+from qat.export.formats import FORMAT
 from qat.infer import simulated
 from qat.quant.config import QuantConfig
 from qat.quant.forward import predicting
@@ -363,7 +364,7 @@ def test_model_flops_are_those_that_pytorch_counts():
 
 
 def test_the_trained_student_exports_and_reloads_bit_for_bit(run, tmp_path):
-    export.export(student_folder.find(run / "final"), tmp_path / "export", export.FORMAT)
+    export.export(student_folder.find(run / "final"), tmp_path / "export", FORMAT)
     ids = torch.arange(2, 50)[None]
     in_memory = simulated.load(str(run / "final"), torch.float32)
     reloaded = simulated.load(str(tmp_path / "export"), torch.float32)

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from qat.quant.architecture import output_layer
 from qat.quant.forward import predicting
 from qat.runtime import ranks
 from qat.runtime.errors import UserError
@@ -111,10 +112,10 @@ def score_windows(
         teacher_hidden = hidden if teacher is None else predicting(teacher, ids).split(_CHUNK_TOKENS)
         nll = kl = 0.0
         for states, teacher_states, labels in zip(hidden, teacher_hidden, targets, strict=True):
-            log_p = model.lm_head(states).float().log_softmax(-1)
+            log_p = output_layer(model)(states).float().log_softmax(-1)
             nll += cross_entropy(log_p, labels, reduction="sum").item()
             if teacher is not None:
-                log_teacher = teacher.lm_head(teacher_states).float().log_softmax(-1)
+                log_teacher = output_layer(teacher)(teacher_states).float().log_softmax(-1)
                 kl += kl_div(log_p, log_teacher, reduction="sum", log_target=True).item()
         tokens = len(window) - 1
         scores.append(WindowScore(nll / tokens, None if teacher is None else kl / tokens))

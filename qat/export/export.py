@@ -1,43 +1,20 @@
-"""Exports: a student as a directory that inference engines load.
+"""Writing a student in one of ``qat.export.formats``, and comparing what was written with the student."""
 
-``pack-quantized`` and ``int-quantized`` are integer checkpoints in compressed-tensors layouts (see
-qat.store.compressed_tensors), ``hf-fake`` has the rounded weights as floats for tools that know nothing of
-quantization, ``gguf`` is one file for llama.cpp (see qat.store.gguf_files). ``quant_config.json`` beside an integer
-checkpoint keeps what its format cannot describe: the KV cache, and the true number of bits.
-"""
-
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qat.evaluate.perplexity import perplexity
+from qat.export.formats import FORMATS, ExportFormat
 from qat.infer import simulated
-from qat.infer.simulated import load
-from qat.quant.config import QuantConfig
-from qat.quant.number_format import FULL_PRECISION, Quantized, dequantize
+from qat.quant.number_format import Quantized
 from qat.runtime.errors import UserError
-from qat.runtime.files import load_tensors, save_tensors, writing
-from qat.store import compressed_tensors, gguf_files, weight_files
-from qat.store.compressed_tensors import INTEGERS, PACKED
-from qat.store.model_folder import ModelFolder, write_companions
-from qat.store.sidecars import STEPS_FILE
+from qat.runtime.files import writing
+from qat.store import weight_files
 from qat.store.student_folder import Student
-
-FAKE, GGUF = "hf-fake", "gguf"
-FORMATS = (PACKED, INTEGERS, FAKE, GGUF)
-FORMAT = PACKED
-"""The default."""
-
-_RUNS = {
-    None: "",
-    True: ", and llama.cpp loads it",
-    False: "; whether llama.cpp loads it is not known, as xllamacpp is not installed or did not come to an end",
-}
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -51,45 +28,14 @@ def check(student: Student, form: str) -> None:
             f"{student.directory} has no tokenizer ({', '.join(_TOKENIZERS)}): copy that of the model it began with "
             "there."
         )
-    if form == GGUF:
-        gguf_files.check(student)
-    elif form != FAKE:
-        compressed_tensors.check(student.quant, form)
-
-
-def longest(student: Student, form: str) -> int:
-    """The longest sequence for which an export in the format is the student."""
-    return gguf_files.positions(AutoConfig.from_pretrained(student.directory)) if form == GGUF else student.longest
+    FORMATS[form].check(student)
 
 
 def export(student: Student, output: Path, form: str, file_bytes: int = weight_files.FILE_BYTES) -> None:
-    """Write ``student`` in the format ``form`` (one of FORMATS) into the new folder ``output``.
-
-    Whatever the size of the model, one weight file and one tensor are in memory at a time.
-    """
+    """Write ``student`` in the format ``form`` (one of FORMATS) into the new folder ``output``."""
     with writing(output):
         output.mkdir(parents=True)
-    if form == GGUF:
-        gguf_files.write(student, output)
-        return
-    weight_files.write(output, _stored(student, form), file_bytes)
-    changes: dict[str, Any] = {"dtype": str(student.dtype).removeprefix("torch.")}
-    if form != FAKE:  # which would be quantized again
-        changes["quantization_config"] = compressed_tensors.quantization_config(student.quant, form)
-        student.quant.save(output)
-        if student.quant.activations.learned:
-            save_tensors(load_tensors(student.directory / STEPS_FILE), output / STEPS_FILE)
-    write_companions(ModelFolder.read(student.directory).companions(), output, **changes)
-
-
-def _stored(student: Student, form: str) -> Iterator[tuple[str, Tensor]]:
-    for name, weight in student.progress():
-        if not isinstance(weight, Quantized):
-            yield name, weight
-        elif form == FAKE:
-            yield name, dequantize(weight, student.dtype)
-        else:
-            yield from compressed_tensors.encode(name.removesuffix(".weight"), weight, student.quant, form).items()
+    FORMATS[form].write(student, output, file_bytes)
 
 
 @dataclass(frozen=True)
@@ -98,20 +44,20 @@ class Verified:
 
     Args:
         trained: of the student, as training simulated it
-        expected: of what the format holds of it; the same for integer checkpoints
+        expected: of what the format holds of it; the same if it holds all
         exported: of the export, read back
-        runs: whether llama.cpp itself is known to load it; None for other formats
+        engine: what the engine that the format is for makes of it; see ExportFormat.loaded_by
     """
 
     trained: float
     expected: float
     exported: float
     tokens: int
-    runs: bool | None = None
+    engine: str = ""
 
     def sentence(self, text: str) -> str:
         said = (
-            f"Verified: read back, the export gives the logits of the model in memory, bit for bit{_RUNS[self.runs]}. "
+            f"Verified: read back, the export gives the logits of the model in memory, bit for bit{self.engine}. "
             f"Perplexity on {self.tokens:,} tokens of {text}: {self.trained:.3f} as trained"
         )
         if self.expected != self.trained:
@@ -123,34 +69,33 @@ class Verified:
 def verify(student: Student, exported: Path, form: str, windows: Tensor) -> Verified:
     """Read the export back and compare it with the student in memory, on token ids [windows, window].
 
-    Raises UserError unless their logits and perplexities are equal, bit for bit, in fp32. What a format does not hold
-    (hf-fake and gguf: activations and KV cache; gguf: more of a scale than fp16) is left out of the student, too. A
-    GGUF file must also be one that llama.cpp loads, where xllamacpp is installed.
+    Raises UserError unless their logits and perplexities are equal, bit for bit, in fp32. What the format does not hold
+    is left out of the student, too. The engine that the format is for must load it, where it is installed.
     """
-    model = _in_memory(student, student.quant)
+    kind = FORMATS[form]
+    model = _in_memory(student)
     trained = expected = perplexity(model, windows)
-    if form in (FAKE, GGUF):
-        bare = replace(student.quant, a_bits=FULL_PRECISION, kv_bits=FULL_PRECISION)
-        model = _in_memory(student, bare, gguf_files.held if form == GGUF else None)
+    if kind.held(student.quant) != student.quant or type(kind).held_weight is not ExportFormat.held_weight:
+        model = _in_memory(student, kind)
         expected = perplexity(model, windows)
     logits = model(windows[:1]).logits
     del model
-    model = gguf_files.load(exported) if form == GGUF else load(str(exported), torch.float32)
+    model = kind.load(exported)
     got = model(windows[:1]).logits
     if not torch.equal(got, logits):
         raise UserError(f"{exported} is wrong: its logits differ by up to {(got - logits).abs().max():.3g}.")
     found = perplexity(model, windows)
     if found.nll != expected.nll:
         raise UserError(f"{exported} is wrong: its perplexity is {found.perplexity}, not {expected.perplexity}.")
-    runs = gguf_files.is_loaded(exported) if form == GGUF else None
-    return Verified(trained.perplexity, expected.perplexity, found.perplexity, found.tokens, runs)
+    engine = kind.loaded_by(exported)
+    return Verified(trained.perplexity, expected.perplexity, found.perplexity, found.tokens, engine)
 
 
-def _in_memory(
-    student: Student, quant: QuantConfig, change: Callable[[Quantized], Quantized] | None = None
-) -> PreTrainedModel:
+def _in_memory(student: Student, kind: ExportFormat | None = None) -> PreTrainedModel:
+    """The student as it was trained, or what a format holds of it."""
     weights = (
-        (name, change(weight) if change and isinstance(weight, Quantized) else weight)
+        (name, kind.held_weight(weight) if kind and isinstance(weight, Quantized) else weight)
         for name, weight in student.weights()
     )
+    quant = kind.held(student.quant) if kind else student.quant
     return simulated.simulate(student.directory, weights, student.dtype, quant, torch.float32)

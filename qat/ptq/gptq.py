@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.ptq.stream import Stream, Weights
-from qat.quant.architecture import SHARED_INPUTS
+from qat.quant.architecture import architecture_of, linear_in
 from qat.quant.linear import QuantLinear
 from qat.quant.number_format import Format, Quantized, dequantize, grid_of, quantize, round_to_grid
 from qat.quant.products import matmul
@@ -54,8 +54,8 @@ def quantize_layer(stream: Stream, weights: Weights, config: GPTQConfig) -> tupl
     layer = stream.load(weights).to(stream.dtype)
     rounded, grids = dict(weights), {}
     ours = rtn = 0.0
-    for block_name, names in SHARED_INPUTS:
-        linears = {f"{block_name}.{name}": layer.get_submodule(f"{block_name}.{name}") for name in names}
+    for names in architecture_of(stream.model.config).shared_inputs:
+        linears = {name: linear_in(layer, name) for name in names}
         hessian = hessian_of(quantized_inputs(stream, layer, linears))
         for name, linear in linears.items():
             assert isinstance(linear, QuantLinear)
@@ -65,7 +65,7 @@ def quantize_layer(stream: Stream, weights: Weights, config: GPTQConfig) -> tupl
                 quantized = gptq(weight, hessian, linear.weight_format, config)
             except torch.linalg.LinAlgError as error:
                 raise UserError(
-                    f"The Hessian of model.layers.{stream.position}.{name} cannot be inverted: calibrate on more "
+                    f"The Hessian of {stream.prefix(stream.position)}{name} cannot be inverted: calibrate on more "
                     f"sequences, or give a larger damping than {config.damping}."
                 ) from error
             values = dequantize(quantized, stored.dtype)
@@ -84,7 +84,7 @@ def quantize_layer(stream: Stream, weights: Weights, config: GPTQConfig) -> tupl
     return rounded, grids, f"error {ours / (rtn or 1):.2f} of RTN's"
 
 
-def quantized_inputs(stream: Stream, layer: nn.Module, linears: dict[str, nn.Module]) -> Iterable[Tensor]:
+def quantized_inputs(stream: Stream, layer: nn.Module, linears: dict[str, nn.Linear]) -> Iterable[Tensor]:
     """What the given layers, which share their input, multiply with: [tokens, in] of each sequence."""
     first = next(iter(linears.values()))
     assert isinstance(first, QuantLinear)

@@ -10,12 +10,12 @@ function. Query heads that share a value head share its s.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from qat.ptq.stream import Stream, Weights, fill
+from qat.quant.architecture import Smoothed, architecture_of, decoder_layers, head_dim
 from qat.quant.quantizers.base import Grid
 from qat.runtime.errors import UserError
 from qat.store.model_folder import ModelFolder
@@ -44,20 +44,6 @@ class SmoothQuantConfig:
             raise UserError(f"alpha={self.alpha} is not possible: give 0 to 1, or nothing to have it searched for.")
 
 
-class Smoothed(NamedTuple):
-    """A tensor that is smoothed: the module whose output channels are divided, and the layers that read it."""
-
-    producer: str
-    readers: tuple[str, ...]
-
-
-GROUPS = (
-    Smoothed("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    Smoothed("self_attn.v_proj", ("self_attn.o_proj",)),
-    Smoothed("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-    Smoothed("mlp.up_proj", ("mlp.down_proj",)),
-)
-
 Alphas = Mapping[Smoothed, float]
 """The alpha of each tensor that is smoothed."""
 
@@ -67,7 +53,14 @@ class SmoothQuant:
 
     def __init__(self, source: Path, config: SmoothQuantConfig):
         self.config = config
-        self._layers: nn.ModuleList = ModelFolder.read(source).skeleton().base_model.layers  # type: ignore[assignment]
+        model = ModelFolder.read(source).skeleton()
+        self._layers, self._head_dim = decoder_layers(model), head_dim(model.config)
+        self._groups = architecture_of(model.config).smoothed
+        if not self._groups:
+            raise UserError(
+                f"method=smoothquant scales inputs of the linear layers, and which of {model.config.model_type}'s can "
+                "be scaled is not described: give method=rtn or method=gptq."
+            )
 
     @torch.inference_mode()
     def quantize_layer(self, stream: Stream, weights: Weights) -> tuple[Weights, dict[str, Grid], str]:
@@ -76,29 +69,28 @@ class SmoothQuant:
         plain = self._layers[stream.position]
         fill(plain, weights, stream.device)
         plain.to(stream.dtype)
-        largest = {group: largest_inputs(stream, plain, group) for group in GROUPS}
-        head_dim: int = plain.self_attn.head_dim  # type: ignore[union-attr,assignment]
+        largest = {group: largest_inputs(stream, plain, group) for group in self._groups}
         alphas: dict[Smoothed, float] = {}
         if self.config.alpha is not None:
-            alphas = dict.fromkeys(GROUPS, self.config.alpha)
+            alphas = dict.fromkeys(self._groups, self.config.alpha)
         else:
             sample = first_tokens(stream.hidden, SEARCH_TOKENS)
             wanted = [stream.run(plain, hidden) for hidden in sample]
 
             def error(tried: Alphas) -> float:
-                return output_error(stream, fold(weights, largest, tried, head_dim), sample, wanted)
+                return output_error(stream, fold(weights, largest, tried, self._head_dim), sample, wanted)
 
-            alphas = search(error)
+            alphas = search(self._groups, error)
         plain.to("meta")
-        word = "alpha " + " ".join(f"{alphas[group]:g}" if group in alphas else "-" for group in GROUPS)
-        return fold(weights, largest, alphas, head_dim), {}, word
+        word = "alpha " + " ".join(f"{alphas[group]:g}" if group in alphas else "-" for group in self._groups)
+        return fold(weights, largest, alphas, self._head_dim), {}, word
 
 
-def search(error: Callable[[Alphas], float]) -> dict[Smoothed, float]:
+def search(groups: Iterable[Smoothed], error: Callable[[Alphas], float]) -> dict[Smoothed, float]:
     """For one tensor after another, the alpha with the smallest ``error``; none where smoothing does not help."""
     chosen: dict[Smoothed, float] = {}
     least = error(chosen)
-    for group in GROUPS:
+    for group in groups:
         errors = {alpha: error(chosen | {group: alpha}) for alpha in ALPHAS}
         best = min(errors, key=errors.__getitem__)
         if errors[best] < least:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.data.sequences import TrainingData
+from qat.quant.architecture import architecture_of, decoder_layers, input_embedding
 from qat.quant.config import QuantConfig
 from qat.quant.linear import quant_linears
 from qat.quant.prepare import prepare
@@ -22,7 +23,7 @@ from qat.store import models
 from qat.store.model_folder import ModelFolder
 
 Weights = dict[str, Tensor]
-"""The weights of one decoder layer, by their names in it (``self_attn.q_proj.weight``), in the dtype of the file."""
+"""The weights of one decoder layer, by their names in it, in the dtype of the file."""
 
 
 def calibration_sequences(data: TrainingData, most: int) -> list[Tensor]:
@@ -35,14 +36,16 @@ class WeightFiles:
 
     def __init__(self, folder: ModelFolder):
         self._folder = folder
+        self._architecture = architecture_of(folder.config)
 
     def layer(self, number: int) -> Weights:
         """The weights of decoder layer ``number``."""
-        return self._read(lambda name: name.startswith(_prefix(number)), _prefix(number))
+        prefix = self._architecture.prefix(number)
+        return self._read(lambda name: name.startswith(prefix), prefix)
 
     def rest(self) -> Weights:
         """The weights outside the decoder layers, by their full names."""
-        return self._read(lambda name: not name.startswith("model.layers."), "")
+        return self._read(lambda name: not name.startswith(f"{self._architecture.layers}."), "")
 
     def _read(self, wanted: Callable[[str], bool], prefix: str) -> Weights:
         return {name.removeprefix(prefix): weight for name, weight in self._folder.tensors(wanted)}
@@ -65,10 +68,14 @@ class Stream:
         folder = ModelFolder.read(source)
         self.files = WeightFiles(folder)
         self.model = prepare(folder.skeleton(), quant)
-        self.layers: nn.ModuleList = self.model.base_model.layers  # type: ignore[assignment]
+        self.layers = decoder_layers(self.model)
         self.position = 0
         self._arguments: dict[int, list[dict[str, Any]]] = {}
         self.hidden = self._embed(sequences)
+
+    def prefix(self, number: int) -> str:
+        """What the names of layer ``number``'s weights begin with."""
+        return architecture_of(self.model.config).prefix(number)
 
     @torch.inference_mode()
     def advance(self, weights: Weights, grids: dict[str, Grid]) -> None:
@@ -121,32 +128,32 @@ class Stream:
 
     @torch.inference_mode()
     def _embed(self, sequences: list[Tensor]) -> list[Tensor]:
-        """Run the model around its layers, which only note the arguments that they get (positions, mask)."""
-        base = self.model.base_model
-        rest = {name.removeprefix("model."): w for name, w in self.files.rest().items() if name.startswith("model.")}
-        for name in ("embed_tokens", "norm"):
-            module = base.get_submodule(name)
-            fill(module, {key.removeprefix(f"{name}."): w for key, w in rest.items() if key.startswith(name)}, "cpu")
+        """Run the model around its layers, which only note what they get: hidden states, and positions and mask."""
+        architecture, rest = architecture_of(self.model.config), self.files.rest()
+        for prefix in (f"{architecture.embedding}.", f"{architecture.norm}."):
+            module = self.model.get_submodule(prefix.removesuffix("."))
+            fill(module, {key.removeprefix(prefix): w for key, w in rest.items() if key.startswith(prefix)}, "cpu")
             module.to(self.dtype)
         models.renew_rope(self.model)
         noted: list[dict[str, Any]] = []
+        embedded: list[Tensor] = []
 
         def note(hidden: Tensor, **arguments: Any) -> Tensor:
+            if not noted:
+                embedded.append(hidden)
             noted.append(arguments)
             return hidden
 
-        embedded = []
         for layer in self.layers:
             layer.forward = note
         for ids in sequences:
-            base(ids, use_cache=False)
-            embedded.append(base.embed_tokens(ids))  # type: ignore[operator]
+            self.model.base_model(ids, use_cache=False)
             moved: dict[int, Tensor] = {}  # the layers share their positions, on another device too
             self._arguments[ids.shape[1]] = [_moved(arguments, self.device, moved) for arguments in noted]
             noted.clear()
         for layer in self.layers:
             del layer.forward
-        base.embed_tokens.to("meta")
+        input_embedding(self.model).to("meta")
         return embedded
 
 
@@ -154,10 +161,6 @@ def fill(module: nn.Module, weights: Weights, device: torch.device | str) -> Non
     """Put ``weights``, which must be all of them, in the place of the module's own."""
     own = {name: weight.to(device, copy=True) for name, weight in weights.items()}  # it may be rounded in place
     module.load_state_dict(own, assign=True)
-
-
-def _prefix(number: int) -> str:
-    return f"model.layers.{number}."
 
 
 def _moved(arguments: Any, device: torch.device, moved: dict[int, Tensor]) -> Any:

@@ -82,12 +82,11 @@ def write(stream: Stream, folder: Path, method: str, quantize_layer: QuantizeLay
     count = len(stream.layers)
     bar = progress.bar(range(count), desc=method, unit="layer")
     for number in bar:
-        path = _weight_file(folder, number, count)
+        path, prefix = _weight_file(folder, number, count), stream.prefix(number)
         if not path.exists():
             weights, grids, word = quantize_layer(stream, stream.files.layer(number))
             bar.set_postfix_str(word, refresh=False)
-            _save_layer(folder, path, number, weights, grids)
-        prefix = f"model.layers.{number}."
+            _save_layer(folder / _grids_file(number), path, prefix, weights, grids)
         stored = {name.removeprefix(prefix): weight for name, weight in load_tensors(path).items()}
         grids = {name.removeprefix(prefix): grid for name, grid in load_grids(folder, _grids_file(number)).items()}
         stream.advance(stored, grids)
@@ -96,11 +95,10 @@ def write(stream: Stream, folder: Path, method: str, quantize_layer: QuantizeLay
     _merge_grids(folder, count)
 
 
-def _save_layer(folder: Path, path: Path, number: int, weights: Weights, grids: dict[str, Grid]) -> None:
+def _save_layer(grids_path: Path, path: Path, prefix: str, weights: Weights, grids: dict[str, Grid]) -> None:
     """The grids first: a layer whose weight file is there is finished."""
-    prefix = f"model.layers.{number}."
     if grids:
-        save_grids({prefix + name: grid for name, grid in grids.items()}, folder / _grids_file(number))
+        save_grids({prefix + name: grid for name, grid in grids.items()}, grids_path)
     _save({prefix + name: weight for name, weight in weights.items()}, path)
 
 

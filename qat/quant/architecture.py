@@ -1,40 +1,213 @@
-"""Supported architectures: which Linear layers of a decoder block are quantized, and which of them share an input."""
+"""Architectures: where in a model of transformers its decoder layers are, and what their modules are for.
+
+No other file knows a layer's name. A new architecture is one description and one line in ``ARCHITECTURES``; a plug-in
+adds it with ``ARCHITECTURES.add(model_type, Architecture(...))``.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from qat.runtime.errors import UserError
+from qat.runtime.table import Table
 
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+class Smoothed(NamedTuple):
+    """A tensor whose channels can be scaled: the module that computes them, linearly in its output channels, and the
+    Linear layers that read them. SmoothQuant divides there and multiplies here."""
+
+    producer: str
+    readers: tuple[str, ...]
 
 
-SHARED_INPUTS = (
-    ("self_attn", ("q_proj", "k_proj", "v_proj")),
-    ("self_attn", ("o_proj",)),
-    ("mlp", ("gate_proj", "up_proj")),
-    ("mlp", ("down_proj",)),
+@dataclass(frozen=True)
+class Block:
+    """A decoder layer that computes LLaMA's formula, by the names of its modules in it.
+
+        x = x + out(attention(queries(y), keys(y), values(y))),  y = attention_norm(x)
+        x = x + down(activation(gate(y)) * up(y)),               y = mlp_norm(x)
+
+    Norms are RMSNorms with ``config.rms_norm_eps``; scores are divided by sqrt(head_dim); whole heads are rotated;
+    the first x is the embedding as it is.
+
+    Args:
+        head_norms: of each query head and each key head, before the rotation; none if empty
+    """
+
+    attention_norm: str = "input_layernorm"
+    queries: str = "self_attn.q_proj"
+    keys: str = "self_attn.k_proj"
+    values: str = "self_attn.v_proj"
+    head_norms: tuple[str, ...] = ()
+    out: str = "self_attn.o_proj"
+    mlp_norm: str = "post_attention_layernorm"
+    gate: str = "mlp.gate_proj"
+    up: str = "mlp.up_proj"
+    activation: str = "mlp.act_fn"
+    down: str = "mlp.down_proj"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A causal LM of transformers that attends through its attention interface, and whose logits are the product of
+    ``norm``'s output with ``head``, neither scaled nor capped.
+
+    Args:
+        shared_inputs: the Linear layers that are quantized, by their names in a decoder layer, in the order of the
+            forward pass; those that read the same tensor together
+        smoothed: the tensors that SmoothQuant can scale, in the order of the forward pass
+        key_values: the Linear layers that compute keys and values alone; kv_site=pre_rope rounds their outputs
+        block: if the layers compute LLaMA's formula: its modules, for the decoder that computes it itself
+        gguf: llama.cpp's name of the architecture, which computes ``block`` too; empty if it is not mapped
+        sliding_window: which layers attend to the last ``config.sliding_window`` tokens alone: none, all of them if the
+            config has one, or those that its ``layer_types`` say
+        layers, attention: the list of decoder layers, and in each the module that attends
+        embedding, rotation, norm, head: modules outside the layers; head is a Linear, rotation is made from a config
+    """
+
+    shared_inputs: tuple[tuple[str, ...], ...]
+    smoothed: tuple[Smoothed, ...] = ()
+    key_values: tuple[str, ...] = ()
+    block: Block | None = None
+    gguf: str = ""
+    sliding_window: Literal["none", "all", "layer_types"] = "none"
+    layers: str = "model.layers"
+    attention: str = "self_attn"
+    embedding: str = "model.embed_tokens"
+    rotation: str = "model.rotary_emb"
+    norm: str = "model.norm"
+    head: str = "lm_head"
+
+    def prefix(self, number: int) -> str:
+        """What the names of decoder layer ``number``'s weights begin with."""
+        return f"{self.layers}.{number}."
+
+    def in_full(self, name: str) -> str:
+        """The model's name for what its base model, saved alone, calls ``name``."""
+        base, _, layers = self.layers.rpartition(".")
+        inside = (layers, *(place.removeprefix(f"{base}.") for place in (self.embedding, self.norm)))
+        return f"{base}.{name}" if name.startswith(tuple(f"{place}." for place in inside)) else name
+
+
+def llama_like(block: Block, **differences: Any) -> Architecture:
+    """Of an architecture whose layers are ``block``, but for the given fields."""
+    inputs = block.queries, block.keys, block.values
+    return Architecture(
+        shared_inputs=(inputs, (block.out,), (block.gate, block.up), (block.down,)),
+        smoothed=(
+            Smoothed(block.attention_norm, inputs),
+            Smoothed(block.values, (block.out,)),
+            Smoothed(block.mlp_norm, (block.gate, block.up)),
+            Smoothed(block.up, (block.down,)),
+        ),
+        key_values=(block.keys, block.values),
+        block=block,
+        **differences,
+    )
+
+
+ARCHITECTURES: Table[Architecture] = Table(
+    "architecture",
+    llama=llama_like(Block(), gguf="llama"),
+    mistral=llama_like(Block(), gguf="llama", sliding_window="all"),
+    qwen2=llama_like(Block(), gguf="qwen2", sliding_window="layer_types"),
+    qwen3=llama_like(
+        Block(head_norms=("self_attn.q_norm", "self_attn.k_norm")), gguf="qwen3", sliding_window="layer_types"
+    ),
 )
-"""The Linear layers of a decoder block, grouped by the tensor that they read."""
+"""By transformers' ``model_type``."""
 
 
-def quantizable_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
+def architecture_of(config: PretrainedConfig) -> Architecture:
+    """The description of a config's model; raises UserError if there is none."""
+    return ARCHITECTURES[config.model_type]
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers of a model, in order."""
+    layers = model.get_submodule(architecture_of(model.config).layers)
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def attentions(model: PreTrainedModel) -> Iterator[nn.Module]:
+    """The module of each decoder layer that attends."""
+    name = architecture_of(model.config).attention
+    return (layer.get_submodule(name) for layer in decoder_layers(model))
+
+
+def input_embedding(model: PreTrainedModel) -> nn.Module:
+    """What turns token ids into the first decoder layer's input."""
+    return model.get_submodule(architecture_of(model.config).embedding)
+
+
+def output_layer(model: PreTrainedModel) -> nn.Linear:
+    """What turns final hidden states into logits."""
+    head = model.get_submodule(architecture_of(model.config).head)
+    assert isinstance(head, nn.Linear)
+    return head
+
+
+def rotation(model: PreTrainedModel) -> nn.Module:
+    """What holds the RoPE frequencies, and gives each position's cosines and sines."""
+    return model.get_submodule(architecture_of(model.config).rotation)
+
+
+def new_rotation(model: PreTrainedModel) -> nn.Module:
+    """``rotation`` as the model's config says, in fp32 on the CPU."""
+    return type(rotation(model))(model.config)
+
+
+def quantizable_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
     """The layers of a model that ``prepare`` quantizes, by name."""
+    architecture = architecture_of(model.config)
     names = [
-        f"model.layers.{number}.{block_name}.{name}"
-        for number in range(len(model.base_model.layers))  # type: ignore[arg-type]
-        for block_name, layer_names in SHARED_INPUTS
-        for name in layer_names
+        architecture.prefix(number) + name
+        for number in range(len(decoder_layers(model)))
+        for names in architecture.shared_inputs
+        for name in names
     ]
-    return {name: model.get_submodule(name) for name in names}
+    return {name: linear_in(model, name) for name in names}
+
+
+def kept_linears(model: PreTrainedModel) -> list[str]:
+    """The names of the Linear layers that stay in full precision, whatever the settings."""
+    quantizable = quantizable_linears(model)
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in quantizable]
+
+
+def linear_in(module: nn.Module, name: str) -> nn.Linear:
+    """The Linear layer ``name`` of a module; raises UserError if there is none: the description is wrong."""
+    try:
+        found = module.get_submodule(name)
+    except AttributeError:
+        found = None
+    if not isinstance(found, nn.Linear):
+        raise UserError(
+            f"The architecture's description names {name!r} as a Linear layer, and the model has "
+            f"{'no such module' if found is None else type(found).__name__}: correct the description."
+        )
+    return found
+
+
+def head_dim(config: PretrainedConfig) -> int:
+    """The numbers in one attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def windowed_layers(config: PretrainedConfig) -> list[bool]:
+    """Of each decoder layer, whether it attends to the last ``config.sliding_window`` tokens alone."""
+    kind = architecture_of(config).sliding_window
+    if kind == "layer_types":
+        return [layer_type == "sliding_attention" for layer_type in config.layer_types]
+    return [kind == "all" and config.sliding_window is not None] * config.num_hidden_layers
 
 
 def check_supported(model: PreTrainedModel) -> None:
-    """Raise UserError unless the decoder blocks are the Linear layers that ``prepare`` expects."""
-    model_type = model.config.model_type
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        raise UserError(
-            f"The architecture {model_type!r} is not supported: give a model of type "
-            f"{', '.join(SUPPORTED_MODEL_TYPES)}, whose blocks are Linear layers around attention."
-        )
+    """Raise UserError unless the model's architecture is described, and its weights are not quantized yet."""
+    architecture_of(model.config)
     if getattr(model.config, "quantization_config", None) is not None:
         raise UserError("The model is quantized already: give the full-precision checkpoint.")

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qat.quant import kv_cache
-from qat.quant.architecture import SHARED_INPUTS, check_supported
+from qat.quant.architecture import architecture_of, check_supported, decoder_layers, head_dim, linear_in
 from qat.quant.config import QuantConfig
 from qat.quant.linear import InputQuantizer, QuantLinear, quant_linears
 from qat.runtime.errors import UserError
@@ -17,20 +17,19 @@ _PREPARED = "_prepared_with"
 def prepare(model: PreTrainedModel, config: QuantConfig) -> PreTrainedModel:
     """Quantize ``model`` in place as ``config`` says; with 16-16-16 nothing is touched.
 
-    Raises UserError for an architecture whose blocks are not known, a head_dim that cannot be rotated, or a model that
-    is prepared already.
+    Raises UserError for an architecture that is not described, or whose KV cache cannot be quantized so, and for a
+    model that is prepared already.
     """
     check_supported(model)
     if hasattr(model, _PREPARED):
         raise UserError("The model is prepared already: load it again to quantize it otherwise.")
-    if config.kv_rotation == "hadamard":
-        _check_rotatable(model)
-    for layer in model.base_model.layers:  # type: ignore[union-attr]
+    _check_cache(model, config)
+    for layer in decoder_layers(model):
         if config.weights.quantizes or config.activations.quantizes:
-            for block_name, names in SHARED_INPUTS:
-                _quantize_linears([getattr(getattr(layer, block_name), name) for name in names], config)
+            for names in architecture_of(model.config).shared_inputs:
+                _quantize_linears([linear_in(layer, name) for name in names], config)
         if config.kv.quantizes:
-            _quantize_kv(layer.self_attn, config)
+            _quantize_kv(layer, model, config)
     if config.kv.quantizes and config.kv_site == "post_rope":
         kv_cache.attend(model)
     setattr(model, _PREPARED, config)
@@ -58,12 +57,17 @@ def freeze(model: nn.Module) -> None:
         linear.freeze()
 
 
-def _check_rotatable(model: PreTrainedModel) -> None:
-    head_dim = model.base_model.layers[0].self_attn.head_dim  # type: ignore[union-attr,index]
-    if head_dim & (head_dim - 1):
+def _check_cache(model: PreTrainedModel, config: QuantConfig) -> None:
+    size = head_dim(model.config)
+    if config.kv_rotation == "hadamard" and size & (size - 1):
         raise UserError(
-            f"kv_rotation=hadamard needs a head_dim that is a power of two; this model's is {head_dim}: "
+            f"kv_rotation=hadamard needs a head_dim that is a power of two; this model's is {size}: "
             "give kv_rotation=none."
+        )
+    if config.kv.quantizes and config.kv_site == "pre_rope" and not architecture_of(model.config).key_values:
+        raise UserError(
+            f"kv_site=pre_rope rounds what the layers for keys and values put out, and {model.config.model_type} has "
+            "no such layers: give kv_site=post_rope."
         )
 
 
@@ -80,13 +84,11 @@ def _quantize_linears(linears: list[nn.Linear], config: QuantConfig) -> None:
         QuantLinear.convert(linear, config.weights, inputs, shared)
 
 
-def _quantize_kv(attention: nn.Module, config: QuantConfig) -> None:
+def _quantize_kv(layer: nn.Module, model: PreTrainedModel, config: QuantConfig) -> None:
     quantizer = kv_cache.KVQuantizer(config.kv, config.kv_granularity, config.kv_rotation)
+    architecture, size = architecture_of(model.config), head_dim(model.config)
     if config.kv_site == "post_rope":
-        attention.kv_quantizer = quantizer  # type: ignore[assignment]
+        layer.get_submodule(architecture.attention).kv_quantizer = quantizer  # type: ignore[assignment]
         return
-    head_dim: int = attention.head_dim  # type: ignore[assignment]
-    for name in ("k_proj", "v_proj"):
-        attention.get_submodule(name).register_forward_hook(
-            lambda module, inputs, output: quantizer.projection(output, head_dim)
-        )
+    for name in architecture.key_values:
+        linear_in(layer, name).register_forward_hook(lambda module, inputs, output: quantizer.projection(output, size))

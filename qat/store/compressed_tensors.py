@@ -7,8 +7,9 @@
 Codes and scales are those that training simulated, scales in fp32 as there; no library derives them again.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
@@ -17,135 +18,156 @@ from torch import Tensor
 from qat.quant.config import QuantConfig
 from qat.quant.number_format import FULL_PRECISION, Quantized
 from qat.quant.quantizers.base import Grid
-from qat.runtime.errors import UserError
 
-PACKED, INTEGERS = FORMATS = "pack-quantized", "int-quantized"
+PACKED, INTEGERS = "pack-quantized", "int-quantized"
 
-_STORED_BITS = {
-    PACKED: {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8},
-    INTEGERS: dict.fromkeys(range(2, 9), 8),
-}
-"""The bits that the format is told. Every code of 3 bits is one of 4 bits, with the same scale, and engines have
-kernels for those. Of 3, 5, 6 and 7 bits in an int32 there are two layouts besides, compressed-tensors' and vLLM's. An
-int8 has room for them all, and vLLM's 8-bit kernel for CPUs rounds activations as training does; its 4-bit one does
-not, and on x86 is a plain loop."""
-
-_ENGINE_A_BITS = {PACKED: (4, 8), INTEGERS: (8,)}
-"""The bits to which engines can round activations."""
+Shapes = dict[str, tuple[tuple[int, ...], frozenset[str]]]
+"""Shape, and safetensors' names of the possible dtypes, of tensors by name."""
 
 
-def stored_bits(quant: QuantConfig, form: str) -> int:
-    return _STORED_BITS[form][quant.w_bits]
+class Layout(ABC):
+    """How a weight's codes lie in a file.
+
+    Attributes:
+        name: what compressed-tensors calls it
+        suffixes: of the names of the tensors that hold a weight
+        stored_bits: the bits that the format is told, by those of the codes. Every code of 3 bits is one of 4 bits,
+            with the same scale, and engines have kernels for those
+        engine_a_bits: the bits to which engines that read it can round activations
+    """
+
+    name: str
+    suffixes: tuple[str, ...]
+    stored_bits: ClassVar[Mapping[int, int]]
+    engine_a_bits: tuple[int, ...]
+
+    def served_a_bits(self, quant: QuantConfig) -> int:
+        """The bits to which an engine rounds activations: those that were trained, or else 8."""
+        return quant.a_bits if quant.a_bits in (FULL_PRECISION, *self.engine_a_bits) else 8
+
+    def quantization_config(self, quant: QuantConfig, kept: Sequence[str]) -> dict[str, Any]:
+        """What compressed-tensors, hence transformers and vLLM, read in ``config.json``.
+
+        Args:
+            kept: the Linear layers that are not quantized
+        """
+        grouped = {"strategy": "group", "group_size": quant.w_group_size}
+        weights = {
+            "num_bits": self.stored_bits[quant.w_bits],
+            "type": "int",
+            "symmetric": True,
+            "dynamic": False,
+            **(grouped if quant.w_group_size else {"strategy": "channel"}),
+        }
+        activations = {
+            "num_bits": self.served_a_bits(quant),
+            "type": "int",
+            "symmetric": True,
+            "strategy": "token",
+            "dynamic": True,
+        }
+        quantized = quant.a_bits != FULL_PRECISION
+        group = {
+            "targets": ["Linear"],
+            "weights": weights,
+            "input_activations": activations if quantized else None,
+            "format": self.name,
+        }
+        return {
+            "quant_method": "compressed-tensors",
+            "format": self.name,
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": group},
+            "ignore": list(kept),
+        }
+
+    @abstractmethod
+    def encode(self, name: str, quantized: Quantized, quant: QuantConfig) -> dict[str, Tensor]:
+        """The tensors that hold the layer ``name``'s weight [out, in]."""
+
+    @abstractmethod
+    def shapes(self, name: str, rows: int, columns: int, bits: int) -> Shapes:
+        """Of what ``encode`` gives for a weight [rows, columns] of so many stored bits, but for its scale."""
+
+    @abstractmethod
+    def join(self, parts: Mapping[str, Tensor], bits: int) -> Quantized:
+        """The inverse of ``encode``; ``parts`` by their suffixes."""
 
 
-def served_a_bits(quant: QuantConfig, form: str) -> int:
-    """The bits to which an engine rounds activations: those that were trained, or else 8."""
-    return quant.a_bits if quant.a_bits in (FULL_PRECISION, *_ENGINE_A_BITS[form]) else 8
+class _Packed(Layout):
+    """Of 3, 5, 6 and 7 bits in an int32 there are two layouts besides, compressed-tensors' and vLLM's."""
+
+    name = PACKED
+    suffixes = "weight_packed", "weight_scale", "weight_shape"
+    stored_bits: ClassVar[Mapping[int, int]] = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
+    engine_a_bits = 4, 8
+
+    def encode(self, name: str, quantized: Quantized, quant: QuantConfig) -> dict[str, Tensor]:
+        codes, (scale, _) = quantized
+        return {
+            f"{name}.weight_packed": pack_to_int32(codes, self.stored_bits[quant.w_bits]),
+            f"{name}.weight_scale": scale,
+            f"{name}.weight_shape": torch.tensor(codes.shape),
+        }
+
+    def shapes(self, name: str, rows: int, columns: int, bits: int) -> Shapes:
+        return {
+            f"{name}.weight_packed": ((rows, -(-columns // (32 // bits))), frozenset({"I32"})),
+            f"{name}.weight_shape": ((2,), frozenset({"I64"})),
+        }
+
+    def join(self, parts: Mapping[str, Tensor], bits: int) -> Quantized:
+        shape = torch.Size(parts["weight_shape"].tolist())
+        return Quantized(unpack_from_int32(parts["weight_packed"], bits, shape), Grid(parts["weight_scale"]))
 
 
-def check(quant: QuantConfig, form: str) -> None:
-    """Raise UserError for what the format, or every engine that reads it, cannot hold."""
-    if not quant.weights.symmetric:
-        raise UserError(
-            f"w_quantizer={quant.w_quantizer} has zero points, and the kernels that {form} is for have none: "
-            "give --format hf-fake."
-        )
-    if form == INTEGERS and quant.a_bits == FULL_PRECISION:
-        raise UserError(f"a_bits=16: {form} is for quantized activations. Give --format {PACKED}.")
-    if form == INTEGERS and quant.w_group_size:
-        raise UserError(
-            f"w_group_size={quant.w_group_size}: engines read {form} with one scale per output channel. "
-            f"Give --format {PACKED}."
-        )
+class _Integers(Layout):
+    """An int8 has room for all codes, and vLLM's 8-bit kernel for CPUs rounds activations as training does; its 4-bit
+    one does not, and on x86 is a plain loop."""
+
+    name = INTEGERS
+    suffixes = "weight", "weight_scale"
+    stored_bits: ClassVar[Mapping[int, int]] = dict.fromkeys(range(2, 9), 8)
+    engine_a_bits = (8,)
+
+    def encode(self, name: str, quantized: Quantized, quant: QuantConfig) -> dict[str, Tensor]:
+        return {f"{name}.weight": quantized.codes, f"{name}.weight_scale": quantized.grid.scale}
+
+    def shapes(self, name: str, rows: int, columns: int, bits: int) -> Shapes:
+        return {f"{name}.weight": ((rows, columns), frozenset({"I8"}))}
+
+    def join(self, parts: Mapping[str, Tensor], bits: int) -> Quantized:
+        return Quantized(parts["weight"], Grid(parts["weight_scale"]))
 
 
-def quantization_config(quant: QuantConfig, form: str) -> dict[str, Any]:
-    """What compressed-tensors, hence transformers and vLLM, read in ``config.json``."""
-    grouped = {"strategy": "group", "group_size": quant.w_group_size}
-    weights = {
-        "num_bits": stored_bits(quant, form),
-        "type": "int",
-        "symmetric": True,
-        "dynamic": False,
-        **(grouped if quant.w_group_size else {"strategy": "channel"}),
-    }
-    activations = {
-        "num_bits": served_a_bits(quant, form),
-        "type": "int",
-        "symmetric": True,
-        "strategy": "token",
-        "dynamic": True,
-    }
-    quantized = quant.a_bits != FULL_PRECISION
-    group = {
-        "targets": ["Linear"],
-        "weights": weights,
-        "input_activations": activations if quantized else None,
-        "format": form,
-    }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": form,
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": ["lm_head"],
-    }
+LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in (_Packed(), _Integers())}
 
 
-def encode(name: str, quantized: Quantized, quant: QuantConfig, form: str) -> dict[str, Tensor]:
-    """The tensors that hold the layer ``name``'s weight [out, in]."""
-    codes, (scale, _) = quantized
-    if form == INTEGERS:
-        return {f"{name}.weight": codes, f"{name}.weight_scale": scale}
-    return {
-        f"{name}.weight_packed": pack_to_int32(codes, stored_bits(quant, form)),
-        f"{name}.weight_scale": scale,
-        f"{name}.weight_shape": torch.tensor(codes.shape),
-    }
-
-
-def layout(
-    name: str, shape: Sequence[int], config: dict[str, Any]
-) -> dict[str, tuple[tuple[int, ...], frozenset[str]]]:
-    """Shapes, and safetensors' names of the possible dtypes, of what ``encode`` gives for a weight [out, in]."""
+def layout(name: str, shape: Sequence[int], config: dict[str, Any]) -> Shapes:
+    """Of what ``encode`` gives for the layer ``name``'s weight [out, in]; ``config`` is what ``quantization_config``
+    gave."""
     rows, columns = shape
     settings = config["config_groups"]["group_0"]["weights"]
     scale = (rows, columns // settings.get("group_size", columns)), frozenset({"F32"})
-    if config["format"] == INTEGERS:
-        return {f"{name}.weight": ((rows, columns), frozenset({"I8"})), f"{name}.weight_scale": scale}
-    packed = -(-columns // (32 // settings["num_bits"]))
-    return {
-        f"{name}.weight_packed": ((rows, packed), frozenset({"I32"})),
-        f"{name}.weight_scale": scale,
-        f"{name}.weight_shape": ((2,), frozenset({"I64"})),
-    }
+    return LAYOUTS[config["format"]].shapes(name, rows, columns, settings["num_bits"]) | {f"{name}.weight_scale": scale}
 
 
 def decode(stored: Iterable[tuple[str, Tensor]], config: dict[str, Any]) -> Iterator[tuple[str, Tensor | Quantized]]:
-    """The inverse, for a whole model, of which nothing may be missing: each weight by its own name; what was not
-    quantized as it is.
+    """The inverse of ``encode``, for a whole model, of which nothing may be missing: each weight by its own name; what
+    was not quantized as it is.
 
     ``config`` is what ``quantization_config`` gave.
     """
-    form = config["format"]
+    kind = LAYOUTS[config["format"]]
     bits = config["config_groups"]["group_0"]["weights"]["num_bits"]
-    suffixes = ("weight_packed", "weight_scale", "weight_shape") if form == PACKED else ("weight", "weight_scale")
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in stored:
         layer, _, suffix = name.rpartition(".")
-        if suffix not in suffixes or (suffix == "weight" and tensor.dtype != torch.int8):
+        if suffix not in kind.suffixes or (suffix == "weight" and tensor.dtype != torch.int8):
             yield name, tensor
             continue
         found = parts.setdefault(layer, {})
         found[suffix] = tensor
-        if len(found) == len(suffixes):
+        if len(found) == len(kind.suffixes):
             del parts[layer]
-            yield f"{layer}.weight", _join(found, bits, form)
-
-
-def _join(parts: dict[str, Tensor], bits: int, form: str) -> Quantized:
-    grid = Grid(parts["weight_scale"])
-    if form == INTEGERS:
-        return Quantized(parts["weight"], grid)
-    shape = torch.Size(parts["weight_shape"].tolist())
-    return Quantized(unpack_from_int32(parts["weight_packed"], bits, shape), grid)
+            yield f"{layer}.weight", kind.join(found, bits)

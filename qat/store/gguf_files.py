@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from qat.quant.architecture import architecture_of, head_dim, windowed_layers
 from qat.quant.number_format import Quantized
 from qat.quant.products import speed_up
 from qat.quant.quantizers.base import Grid
@@ -42,12 +43,7 @@ _FILE_TYPES = {
 _LARGEST_ERROR = 2.0**-11
 """Of a scale rounded to fp16, relative; beyond it fp16 has too few bits left, or overflows."""
 
-_ARCHITECTURES = {
-    "llama": gguf.MODEL_ARCH.LLAMA,
-    "mistral": gguf.MODEL_ARCH.LLAMA,
-    "qwen2": gguf.MODEL_ARCH.QWEN2,
-    "qwen3": gguf.MODEL_ARCH.QWEN3,
-}
+_ARCHITECTURES = {name: architecture for architecture, name in gguf.MODEL_ARCH_NAMES.items()}
 _ROPES = {
     "default": set(),
     "dynamic": {"factor"},  # the default, up to max_position_embeddings
@@ -107,14 +103,16 @@ def check(student: Student) -> None:
 
 def _check_computed(config: PreTrainedConfig) -> None:
     """Raise UserError for what llama.cpp would compute otherwise, or not load."""
-    kind, rope = config.model_type, config.rope_parameters
-    is_llama = _ARCHITECTURES[kind] == gguf.MODEL_ARCH.LLAMA
+    kind, rope, name = config.model_type, config.rope_parameters, architecture_of(config).gguf
+    if not name:
+        raise UserError(f"The architecture {kind} is not mapped to GGUF here: give --format hf-fake.")
+    is_llama = name == "llama"
     ropes = [name for name in _ROPES if is_llama or name != "llama3"]
     scaled = rope["rope_type"]
     reasons = []
     if config.hidden_act not in ("silu", "swish"):
         reasons.append(f"hidden_act={config.hidden_act!r}, where llama.cpp computes silu")
-    if kind == "qwen3" and config.attention_bias:
+    if name == "qwen3" and config.attention_bias:
         reasons.append("attention_bias=True, for which llama.cpp's qwen3 has no place")
     if scaled not in ropes:
         reasons.append(f"rope_type={scaled!r}, where llama.cpp's {kind} has {', '.join(ropes)}")
@@ -126,9 +124,8 @@ def _check_computed(config: PreTrainedConfig) -> None:
 
 def positions(config: PreTrainedConfig) -> int:
     """The longest sequence for which llama.cpp, which gives these architectures no sliding window, is right."""
-    windowed = config.model_type == "mistral" or "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    window = getattr(config, "sliding_window", None) if windowed and config.model_type != "llama" else None
-    return min(config.max_position_embeddings, window or config.max_position_embeddings)
+    longest = config.max_position_embeddings
+    return min(longest, config.sliding_window) if any(windowed_layers(config)) else longest
 
 
 def held(quantized: Quantized) -> Quantized:
@@ -139,7 +136,7 @@ def held(quantized: Quantized) -> Quantized:
 def write(student: Student, output: Path) -> None:
     """Write ``output/model.gguf``. The weights pass through a temporary file: one tensor is in memory at a time."""
     config = AutoConfig.from_pretrained(student.directory)
-    architecture = _ARCHITECTURES[config.model_type]
+    architecture = _ARCHITECTURES[architecture_of(config).gguf]
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     kind = _TYPES[student.quant.w_bits]
     writer = gguf.GGUFWriter(output / FILE, gguf.MODEL_ARCH_NAMES[architecture], use_temp_file=True)
@@ -247,9 +244,11 @@ def _check_scale(name: str, scale: Tensor) -> None:
 
 def _as_llama_cpp_rotates(name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
     """Output channels of q and k in llama.cpp's order. Its LLaMA rotates neighbours, transformers' the two halves."""
-    if _ARCHITECTURES[config.model_type] != gguf.MODEL_ARCH.LLAMA:
+    architecture = architecture_of(config)
+    if architecture.gguf != "llama" or architecture.block is None:
         return tensor
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    block = architecture.block
+    heads = {block.queries: config.num_attention_heads, block.keys: config.num_key_value_heads}
     for layer, count in heads.items():
         if f".{layer}." in name:
             return tensor.unflatten(0, (count, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
@@ -269,22 +268,21 @@ def _add_config(writer: gguf.GGUFWriter, config: PreTrainedConfig, file_type: gg
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_dimension_count(head_dim(config))
     writer.add_string(_ROPE_PARAMETERS, json.dumps(config.rope_parameters))
     add: dict[type, Callable[..., None]] = {
         str: writer.add_string, float: writer.add_float32, int: writer.add_uint32
     }  # fmt: skip
     for key, value in _rope_metadata(config).items():
         add[type(value)](key, value)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
+    writer.add_key_length(head_dim(config))
+    writer.add_value_length(head_dim(config))
 
 
 def _rope_metadata(config: PreTrainedConfig) -> dict[str, str | float | int]:
     """How llama.cpp is told of scaled positions, by key."""
     rope = config.rope_parameters
-    kind, architecture = rope["rope_type"], gguf.MODEL_ARCH_NAMES[_ARCHITECTURES[config.model_type]]
+    kind, architecture = rope["rope_type"], architecture_of(config).gguf
     if kind not in ("linear", "yarn"):
         return {}
     said: dict[str, str | float | int]

@@ -20,7 +20,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConf
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from qat.quant.architecture import SUPPORTED_MODEL_TYPES, quantizable_linears
+from qat.quant.architecture import ARCHITECTURES, architecture_of, quantizable_linears, windowed_layers
 from qat.quant.config import CONFIG_FILE
 from qat.runtime.errors import UserError, first_line
 from qat.runtime.files import writing
@@ -35,7 +35,6 @@ BASE_MODEL = "base_model"
 
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
 _OF_THE_WEIGHTS = (INDEX, "pytorch_model.bin.index.json", PTQ_RECORD, CONFIG_FILE)
-HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def read_config(name: str) -> PreTrainedConfig:
@@ -47,10 +46,10 @@ def read_config(name: str) -> PreTrainedConfig:
         raise UserError(f"The model {name} cannot be read: {first_line(error)}") from error
     except StrictDataclassError as error:  # says which field on its first line, what of it on the second
         raise UserError(f"The config of {name} is not valid: {' '.join(str(error).split())}") from error
-    if config.model_type not in SUPPORTED_MODEL_TYPES:
+    if config.model_type not in ARCHITECTURES:
         raise UserError(
             f"{name} is of the architecture {config.model_type!r}, which is not supported: give one of "
-            f"{', '.join(SUPPORTED_MODEL_TYPES)}."
+            f"{', '.join(ARCHITECTURES)}, or load what adds it with --plugin."
         )
     _check_computable(config, name)
     return config
@@ -60,9 +59,9 @@ def _check_computable(config: PreTrainedConfig, name: str) -> None:
     """Raise UserError for what transformers reads without complaint, and then fails at or computes without the causal
     mask."""
     rope, window = config.rope_parameters, getattr(config, "sliding_window", None)
-    layers = set(getattr(config, "layer_types", None) or ()) if config.model_type.startswith("qwen") else set()
+    by_layer = architecture_of(config).sliding_window == "layer_types"
+    layers = set(config.layer_types) if by_layer else set()
     kind, part = rope["rope_type"], rope.get("partial_rotary_factor", 1)
-    windows = "sliding_attention" in layers or (config.model_type == "mistral" and window is not None)
     kinds, types = ("default", *ROPE_INIT_FUNCTIONS), {"full_attention", "sliding_attention"}
     faults = {
         f"is_causal={getattr(config, 'is_causal', None)}": (
@@ -76,7 +75,10 @@ def _check_computable(config: PreTrainedConfig, name: str) -> None:
             "these architectures rotate whole heads",
         ),
         f"layer_types={sorted(layers)}": (layers <= types, f"it knows {' and '.join(sorted(types))}"),
-        f"sliding_window={window}": (not windows or (window is not None and window > 0), "give 1 token or more"),
+        f"sliding_window={window}": (
+            not any(windowed_layers(config)) or (window is not None and window > 0),
+            "give 1 token or more",
+        ),
     }
     for given, (is_possible, reason) in faults.items():
         if not is_possible:
@@ -111,16 +113,18 @@ class ModelFolder:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         stored = stored_tensors(directory)
-        named = {_own_name(name): place for name, place in stored.items()}
-        if config.tie_word_embeddings and _has_its_own_head(named):
+        named = {architecture_of(config).in_full(name): place for name, place in stored.items()}
+        head, embedding = head_weight(config), f"{architecture_of(config).embedding}.weight"
+        if config.tie_word_embeddings and _is_untied(named, head, embedding):
             config.tie_word_embeddings = False
         model = without_weights(config, directory)
         expected = kinds(model)
         if quantization := quantization_of(directory):
             expected = _encoded(expected, model, quantization)
-        if config.tie_word_embeddings and (head := named.pop(HEAD, None)):
-            named.setdefault(_EMBEDDING, head)  # two names of one weight
-        ignored = re.compile("|".join((r"rotary_emb\.inv_freq", *(model._keys_to_ignore_on_load_unexpected or ()))))
+        if config.tie_word_embeddings and (tied := named.pop(head, None)):
+            named.setdefault(embedding, tied)  # two names of one weight
+        rotation = re.escape(architecture_of(config).rotation.rpartition(".")[2])
+        ignored = re.compile("|".join((rf"{rotation}\.inv_freq", *(model._keys_to_ignore_on_load_unexpected or ()))))
         named = {name: place for name, place in named.items() if name in expected or not ignored.search(name)}
         check_complete({name: Kind(torch.Size(p.shape), {p.dtype}) for name, p in named.items()}, expected, directory)
         return cls(directory, config, named)
@@ -227,21 +231,20 @@ def _some(names: Iterable[str]) -> str:
     return first + (f" and {len(others)} more" if others else "")
 
 
-def _own_name(name: str) -> str:
-    """The model's name for what files call ``name``: those of a model that was saved without its head lack a prefix."""
-    return f"model.{name}" if name.startswith(("embed_tokens.", "layers.", "norm.")) else name
+def head_weight(config: PreTrainedConfig) -> str:
+    """The name of the output layer's weight, which may be the embedding's."""
+    return f"{architecture_of(config).head}.weight"
 
 
-def _has_its_own_head(stored: Mapping[str, Stored]) -> bool:
+def _is_untied(stored: Mapping[str, Stored], head: str, embedding: str) -> bool:
     """Whether the files hold a head other than the embedding: then transformers does not tie them, whatever the config
     says."""
-    if HEAD not in stored or _EMBEDDING not in stored:
+    if head not in stored or embedding not in stored:
         return False
-    head, embedding = stored[HEAD], stored[_EMBEDDING]
-    if head.shape != embedding.shape or head.dtype != embedding.dtype:
+    if stored[head].shape != stored[embedding].shape or stored[head].dtype != stored[embedding].dtype:
         return True
-    pair = dict(read({HEAD: head, _EMBEDDING: embedding}))
-    return not torch.equal(pair[HEAD], pair[_EMBEDDING])
+    pair = dict(read({name: stored[name] for name in (head, embedding)}))
+    return not torch.equal(pair[head], pair[embedding])
 
 
 def without_weights(config: PreTrainedConfig, directory: Path) -> PreTrainedModel:

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from qat.quant.architecture import architecture_of, new_rotation
 from qat.quant.config import CONFIG_FILE
 from qat.runtime.errors import UserError, first_line
 from qat.store import compressed_tensors
@@ -97,7 +98,7 @@ def load(name: str, dtype: torch.dtype | str, **how: Any) -> PreTrainedModel:
 def _of_others(directory: Path) -> bool:
     """Whether the weights are stored as integers in a way that is not ours."""
     quantization = quantization_of(directory)
-    return quantization is not None and quantization.get("format") not in compressed_tensors.FORMATS
+    return quantization is not None and quantization.get("format") not in compressed_tensors.LAYOUTS
 
 
 def _held(parameter: Tensor) -> Tensor:
@@ -109,8 +110,7 @@ def _held(parameter: Tensor) -> Tensor:
 def renew_rope(model: PreTrainedModel) -> None:
     """Give ``model`` the RoPE frequencies that its config says, in fp32, computed on the CPU as everywhere: no file
     holds them, and a model made on the meta device or under ``zero.Init`` has lost or rounded them."""
-    base = model.base_model
-    base.rotary_emb = type(base.rotary_emb)(model.config)
+    model.set_submodule(architecture_of(model.config).rotation, new_rotation(model))
 
 
 def load_tokenizer(name: str) -> Tokenizer:

@@ -28,12 +28,12 @@ from qat.runtime.files import read_lines, writing
 from qat.store import manifest, models, weight_files
 from qat.store.model_folder import (
     BASE_MODEL,
-    HEAD,
     PTQ_RECORD,
     Kind,
     ModelFolder,
     check_complete,
     check_finite,
+    head_weight,
     kinds,
     quantization_of,
     read_config,
@@ -239,7 +239,7 @@ def _gathered(checkpoint: Path, model: PreTrainedModel, dtype: torch.dtype) -> I
             parts = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), checkpoint.name, lazy_mode=True)
         own = {name.removeprefix(_STUDENT_PREFIX): part for name, part in parts.items()}
         if model.config.tie_word_embeddings:
-            own.pop(HEAD, None)
+            own.pop(head_weight(model.config), None)
         check_complete({name: Kind(torch.Size(part.shape)) for name, part in own.items()}, kinds(model), checkpoint)
         for name, part in own.items():
             tensor = part.contiguous().to(dtype)

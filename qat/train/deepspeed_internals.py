@@ -10,11 +10,10 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from torch import Tensor
 from transformers.integrations import HfDeepSpeedConfig
-
-Engine = deepspeed.DeepSpeedEngine
 
 
 def without_shared_memory() -> None:
@@ -30,7 +29,7 @@ def partitioned_reading(ds_config: dict[str, Any]) -> Iterator[None]:
     del keep
 
 
-def gathered_weights(engine: Engine) -> Mapping[str, Tensor]:
+def gathered_weights(engine: DeepSpeedEngine) -> Mapping[str, Tensor]:
     """All weights in full, on the first rank, in the dtype that the engine computes in."""
     return engine._consolidated_16bit_state_dict()
 
@@ -50,7 +49,7 @@ class Writer(TorchCheckpointEngine):
             self.failure = self.failure or str(error)
 
 
-def write_with(engine: Engine, writer: Writer) -> None:
+def write_with(engine: DeepSpeedEngine, writer: Writer) -> None:
     """Let ``engine`` write its checkpoints by ``writer``, and nothing else: copying DeepSpeed's recovery script would
     fail on one rank alone, and the package has it."""
     engine.checkpoint_engine = writer
@@ -58,7 +57,7 @@ def write_with(engine: Engine, writer: Writer) -> None:
 
 
 @contextmanager
-def before_the_gathering(engine: Engine, meet: Callable[[], None]) -> Iterator[None]:
+def before_the_gathering(engine: DeepSpeedEngine, meet: Callable[[], None]) -> Iterator[None]:
     """Within it, DeepSpeed writes or reads each rank's files, calls ``meet``, and then gathers small weights."""
     optimizer = engine.optimizer
     gather_weights = optimizer.checkpoint_event_epilogue
@@ -73,7 +72,7 @@ def before_the_gathering(engine: Engine, meet: Callable[[], None]) -> Iterator[N
 
 
 @contextmanager
-def universal_loading(engine: Engine, universal: bool) -> Iterator[None]:
+def universal_loading(engine: DeepSpeedEngine, universal: bool) -> Iterator[None]:
     """Within it, ``engine`` reads universal checkpoints, if ``universal``.
 
     Afterwards Adam's count of steps is where it belongs. DeepSpeed gives all groups of Parameters one tensor for it, on
@@ -88,7 +87,7 @@ def universal_loading(engine: Engine, universal: bool) -> Iterator[None]:
                 group["step"] = group["step"].to(part.device, torch.float32, copy=True)
 
 
-def resume_adam_on_nvme(engine: Engine, step: int) -> None:
+def resume_adam_on_nvme(engine: DeepSpeedEngine, step: int) -> None:
     """Let Adam resume with the moments that lie on the disk.
 
     DeepSpeed copies their files back and loads nothing else: Adam would begin with moments of 0, at step 1, with the
@@ -105,7 +104,7 @@ def resume_adam_on_nvme(engine: Engine, step: int) -> None:
         group["lr"] = lr
 
 
-def part_that_nvme_does_not_take(engine: Engine) -> float | None:
+def part_that_nvme_does_not_take(engine: DeepSpeedEngine) -> float | None:
     """MiB that each part of the optimizer must have to be kept on NVMe, if one has less: DeepSpeed keeps that one in
     memory, and in no checkpoint."""
     parts = range(len(engine.optimizer.fp32_partitioned_groups_flat))

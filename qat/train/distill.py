@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qat.quant.architecture import output_layer
 from qat.quant.forward import predicting, run
 from qat.quant.fused import fused
 from qat.quant.kv_cache import AttentionRecord, attend
@@ -117,7 +118,7 @@ class TopKTargets(Targets):
 
 
 class DistillationHead(nn.Linear):
-    """The student's ``lm_head``: logits as ever, or, given targets, the loss.
+    """The student's output layer: logits as ever, or, given targets, the loss.
 
     The loss is computed here because under ZeRO-3 the weight is whole only inside its module's forward.
     """
@@ -152,18 +153,18 @@ class Distiller(nn.Module):
         loss: one of LOSSES; it says what the targets must bring
     """
 
-    def __init__(self, student: nn.Module, loss: str = "logits"):
+    def __init__(self, student: PreTrainedModel, loss: str = "logits"):
         super().__init__()
         self.student = student
-        DistillationHead.convert(student.lm_head)  # type: ignore[arg-type]
+        DistillationHead.convert(output_layer(student))
         if loss == "logits+attention":
-            attend(student)  # type: ignore[arg-type]
+            attend(student)
 
     def forward(self, input_ids: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
         """input_ids [1, tokens] -> (loss, KL), each the mean over the predicted tokens."""
         record = AttentionRecord() if targets.attention is not None else None
         hidden, hidden_states = run(self.student, input_ids, record, targets.hidden_states is not None)
-        loss, kl = self.student.lm_head(hidden, targets=targets)  # type: ignore[operator]
+        loss, kl = output_layer(self.student)(hidden, targets=targets)
         if targets.hidden_states is not None:
             loss = loss + hidden_state_loss(hidden_states, targets.hidden_states)
         if record is not None and targets.attention is not None:

@@ -155,7 +155,7 @@ class Teacher:
     @contextmanager
     def head(self) -> Iterator[Tensor]:
         """The output weight [vocabulary, hidden], whole; all ranks must ask for it together."""
-        weight = self._engine.module.language_model.lm_head.weight
+        weight = architecture.output_layer(self._engine.module.language_model).weight
         with deepspeed.zero.GatheredParameters([weight]):
             yield weight
 
@@ -191,15 +191,14 @@ def _read_partitioned(model: str, ds_config: dict[str, Any]) -> PreTrainedModel:
     with partitioned_reading(ds_config):
         language_model = models.load(model, deepspeed_json.dtype(ds_config))
     models.renew_rope(language_model)
-    machine.place(language_model.get_submodule("model.rotary_emb"))  # zero.Init has placed the rest
+    machine.place(architecture.rotation(language_model))  # zero.Init has placed the rest
     return language_model
 
 
 def _check_rope(model: PreTrainedModel) -> None:
     """Raise UserError if the engine has changed RoPE's frequencies: what is trained would not be what is served."""
-    rope: Any = model.base_model.rotary_emb
-    for name, expected in type(rope)(model.config).named_buffers():
-        found = rope.get_buffer(name)
+    for name, expected in architecture.new_rotation(model).named_buffers():
+        found = architecture.rotation(model).get_buffer(name)
         if found.dtype != expected.dtype or not torch.equal(found.cpu(), expected):
             raise UserError(
                 f"DeepSpeed has rounded the model's RoPE frequencies ({name} is {found.dtype}, which must be "
@@ -208,7 +207,7 @@ def _check_rope(model: PreTrainedModel) -> None:
 
 
 class _HiddenStates(nn.Module):
-    def __init__(self, language_model: nn.Module):
+    def __init__(self, language_model: PreTrainedModel):
         super().__init__()
         self.language_model = language_model
 

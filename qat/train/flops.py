@@ -2,10 +2,12 @@
 
 from transformers import PretrainedConfig
 
+from qat.quant.architecture import head_dim
+
 
 def matrix_elements(config: PretrainedConfig) -> int:
     """Weights that every token is multiplied with: the linear layers and the output layer, not the embedding."""
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head = head_dim(config)
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
     layer = config.hidden_size * (2 * queries + 2 * keys) + 3 * config.hidden_size * config.intermediate_size
     return config.num_hidden_layers * layer + config.vocab_size * config.hidden_size
@@ -13,8 +15,7 @@ def matrix_elements(config: PretrainedConfig) -> int:
 
 def forward(config: PretrainedConfig, tokens: int) -> float:
     """Operations of one forward pass over a sequence: 2 per weight and token, and causal attention's two products."""
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = config.num_hidden_layers * 2 * config.num_attention_heads * head * tokens**2
+    attention = config.num_hidden_layers * 2 * config.num_attention_heads * head_dim(config) * tokens**2
     return 2.0 * matrix_elements(config) * tokens + attention
 
 

@@ -1,0 +1,18 @@
+"""Export formats, by the name that ``--format`` gives. A new one is a file here and a line in ``FORMATS``; a plug-in
+adds its own with ``FORMATS.add(name, format)``."""
+
+from qat.export.formats.base import ExportFormat
+from qat.export.formats.compressed_tensors import IntQuantized, PackQuantized
+from qat.export.formats.fake import Fake
+from qat.export.formats.gguf import Gguf
+from qat.runtime.table import Table
+from qat.store.compressed_tensors import INTEGERS, PACKED
+
+FAKE, GGUF = "hf-fake", "gguf"
+
+FORMATS: Table[ExportFormat] = Table(
+    "export format", **{PACKED: PackQuantized(), INTEGERS: IntQuantized(), FAKE: Fake(), GGUF: Gguf()}
+)
+
+FORMAT = PACKED
+"""The default."""

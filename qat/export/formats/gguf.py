@@ -1,0 +1,55 @@
+"""``gguf``: one file for llama.cpp; see qat.store.gguf_files."""
+
+from pathlib import Path
+
+from transformers import AutoConfig, PreTrainedModel
+
+from qat.export.formats.base import ExportFormat, trained_activations, trained_cache
+from qat.quant.config import QuantConfig
+from qat.quant.number_format import FULL_PRECISION, Quantized
+from qat.store import gguf_files
+from qat.store.student_folder import Student
+
+
+class Gguf(ExportFormat):
+    meaning = "one file, for llama.cpp"
+    weight_files = "*.gguf"
+
+    def check(self, student: Student) -> None:
+        gguf_files.check(student)
+
+    def longest(self, student: Student) -> int:
+        return gguf_files.positions(AutoConfig.from_pretrained(student.directory))
+
+    def write(self, student: Student, output: Path, file_bytes: int) -> None:
+        """One file, whatever its size."""
+        gguf_files.write(student, output)
+
+    def load(self, exported: Path) -> PreTrainedModel:
+        return gguf_files.load(exported)
+
+    def held_weight(self, weight: Quantized) -> Quantized:
+        return gguf_files.held(weight)
+
+    def loaded_by(self, exported: Path) -> str:
+        if gguf_files.is_loaded(exported):
+            return ", and llama.cpp loads it"
+        return "; whether llama.cpp loads it is not known, as xllamacpp is not installed or did not come to an end"
+
+    def differences(self, quant: QuantConfig) -> list[str]:
+        blocks = "llama.cpp rounds them to 8 bits in blocks of 32"
+        said = [
+            f"Activations: {blocks}."
+            if quant.a_bits == FULL_PRECISION
+            else f"{trained_activations(quant)}; {blocks}, which is finer than a token.",
+            "Weights: codes are as trained; each scale is rounded to fp16, by at most 1 part in 2048.",
+        ]
+        if quant.kv_bits != FULL_PRECISION:
+            said.append(
+                f"{trained_cache(quant)}; llama.cpp keeps fp16 unless told otherwise (its q4_0 and q8_0 have blocks of "
+                "32)."
+            )
+        return said
+
+    def serve(self, name: str) -> list[str]:
+        return [f"llama-cli -m {name}/{gguf_files.FILE}"]

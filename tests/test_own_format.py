@@ -1,0 +1,117 @@
+"""An export format from outside: a module of some lines, which ``--plugin`` names."""
+
+import sys
+from contextlib import redirect_stdout
+from importlib import import_module
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from test_export import WINDOWS, write_student
+from test_launch import error_of
+
+from qat.export import export
+from qat.export.formats import FORMATS
+from qat.quant.config import QuantConfig
+from qat.runtime.errors import UserError
+
+PLUGIN = """
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qat.export.formats import FORMATS, ExportFormat
+from qat.quant.products import speed_up
+from qat.quant.number_format import Quantized
+from qat.store.model_folder import ModelFolder, write_companions
+
+
+class Npz(ExportFormat):
+    meaning = "codes and scales as NumPy has them"
+    weight_files = "*.npz"
+
+    def write(self, student, output, file_bytes):
+        arrays = {}
+        for name, weight in student.progress():
+            if isinstance(weight, Quantized):
+                arrays[f"{name}/codes"], arrays[f"{name}/scale"] = weight.codes.numpy(), weight.grid.scale.numpy()
+            else:
+                arrays[name] = weight.numpy()
+        np.savez(output / "weights.npz", **arrays)
+        write_companions(ModelFolder.read(student.directory).companions(), output)
+
+    def load(self, exported):
+        arrays = {name: torch.from_numpy(array) for name, array in np.load(exported / "weights.npz").items()}
+        weights = {name: array for name, array in arrays.items() if "/" not in name}
+        for name in arrays:
+            if name.endswith("/codes"):
+                layer = name.removesuffix("/codes")
+                weights[layer] = arrays[name].float() * arrays[f"{layer}/scale"]
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(exported))
+        model.load_state_dict(weights, strict=False)
+        speed_up(model)
+        return model.eval()
+
+    def serve(self, name):
+        return [f"my_engine {name}/weights.npz"]
+
+
+FORMATS.add("npz", Npz())
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch) -> Path:
+    """The folder of the plug-in, which is the working directory; what it adds goes with the test."""
+    (tmp_path / "my_npz.py").write_text(PLUGIN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [])  # ``run`` sets it
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(FORMATS, "_things", dict(FORMATS))
+    monkeypatch.delitem(sys.modules, "my_npz", raising=False)
+    yield tmp_path
+    sys.modules.pop("my_npz", None)
+
+
+def run(script: str, *flags: str) -> str:
+    """An entry point in this process; what it printed."""
+    sys.argv = [f"{script}.py", *flags]
+    with redirect_stdout(StringIO()) as printed:
+        import_module(f"launch.{script}").main()
+    return printed.getvalue()
+
+
+def test_a_format_of_a_plug_in_is_written_read_back_and_documented(plugin, monkeypatch, capsys):
+    write_student(plugin / "final", QuantConfig(4, 8, 16))
+    flags = ["--checkpoint=final", "--output=exported", "--format=npz", f"--text={ROOT / 'LICENSE'}"]
+    assert "choose pack-quantized or" in error_of(monkeypatch, "export", *flags)
+    said = run("export", *flags, "--plugin=my_npz")
+    assert "Verified: read back" in said
+    assert "differs: Activations: trained with 8 bits per token; here they stay in full precision." in said
+    assert {file.name for file in (plugin / "exported").iterdir()} > {"weights.npz", "config.json", "tokenizer.json"}
+    assert "my_engine exported/weights.npz" in (plugin / "exported" / "README.md").read_text()
+    sys.argv = ["export.py", "--plugin=my_npz", "--help"]
+    with pytest.raises(SystemExit):
+        import_module("launch.export").main()
+    assert "npz: codes and scales as NumPy has them" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_loader_that_changes_one_code_is_refused(plugin):
+    sys.path.append(str(plugin))
+    npz = type(import_module("my_npz").FORMATS["npz"])
+
+    class Flipped(npz):
+        def load(self, exported):
+            model = super().load(exported)
+            weight = next(iter(model.base_model.layers)).mlp.up_proj.weight
+            step = weight[0].unique().diff().min()
+            weight.data[0, 0] += step if weight[0, 0] < 0 else -step
+            return model
+
+    FORMATS.add("flipped", Flipped())
+    student = write_student(plugin / "final", QuantConfig(4, 16, 16))
+    export.export(student, plugin / "exported", "flipped")
+    export.verify(student, plugin / "exported", "npz", WINDOWS)
+    with pytest.raises(UserError, match="is wrong: its logits differ"):
+        export.verify(student, plugin / "exported", "flipped", WINDOWS)

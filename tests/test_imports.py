@@ -11,7 +11,7 @@ FLOORS = [
     {"launch", "launch.paper"},
     {"datagen", "qat"},
     {"qat.train", "qat.ptq", "qat.export"},
-    {"qat.infer", "qat.evaluate", "qat.data"},
+    {"qat.infer", "qat.evaluate", "qat.data", "qat.train.losses"},
     {"qat.store"},
     {"qat.quant"},
     {"qat.runtime"},
@@ -23,7 +23,7 @@ MAY_IMPORT = {
     for floor, packages in enumerate(FLOORS)
     for package in packages
 }
-MAY_IMPORT["datagen"] -= {"qat", "qat.train", "qat.ptq", "qat.export", "qat.infer", "qat.evaluate"}
+MAY_IMPORT["datagen"] -= {"qat", "qat.train", "qat.train.losses", "qat.ptq", "qat.export", "qat.infer", "qat.evaluate"}
 MAY_IMPORT["launch"] |= {"launch.paper"}
 MAY_IMPORT["launch.paper"] |= {"launch"}
 

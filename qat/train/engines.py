@@ -21,10 +21,8 @@ from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from qat.data.sequences import Sample
-from qat.quant import architecture, kv_cache, prepare
+from qat.quant import architecture, prepare
 from qat.quant.config import QuantConfig
-from qat.quant.forward import run
-from qat.quant.kv_cache import AttentionRecord
 from qat.quant.products import speed_up
 from qat.runtime import machine, ranks
 from qat.runtime.errors import UserError
@@ -34,6 +32,7 @@ from qat.store import models, sidecars, weight_files
 from qat.store.model_folder import shapes, write_companions
 from qat.train import deepspeed_json
 from qat.train.distill import Distiller, LabelTargets, TeacherTargets
+from qat.train.losses import LOSSES, Loss
 
 
 def init_distributed() -> None:
@@ -77,7 +76,7 @@ def student_engine(
 
     Args:
         lr_factor: what the learning rate is multiplied with at each step
-        loss: one of distill.LOSSES
+        loss: its name in LOSSES
         input_magnitudes: ``Teacher.input_magnitudes``, where activations have a learned step
     """
     student = _read_partitioned(model, ds_config)
@@ -116,26 +115,23 @@ class Teacher:
     """The full-precision teacher in an engine without an optimizer: a sample in, targets out.
 
     Args:
-        loss: one of distill.LOSSES; it says what the targets hold
+        loss: its name in LOSSES; it says what the targets hold
     """
 
     def __init__(self, model: str, ds_config: dict[str, Any], loss: str = "logits"):
         language_model = _read_partitioned(model, ds_config).requires_grad_(False)
         speed_up(language_model)
-        if loss == "logits+attention":
-            kv_cache.attend(language_model)
-        self._loss = loss
-        self._engine, *_ = deepspeed.initialize(model=_HiddenStates(language_model), config=ds_config)
+        self._loss = LOSSES[loss]
+        self._loss.make_recordable(language_model)
+        self._engine, *_ = deepspeed.initialize(model=_HiddenStates(language_model, self._loss), config=ds_config)
         self._engine.eval()
         _check_rope(language_model)
 
     @torch.no_grad()
     def __call__(self, sample: Sample) -> TeacherTargets:
         """What the teacher predicts after each of the sample's tokens but the last."""
-        record = AttentionRecord() if self._loss == "logits+attention" else None
-        all_layers = self._loss == "logits+hidden"
-        hidden, hidden_states = self._engine(sample.input_ids, record, all_layers)
-        return TeacherTargets(hidden, self.head, hidden_states if all_layers else None, record)
+        hidden, records = self._engine(sample.input_ids)
+        return TeacherTargets(hidden, self.head, self._loss, records)
 
     @torch.no_grad()
     def input_magnitudes(self, sample: Sample) -> dict[str, Tensor]:
@@ -163,9 +159,9 @@ class Teacher:
             yield weight
 
 
-def labels(sample: Sample) -> LabelTargets:
-    """In a teacher's place: the sample's own next tokens."""
-    return LabelTargets(sample.input_ids[0, 1:])
+def labels(loss: str) -> Callable[[Sample], LabelTargets]:
+    """In a teacher's place, for a loss that needs none: a sample in, its own next tokens out."""
+    return lambda sample: LabelTargets(sample.input_ids[0, 1:], LOSSES[loss])
 
 
 def save_student(
@@ -231,9 +227,9 @@ def partitioned_reading(ds_config: dict[str, Any]) -> Iterator[None]:
 
 
 class _HiddenStates(nn.Module):
-    def __init__(self, language_model: nn.Module):
+    def __init__(self, language_model: PreTrainedModel, loss: Loss):
         super().__init__()
-        self.language_model = language_model
+        self.language_model, self._loss = language_model, loss
 
-    def forward(self, input_ids: Tensor, record: AttentionRecord | None, all_layers: bool):
-        return run(self.language_model, input_ids, record, all_layers)
+    def forward(self, input_ids: Tensor):
+        return self._loss.run(self.language_model, input_ids)

@@ -210,10 +210,10 @@ def starting_point(student: Path, model: str, quant: QuantConfig) -> str:
         raise UserError(f"{student} is not made from {model}: its weights have other names or shapes.")
     if quant.activations.learned:
         raise UserError("a_quantizer=lsq takes its first steps from the teacher's activations: leave out --student.")
-    if found.ptq_method == "gptq" and quant.weights.quantizes and found.quant.weights != quant.weights:
+    if found.has_grids and quant.weights.quantizes and found.quant.weights != quant.weights:
         raise UserError(
-            f"{student} has weights that GPTQ rounded; with other settings they would be rounded again: give its "
-            f"w_bits={found.quant.w_bits}, w_quantizer={found.quant.w_quantizer}, "
+            f"{student} has weights that {found.ptq_method} rounded; with other settings they would be rounded again: "
+            f"give its w_bits={found.quant.w_bits}, w_quantizer={found.quant.w_quantizer}, "
             f"w_group_size={found.quant.w_group_size}."
         )
     return str(found.directory)

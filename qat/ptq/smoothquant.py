@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qat.ptq.method import LayerByLayer
 from qat.ptq.stream import Stream, Weights, fill
 from qat.quant.quantizers import Grid
 from qat.runtime.errors import UserError
@@ -62,11 +63,12 @@ Alphas = Mapping[Smoothed, float]
 """The alpha of each tensor that is smoothed."""
 
 
-class SmoothQuant:
-    """The method on a model: folds one decoder layer after another."""
+class SmoothQuant(LayerByLayer):
+    meaning = "moves outlier channels from inputs into weights, then rounds to nearest (arXiv 2211.10438)"
+    config = SmoothQuantConfig
 
-    def __init__(self, source: Path, config: SmoothQuantConfig):
-        self.config = config
+    def __init__(self, source: Path, settings: SmoothQuantConfig):
+        super().__init__(source, settings)
         self._layers: nn.ModuleList = ModelFolder.read(source).skeleton().base_model.layers  # type: ignore[assignment]
 
     @torch.inference_mode()
@@ -79,8 +81,8 @@ class SmoothQuant:
         largest = {group: largest_inputs(stream, plain, group) for group in GROUPS}
         head_dim: int = plain.self_attn.head_dim  # type: ignore[union-attr,assignment]
         alphas: dict[Smoothed, float] = {}
-        if self.config.alpha is not None:
-            alphas = dict.fromkeys(GROUPS, self.config.alpha)
+        if self.settings.alpha is not None:
+            alphas = dict.fromkeys(GROUPS, self.settings.alpha)
         else:
             sample = first_tokens(stream.hidden, SEARCH_TOKENS)
             wanted = [stream.run(plain, hidden) for hidden in sample]

@@ -132,6 +132,7 @@ def rank(config: ScalingBenchmark, model: Path) -> None:
     def ours() -> None:
         figures, _ = loop.take_step(student, teacher, data, settings, state, stop)
         loop.check_sane(figures, settings, state, model)
+        loop.update_average(state, figures["loss"])
         if log:
             log.step(state, figures)
 

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+import yaml
 from huggingface_hub.utils import logging as hub_logging
 from jsonargparse import ArgumentError, ArgumentParser
 from transformers.utils.logging import disable_progress_bar
@@ -126,7 +127,7 @@ def parse(description: str, *configs: type) -> list[Any]:
     Flags beat the recipe where they come after it. The fields' help is the ``Args`` of their docstrings, and what they
     can be chosen from. Raises UserError for flags that there are not, and for values that they cannot have.
     """
-    import_plugins(_plugin_flag())  # before the parser lists what there is
+    load_plugins()  # before the parser lists what there is
     parser = ArgumentParser(
         description=description.strip(), prog=Path(sys.argv[0]).name, allow_abbrev=False, exit_on_error=False
     )
@@ -146,10 +147,24 @@ def parse(description: str, *configs: type) -> list[Any]:
     return [config(**{field.name: values[field.name] for field in fields(config)}) for config in configs]
 
 
-def _plugin_flag() -> str | None:
+def load_plugins() -> None:
+    """Import the modules of ``--plugin``, on the command line and in recipes: ``parse`` does so itself, but whoever
+    gives it dataclasses that a table names has to do it before."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--plugin")
-    return parser.parse_known_args()[0].plugin
+    parser.add_argument("--config", action="append", default=[])
+    given, _ = parser.parse_known_args()
+    for names in (given.plugin, *map(_plugins_of, given.config)):
+        import_plugins(names)
+
+
+def _plugins_of(recipe: str) -> str | None:
+    """What a recipe has for ``plugin``; None also for one that cannot be read, which the parser refuses."""
+    try:
+        settings = yaml.safe_load(Path(recipe).read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return settings.get("plugin") if isinstance(settings, dict) else None
 
 
 def _list_choices(parser: ArgumentParser, config: type) -> None:

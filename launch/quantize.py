@@ -10,19 +10,15 @@ from typing import Any
 
 from launch import cli
 from qat.data.sequences import TrainingData
-from qat.ptq import rtn, writer
-from qat.ptq.gptq import GPTQConfig, quantize_layer
-from qat.ptq.smoothquant import SmoothQuant, SmoothQuantConfig
-from qat.ptq.stream import Stream, calibration_sequences
+from qat.ptq import METHODS, writer
+from qat.ptq.stream import calibration_sequences
 from qat.quant.config import QuantConfig
-from qat.quant.number_format import FULL_PRECISION
 from qat.quant.prepare import prepare
-from qat.runtime.errors import UserError, check_choice, check_least
+from qat.runtime.errors import UserError, check_least
 from qat.runtime.files import lock
+from qat.runtime.table import check_choices, choice
 from qat.store import models
 from qat.store.model_folder import ModelFolder
-
-METHODS = ("rtn", "gptq", "smoothquant")
 
 
 @dataclass(frozen=True)
@@ -32,32 +28,41 @@ class Quantization:
     Args:
         model: the full-precision model: a Hugging Face directory or hub name
         output: folder of the quantized model
-        method: rtn, gptq or smoothquant
-        data: folder of calibration shards, made by launch/generate.py or from a corpus; rtn needs none
+        method: the post-training method
+        data: folder of calibration shards, made by launch/generate.py or from a corpus, for methods that need text
         sequences: calibrate on its first so many sequences; 0 for all
     """
 
     model: str
     output: Path
-    method: str = "rtn"
+    method: str = choice("rtn", lambda: METHODS)
     data: Path | None = None
     sequences: int = 128
 
     def __post_init__(self) -> None:
-        check_choice(self, method=METHODS)
+        check_choices(self)
         check_least(self, sequences=0)
-        if self.method != "rtn" and self.data is None:
+        needs_text = METHODS[self.method].needs_text
+        if needs_text and self.data is None:
             raise UserError(
                 f"method={self.method} needs calibration text: give --data, a folder of launch/generate.py."
+            )
+        if self.data is not None and not needs_text:
+            others = [name for name, method in METHODS.items() if method.needs_text]
+            raise UserError(
+                f"method={self.method} looks at no text: leave out --data, or give method={' or '.join(others)}."
             )
 
 
 def main() -> None:
-    settings, quant, gptq, smooth = cli.parse(__doc__, Quantization, QuantConfig, GPTQConfig, SmoothQuantConfig)
-    check(settings, quant, gptq, smooth)
+    cli.load_plugins()  # their settings become flags
+    settings, quant, *parsed = cli.parse(__doc__, Quantization, QuantConfig, *(m.config for m in METHODS.values()))
+    options = dict(zip(METHODS, parsed, strict=True))
+    check(settings, quant, options)
     source = Path(models.resolve_full_precision(settings.model))
     data = TrainingData(settings.data, models.load_tokenizer(str(source)), seed=0) if settings.data else None
-    record = described(settings, quant, gptq, smooth, source, data)
+    method = METHODS[settings.method](source, options[settings.method])
+    record = described(settings, quant, method.settings, source, data)
     if writer.is_complete(settings.output, record):
         print(f"{settings.output} is there already.")
         return
@@ -70,42 +75,26 @@ def main() -> None:
         models.check_ids(model.config, data.largest, f"The text in {settings.data}")
     lock(writer.partial_of(settings.output))
     with writer.appearing(folder, settings.output, quant, record, settings.model) as output:
-        if settings.method == "rtn":
-            rtn.write(folder, output)
-        else:
-            quantize_layer = layer_quantizer(settings.method, source, gptq, smooth)
-            writer.write(Stream(source, quant, sequences), output, settings.method, quantize_layer)
+        method.write(output, quant, sequences)
     print(f"{settings.output}: {settings.method}, {quant}")
 
 
-def layer_quantizer(method: str, source: Path, gptq: GPTQConfig, smooth: SmoothQuantConfig) -> writer.QuantizeLayer:
-    """What ``method`` does to one layer."""
-    if method == "gptq":
-        return lambda stream, weights: quantize_layer(stream, weights, gptq)
-    smoothquant = SmoothQuant(source, smooth)
-    return smoothquant.quantize_layer
-
-
-def check(settings: Quantization, quant: QuantConfig, gptq: GPTQConfig, smooth: SmoothQuantConfig) -> None:
-    """Raise UserError for settings that do not go together."""
+def check(settings: Quantization, quant: QuantConfig, options: dict[str, Any]) -> None:
+    """Raise UserError for settings that do not go together; ``options`` are each method's own."""
     if quant.activations.learned:
         raise UserError("a_quantizer=lsq has learned steps, and nothing is trained here: give minmax.")
-    if settings.method == "rtn" and settings.data is not None:
-        raise UserError("method=rtn looks at no text: leave out --data, or give method=gptq or smoothquant.")
-    if settings.method == "gptq" and quant.w_bits == FULL_PRECISION:
-        raise UserError("method=gptq rounds weights, and w_bits is 16: give fewer, or method=rtn.")
-    for method, options in (("gptq", gptq), ("smoothquant", smooth)):
-        if settings.method != method and options != type(options)():
-            raise UserError(f"{', '.join(asdict(options))} belong to method={method}, and method is {settings.method}.")
+    METHODS[settings.method].check(quant)
+    for name, own in options.items():
+        given = [key for key, value in asdict(own).items() if value != getattr(type(own)(), key)]
+        if given and name != settings.method:
+            raise UserError(
+                f"{given[0]}={getattr(own, given[0])} is a setting of method={name}, and method is "
+                f"{settings.method}: leave it out, or give method={name}."
+            )
 
 
 def described(
-    settings: Quantization,
-    quant: QuantConfig,
-    gptq: GPTQConfig,
-    smooth: SmoothQuantConfig,
-    source: Path,
-    data: TrainingData | None,
+    settings: Quantization, quant: QuantConfig, options: Any, source: Path, data: TrainingData | None
 ) -> dict[str, Any]:
     """What the output depends on."""
     record: dict[str, Any] = {
@@ -115,8 +104,7 @@ def described(
     }
     if data is not None:
         record |= {"data": data.fingerprint, "sequences": settings.sequences}
-        record |= asdict(gptq if settings.method == "gptq" else smooth)
-    return record
+    return record | asdict(options)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from launch import cli
 from launch.paper import claims, plots
 from launch.stages import CPU_ONLY, Stages, free_port, interrupt
 from qat.evaluate import heldout
+from qat.ptq import METHODS
 from qat.quant.config import QuantConfig
 from qat.runtime.errors import UserError, check_choice, check_least, differences
 from qat.runtime.files import lock, read_lines, wait_until_free, write_atomically
@@ -40,8 +41,8 @@ TABLES = ("main", "recipes", "kv", "distillation", "quantizers", "data")
 _LAUNCH = Path(__file__).parent
 _ROOT = _LAUNCH.parent
 _RECIPES = _LAUNCH / "recipes" / "reproduce"
-_PTQ = ("gptq", "smoothquant")
-_METHODS = ("full_precision", "rtn", *_PTQ, "qat")
+_PTQ = tuple(name for name in METHODS if name != "rtn")  # launch/evaluate.py rounds by itself
+_METHODS = ("full_precision", *METHODS, "qat")
 _CALIBRATION = 64
 """Sequences that the post-training methods look at."""
 
@@ -110,12 +111,12 @@ class Cell:
     """One cell of a table: a method, and what it is given.
 
     Args:
-        method: full_precision, rtn, gptq, smoothquant or qat
+        method: full_precision, qat, or a method of launch/quantize.py
         quant: what is quantized, and how
         budget: of the training and of the measurement
         data: what is trained or calibrated on: top1, sample or hybrid (written by the teacher), or a text
         loss: as launch/train.py takes it
-        student: what the training begins with: model, or what gptq or smoothquant make of it
+        student: what the training begins with: model, or the post-training method that makes its weights
         seed: of the data and of its order
     """
 
@@ -329,10 +330,10 @@ class _Runner:
             self._quantize(cell, cell.method, folder / FINAL, stages)
 
     def _quantize(self, cell: Cell, method: str, output: Path, stages: Stages) -> None:
-        data = self._data(cell, _CALIBRATION, stages)
         quantize = [sys.executable, _LAUNCH / "quantize.py", "--method", method, *_flags(cell.quant)]
-        quantize += ["--sequences", _CALIBRATION]
-        stages.run("quantize", quantize, ["--model", self.model, "--data", data, "--output", output])
+        if METHODS[method].needs_text:
+            quantize += ["--data", self._data(cell, _CALIBRATION, stages), "--sequences", _CALIBRATION]
+        stages.run("quantize", quantize, ["--model", self.model, "--output", output])
 
     def _train(self, cell: Cell, folder: Path, stages: Stages) -> None:
         data, begin = self._data(cell, 2 * cell.budget.steps, stages), []

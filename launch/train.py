@@ -30,6 +30,7 @@ from qat.store.model_folder import ModelFolder, read_config, shapes, skeleton
 from qat.train import deepspeed_json, engines, plan
 from qat.train.distill import Targets
 from qat.train.loop import CHECKPOINTS, FINAL, SETTINGS, TENSORBOARD, TrainConfig, arithmetic_of, train
+from qat.train.losses import LOSSES
 from qat.train.plan import Machine, Plan
 from qat.train.teacher_cache import TeacherCache
 from qat.train.validation import Texts
@@ -119,9 +120,10 @@ def main() -> int:
     prepare(folder.skeleton(), quant)  # refuses what does not fit the model
     cache = None
     if paths.teacher_cache:
-        cache = TeacherCache(paths.teacher_cache)
+        cache = TeacherCache(paths.teacher_cache, config.loss)
         cache.check({"teacher": models.weights_fingerprint(model), "data": data.fingerprint})
         cache.check_complete(len(data))
+        cache.check_loss()
 
     ds_settings = config.ds_settings(cli.ranks())
     student_json = deepspeed_json.resolve(paths.deepspeed, ds_settings)
@@ -149,7 +151,7 @@ def main() -> int:
     if config.deterministic:
         be_deterministic()
     engines.init_distributed()
-    without_teacher = cache is not None or config.loss == "label"
+    without_teacher = cache is not None or not LOSSES[config.loss].needs_teacher
     planned = None
     if cli.is_first_rank():
         taught_by = None if without_teacher else teacher_json
@@ -157,7 +159,7 @@ def main() -> int:
         warn_if_short(planned)
     steps = None
     if without_teacher:
-        targets: Callable[[Sample], Targets] = cache or engines.labels
+        targets: Callable[[Sample], Targets] = cache or engines.labels(config.loss)
     else:
         with ranks.doing("loading the teacher"):
             targets = teacher = engines.Teacher(model, deepspeed_json.for_teacher(teacher_json), config.loss)
@@ -206,10 +208,10 @@ def starting_point(student: Path, model: str, quant: QuantConfig) -> str:
         raise UserError(f"{student} is not made from {model}: its weights have other names or shapes.")
     if quant.activations.learned:
         raise UserError("a_quantizer=lsq takes its first steps from the teacher's activations: leave out --student.")
-    if found.ptq_method == "gptq" and quant.weights.quantizes and found.quant.weights != quant.weights:
+    if found.has_grids and quant.weights.quantizes and found.quant.weights != quant.weights:
         raise UserError(
-            f"{student} has weights that GPTQ rounded; with other settings they would be rounded again: give its "
-            f"w_bits={found.quant.w_bits}, w_quantizer={found.quant.w_quantizer}, "
+            f"{student} has weights that {found.ptq_method} rounded; with other settings they would be rounded again: "
+            f"give its w_bits={found.quant.w_bits}, w_quantizer={found.quant.w_quantizer}, "
             f"w_group_size={found.quant.w_group_size}."
         )
     return str(found.directory)
@@ -217,11 +219,15 @@ def starting_point(student: Path, model: str, quant: QuantConfig) -> str:
 
 def check_teacher(cache: Path | None, quant: QuantConfig, config: TrainConfig) -> None:
     """Raise UserError for settings that need a teacher, and have none."""
-    if cache and config.loss != "logits":
+    loss = LOSSES[config.loss]
+    if cache and not loss.needs_teacher:
+        raise UserError(f"loss={config.loss} cannot use --teacher_cache, as it needs no teacher: leave it out.")
+    if cache and loss.needs_records:
         raise UserError(
-            f"loss={config.loss} cannot use --teacher_cache, which holds what loss=logits needs: leave it out."
+            f"loss={config.loss} cannot use --teacher_cache, as it matches more of the teacher than its predictions: "
+            "leave it out."
         )
-    if quant.activations.learned and (cache or config.loss == "label"):
+    if quant.activations.learned and (cache or not loss.needs_teacher):
         raise UserError(
             "a_quantizer=lsq takes its first steps from the teacher's activations: give a loss that runs the teacher, "
             "and no --teacher_cache."

@@ -151,9 +151,10 @@ def test_a_cache_of_other_data_is_refused(monkeypatch, tiny_directory, tiny_data
     ("settings", "named"),
     [
         (["--a_quantizer=statsq"], "a_quantizer='statsq' is not possible: give minmax or minmax_asymmetric or lsq"),
-        (["--loss=mse"], "loss='mse' is not possible"),
+        (["--loss=mse"], "loss='mse' is invalid: choose logits or label or"),
         (["--a_quantizer=lsq", "--loss=label"], "takes its first steps from the teacher's activations"),
-        (["--loss=label", "--teacher_cache=anywhere"], "loss=label cannot use --teacher_cache"),
+        (["--loss=label", "--teacher_cache=anywhere"], "loss=label cannot use --teacher_cache, as it needs no teacher"),
+        (["--loss=logits+hidden", "--teacher_cache=anywhere"], "it matches more of the teacher than its predictions"),
         (["--steps=0", "--batch_size=16"], "has 12 sequences, a step takes 16: generate more"),
     ],
 )

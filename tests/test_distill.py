@@ -9,18 +9,24 @@ from hypothesis import strategies as st
 from test_prepare import ids
 from transformers import LlamaConfig, MistralConfig
 
+from qat.data.sequences import Sample
 from qat.quant.config import QuantConfig
-from qat.quant.forward import predicting, run
-from qat.quant.kv_cache import AttentionRecord, attend
+from qat.quant.forward import predicting
 from qat.quant.prepare import prepare
 from qat.runtime.errors import UserError
 from qat.train import distill
 from qat.train.distill import Distiller, LabelTargets, TeacherTargets, TopKTargets
+from qat.train.loop import TrainConfig
+from qat.train.losses import LOSSES, Loss
+from qat.train.losses.base import log_softmax
+from qat.train.teacher_cache import TeacherCache
 
 
-def targets(teacher, tokens):
+def targets(teacher, tokens, loss=LOSSES["logits"]):
+    loss.make_recordable(teacher)
     with torch.no_grad():
-        return TeacherTargets(predicting(teacher, tokens), lambda: nullcontext(teacher.lm_head.weight))
+        hidden, records = loss.run(teacher, tokens)
+    return TeacherTargets(hidden, lambda: nullcontext(teacher.lm_head.weight), loss, records)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -58,8 +64,8 @@ def test_logits_in_bf16_are_compared_in_fp32():
     generator = torch.Generator().manual_seed(0)
     teacher, student = (4 * torch.randn(32, 5000, generator=generator).bfloat16() for _ in range(2))
     expected_student = student.double()
-    expected = distill._logit_loss(teacher.double(), 32, expected_student)
-    for found, exact in zip(distill._logit_loss(teacher, 32, student), expected, strict=True):
+    expected = LOSSES["logits"].chunk(teacher.double(), 32, expected_student)
+    for found, exact in zip(LOSSES["logits"].chunk(teacher, 32, student), expected, strict=True):
         assert found.item() == pytest.approx(exact.item(), rel=1e-5)
     # The gradient takes the logits' place: rounded to bf16 at its end, and nowhere before.
     torch.testing.assert_close(student.double(), expected_student, rtol=2**-8, atol=1e-9)
@@ -179,13 +185,14 @@ def test_hidden_state_and_attention_losses_and_gradients_equal_the_naive_formula
     expected_gradients = {name: parameter.grad for name, parameter in student.named_parameters()}
     student.zero_grad()
 
-    records, states = [], []
-    for model in (student, teacher):
-        attend(model)
-        records.append(AttentionRecord())
-        states.append(run(model, tokens, records[-1], all_layers=True)[1])
+    def extra(name):
+        loss = LOSSES[name]
+        loss.make_recordable(student)
+        loss.make_recordable(teacher)
+        return loss.extra(*(loss.run(model, tokens)[1] for model in (student, teacher)))
+
     # Both are summed in fp32, whatever the model computes in.
-    attention, hidden = distill.attention_loss(*records), distill.hidden_state_loss(*states)
+    attention, hidden = extra("logits+attention"), extra("logits+hidden")
     torch.testing.assert_close(attention.double(), expected_attention, rtol=1e-5, atol=0)
     torch.testing.assert_close(hidden.double(), expected_hidden, rtol=1e-5, atol=0)
     (attention + hidden).backward()
@@ -199,18 +206,89 @@ def test_hidden_state_and_attention_losses_and_gradients_equal_the_naive_formula
 def test_what_else_is_matched_adds_to_the_loss_and_reaches_zero(loss):
     teacher, same, other = tiny_model(), tiny_model(), prepare(tiny_model(), QuantConfig(4, 8, 4))
     tokens = ids(teacher)
-    attend(teacher)
-    record = AttentionRecord()
-    with torch.no_grad():
-        hidden, states = run(teacher, tokens, record, all_layers=True)
-    plain = TeacherTargets(hidden, lambda: nullcontext(teacher.lm_head.weight))
-    matched = TeacherTargets(
-        hidden,
-        lambda: nullcontext(teacher.lm_head.weight),
-        states if loss == "logits+hidden" else None,
-        record if loss == "logits+attention" else None,
-    )
+    plain, matched = targets(teacher, tokens), targets(teacher, tokens, LOSSES[loss])
     for student, adds in ((same, False), (other, True)):
         distiller = Distiller(student, loss)
         more, least = distiller(tokens, matched)[0], distiller(tokens, plain)[0]
         assert (more > least + 1e-3) if adds else torch.isclose(more, least, rtol=1e-6)
+
+
+class ReverseKL(Loss):
+    """KL(student || teacher) of both distributions at a temperature: as somebody else would write a loss."""
+
+    meaning = "KL(student || teacher) at a temperature"
+
+    def __init__(self, temperature: float = 1.0):
+        self.temperature = temperature
+
+    def chunk(self, target, tokens, student_logits):
+        log_student, log_teacher = (log_softmax(logits / self.temperature) for logits in (student_logits, target))
+        difference, student = log_student - log_teacher, log_student.exp()
+        kl = (student * difference).sum(-1, keepdim=True)
+        student_logits.copy_(student * (difference - kl) / (self.temperature * tokens))
+        return kl.sum(), kl.sum()
+
+
+@pytest.fixture
+def reverse(monkeypatch):
+    """The name of a loss that a plug-in has added, until the test ends."""
+    monkeypatch.setattr(LOSSES, "_things", dict(LOSSES))
+    LOSSES.add("reverse", ReverseKL(temperature=2.0))
+    return "reverse"
+
+
+@pytest.mark.parametrize("chunk", [4, 1000])
+def test_a_loss_of_a_plug_in_trains(reverse, chunk, monkeypatch):
+    """Its gradients are autograd's of the naive formula, and a step along them makes it smaller."""
+    monkeypatch.setitem(distill.CHUNK_TOKENS, "cpu", chunk)
+    teacher = tiny_model().double()
+    student, naive = (tiny_model().double() for _ in range(2))
+    with torch.no_grad():
+        for parameter in (*student.parameters(), *naive.parameters()):
+            parameter.mul_(1.1)
+    tokens = ids(teacher)
+    assert TrainConfig(loss=reverse).loss == reverse
+    learned_from, distiller = targets(teacher, tokens, LOSSES[reverse]), Distiller(student, reverse)
+    loss, kl = distiller(tokens, learned_from)
+    loss.backward()
+
+    with torch.no_grad():
+        log_p = (teacher(tokens).logits[0, :-1] / 2).log_softmax(-1)
+    log_q = (naive(tokens).logits[0, :-1] / 2).log_softmax(-1)
+    expected = (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+    expected.backward()
+    torch.testing.assert_close((loss, kl), (expected, expected))
+    for (name, a), b in zip(student.named_parameters(), naive.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=name)
+
+    torch.optim.SGD(student.parameters(), lr=1e-3).step()
+    assert distiller(tokens, learned_from)[0] < loss
+
+
+def test_a_loss_that_there_is_not_is_refused(reverse):
+    with pytest.raises(UserError, match=r"loss='mse' is invalid: choose logits or .* or reverse"):
+        TrainConfig(loss="mse")
+    with pytest.raises(UserError, match=r"The loss 'mse' is unknown: choose logits or .* with --plugin"):
+        Distiller(tiny_model(), "mse")
+
+
+@pytest.mark.parametrize(("top_k", "refused"), [(0, []), (8, ["reverse"])])
+def test_a_cache_serves_the_losses_that_can_use_it(top_k, refused, reverse, tmp_path):
+    """Whole distributions all of them, the most likely tokens those that take them."""
+    TeacherCache(tmp_path).claim({"top_k": top_k})
+    for name in ("logits", reverse):
+        if name in refused:
+            with pytest.raises(UserError, match=r"loss=reverse needs .* has its 8 most .* --top_k 0"):
+                TeacherCache(tmp_path, name).check_loss()
+        else:
+            TeacherCache(tmp_path, name).check_loss()
+    student, sample = tiny_model(), Sample(0, ids(tiny_model()))
+    hidden = {"hidden": predicting(student, sample.input_ids).detach()}
+    top = student(sample.input_ids).logits[0, :-1].detach().log_softmax(-1).topk(8)
+    TeacherCache(tmp_path).write_head(student.lm_head.weight)
+    TeacherCache(tmp_path).write(0, [{"ids": top.indices, "log_probabilities": top.values} if top_k else hidden])
+    for name in {"logits", reverse}.difference(refused):
+        cache = TeacherCache(tmp_path, name)
+        loss, kl = Distiller(tiny_model(), name)(sample.input_ids, cache(sample))
+        assert kl.abs() < 1e-6, "the student is its teacher"
+        assert (loss == kl) == (name == reverse)

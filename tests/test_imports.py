@@ -16,7 +16,7 @@ FLOORS = [
     {"launch", "launch.paper"},
     {"datagen", "qat"},
     {"qat.train", "qat.ptq", "qat.export", "qat.export.formats"},
-    {"qat.infer", "qat.evaluate", "qat.data"},
+    {"qat.infer", "qat.evaluate", "qat.data", "qat.train.losses"},
     {"qat.store"},
     {"qat.quant"},
     {"qat.runtime"},
@@ -29,8 +29,17 @@ MAY_IMPORT = {
     for floor, packages in enumerate(FLOORS)
     for package in packages
 }
-MAY_IMPORT["datagen"] -= {"qat", "qat.train", "qat.ptq", "qat.infer", "qat.evaluate"}
-MAY_IMPORT["datagen"] -= {"qat.export", "qat.export.formats"}
+for package in (
+    "qat",
+    "qat.train",
+    "qat.train.losses",
+    "qat.ptq",
+    "qat.export",
+    "qat.export.formats",
+    "qat.infer",
+    "qat.evaluate",
+):
+    MAY_IMPORT["datagen"].discard(package)
 MAY_IMPORT["qat.export"] |= {"qat.export.formats"}
 MAY_IMPORT["launch"] |= {"launch.paper"}
 MAY_IMPORT["launch.paper"] |= {"launch"}

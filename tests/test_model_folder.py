@@ -18,7 +18,8 @@ import qat
 from qat.export import export
 from qat.export.formats import FAKE
 from qat.infer import simulated
-from qat.ptq import rtn, writer
+from qat.ptq import writer
+from qat.ptq.rtn import RTN
 from qat.ptq.stream import Stream
 from qat.quant.config import CONFIG_FILE, QuantConfig
 from qat.runtime.errors import UserError
@@ -122,7 +123,7 @@ def test_every_way_computes_what_transformers_computes(trait, tmp_path):
     assert torch.equal(models.load(str(model), torch.float32)(tokens).logits, expected)
     found = ModelFolder.read(model)
     for name, write in (
-        ("rtn", lambda output: rtn.write(found, output)),
+        ("rtn", lambda output: RTN(model, None).write(output, FULL, [])),
         ("layers", lambda output: writer.write(Stream(model, FULL, [tokens]), output, "none", unchanged)),
     ):
         with writer.appearing(found, tmp_path / name, FULL, RECORD) as output, torch.no_grad():

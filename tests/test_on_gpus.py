@@ -26,11 +26,12 @@ from datagen.decoder import Decoder
 from qat.evaluate.perplexity import score_windows
 from qat.infer import packed
 from qat.infer.integer_cache import IntegerCache
-from qat.ptq import gptq, smoothquant
+from qat.ptq import METHODS as POST_TRAINING
+from qat.ptq import smoothquant
 from qat.ptq import stream as calibration
-from qat.quant import forward, kv_cache, products
+from qat.quant import kv_cache, products
 from qat.quant.config import QuantConfig
-from qat.quant.kv_cache import AttentionRecord, KVQuantizer
+from qat.quant.kv_cache import KVQuantizer
 from qat.quant.linear import QuantLinear
 from qat.quant.number_format import Format, dequantize, fake_quantize, inside, quantize, round_to_grid
 from qat.quant.prepare import freeze, prepare
@@ -38,6 +39,7 @@ from qat.quant.quantizers import QUANTIZERS
 from qat.store import models, weight_files
 from qat.train import distill
 from qat.train.distill import Distiller, LabelTargets, TeacherTargets, TopKTargets
+from qat.train.losses import LOSSES
 
 GPU = torch.device("cuda", 0)
 aten = torch.ops.aten
@@ -265,13 +267,12 @@ def check_layers(model, dtype) -> None:
 
 def targets(loss: str, kind: str, teacher, tokens):
     if kind == "label":
-        return LabelTargets(tokens[0, 1:])
+        return LabelTargets(tokens[0, 1:], LOSSES[loss])
     if kind == "top k":
         likely = torch.zeros(tokens.shape[1] - 1, 5, dtype=torch.int32, device=GPU)
         return TopKTargets(likely, likely.half())
-    record = AttentionRecord() if loss == "logits+attention" else None
-    hidden, states = forward.run(teacher, tokens, record, loss == "logits+hidden")
-    return TeacherTargets(hidden, lambda: nullcontext(teacher.lm_head.weight), states or None, record)
+    hidden, records = LOSSES[loss].run(teacher, tokens)
+    return TeacherTargets(hidden, lambda: nullcontext(teacher.lm_head.weight), LOSSES[loss], records)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +288,7 @@ def targets(loss: str, kind: str, teacher, tokens):
 def test_distillation(loss, kind, dtype, gpu, monkeypatch):
     monkeypatch.setitem(distill.CHUNK_TOKENS, "cuda", 10)
     teacher = model_on_gpu(dtype, MistralConfig, sliding_window=6)
-    kv_cache.attend(teacher)
+    LOSSES[loss].make_recordable(teacher)
     student = Distiller(prepare(model_on_gpu(dtype, MistralConfig, sliding_window=6), QuantConfig()), loss)
     for learned in student(tokens_on_gpu(), targets(loss, kind, teacher, tokens_on_gpu())):
         check(learned, torch.float32, ())
@@ -364,12 +365,9 @@ def test_a_layer_of_a_post_training_method(method, student, gpu, monkeypatch):
     quant = QuantConfig(w_quantizer="minmax_asymmetric", w_group_size=16)
     stream = calibration.Stream(student, quant, [torch.zeros(1, 24, dtype=torch.int64)])
     weights = stream.files.layer(0)
-    if method == "gptq":
-        rounded, grids, _ = gptq.quantize_layer(stream, weights, gptq.GPTQConfig())
-        assert len(grids) == 7
-    else:
-        method = smoothquant.SmoothQuant(student, smoothquant.SmoothQuantConfig())
-        rounded, grids, _ = method.quantize_layer(stream, weights)
+    kind = POST_TRAINING[method]
+    rounded, grids, _ = kind(student, kind.config()).quantize_layer(stream, weights)
+    assert len(grids) == (7 if method == "gptq" else 0)
     for name, weight in rounded.items():
         assert (weight.device.type, weight.dtype) == ("cpu", torch.bfloat16), name
     for grid in grids.values():

@@ -1,19 +1,22 @@
 import json
 import shutil
+import subprocess
 import sys
 from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import run_python, tiny_model
+from conftest import ROOT, run_python, tiny_model
 from safetensors.torch import load_file, save_file
 from test_launch import error_of
 from test_prepare import FAMILIES, ids
 
+import qat
 from launch import quantize as command
+from launch.train import starting_point
 from qat.export import export
 from qat.infer import simulated
-from qat.ptq import gptq, smoothquant, writer
+from qat.ptq import METHODS, gptq, smoothquant, writer
 from qat.ptq.gptq import GPTQConfig
 from qat.ptq.smoothquant import SmoothQuantConfig, fold, largest_inputs
 from qat.ptq.stream import Stream
@@ -223,7 +226,8 @@ def test_stream_sees_what_the_written_model_sees(method, quant, tiny_directory, 
         assert all(parameter.is_meta for parameter in stream.layers.parameters())  # one layer in memory at a time
         return quantize_layer(stream, weights)
 
-    quantize_layer = command.layer_quantizer(method, tiny_directory, GPTQConfig(), SmoothQuantConfig())
+    kind = METHODS[method]
+    quantize_layer = kind(tiny_directory, kind.config()).quantize_layer
     with writer.appearing(ModelFolder.read(tiny_directory), tmp_path / "out", quant, {}) as folder, torch.no_grad():
         writer.write(Stream(tiny_directory, quant, tokens), folder, method, spy)
     model = simulated.load(str(tmp_path / "out"), torch.float32)
@@ -395,15 +399,18 @@ def test_command(method, tiny_directory, tiny_data, tmp_path, quantize_command, 
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--method=awq"], "method='awq'"),
+        (["--method=awq"], "method='awq' is invalid: choose rtn or gptq or smoothquant"),
         (["--method=gptq"], "needs calibration text"),
         (["--method=gptq", "--data=DATA", "--w_bits=16"], "w_bits is 16"),
         (["--method=gptq", "--data=DATA", "--damping=0"], "damping=0"),
-        (["--method=gptq", "--data=DATA", "--alpha=0.5"], "alpha belong"),
+        (
+            ["--method=gptq", "--data=DATA", "--alpha=0.5"],
+            "alpha=0.5 is a setting of method=smoothquant, and method is gptq",
+        ),
         (["--method=smoothquant", "--data=DATA", "--alpha=1.5"], "alpha=1.5"),
         (["--a_quantizer=lsq"], "learned steps"),
         (["--w_group_size=48"], "does not divide"),
-        (["--data=DATA"], "looks at no text"),
+        (["--data=DATA"], "looks at no text: leave out --data, or give method=gptq or smoothquant"),
         (["--output=TAKEN"], "no post-training method made it"),
     ],
 )
@@ -413,6 +420,49 @@ def test_refusals(flags, named, tiny_directory, tiny_data, tmp_path, quantize_co
     with pytest.raises(UserError, match=named):
         quantize_command(f"--model={tiny_directory}", f"--output={tmp_path / 'out'}", *flags)
     assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.fixture
+def clipping(monkeypatch):
+    """Flags of the method that plugin_clipping.py adds, until the test ends."""
+    monkeypatch.setattr(METHODS, "_things", dict(METHODS))
+    monkeypatch.delitem(sys.modules, "plugin_clipping", raising=False)
+    return ["--method=clipping", "--least_ratio=0.7", "--w_bits=3"]
+
+
+@pytest.mark.parametrize("given", ["flag", "recipe"])
+def test_a_method_of_a_plug_in(given, clipping, tiny_directory, tmp_path, quantize_command, monkeypatch):
+    """Its settings are flags, its grids are stored, and what is deployed computes what it made."""
+    (tmp_path / "recipe.yaml").write_text("plugin: plugin_clipping\n")
+    output, rtn = tmp_path / "out", tmp_path / "rtn"
+    plugin = {"flag": "--plugin=plugin_clipping", "recipe": f"--config={tmp_path / 'recipe.yaml'}"}[given]
+    quantize_command(plugin, f"--model={tiny_directory}", f"--output={output}", *clipping)
+    assert json.loads((output / writer.PTQ_RECORD).read_text())["least_ratio"] == 0.7
+    model, simulation = qat.load(str(output)), simulated.load(str(output), torch.float32)
+    assert torch.equal(model(ids(model)).logits, simulation(ids(model)).logits)
+
+    quantize_command(f"--model={tiny_directory}", f"--output={rtn}", "--w_bits=3")
+    original = models.load(str(tiny_directory), torch.float32).state_dict()
+    clipped, nearest = simulation.state_dict(), simulated.load(str(rtn), torch.float32).state_dict()
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert (clipped[name] - original[name]).norm() < 0.95 * (nearest[name] - original[name]).norm()
+
+    with pytest.raises(UserError, match="weights that clipping rounded; with other settings they would be rounded ag"):
+        starting_point(output, str(tiny_directory), QuantConfig(4))
+    (output / GRIDS_FILE).unlink()
+    with pytest.raises(UserError, match=f"{GRIDS_FILE} lacks"):
+        simulated.load(str(output), torch.float32)
+
+
+def test_a_setting_of_a_plug_ins_method_is_refused_beside_another(clipping, quantize_command):
+    with pytest.raises(UserError, match=r"least_ratio=0.7 is a setting of method=clipping, and method is rtn"):
+        quantize_command("--plugin=plugin_clipping", "--model=m", "--output=o", *clipping[1:])
+
+
+def test_the_package_is_imported_without_its_methods():
+    """Torch and transformers take seconds, and ``qat.ptq`` alone needs neither."""
+    seen = "import sys, qat.ptq; assert not {'torch', 'transformers', 'qat.ptq.gptq'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", seen], check=True, cwd=ROOT)
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ from qat.store import models, student_folder
 from qat.train import flops, loop
 from qat.train.checkpoint import TrainState
 from qat.train.distill import Distiller, TeacherTargets
-from qat.train.loop import TrainConfig, check_sane
+from qat.train.loop import TrainConfig, check_sane, update_average
 
 STEPS = 12  # two passes over the 12 sequences
 CONFIG = TrainConfig(steps=STEPS, lr=1e-3, warmup_steps=2, batch_size=2)
@@ -269,6 +269,10 @@ def test_a_loss_that_is_not_finite_or_explodes_stops_the_run(loss, norm, found, 
     for step in range(1, 41):
         state.step = step
         check_sane({"loss": 2.0 + step % 2, "grad_norm": 1.0}, CONFIG, state, tmp_path)
+        update_average(state, 2.0 + step % 2)
+    before = replace(state)
+    check_sane({"loss": 2.0, "grad_norm": 1.0}, CONFIG, state, tmp_path)
+    assert state == before, "a check changes nothing"
     assert state.average_loss == pytest.approx(2.5, abs=0.1)
     state.step += 1
     with pytest.raises(UserError, match=found) as stopped:

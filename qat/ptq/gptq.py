@@ -14,8 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qat.ptq.method import LayerByLayer
 from qat.ptq.stream import Stream, Weights
 from qat.quant.architecture import architecture_of, linear_in
+from qat.quant.config import QuantConfig
 from qat.quant.linear import QuantLinear
 from qat.quant.number_format import Format, Quantized, dequantize, grid_of, quantize, round_to_grid
 from qat.quant.products import matmul
@@ -42,6 +44,19 @@ class GPTQConfig:
     def __post_init__(self) -> None:
         if self.damping <= 0:
             raise UserError(f"damping={self.damping} is not possible: give more than 0, say 0.01.")
+
+
+class GPTQ(LayerByLayer):
+    meaning = "lets weights that are not rounded yet make up for the error of those that are (arXiv 2210.17323)"
+    config = GPTQConfig
+
+    @classmethod
+    def check(cls, quant: QuantConfig) -> None:
+        if not quant.weights.quantizes:
+            raise UserError("method=gptq rounds weights, and w_bits is 16: give fewer, or method=rtn.")
+
+    def quantize_layer(self, stream: Stream, weights: Weights) -> tuple[Weights, dict[str, Grid], str]:
+        return quantize_layer(stream, weights, self.settings)
 
 
 @torch.inference_mode()

@@ -2,10 +2,18 @@
 
 from pathlib import Path
 
+from torch import Tensor
+
+from qat.ptq.method import Method
+from qat.quant.config import QuantConfig
 from qat.store import weight_files
 from qat.store.model_folder import ModelFolder
 
 
-def write(source: ModelFolder, output: Path) -> None:
-    """Write the model's weights as they are: ``quant_config.json``, which comes beside them, says how to round."""
-    weight_files.write(output, source.tensors())
+class RTN(Method):
+    meaning = "rounds every weight to the nearest value of its grid"
+    needs_text = False
+
+    def write(self, output: Path, quant: QuantConfig, sequences: list[Tensor]) -> None:
+        """Write the model's weights as they are: ``quant_config.json``, which comes beside them, says how to round."""
+        weight_files.write(output, ModelFolder.read(self.source).tensors())

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qat.ptq.method import LayerByLayer
 from qat.ptq.stream import Stream, Weights, fill
 from qat.quant.architecture import Smoothed, architecture_of, decoder_layers, head_dim
 from qat.quant.quantizers.base import Grid
@@ -48,11 +49,12 @@ Alphas = Mapping[Smoothed, float]
 """The alpha of each tensor that is smoothed."""
 
 
-class SmoothQuant:
-    """The method on a model: folds one decoder layer after another."""
+class SmoothQuant(LayerByLayer):
+    meaning = "moves outlier channels from inputs into weights, then rounds to nearest (arXiv 2211.10438)"
+    config = SmoothQuantConfig
 
-    def __init__(self, source: Path, config: SmoothQuantConfig):
-        self.config = config
+    def __init__(self, source: Path, settings: SmoothQuantConfig):
+        super().__init__(source, settings)
         model = ModelFolder.read(source).skeleton()
         self._layers, self._head_dim = decoder_layers(model), head_dim(model.config)
         self._groups = architecture_of(model.config).smoothed
@@ -71,8 +73,8 @@ class SmoothQuant:
         plain.to(stream.dtype)
         largest = {group: largest_inputs(stream, plain, group) for group in self._groups}
         alphas: dict[Smoothed, float] = {}
-        if self.config.alpha is not None:
-            alphas = dict.fromkeys(self._groups, self.config.alpha)
+        if self.settings.alpha is not None:
+            alphas = dict.fromkeys(self._groups, self.settings.alpha)
         else:
             sample = first_tokens(stream.hidden, SEARCH_TOKENS)
             wanted = [stream.run(plain, hidden) for hidden in sample]

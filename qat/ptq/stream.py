@@ -80,7 +80,7 @@ class Stream:
     @torch.inference_mode()
     def advance(self, weights: Weights, grids: dict[str, Grid]) -> None:
         """Let the hidden states pass the layer at ``position``, whose final weights these are."""
-        if self.position + 1 < len(self.layers):
+        if self.hidden and self.position + 1 < len(self.layers):
             layer = self.load_rounded(weights, grids)
             self.hidden = [self.run(layer, hidden).cpu() for hidden in self.hidden]
             self.unload()

@@ -19,7 +19,7 @@ from qat.runtime import progress
 from qat.runtime.errors import UserError, differences
 from qat.runtime.files import load_tensors, save_tensors, write_atomically, writing
 from qat.store.model_folder import BASE_MODEL, PTQ_RECORD, ModelFolder, write_companions
-from qat.store.sidecars import GRIDS_FILE, load_grids, save_grids
+from qat.store.sidecars import GRIDS_FILE, HAS_GRIDS, load_grids, save_grids
 from qat.store.weight_files import INDEX
 
 QuantizeLayer = Callable[[Stream, Weights], tuple[Weights, dict[str, Grid], str]]
@@ -33,15 +33,9 @@ def is_complete(output: Path, settings: dict[str, Any]) -> bool:
         return False
     if not (output / PTQ_RECORD).is_file():
         raise UserError(f"{output} is there already, and no post-training method made it: give another folder.")
-    if listed := differences(_settings_in(output), settings):
+    if listed := differences(_settings_of(output), settings):
         raise UserError(f"{output} is there already, made with other settings ({listed}): give another folder.")
     return True
-
-
-def _settings_in(folder: Path) -> dict[str, Any]:
-    """What its output depends on: not on the model's name."""
-    record = json.loads((folder / PTQ_RECORD).read_text())
-    return {name: value for name, value in record.items() if name != BASE_MODEL}
 
 
 def partial_of(output: Path) -> Path:
@@ -62,19 +56,31 @@ def appearing(
     with writing(partial):
         partial.mkdir(parents=True, exist_ok=True)
     if (partial / PTQ_RECORD).is_file():
-        if listed := differences(_settings_in(partial), settings):
+        if listed := differences(_settings_of(partial), settings):
             raise UserError(
                 f"{partial} holds an unfinished run of other settings ({listed}): give another --output, or delete it."
             )
     else:
-        with writing(partial):
-            write_atomically(partial / PTQ_RECORD, json.dumps(settings | {BASE_MODEL: base_model}, indent=2) + "\n")
+        _write_record(partial, settings | {BASE_MODEL: base_model})
     yield partial
     write_companions(source.companions(), partial)
     quant.save(partial)
+    has_grids = (partial / GRIDS_FILE).exists()
+    _write_record(partial, settings | {BASE_MODEL: base_model, HAS_GRIDS: has_grids})
     with writing(output):
         (partial / "lock").unlink(missing_ok=True)
         partial.rename(output)
+
+
+def _settings_of(folder: Path) -> dict[str, Any]:
+    """What the weights in ``folder`` depend on: not on the model's name."""
+    record = json.loads((folder / PTQ_RECORD).read_text())
+    return {name: value for name, value in record.items() if name not in (BASE_MODEL, HAS_GRIDS)}
+
+
+def _write_record(folder: Path, record: dict[str, Any]) -> None:
+    with writing(folder):
+        write_atomically(folder / PTQ_RECORD, json.dumps(record, indent=2) + "\n")
 
 
 def write(stream: Stream, folder: Path, method: str, quantize_layer: QuantizeLayer) -> None:

@@ -20,6 +20,9 @@ STEP_SUFFIX = ".input_step"
 GRIDS_FILE = "weight_grids.safetensors"
 """Beside them as well, where the weights lie on a grid that their own largest values do not give: GPTQ's."""
 
+HAS_GRIDS = "has_grids"
+"""In the record of a post-training method: whether it wrote that file."""
+
 
 def save_steps(steps: dict[str, Tensor], directory: Path) -> None:
     if steps:

@@ -42,7 +42,7 @@ from qat.store.model_folder import (
     write_companions,
 )
 from qat.store.pickles import as_data
-from qat.store.sidecars import GRIDS_FILE, STEP_SUFFIX, load_grids, save_steps
+from qat.store.sidecars import GRIDS_FILE, HAS_GRIDS, STEP_SUFFIX, load_grids, save_steps
 
 _RUN_SETTINGS = "settings.json"
 _LOG = "log.jsonl"
@@ -132,6 +132,12 @@ class Student:
         return self._ptq_record.get("method", "")
 
     @property
+    def has_grids(self) -> bool:
+        """Whether its weights lie on grids that are stored beside them, and must not be missing."""
+        record = self._ptq_record
+        return record.get(HAS_GRIDS, record.get("method") == "gptq")  # records of earlier versions do not say
+
+    @property
     def _ptq_record(self) -> dict[str, Any]:
         file = self.path / PTQ_RECORD
         return json.loads(file.read_text()) if file.is_file() else {}
@@ -146,7 +152,7 @@ class Student:
         form = self.quant.weights
         quantized = quantizable_linears(model) if form.quantizes else {}
         grids = load_grids(self.path)
-        if (grids or self.ptq_method == "gptq") and (without := quantized.keys() - grids.keys()):
+        if (grids or self.has_grids) and (without := quantized.keys() - grids.keys()):
             raise UserError(f"{self.path} is incomplete: {GRIDS_FILE} lacks {min(without)}. Copy it again.")
         for name, tensor in _gathered(self.path, model, self.dtype) if self.is_checkpoint else folder.tensors():
             layer = name.removesuffix(".weight")

@@ -18,10 +18,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from qat.data.sequences import Sample
-from qat.quant import architecture, kv_cache, prepare
+from qat.quant import architecture, prepare
 from qat.quant.config import QuantConfig
-from qat.quant.forward import run
-from qat.quant.kv_cache import AttentionRecord
 from qat.quant.number_format import Format
 from qat.quant.products import speed_up
 from qat.runtime import machine, ranks
@@ -31,6 +29,7 @@ from qat.store import models, student_folder
 from qat.train import deepspeed_internals, deepspeed_json
 from qat.train.deepspeed_internals import partitioned_reading
 from qat.train.distill import Distiller, LabelTargets, TeacherTargets
+from qat.train.losses import LOSSES, Loss
 
 
 def init_distributed() -> None:
@@ -74,7 +73,7 @@ def student_engine(
 
     Args:
         lr_factor: what the learning rate is multiplied with at each step
-        loss: one of distill.LOSSES
+        loss: its name in LOSSES
         initial_steps: ``Teacher.initial_steps``, where the quantizer of the activations is learned
     """
     student = _read_partitioned(model, ds_config)
@@ -111,26 +110,23 @@ class Teacher:
     """The full-precision teacher in an engine without an optimizer: a sample in, targets out.
 
     Args:
-        loss: one of distill.LOSSES; it says what the targets hold
+        loss: its name in LOSSES; it says what the targets hold
     """
 
     def __init__(self, model: str, ds_config: dict[str, Any], loss: str = "logits"):
         language_model = _read_partitioned(model, ds_config).requires_grad_(False)
         speed_up(language_model)
-        if loss == "logits+attention":
-            kv_cache.attend(language_model)
-        self._loss = loss
-        self._engine, *_ = deepspeed.initialize(model=_HiddenStates(language_model), config=ds_config)
+        self._loss = LOSSES[loss]
+        self._loss.make_recordable(language_model)
+        self._engine, *_ = deepspeed.initialize(model=_HiddenStates(language_model, self._loss), config=ds_config)
         self._engine.eval()
         _check_rope(language_model)
 
     @torch.no_grad()
     def __call__(self, sample: Sample) -> TeacherTargets:
         """What the teacher predicts after each of the sample's tokens but the last."""
-        record = AttentionRecord() if self._loss == "logits+attention" else None
-        all_layers = self._loss == "logits+hidden"
-        hidden, hidden_states = self._engine(sample.input_ids, record, all_layers)
-        return TeacherTargets(hidden, self.head, hidden_states if all_layers else None, record)
+        hidden, records = self._engine(sample.input_ids)
+        return TeacherTargets(hidden, self.head, self._loss, records)
 
     @torch.no_grad()
     def initial_steps(self, sample: Sample, inputs: Format) -> dict[str, Tensor]:
@@ -160,9 +156,9 @@ class Teacher:
             yield weight
 
 
-def labels(sample: Sample) -> LabelTargets:
-    """In a teacher's place: the sample's own next tokens."""
-    return LabelTargets(sample.input_ids[0, 1:])
+def labels(loss: str) -> Callable[[Sample], LabelTargets]:
+    """In a teacher's place, for a loss that needs none: a sample in, its own next tokens out."""
+    return lambda sample: LabelTargets(sample.input_ids[0, 1:], LOSSES[loss])
 
 
 def save_student(
@@ -207,9 +203,9 @@ def _check_rope(model: PreTrainedModel) -> None:
 
 
 class _HiddenStates(nn.Module):
-    def __init__(self, language_model: PreTrainedModel):
+    def __init__(self, language_model: PreTrainedModel, loss: Loss):
         super().__init__()
-        self.language_model = language_model
+        self.language_model, self._loss = language_model, loss
 
-    def forward(self, input_ids: Tensor, record: AttentionRecord | None, all_layers: bool):
-        return run(self.language_model, input_ids, record, all_layers)
+    def forward(self, input_ids: Tensor):
+        return self._loss.run(self.language_model, input_ids)

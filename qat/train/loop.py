@@ -16,14 +16,16 @@ from qat.data.sequences import Sample, TrainingData
 from qat.quant.config import QuantConfig
 from qat.quant.linear import ARITHMETIC, can_multiply_codes
 from qat.runtime import ranks
-from qat.runtime.errors import UserError, check_choice, check_least
+from qat.runtime.errors import UserError, check_least
 from qat.runtime.machine import device
 from qat.runtime.preemption import StopSignal
+from qat.runtime.table import check_choices, choice
 from qat.train import checkpoint, flops
 from qat.train.checkpoint import TrainState
-from qat.train.distill import LOSSES, Targets
+from qat.train.distill import Targets
 from qat.train.engines import Teacher
 from qat.train.log import PERPLEXITY, RunLog
+from qat.train.losses import LOSSES
 from qat.train.validation import Texts, perplexities
 
 SETTINGS, CHECKPOINTS, LOG, TENSORBOARD, FINAL = "settings.json", "checkpoints", "log.jsonl", "tensorboard", "final"
@@ -39,8 +41,7 @@ class TrainConfig:
     """How the student learns: AdamW without weight decay, by single sequences. The defaults are the paper's.
 
     Args:
-        loss: logits (cross-entropy with the teacher's distribution: the paper's choice), label (with the next token),
-            logits+hidden or logits+attention (its comparison: hidden states or attention maps are matched too)
+        loss: what the student minimises
         steps: optimizer steps; 0 for one pass over the data
         lr: peak learning rate
         warmup_steps: steps of linear warm-up before the cosine
@@ -58,7 +59,7 @@ class TrainConfig:
         seed: of the order of the data
     """
 
-    loss: str = "logits"
+    loss: str = choice("logits", lambda: LOSSES)
     steps: int = 0
     lr: float = 2e-5
     warmup_steps: int = 0
@@ -75,7 +76,7 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_choice(self, loss=LOSSES)
+        check_choices(self)
         check_least(self, steps=0, warmup_steps=0, min_lr_ratio=0, gradient_clipping=0, max_loss_ratio=0, peak_flops=0)
         check_least(self, batch_size=1, save_every=1, keep=1, eval_every=1)
         if not 0 < self.lr < 1:
@@ -125,6 +126,7 @@ def train(
         while state.step < config.steps and not stopped:
             figures, stopped = take_step(student, teacher, data, config, state, stop)
             check_sane(figures, config, state, run / CHECKPOINTS)
+            update_average(state, figures["loss"])
             last = state.step == config.steps
             due = state.step // config.eval_every > state.measured // config.eval_every
             if held_out and (last or (due and not stopped)):  # who is told to stop saves first, and measures later
@@ -214,5 +216,9 @@ def check_sane(figures: dict[str, float], config: TrainConfig, state: TrainState
             f"At step {state.step} the loss is {loss:.3g}, more than max_loss_ratio={config.max_loss_ratio:g} times "
             f"its average of {state.average_loss:.3g}. {advice}"
         )
+
+
+def update_average(state: TrainState, loss: float) -> None:
+    """Take the loss of the step that was just taken into the running average that ``check_sane`` compares with."""
     weight = max(1 / state.step, 1 / _STEPS_BEFORE_JUDGING)
     state.average_loss += weight * (loss - state.average_loss)

@@ -3,7 +3,7 @@
 A folder of ``targets-*.safetensors``, each for some consecutive sequences of a shard folder, in one of two forms:
 
 * the k most likely tokens of every position: ``ids`` int32 [tokens, k] and ``log_probabilities`` fp16 [tokens, k],
-  6 k bytes a token; see distill.TopKTargets for what becomes of the rest;
+  6 k bytes a token; ``Loss.top_k`` says what becomes of the rest;
 * the final hidden states: ``hidden`` [tokens, hidden] in the dtype that the teacher computes in, and its output weight
   once, in ``head.safetensors``. Nothing is lost.
 
@@ -22,6 +22,7 @@ from qat.data.sequences import Sample
 from qat.runtime.errors import UserError, differences
 from qat.runtime.files import load_tensors, save_tensors, write_atomically, writing
 from qat.train.distill import CHUNK_TOKENS, TeacherTargets, TopKTargets
+from qat.train.losses import LOSSES
 
 SEQUENCES_PER_FILE = 256
 
@@ -29,10 +30,14 @@ _HEAD = "head.safetensors"
 
 
 class TeacherCache:
-    """The folder. ``settings`` are what its content depends on: the teacher, the data, and ``top_k``."""
+    """The folder. ``settings`` are what its content depends on: the teacher, the data, and ``top_k``.
 
-    def __init__(self, directory: Path):
-        self.directory = directory
+    Args:
+        loss: the name in LOSSES of what is computed from the targets that are read
+    """
+
+    def __init__(self, directory: Path, loss: str = "logits"):
+        self.directory, self.loss = directory, loss
         self._head: Tensor | None = None
 
     def claim(self, settings: dict[str, object]) -> None:
@@ -54,6 +59,14 @@ class TeacherCache:
         made_with = self.fingerprint()
         if listed := differences({key: made_with.get(key) for key in settings}, settings):
             raise UserError(f"{self.directory} was made with other settings ({listed}): make a cache for these.")
+
+    def check_loss(self) -> None:
+        """Raise UserError if the folder keeps only the most likely tokens, and the loss needs them all."""
+        if (top_k := self.fingerprint()["top_k"]) and not LOSSES[self.loss].takes_top_k:
+            raise UserError(
+                f"loss={self.loss} needs the teacher's whole distribution, and {self.directory} has its {top_k} most "
+                "likely tokens: make a cache with launch/cache_teacher.py --top_k 0."
+            )
 
     def fingerprint(self) -> dict[str, object]:
         """The settings that the folder was made with."""
@@ -95,10 +108,10 @@ class TeacherCache:
         if last - first != sample.input_ids.shape[1] - 1:
             raise UserError(f"{path} does not belong to the data: sequence {sample.sequence} has another length there.")
         if "ids" in entry:
-            return TopKTargets(entry["ids"], entry["log_probabilities"])
+            return TopKTargets(entry["ids"], entry["log_probabilities"], LOSSES[self.loss])
         if self._head is None:
             self._head = load_tensors(self.directory / _HEAD)["weight"].to(device)
-        return TeacherTargets(entry["hidden"], lambda: nullcontext(self._head))  # type: ignore[arg-type]
+        return TeacherTargets(entry["hidden"], lambda: nullcontext(self._head), LOSSES[self.loss])  # type: ignore[arg-type]
 
     def _save(self, tensors: dict[str, Tensor], path: Path) -> None:
         partial = path.with_suffix(".partial")

@@ -1,0 +1,104 @@
+"""What a loss is.
+
+The student's logits [tokens, vocabulary] exist only for a chunk of tokens at a time. A loss is given them, and what
+they are compared with, and puts their gradient in their place: qat/train/distill.py contracts it at once with the
+output weight and the hidden states. What a loss compares besides, in between the embedding and the output layer, is an
+``extra`` term, which autograd differentiates.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qat.quant.forward import run
+from qat.quant.kv_cache import AttentionRecord, attend
+
+ChunkLoss = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+"""``Loss.chunk`` or ``Loss.top_k`` without its first arguments: N, and the student's logits of a chunk."""
+
+
+@dataclass(frozen=True)
+class Records:
+    """What was recorded of a model's forward pass for ``Loss.extra``.
+
+    Args:
+        hidden_states: [1, tokens, hidden] in front of every layer and behind the last; empty unless the loss needs them
+        attention: of every layer; None unless the loss needs it
+    """
+
+    hidden_states: tuple[Tensor, ...] = ()
+    attention: AttentionRecord | None = None
+
+
+class Loss(ABC):
+    """What the student minimises, the mean over the predicted tokens of a sequence. A subclass says:
+
+    Attributes:
+        meaning: half a sentence for ``--help``
+        needs_teacher: whether a teacher runs; if not, the targets are the text's own next tokens
+        needs_hidden_states: whether teacher and student record their hidden states
+        needs_attention: whether they record their attention
+        takes_top_k: whether ``top_k`` is there, for a cache of the teacher's most likely tokens
+    """
+
+    meaning: str
+    needs_teacher: bool = True
+    needs_hidden_states: bool = False
+    needs_attention: bool = False
+    takes_top_k: bool = False
+
+    @abstractmethod
+    def chunk(self, target: Tensor, tokens: int, student_logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the loss of a chunk, and overwrite ``student_logits`` by the gradient of loss / ``tokens``.
+
+        Args:
+            target: the teacher's logits [chunk, vocabulary]; without a teacher the next tokens [chunk]
+            tokens: N, of the whole sequence
+            student_logits: [chunk, vocabulary]; no other tensor of their size needs to live on
+
+        Returns:
+            the loss, and the figure that the log calls ``kl``: scalars, summed over the chunk, in fp32 at least
+        """
+
+    def top_k(
+        self, ids: Tensor, log_probabilities: Tensor, tokens: int, student_logits: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``chunk``, where only the teacher's k most likely tokens [chunk, k] are known, with their
+        log-probabilities [chunk, k]."""
+        raise NotImplementedError
+
+    def extra(self, student: Records, teacher: Records) -> Tensor | float:
+        """Compute what is added to the loss, from what both models recorded: a scalar with a graph to the student."""
+        return 0.0
+
+    @property
+    def needs_records(self) -> bool:
+        """Whether there is an extra term: no teacher cache holds what it is made from."""
+        return self.needs_hidden_states or self.needs_attention
+
+    def make_recordable(self, model: PreTrainedModel) -> None:
+        """Let ``model`` attend by qat's attention function, which records, if the loss needs that."""
+        if self.needs_attention:
+            attend(model)
+
+    def run(self, model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, Records]:
+        """Run ``model`` over one sequence [1, tokens]: the final hidden states [tokens - 1, hidden] that predict a
+        token of it, and what the loss needs recorded."""
+        attention = AttentionRecord() if self.needs_attention else None
+        hidden, hidden_states = run(model, input_ids, attention, self.needs_hidden_states)
+        return hidden, Records(hidden_states, attention)
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Compute log-probabilities in fp32 at least, by their definition: fused, only the sums need a pass of their own,
+    and nothing large is stored."""
+    logits = logits.to(at_least_fp32(logits.dtype))
+    return logits - torch.logsumexp(logits, -1, keepdim=True)
+
+
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

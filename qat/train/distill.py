@@ -71,7 +71,7 @@ class TeacherTargets(Targets):
     @torch.no_grad()
     def of(cls, teacher: PreTrainedModel, input_ids: Tensor) -> "TeacherTargets":
         """What ``teacher``, which is not sharded, predicts after each token but the last of input_ids [1, tokens]."""
-        return cls(predicting(teacher, input_ids), lambda: nullcontext(teacher.lm_head.weight))
+        return cls(predicting(teacher, input_ids), lambda: nullcontext(output_layer(teacher).weight))
 
     def logits(self, tokens: int) -> Iterator[Tensor]:
         """The teacher's logits [up to ``tokens``, vocabulary], chunk by chunk."""

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, PretrainedConfig
 from launch import cli
 from qat import ds_json, models, plan
 from qat.errors import UserError
-from qat.model_folder import read_config, without_weights
+from qat.model_folder import check_runs, read_config, without_weights
 from qat.plan import Machine, Plan
 
 LLAMA = {
@@ -95,7 +95,7 @@ def config_of(model: str) -> PretrainedConfig:
         config = read_config(name)
     except UserError as error:
         raise UserError(f"{error} Without a model: {', '.join(LLAMA)}.") from error
-    without_weights(config, Path(name))
+    check_runs(without_weights(config, Path(name)), Path(name))
     return config
 
 

@@ -85,6 +85,17 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is damaged ({error}): copy it again, or write it anew.") from error
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of ours; raises UserError if it is damaged."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise UserError(f"{path} is damaged ({error}): copy it again, or write it anew.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged (it holds no JSON object): copy it again, or write it anew.")
+    return content
+
+
 def read_lines(path: Path) -> list[Any]:
     """The values of a file with one JSON value a line; a last line that a kill left unfinished is left out."""
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

@@ -12,11 +12,18 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qat import formats
-from qat.errors import UserError, first_line
+from qat.errors import UserError, in_one_line
 from qat.machine import device
 from qat.model_folder import ModelFolder, check_finite, quantization_of, read_config
 from qat.prepare import CONFIG_FILE
@@ -79,7 +86,10 @@ def positions(name: str) -> int:
 
 def _download(name: str) -> str:
     try:
-        return snapshot_download(name, allow_patterns=_PATTERNS, ignore_patterns=["consolidated*"])
+        found = snapshot_download(name, allow_patterns=_PATTERNS, ignore_patterns=["consolidated*"])
+        if not any(Path(found).glob("*.safetensors")):  # older models have PyTorch's format alone, others both
+            found = snapshot_download(name, allow_patterns=[*_PATTERNS, "pytorch_model*.bin"])
+        return found
     except (OSError, ValueError) as error:  # no such name, no such model, or no way to the hub
         raise UserError(
             f"There is no model at {name!r}, and the hub gives none: give a Hugging Face directory, a hub name "
@@ -132,8 +142,26 @@ def inference_dtype() -> torch.dtype:
 def load_tokenizer(name: str) -> Tokenizer:
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"The tokenizer of {name} cannot be read: {first_line(error)}") from error
+    except Exception as error:  # damaged files fail wherever transformers first uses what they say
+        raise UserError(f"The tokenizer of {name} cannot be read: {in_one_line(error)}") from error
+
+
+def load_generation_config(directory: str) -> GenerationConfig:
+    """How the model in ``directory`` wants to generate: its generation_config.json, or else what its config says.
+
+    Raises UserError if that cannot be read, or names ends of text that are no token ids.
+    """
+    file = Path(directory) / "generation_config.json"
+    if not file.exists():
+        return GenerationConfig.from_model_config(read_config(directory))
+    try:
+        found = GenerationConfig.from_pretrained(directory)
+    except Exception as error:  # as in load_tokenizer
+        raise UserError(f"{file} cannot be read: {in_one_line(error)}") from error
+    ends = found.eos_token_id
+    if not all(type(end) is int for end in (ends if isinstance(ends, list) else [ends]) if end is not None):
+        raise UserError(f"{file} has eos_token_id={ends!r}: give a token id, or a list of them.")
+    return found
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:

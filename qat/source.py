@@ -5,7 +5,6 @@ launch/quantize.py writes), or one of a run's ZeRO-3 checkpoints, of any number 
 """
 
 import contextlib
-import json
 import logging
 import sys
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel
 
 from qat import manifest, models, progress
 from qat.errors import UserError
-from qat.files import read_lines
+from qat.files import read_json, read_lines
 from qat.model_folder import (
     HEAD,
     PTQ_RECORD,
@@ -80,7 +79,7 @@ class Student:
     def ptq_method(self) -> str:
         """The method of launch/quantize.py that made it; empty for a trained student."""
         file = self.path / PTQ_RECORD
-        return json.loads(file.read_text()).get("method", "") if file.is_file() else ""
+        return read_json(file).get("method", "") if file.is_file() else ""
 
     def weights(self) -> Iterator[tuple[str, Tensor | Quantized]]:
         """Name and tensor of each weight, one at a time; those that are quantized as codes and grid.
@@ -170,7 +169,7 @@ def _of_checkpoint(path: Path, model: str | None) -> Student:
 
 def _run_settings(run: Path) -> dict[str, Any]:
     path = run / _RUN_SETTINGS
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _gathered(checkpoint: Path, model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from qat.data import Sample
 from qat.distill import CHUNK_TOKENS, TeacherTargets, TopKTargets
 from qat.errors import UserError, differences
-from qat.files import load_tensors, save_tensors, write_atomically, writing
+from qat.files import load_tensors, read_json, save_tensors, write_atomically, writing
 
 SEQUENCES_PER_FILE = 256
 
@@ -57,7 +57,7 @@ class TeacherCache:
 
     def fingerprint(self) -> dict[str, object]:
         """The settings that the folder was made with."""
-        return json.loads((self.directory / "manifest.json").read_text())
+        return read_json(self.directory / "manifest.json")
 
     def path(self, number: int) -> Path:
         """The file of sequences ``number * SEQUENCES_PER_FILE`` and on."""

@@ -22,7 +22,7 @@ from qat.model_folder import ModelFolder
 from qat.prepare import CONFIG_FILE, GRIDS_FILE, STEPS_FILE, QuantConfig
 from qat.ptq import layerwise, rtn
 from qat.ptq.calibrate import Stream
-from qat.weight_files import INDEX, weight_files
+from qat.weight_files import BIN, BIN_INDEX, INDEX, weight_files
 
 WEIGHTS = "model.safetensors"
 FULL = QuantConfig(16, 16, 16)
@@ -83,6 +83,33 @@ def named_in_the_config(folder: Path) -> None:
     edit(folder / "config.json", transformers_weights="other.safetensors")
 
 
+def in_bin(folder: Path) -> None:
+    """PyTorch's own format, as LLaMA-1 came: two weights of one memory."""
+    weights = load_file(folder / WEIGHTS)
+    embedding = weights["model.embed_tokens.weight"]
+    joint = torch.cat([weights["lm_head.weight"], embedding])
+    weights |= {"lm_head.weight": joint[: len(embedding)], "model.embed_tokens.weight": joint[len(embedding) :]}
+    torch.save(weights, folder / BIN)
+    (folder / WEIGHTS).unlink()
+
+
+def in_bins(folder: Path) -> None:
+    """In two files, one of them in the format before PyTorch 1.6."""
+    names = list(weights := load_file(folder / WEIGHTS))
+    parts = {"pytorch_model-1.bin": names[:9], "pytorch_model-2.bin": names[9:]}
+    for file, held in parts.items():
+        old = {"_use_new_zipfile_serialization": file != "pytorch_model-1.bin"}
+        torch.save({name: weights[name] for name in held}, folder / file, **old)
+    weight_map = {name: file for file, held in parts.items() for name in held}
+    (folder / BIN_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / WEIGHTS).unlink()
+
+
+def beside_bin(folder: Path) -> None:
+    """Another model's: transformers reads model.safetensors."""
+    torch.save({name: weight * 2 for name, weight in load_file(folder / WEIGHTS).items()}, folder / BIN)
+
+
 TIED = {"tie_word_embeddings": True}
 SOUND = {
     "odd": (odd, {}),
@@ -93,6 +120,9 @@ SOUND = {
     "stale index": (stale_index, {}),
     "named in the config": (named_in_the_config, {}),
     "null quantization": (lambda folder: edit(folder / "config.json", quantization_config=None), {}),
+    "PyTorch's format": (in_bin, {}),
+    "PyTorch's format in two files": (in_bins, {}),
+    "PyTorch's format beside": (beside_bin, {}),
     "half precision": (lambda folder: change_weights(folder, lambda w: {n: t.half() for n, t in w.items()}), {}),
 }
 
@@ -162,7 +192,22 @@ def twice(folder: Path) -> None:
     names = list(load_file(folder / WEIGHTS))
     (folder / WEIGHTS).rename(folder / "one.safetensors")
     weight_map = dict.fromkeys(names, "one.safetensors") | {names[0]: "more.safetensors"}
-    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def bin_cut_short(folder: Path) -> None:
+    in_bin(folder)
+    os.truncate(folder / BIN, 5000)
+
+
+class Planted:
+    def __reduce__(self):
+        return print, ("run",)
+
+
+def with_code(folder: Path) -> None:
+    torch.save(load_file(folder / WEIGHTS) | {"planted": Planted()}, folder / BIN)
+    (folder / WEIGHTS).unlink()
 
 
 def no_index(folder: Path) -> None:
@@ -186,8 +231,10 @@ UNSOUND = {
         "stores lm_head.weight as I8",
     ),
     "cut short": (cut_short, "is damaged"),
+    "PyTorch's format cut short": (bin_cut_short, "pytorch_model.bin is damaged"),
+    "code": (with_code, "would run code (print)"),
     "twice": (twice, "twice, in more.safetensors and in one.safetensors"),
-    "no index": (no_index, "no weights in the safetensors format (model.safetensors, or"),
+    "no index": (no_index, "has no weights (model.safetensors or model.safetensors.index.json or pytorch_model.bin or"),
     "field": (lambda f: edit(f / "config.json", vocab_size="many"), "'vocab_size' expected int, got str"),
     "padding": (lambda f: edit(f / "config.json", pad_token_id=300), "describes no model: Padding_idx must be within"),
     "not finite": (
@@ -224,14 +271,17 @@ def test_transformers_reads_the_same_files(folder):
     """The rule is written here once more: when transformers changes it, this says so."""
     from transformers.modeling_utils import _get_resolved_checkpoint_files
 
-    for change in (lambda _: None, stale_index, named_in_the_config):
+    sound = shutil.copytree(folder, folder.with_name("sound"))
+    for change in (lambda _: None, beside_bin, stale_index, named_in_the_config, in_bins, in_bin):
+        shutil.rmtree(folder)
+        shutil.copytree(sound, folder)
         change(folder)
         named = json.loads((folder / "config.json").read_text()).get("transformers_weights")
         theirs, _ = _get_resolved_checkpoint_files(
             str(folder), variant=None, gguf_file=None, use_safetensors=None, user_agent={}, is_remote_code=False,
             transformers_explicit_filename=named,
         )  # fmt: skip
-        assert [str(file) for file in weight_files(folder)] == theirs
+        assert [str(file) for file in weight_files(folder)] == ([theirs] if isinstance(theirs, str) else theirs)
 
 
 def test_what_lies_beside_the_weights_is_accounted_for_too(folder, tmp_path):

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from qat import progress
 from qat.errors import UserError, differences
-from qat.files import load_tensors, save_tensors, write_atomically, writing
+from qat.files import load_tensors, read_json, save_tensors, write_atomically, writing
 from qat.model_folder import PTQ_RECORD, ModelFolder, write_companions
 from qat.prepare import GRIDS_FILE, QuantConfig, load_grids, save_grids
 from qat.ptq.calibrate import Stream, Weights
@@ -32,7 +32,7 @@ def is_complete(output: Path, settings: dict[str, Any]) -> bool:
         return False
     if not (output / PTQ_RECORD).is_file():
         raise UserError(f"{output} is there already, and no post-training method made it: give another folder.")
-    if listed := differences(json.loads((output / PTQ_RECORD).read_text()), settings):
+    if listed := differences(read_json(output / PTQ_RECORD), settings):
         raise UserError(f"{output} is there already, made with other settings ({listed}): give another folder.")
     return True
 
@@ -52,7 +52,7 @@ def appearing(source: ModelFolder, output: Path, quant: QuantConfig, settings: d
     with writing(partial):
         partial.mkdir(parents=True, exist_ok=True)
     if (partial / PTQ_RECORD).is_file():
-        if listed := differences(json.loads((partial / PTQ_RECORD).read_text()), settings):
+        if listed := differences(read_json(partial / PTQ_RECORD), settings):
             raise UserError(
                 f"{partial} holds an unfinished run of other settings ({listed}): give another --output, or delete it."
             )

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from datagen import heldout, taskdata
 from launch import cli
-from qat import harness, loading, models, ranks, served, source
+from qat import harness, loading, models, ranks, served
 from qat.errors import UserError, check_choice, check_least, differences
 from qat.evaluate import TextScore, WindowScore, score_windows, text_windows
 from qat.files import write_atomically, writing
@@ -85,7 +85,7 @@ def main() -> None:
     rtn = evaluation.method == "rtn"
     name = models.resolve_full_precision(evaluation.model) if rtn else models.resolve(evaluation.model)
     teacher_name = models.resolve_full_precision(evaluation.teacher) if evaluation.teacher else None
-    stored = source.read_quant(Path(name)) if (Path(name) / CONFIG_FILE).is_file() else None
+    stored = QuantConfig.load(Path(name)) if (Path(name) / CONFIG_FILE).is_file() else None
     rounded = quant if rtn else stored
     if quant not in (QuantConfig(), rounded):
         raise UserError(

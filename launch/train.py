@@ -20,7 +20,7 @@ from qat.data import Sample, TrainingData
 from qat.distill import Targets
 from qat.errors import UserError, check_least, differences
 from qat.evaluate import text_windows
-from qat.files import lock, write_atomically, writing
+from qat.files import lock, using, write_atomically, writing
 from qat.linear import ARITHMETIC
 from qat.machine import be_deterministic, device, local_ranks
 from qat.model_folder import ModelFolder, read_config, shapes, skeleton
@@ -238,8 +238,10 @@ def open_folder(output: Path, settings: dict[str, Any]) -> None:
             lock(output)
     path = output / SETTINGS
     if path.exists():
-        started = json.loads(path.read_text())["settings"]
-        if (began_with := arithmetic_of(started, output)) != ARITHMETIC:
+        started = source.run_settings(output)["settings"]
+        with using(path):
+            began_with = arithmetic_of(started, output)
+        if began_with != ARITHMETIC:
             raise UserError(
                 f"{output} was begun by a version that computed otherwise ({began_with}; now {ARITHMETIC}), and would "
                 "not go on with the same losses: finish it with that version, or give another --output."

@@ -10,7 +10,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from qat import formats, models, source
 from qat.errors import UserError
-from qat.model_folder import ModelFolder, quantization_of
+from qat.model_folder import ModelFolder, quantization_of, shapes
 from qat.prepare import CONFIG_FILE, QuantConfig, load_steps, prepare, quant_linears
 from qat.products import speed_up
 from qat.quantizers import Quantized, dequantize
@@ -70,7 +70,17 @@ def read(path: Path) -> tuple[QuantConfig, torch.dtype, Weights]:
         student = source.find(path)
         return student.quant, student.dtype, student.weights()
     folder = ModelFolder.read(path)
-    return source.read_quant(path), folder.dtype, formats.decode(folder.tensors(), config)
+    return QuantConfig.load(path), folder.dtype, _decoded(folder, config)
+
+
+def _decoded(folder: ModelFolder, config: dict[str, Any]) -> Weights:
+    """The weights of an export; raises UserError for one whose stored shape is not the model's."""
+    expected = shapes(folder.skeleton())
+    for name, weight in formats.decode(folder.tensors(), config):
+        shape = weight.codes.shape if isinstance(weight, Quantized) else weight.shape
+        if shape != expected[name]:
+            raise UserError(f"{folder.directory} is damaged: {name} says that it is {list(shape)}. Copy it again.")
+        yield name, weight
 
 
 def _quantization_config(path: Path) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qat import formats
 from qat.errors import UserError, first_line, in_one_line
-from qat.files import read_json, writing
+from qat.files import read_json, using, writing
 from qat.prepare import CONFIG_FILE, SUPPORTED_MODEL_TYPES, quantizable_linears
 from qat.weight_files import BIN_INDEX, FLOATS, INDEX, Stored, read, stored_tensors
 
@@ -119,7 +119,8 @@ class ModelFolder:
         check_runs(model, directory)
         expected = kinds(model)
         if quantization := quantization_of(directory):
-            expected = _encoded(expected, model, quantization)
+            with using(directory / "config.json"):
+                expected = _encoded(expected, model, quantization)
         if config.tie_word_embeddings and (head := named.pop(HEAD, None)):
             named.setdefault(_EMBEDDING, head)  # two names of one weight
         ignored = re.compile("|".join((r"rotary_emb\.inv_freq", *(model._keys_to_ignore_on_load_unexpected or ()))))
@@ -150,7 +151,8 @@ class ModelFolder:
         """What a model that is made from this one takes over, by the files' names: config, generation config and
         tokenizer."""
         files = {file for pattern in _COMPANIONS for file in self.directory.glob(pattern)}
-        contents = {file.name: file.read_bytes() for file in sorted(files) if file.name not in _OF_THE_WEIGHTS}
+        own = [file for file in sorted(files) if file.is_file() and file.name not in _OF_THE_WEIGHTS]
+        contents = {file.name: file.read_bytes() for file in own}
         settings = json.loads(contents["config.json"])
         settings.pop("transformers_weights", None)
         settings["tie_word_embeddings"] = self.config.tie_word_embeddings
@@ -262,7 +264,8 @@ def without_weights(config: PreTrainedConfig, directory: Path) -> PreTrainedMode
 def check_runs(model: PreTrainedModel, directory: Path) -> None:
     """Raise UserError if a model without weights, of ``directory``, cannot compute: shapes that do not fit, or settings
     that transformers stumbles over where it uses them."""
-    config, rope = model.config, model.base_model.rotary_emb
+    rope: Any = model.base_model.rotary_emb
+    config = model.config
     layers = config.num_hidden_layers
     try:
         # What RoPE does may depend on the positions, which meta tensors do not have.

@@ -102,9 +102,15 @@ def load(name: str, dtype: torch.dtype | str, **how: Any) -> PreTrainedModel:
 
     ``how`` goes to ``from_pretrained``. Raises UserError if its weights are not those of its config, or not finite.
     """
-    if not _of_others(Path(name)):
+    foreign = _of_others(Path(name))
+    if not foreign:
         how["config"] = ModelFolder.read(Path(name)).config
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa", **how).eval()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa", **how).eval()
+    except Exception as error:
+        if not foreign:
+            raise
+        raise UserError(f"{name} is quantized, and transformers cannot load it: {in_one_line(error)}") from error
     for weight, parameter in model.named_parameters():
         check_finite(weight, _held(parameter), name)
     return model

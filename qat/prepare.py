@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 
 from qat import kv_cache
 from qat.errors import UserError, check_choice
-from qat.files import load_tensors, save_tensors, writing
+from qat.files import load_tensors, read_json, save_tensors, writing
 from qat.linear import InputQuantizer, QuantLinear
 from qat.quantizers import FULL_PRECISION, Format, Grid, lsq_initial_step
 
@@ -109,11 +110,17 @@ class QuantConfig:
 
     @classmethod
     def load(cls, directory: Path) -> "QuantConfig":
-        path = directory / CONFIG_FILE
-        values = json.loads(path.read_text())
-        unknown = set(values) - {field.name for field in fields(cls)}
-        if unknown:
+        return cls.of(read_json(directory / CONFIG_FILE), directory / CONFIG_FILE)
+
+    @classmethod
+    def of(cls, values: dict[str, Any], path: Path) -> "QuantConfig":
+        """The settings that the file at ``path`` holds; raises UserError if it was damaged, or of another version."""
+        kinds = {field.name: type(field.default) for field in fields(cls)}
+        if unknown := values.keys() - kinds:
             raise UserError(f"{path} has unknown settings {sorted(unknown)}: it was written by another version.")
+        for name, value in values.items():
+            if type(value) is not kinds[name]:
+                raise UserError(f"{path} is damaged ({name} is {value!r}): copy it again, or write it anew.")
         return cls(**values)
 
 
@@ -174,10 +181,13 @@ def load_steps(model: nn.Module, directory: Path) -> None:
     if not (directory / STEPS_FILE).is_file():
         raise UserError(f"{directory} is incomplete: a_quantizer=lsq has learned steps, and {STEPS_FILE} is missing.")
     steps = load_tensors(directory / STEPS_FILE)
-    if without := linears.keys() - {name.removesuffix(STEP_SUFFIX) for name in steps}:
+    if without := {name + STEP_SUFFIX for name in linears} - steps.keys():
         raise UserError(f"{directory} is incomplete: {STEPS_FILE} lacks {min(without)}. Copy it again.")
     for name, linear in linears.items():
-        linear.input_step.copy_(steps[name + STEP_SUFFIX])  # type: ignore[union-attr]
+        step = steps[name + STEP_SUFFIX]
+        if step.shape != linear.input_step.shape or not (step > 0).all():  # type: ignore[union-attr]
+            raise UserError(f"{directory / STEPS_FILE} is damaged: {name} has no step that is possible. Copy it again.")
+        linear.input_step.copy_(step)  # type: ignore[union-attr]
 
 
 def save_grids(grids: dict[str, Grid], path: Path) -> None:

@@ -9,11 +9,11 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from qat.errors import UserError, in_one_line
-from qat.files import read_json, save_tensors, writing
+from qat.errors import UserError
+from qat.files import read_json, save_tensors, using, writing
 from qat.pickles import would_run
 from qat.prepare import GRIDS_FILE, STEPS_FILE
 
@@ -59,13 +59,11 @@ def weight_files(directory: Path) -> list[Path]:
         raise UserError(f"{directory} has no weights ({' or '.join(choices)}): put them there, or save the model anew.")
     if opened.suffix != ".json":
         return [opened]
-    try:
-        index = read_json(opened)
+    index = read_json(opened)
+    with using(opened):
         dict(index["metadata"])  # transformers adds to it
         names = sorted(set(index["weight_map"].values()))
         missing = [name for name in names if not (directory / name).is_file()]
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
-        raise _damaged(opened, error) from error
     if missing:
         raise UserError(f"{directory} is incomplete: the weight file {missing[0]} is missing.")
     return [directory / name for name in names]
@@ -140,10 +138,8 @@ def _headers(file: Path) -> Iterator[Stored]:
 
 
 def _opened(file: Path) -> safe_open:
-    try:
+    with using(file):
         return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise _damaged(file, error) from error
 
 
 def _unpickled(file: Path) -> dict[str, Tensor]:
@@ -151,19 +147,16 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
 
     Raises UserError for a file that is damaged, or asks for code to be run.
     """
-    try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:  # of many kinds: the bytes say what is called with what
-        if code := would_run(error):
-            raise UserError(f"{file} is refused: it would run code ({code}). Give a copy that you trust.") from error
-        raise _damaged(file, error) from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise _damaged(file, TypeError("it holds more than tensors by their names"))
+    with using(file):
+        try:
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        except Exception as error:  # of many kinds: the bytes say what is called with what
+            if code := would_run(error):
+                raise UserError(f"{file} is refused: it would run code ({code}). Give one that you trust.") from error
+            raise ValueError(error) from error
+        if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise TypeError("it holds more than tensors by their names")
     return tensors
-
-
-def _damaged(file: Path, error: Exception) -> UserError:
-    return UserError(f"{file} is damaged ({in_one_line(error)}): copy it again, or write it anew.")
 
 
 def _file_name(number: int, files: int) -> str:

@@ -39,8 +39,8 @@ _PATTERNS = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"]
 def resolve(name: str) -> str:
     """The directory of the model ``name``: a Hugging Face directory, a hub name, or EMBEDDED.
 
-    Raises UserError, before anything heavy is loaded, if it is not there, of an unsupported architecture, or if its
-    weights are not those of its config.
+    Raises UserError, before anything heavy is loaded, if it is not there, of an unsupported architecture, damaged, or
+    if its weights are not those of its config.
     """
     if name == EMBEDDED:
         return str(extract_embedded(Path("runs/models") / EMBEDDED))
@@ -48,6 +48,7 @@ def resolve(name: str) -> str:
     if not (Path(directory) / "config.json").is_file():
         raise UserError(f"{name} is not a model directory: it has no config.json. Give a Hugging Face directory.")
     read_config(directory)
+    load_generation_config(directory)
     if not _of_others(Path(directory)):
         ModelFolder.read(Path(directory))
     return directory

@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 import qat
 from qat import export, loading, models, source
 from qat.errors import UserError
-from qat.export import FAKE
+from qat.export import FAKE, PACKED
 from qat.model_folder import ModelFolder
 from qat.prepare import CONFIG_FILE, GRIDS_FILE, STEPS_FILE, QuantConfig
 from qat.ptq import layerwise, rtn
 from qat.ptq.calibrate import Stream
-from qat.weight_files import BIN, BIN_INDEX, INDEX, weight_files
+from qat.weight_files import BIN, BIN_INDEX, INDEX, stored_tensors, weight_files
 
 WEIGHTS = "model.safetensors"
 FULL = QuantConfig(16, 16, 16)
@@ -161,6 +161,24 @@ def test_every_way_computes_what_transformers_computes(trait, tmp_path):
     export.export(source.find(tmp_path / "rtn"), tmp_path / "export", FAKE)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32)
     assert torch.equal(exported(tokens).logits, expected)
+
+
+@pytest.mark.parametrize("trait", ["own head", "head equal to the embedding"])
+@pytest.mark.parametrize("form", [PACKED, FAKE])
+def test_an_export_says_whether_its_head_is_its_own(trait, form, tmp_path):
+    """By config.json vLLM and transformers read one; transformers reads the same model from it."""
+    change, config = SOUND[trait]
+    model = tmp_path / "model"
+    tiny_model(**({"tie_word_embeddings": False} | config)).save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    change(model)
+    QuantConfig(8, 16, 16).save(model)
+    export.export(source.find(model), tmp_path / "export", form)
+    says = json.loads((tmp_path / "export" / "config.json").read_text())["tie_word_embeddings"]
+    assert says == ("lm_head.weight" not in stored_tensors(tmp_path / "export")) == (trait != "own head")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32, attn_implementation="sdpa")
+    ours = loading.load(str(model), torch.float32)
+    torch.testing.assert_close(theirs(ids(ours)).logits, ours(ids(ours)).logits, atol=1e-3, rtol=1e-3)
 
 
 def unchanged(stream, weights):

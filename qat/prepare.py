@@ -183,6 +183,8 @@ def load_steps(model: nn.Module, directory: Path) -> None:
     steps = load_tensors(directory / STEPS_FILE)
     if without := {name + STEP_SUFFIX for name in linears} - steps.keys():
         raise UserError(f"{directory} is incomplete: {STEPS_FILE} lacks {min(without)}. Copy it again.")
+    if strange := steps.keys() - {name + STEP_SUFFIX for name in linears}:
+        raise UserError(f"{directory / STEPS_FILE} does not fit the model, which has no {min(strange)}. Copy it again.")
     for name, linear in linears.items():
         step = steps[name + STEP_SUFFIX]
         if step.shape != linear.input_step.shape or not (step > 0).all():  # type: ignore[union-attr]

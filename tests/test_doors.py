@@ -327,7 +327,7 @@ def student(model) -> Path:
     quant.save(directory)
     layers = {name.removesuffix(".weight"): w for name, w in load_file(directory / WEIGHTS).items() if "_proj" in name}
     save_grids({name: quantize(w, quant.weights).grid for name, w in layers.items()}, directory / GRIDS_FILE)
-    save_steps({f"{name}.input_step": torch.ones(()) for name in layers}, directory)
+    save_steps({f"{name}.input_step": torch.ones(1) for name in layers}, directory)
     (directory / layerwise.PTQ_RECORD).write_text('{"method": "gptq"}')
     assert logits(loading.load(str(directory), torch.float32)).isfinite().all()
     return directory
@@ -353,7 +353,7 @@ def test_a_student_is_read_whole_or_refused(student, damage):
         damage_tensors(folder / file, how)
     with torch.no_grad():
         was_refused = refused(lambda path: logits(loading.load(str(path), torch.float32)), folder)
-    assert was_refused or how in QuantConfig.__dataclass_fields__ or more[0] >= 0
+    assert was_refused or more  # bits may be other bits, and bytes other numbers
 
 
 RECORDS = st.sampled_from(
@@ -372,7 +372,7 @@ def test_records_of_runs_and_caches_are_read_or_refused(model, text):
         (folder / name).write_text(text)
     for read in (
         lambda path: source.find(path / "checkpoints" / "step-1", str(model)),
-        lambda path: train.open_folder(path, {}),
+        lambda path: train.open_folder(path, dict.fromkeys(train.CHANGES_NO_RESULT)),
         lambda path: train.TrainingData(path, tiny_tokenizer(), 0),
         lambda path: TeacherCache(path).check({"teacher": "x"}),
         lambda path: layerwise.is_complete(path, {"method": "x"}),

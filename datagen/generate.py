@@ -8,13 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from datagen import sampling
 from datagen.decoder import Decoder
 from qat.data.shards import Sequence
 from qat.runtime.errors import UserError, check_choice, check_least
+from qat.store.model_folder import read_config
+from qat.store.models import load_generation_config
 
 ENGINES = ("torch", "vllm")
 
@@ -98,17 +100,14 @@ class Vocabulary:
     @classmethod
     def of(cls, tokenizer: Tokenizer, directory: str) -> "Vocabulary":
         """Of the model in ``directory``, which says what ends a sequence."""
-        model = AutoConfig.from_pretrained(directory)
         special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-        try:
-            stop = GenerationConfig.from_pretrained(directory).eos_token_id
-        except OSError:  # a model without the file
-            stop = model.eos_token_id
+        stop = load_generation_config(directory).eos_token_id
         if stop is None or stop == []:
             stop = tokenizer.eos_token_id
+        known = read_config(directory).vocab_size
         prefix = [i for i in tokenizer("").input_ids if i == tokenizer.bos_token_id]
         return cls(
-            start=sorted(i for i in set(tokenizer.get_vocab().values()) - special if i < model.vocab_size),
+            start=sorted(i for i in set(tokenizer.get_vocab().values()) - special if i < known),
             prefix=prefix,
             stop=[stop] if isinstance(stop, int) else list(stop or []),
         )

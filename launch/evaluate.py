@@ -33,7 +33,7 @@ from qat.runtime import ranks
 from qat.runtime.errors import UserError, check_choice, check_least, differences
 from qat.runtime.files import write_atomically, writing
 from qat.runtime.machine import inference_dtype, machine, place
-from qat.store import models, student_folder
+from qat.store import models
 from qat.store.model_folder import read_config
 
 NO_TEXT = "none"
@@ -90,7 +90,7 @@ def main() -> None:
     rtn = evaluation.method == "rtn"
     name = models.resolve_full_precision(evaluation.model) if rtn else models.resolve(evaluation.model)
     teacher_name = models.resolve_full_precision(evaluation.teacher) if evaluation.teacher else None
-    stored = student_folder.read_quant(Path(name)) if (Path(name) / CONFIG_FILE).is_file() else None
+    stored = QuantConfig.load(Path(name)) if (Path(name) / CONFIG_FILE).is_file() else None
     rounded = quant if rtn else stored
     if quant not in (QuantConfig(), rounded):
         raise UserError(

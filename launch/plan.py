@@ -16,7 +16,7 @@ from transformers import LlamaConfig, PretrainedConfig
 from launch import cli
 from qat.runtime.errors import UserError
 from qat.store import models, smollm2
-from qat.store.model_folder import read_config, without_weights
+from qat.store.model_folder import check_runs, read_config, without_weights
 from qat.train import deepspeed_json, plan
 from qat.train.plan import Machine, Plan
 
@@ -96,7 +96,7 @@ def config_of(model: str) -> PretrainedConfig:
         config = read_config(name)
     except UserError as error:
         raise UserError(f"{error} Without a model: {', '.join(LLAMA)}.") from error
-    without_weights(config, Path(name))
+    check_runs(without_weights(config, Path(name)), Path(name))
     return config
 
 

@@ -22,7 +22,7 @@ from qat.quant.linear import ARITHMETIC
 from qat.quant.prepare import prepare
 from qat.runtime import memory, ranks
 from qat.runtime.errors import UserError, check_least, differences
-from qat.runtime.files import lock, write_atomically, writing
+from qat.runtime.files import lock, using, write_atomically, writing
 from qat.runtime.machine import be_deterministic, device, local_ranks
 from qat.runtime.preemption import RESUMABLE_EXIT, StopSignal
 from qat.store import models, student_folder
@@ -245,8 +245,10 @@ def open_folder(output: Path, settings: dict[str, Any]) -> None:
             lock(output)
     path = output / SETTINGS
     if path.exists():
-        started = json.loads(path.read_text())["settings"]
-        if (began_with := arithmetic_of(started, output)) != ARITHMETIC:
+        started = student_folder.run_settings(output)["settings"]
+        with using(path):
+            began_with = arithmetic_of(started, output)
+        if began_with != ARITHMETIC:
             raise UserError(
                 f"{output} was begun by a version that computed otherwise ({began_with}; now {ARITHMETIC}), and would "
                 "not go on with the same losses: finish it with that version, or give another --output."

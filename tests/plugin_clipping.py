@@ -7,7 +7,7 @@ import torch
 from qat.ptq import METHODS
 from qat.ptq.method import LayerByLayer
 from qat.quant.linear import quant_linears
-from qat.quant.quantizers import grid_of, round_to_grid
+from qat.quant.number_format import grid_of, round_to_grid
 
 
 @dataclass(frozen=True)

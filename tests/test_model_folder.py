@@ -24,9 +24,10 @@ from qat.ptq.stream import Stream
 from qat.quant.config import CONFIG_FILE, QuantConfig
 from qat.runtime.errors import UserError
 from qat.store import models, student_folder
+from qat.store.compressed_tensors import PACKED
 from qat.store.model_folder import ModelFolder
 from qat.store.sidecars import GRIDS_FILE, STEPS_FILE
-from qat.store.weight_files import INDEX, weight_files
+from qat.store.weight_files import BIN, BIN_INDEX, INDEX, stored_tensors, weight_files
 
 WEIGHTS = "model.safetensors"
 FULL = QuantConfig(16, 16, 16)
@@ -87,6 +88,33 @@ def named_in_the_config(folder: Path) -> None:
     edit(folder / "config.json", transformers_weights="other.safetensors")
 
 
+def in_bin(folder: Path) -> None:
+    """PyTorch's own format, as LLaMA-1 came: two weights of one memory."""
+    weights = load_file(folder / WEIGHTS)
+    embedding = weights["model.embed_tokens.weight"]
+    joint = torch.cat([weights["lm_head.weight"], embedding])
+    weights |= {"lm_head.weight": joint[: len(embedding)], "model.embed_tokens.weight": joint[len(embedding) :]}
+    torch.save(weights, folder / BIN)
+    (folder / WEIGHTS).unlink()
+
+
+def in_bins(folder: Path) -> None:
+    """In two files, one of them in the format before PyTorch 1.6."""
+    names = list(weights := load_file(folder / WEIGHTS))
+    parts = {"pytorch_model-1.bin": names[:9], "pytorch_model-2.bin": names[9:]}
+    for file, held in parts.items():
+        old = {"_use_new_zipfile_serialization": file != "pytorch_model-1.bin"}
+        torch.save({name: weights[name] for name in held}, folder / file, **old)
+    weight_map = {name: file for file, held in parts.items() for name in held}
+    (folder / BIN_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / WEIGHTS).unlink()
+
+
+def beside_bin(folder: Path) -> None:
+    """Another model's: transformers reads model.safetensors."""
+    torch.save({name: weight * 2 for name, weight in load_file(folder / WEIGHTS).items()}, folder / BIN)
+
+
 TIED = {"tie_word_embeddings": True}
 SOUND = {
     "odd": (odd, {}),
@@ -97,6 +125,9 @@ SOUND = {
     "stale index": (stale_index, {}),
     "named in the config": (named_in_the_config, {}),
     "null quantization": (lambda folder: edit(folder / "config.json", quantization_config=None), {}),
+    "PyTorch's format": (in_bin, {}),
+    "PyTorch's format in two files": (in_bins, {}),
+    "PyTorch's format beside": (beside_bin, {}),
     "half precision": (lambda folder: change_weights(folder, lambda w: {n: t.half() for n, t in w.items()}), {}),
 }
 
@@ -137,6 +168,24 @@ def test_every_way_computes_what_transformers_computes(trait, tmp_path):
     assert torch.equal(exported(tokens).logits, expected)
 
 
+@pytest.mark.parametrize("trait", ["own head", "head equal to the embedding"])
+@pytest.mark.parametrize("form", [PACKED, FAKE])
+def test_an_export_says_whether_its_head_is_its_own(trait, form, tmp_path):
+    """By config.json vLLM and transformers read one; transformers reads the same model from it."""
+    change, config = SOUND[trait]
+    model = tmp_path / "model"
+    tiny_model(**({"tie_word_embeddings": False} | config)).save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    change(model)
+    QuantConfig(8, 16, 16).save(model)
+    export.export(student_folder.find(model), tmp_path / "export", form)
+    says = json.loads((tmp_path / "export" / "config.json").read_text())["tie_word_embeddings"]
+    assert says == ("lm_head.weight" not in stored_tensors(tmp_path / "export")) == (trait != "own head")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32, attn_implementation="sdpa")
+    ours = simulated.load(str(model), torch.float32)
+    torch.testing.assert_close(theirs(ids(ours)).logits, ours(ids(ours)).logits, atol=1e-3, rtol=1e-3)
+
+
 def unchanged(stream, weights):
     return weights, {}, ""
 
@@ -166,7 +215,22 @@ def twice(folder: Path) -> None:
     names = list(load_file(folder / WEIGHTS))
     (folder / WEIGHTS).rename(folder / "one.safetensors")
     weight_map = dict.fromkeys(names, "one.safetensors") | {names[0]: "more.safetensors"}
-    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def bin_cut_short(folder: Path) -> None:
+    in_bin(folder)
+    os.truncate(folder / BIN, 5000)
+
+
+class Planted:
+    def __reduce__(self):
+        return print, ("run",)
+
+
+def with_code(folder: Path) -> None:
+    torch.save(load_file(folder / WEIGHTS) | {"planted": Planted()}, folder / BIN)
+    (folder / WEIGHTS).unlink()
 
 
 def no_index(folder: Path) -> None:
@@ -190,8 +254,10 @@ UNSOUND = {
         "stores lm_head.weight as I8",
     ),
     "cut short": (cut_short, "is damaged"),
+    "PyTorch's format cut short": (bin_cut_short, "pytorch_model.bin is damaged"),
+    "code": (with_code, "would run code (print)"),
     "twice": (twice, "twice, in more.safetensors and in one.safetensors"),
-    "no index": (no_index, "no weights in the safetensors format (model.safetensors, or"),
+    "no index": (no_index, "has no weights (model.safetensors or model.safetensors.index.json or pytorch_model.bin or"),
     "field": (lambda f: edit(f / "config.json", vocab_size="many"), "'vocab_size' expected int, got str"),
     "padding": (lambda f: edit(f / "config.json", pad_token_id=300), "describes no model: Padding_idx must be within"),
     "not finite": (
@@ -228,14 +294,17 @@ def test_transformers_reads_the_same_files(folder):
     """The rule is written here once more: when transformers changes it, this says so."""
     from transformers.modeling_utils import _get_resolved_checkpoint_files
 
-    for change in (lambda _: None, stale_index, named_in_the_config):
+    sound = shutil.copytree(folder, folder.with_name("sound"))
+    for change in (lambda _: None, beside_bin, stale_index, named_in_the_config, in_bins, in_bin):
+        shutil.rmtree(folder)
+        shutil.copytree(sound, folder)
         change(folder)
         named = json.loads((folder / "config.json").read_text()).get("transformers_weights")
         theirs, _ = _get_resolved_checkpoint_files(
             str(folder), variant=None, gguf_file=None, use_safetensors=None, user_agent={}, is_remote_code=False,
             transformers_explicit_filename=named,
         )  # fmt: skip
-        assert [str(file) for file in weight_files(folder)] == theirs
+        assert [str(file) for file in weight_files(folder)] == ([theirs] if isinstance(theirs, str) else theirs)
 
 
 def test_what_lies_beside_the_weights_is_accounted_for_too(folder, tmp_path):

@@ -36,7 +36,8 @@ from qat.quant.linear import QuantLinear
 from qat.quant.number_format import Format, dequantize, fake_quantize, inside, quantize, round_to_grid
 from qat.quant.prepare import freeze, prepare
 from qat.quant.quantizers import QUANTIZERS
-from qat.store import models, weight_files
+from qat.runtime import machine
+from qat.store import weight_files
 from qat.train import distill
 from qat.train.distill import Distiller, LabelTargets, TeacherTargets, TopKTargets
 from qat.train.losses import LOSSES
@@ -140,9 +141,9 @@ def gpu(student, guard, monkeypatch):
     monkeypatch.setattr(torch.autograd.Function, "apply", forward_then_backward)
     # DeepSpeed leaves a Function of its own there, once it has partitioned a model in this process.
     monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
-    monkeypatch.setattr(models, "device", lambda: GPU)
+    monkeypatch.setattr(machine, "device", lambda: GPU)
     monkeypatch.setattr(calibration, "device", lambda: GPU)
-    monkeypatch.setattr(models, "inference_dtype", lambda: torch.bfloat16)
+    monkeypatch.setattr(machine, "inference_dtype", lambda: torch.bfloat16)
     monkeypatch.setattr(products, "integer_product", lambda device, qmax: products.int_mm)  # a trial needs values
     monkeypatch.setattr(Decoder, "_new_graphs", lambda self: None)
     kv_cache.hadamard_matrix.cache_clear()

@@ -1,5 +1,6 @@
 """Shards, corpora and the data card."""
 
+import contextlib
 import json
 import os
 import re
@@ -68,6 +69,29 @@ def test_a_damaged_shard_is_missing(sequences, data):
         place = start + pages.total_compressed_size - 1
         folder.path(0).write_bytes(content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :])
         assert folder.missing(0)
+
+
+@given(SEQUENCES, st.data())
+def test_a_flipped_bit_anywhere_changes_no_token_unnoticed(sequences, data):
+    with tempfile.TemporaryDirectory() as directory:
+        folder = ShardFolder(Path(directory))
+        folder.claim({"sequences": len(sequences)})
+        folder.write(0, sequences)
+        content = bytearray(folder.path(0).read_bytes())
+        content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+        folder.path(0).write_bytes(content)
+        with contextlib.suppress(UserError):
+            assert folder.sequences().to_pylist() == [sequence.input_ids for sequence in sequences]
+
+
+def test_a_shard_in_another_one_s_place_is_damaged(tmp_path):
+    folder = ShardFolder(tmp_path)
+    folder.claim({"sequences": 2})
+    for index in range(2):
+        folder.write(index, [Sequence([1, 2, 3], 1, 0, "eos", None)])
+    shutil.copy(folder.path(0), folder.path(1))
+    with pytest.raises(UserError, match=r"shard-00001.parquet is damaged .*not those that were written"):
+        folder.sequences()
 
 
 def test_a_full_disk_is_named_and_loses_nothing(tmp_path):

@@ -43,12 +43,12 @@ class TrainingData:
         self._sequences = folder.sequences()
         self.fingerprint = hashlib.sha256(json.dumps(folder.manifest(), sort_keys=True).encode()).hexdigest()[:16]
         """Equal for folders made from the same settings, teacher and tokenizer."""
-        ids = pc.list_flatten(self._sequences)
-        if ids.null_count:
-            raise UserError(f"{directory} holds {ids.null_count} tokens without an id: make the data anew.")
+        ids, lengths = pc.list_flatten(self._sequences), pc.list_value_length(self._sequences)
+        if ids.null_count or lengths.null_count or pc.min(lengths).as_py() < 1 or pc.min(ids).as_py() < 0:
+            raise UserError(f"{directory} holds tokens without an id, or sequences without tokens: make the data anew.")
         self.largest = int(pc.max(ids).as_py())
         """Its largest token id."""
-        self.longest = int(pc.max(pc.list_value_length(self._sequences)).as_py())
+        self.longest = int(pc.max(lengths).as_py())
         """Tokens of its longest sequence."""
         self._seed = seed
         self._order: tuple[int, Tensor] | None = None

@@ -8,22 +8,27 @@ import contextlib
 import fcntl
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from qat.runtime.errors import UserError, differences
-from qat.runtime.files import writing
+from qat.runtime.files import read_json, using, writing
 
 MANIFEST = "manifest.json"
 LOCK = "lock"
 
 _NO_SHARD = 2**40
 """The byte of the lock file that stands for all files that are no shards."""
+
+_CHECKSUM = b"qat.tokens"
+"""In a shard's metadata. Parquet's own checksums are of its pages alone, not of what says how to read them."""
 
 SCHEMA = pa.schema(
     {
@@ -84,10 +89,7 @@ class ShardFolder:
         path = self.directory / MANIFEST
         if not path.is_file():
             raise UserError(f"There is no training data at {self.directory}: run launch/generate.py --output there.")
-        try:
-            return json.loads(path.read_text())
-        except ValueError as error:  # not JSON, or not UTF-8
-            raise UserError(f"{path} is damaged ({error}): make the data again in an empty folder.") from error
+        return read_json(path)
 
     def path(self, index: int) -> Path:
         return self.directory / f"shard-{index:05d}.parquet"
@@ -134,6 +136,7 @@ class ShardFolder:
     def write(self, index: int, sequences: Iterable[Sequence]) -> None:
         """Write shard ``index``, which must be claimed."""
         table = pa.Table.from_pylist([asdict(sequence) for sequence in sequences], schema=SCHEMA)
+        table = table.replace_schema_metadata({_CHECKSUM: _checksum(table["input_ids"], self.path(index))})
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
         self.publish(self.path(index).name, sink.getvalue().to_pybytes())
@@ -158,7 +161,8 @@ class ShardFolder:
 
     def sequences(self) -> pa.ChunkedArray:
         """All sequences' token ids, in order; raises UserError if one is missing, or a shard is damaged."""
-        expected = self.manifest()["sequences"]
+        with using(self.directory / MANIFEST):
+            expected = int(self.manifest()["sequences"])
         sequences = self.table(["input_ids"]).column("input_ids")
         if len(sequences) != expected:
             raise UserError(
@@ -174,6 +178,18 @@ class ShardFolder:
 
 def _read(file: Path, columns: list[str]) -> pa.Table:
     try:
-        return pq.read_table(file, columns=columns, schema=SCHEMA, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
+        table = pq.read_table(file, columns=columns, schema=SCHEMA, page_checksum_verification=True)
+        expected = (pq.read_metadata(file).metadata or {}).get(_CHECKSUM)  # the first version wrote none
+        if expected and "input_ids" in columns and _checksum(table["input_ids"], file) != expected:
+            raise ValueError("its tokens are not those that were written under its name")
+        return table
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{file} is damaged ({error}): run launch/generate.py again, which makes it anew.") from error
+
+
+def _checksum(sequences: pa.ChunkedArray, file: Path) -> bytes:
+    """Of a shard's token ids and its name."""
+    crc = zlib.crc32(file.name.encode())
+    for part in (pc.list_value_length(sequences), pc.list_flatten(sequences)):
+        crc = zlib.crc32(part.to_numpy().astype("<i4").tobytes(), crc)
+    return b"%08x" % crc

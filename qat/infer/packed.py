@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from qat.infer import simulated
@@ -68,8 +68,7 @@ def load(directory: str) -> PreTrainedModel:
     model.tie_weights()
     models.renew_rope(model)
     load_steps(model, path)
-    if (path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path)
+    model.generation_config = models.load_generation_config(directory)
     # Fine-tuning leaves use_cache=False behind, and others another cache: what is deployed has its own.
     model.config.use_cache = model.generation_config.use_cache = True
     model.generation_config.cache_implementation = None

@@ -15,7 +15,7 @@ from qat.quant.prepare import prepare
 from qat.quant.products import speed_up
 from qat.runtime.errors import UserError
 from qat.store import compressed_tensors, models, student_folder
-from qat.store.model_folder import ModelFolder, quantization_of
+from qat.store.model_folder import ModelFolder, quantization_of, shapes
 from qat.store.sidecars import load_steps
 
 Weights = Iterator[tuple[str, Tensor | Quantized]]
@@ -73,7 +73,17 @@ def read(path: Path) -> tuple[QuantConfig, torch.dtype, Weights]:
         student = student_folder.find(path)
         return student.quant, student.dtype, student.weights()
     folder = ModelFolder.read(path)
-    return student_folder.read_quant(path), folder.dtype, compressed_tensors.decode(folder.tensors(), config)
+    return QuantConfig.load(path), folder.dtype, _decoded(folder, config)
+
+
+def _decoded(folder: ModelFolder, config: dict[str, Any]) -> Weights:
+    """The weights of an export; raises UserError for one whose stored shape is not the model's."""
+    expected = shapes(folder.skeleton())
+    for name, weight in compressed_tensors.decode(folder.tensors(), config):
+        shape = weight.codes.shape if isinstance(weight, Quantized) else weight.shape
+        if shape != expected[name]:
+            raise UserError(f"{folder.directory} is damaged: {name} says that it is {list(shape)}. Copy it again.")
+        yield name, weight
 
 
 def _quantization_config(path: Path) -> dict[str, Any] | None:

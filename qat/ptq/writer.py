@@ -17,7 +17,7 @@ from qat.quant.config import QuantConfig
 from qat.quant.quantizers.base import Grid
 from qat.runtime import progress
 from qat.runtime.errors import UserError, differences
-from qat.runtime.files import load_tensors, save_tensors, write_atomically, writing
+from qat.runtime.files import load_tensors, read_json, save_tensors, write_atomically, writing
 from qat.store.model_folder import BASE_MODEL, PTQ_RECORD, ModelFolder, write_companions
 from qat.store.sidecars import GRIDS_FILE, HAS_GRIDS, load_grids, save_grids
 from qat.store.weight_files import INDEX
@@ -74,7 +74,7 @@ def appearing(
 
 def _settings_of(folder: Path) -> dict[str, Any]:
     """What the weights in ``folder`` depend on: not on the model's name."""
-    record = json.loads((folder / PTQ_RECORD).read_text())
+    record = read_json(folder / PTQ_RECORD)
     return {name: value for name, value in record.items() if name not in (BASE_MODEL, HAS_GRIDS)}
 
 

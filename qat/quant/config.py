@@ -4,11 +4,12 @@ import json
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from qat.quant.number_format import FULL_PRECISION, Format
 from qat.quant.quantizers import quantizers_of
 from qat.runtime.errors import UserError
-from qat.runtime.files import writing
+from qat.runtime.files import read_json, writing
 from qat.runtime.table import check_choices, choice
 
 CONFIG_FILE = "quant_config.json"
@@ -83,9 +84,15 @@ class QuantConfig:
 
     @classmethod
     def load(cls, directory: Path) -> "QuantConfig":
-        path = directory / CONFIG_FILE
-        values = json.loads(path.read_text())
-        unknown = set(values) - {field.name for field in fields(cls)}
-        if unknown:
+        return cls.of(read_json(directory / CONFIG_FILE), directory / CONFIG_FILE)
+
+    @classmethod
+    def of(cls, values: dict[str, Any], path: Path) -> "QuantConfig":
+        """The settings that the file at ``path`` holds; raises UserError if it was damaged, or of another version."""
+        kinds = {field.name: type(field.default) for field in fields(cls)}
+        if unknown := values.keys() - kinds:
             raise UserError(f"{path} has unknown settings {sorted(unknown)}: it was written by another version.")
+        for name, value in values.items():
+            if type(value) is not kinds[name]:
+                raise UserError(f"{path} is damaged ({name} is {value!r}): copy it again, or write it anew.")
         return cls(**values)

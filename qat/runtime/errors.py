@@ -16,6 +16,13 @@ def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
+def in_one_line(error: Exception) -> str:
+    """What an exception of a library says that spreads it over some lines; of what sort it is, where that says
+    little."""
+    said = " ".join(str(error).split())
+    return said if " " in said else f"{type(error).__name__} {said}".strip()
+
+
 def check_choice(settings: object, **choices: Iterable[str]) -> None:
     """Raise UserError if a field of ``settings`` has none of the values that ``choices`` allows it."""
     for name, allowed in choices.items():

@@ -12,7 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qat.runtime.errors import UserError
+from qat.runtime.errors import UserError, in_one_line
+
+_MISUSE = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+"""What Python raises where a value is not what it should be."""
 
 
 @contextmanager
@@ -79,15 +82,37 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file; raises UserError if it is damaged."""
-    try:
+    with using(path):
         return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}): copy it again, or write it anew.") from error
+
+
+@contextmanager
+def using(path: Path) -> Iterator[None]:
+    """Within it, what the file at ``path`` says is used; raises UserError, which names it, if it says something else
+    than what it is for."""
+    try:
+        yield
+    except (*_MISUSE, SafetensorError) as error:
+        said = f"it lacks {error}" if isinstance(error, KeyError) else in_one_line(error)
+        raise UserError(f"{path} is damaged ({said}): copy it again, or write it anew.") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises UserError if it is damaged."""
+    with using(path):
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise TypeError("it holds no JSON object")
+    return content
 
 
 def read_lines(path: Path) -> list[Any]:
-    """The values of a file with one JSON value a line; a last line that a kill left unfinished is left out."""
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    """The values of a file with one JSON value a line; a last line that a kill left unfinished is left out.
+
+    Raises UserError if the file is damaged.
+    """
+    with using(path):
+        return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def lock(directory: Path) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
@@ -22,10 +21,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qat.quant.architecture import ARCHITECTURES, architecture_of, quantizable_linears, windowed_layers
 from qat.quant.config import CONFIG_FILE
-from qat.runtime.errors import UserError, first_line
-from qat.runtime.files import writing
+from qat.runtime.errors import UserError, first_line, in_one_line
+from qat.runtime.files import read_json, using, writing
 from qat.store import compressed_tensors
-from qat.store.weight_files import FLOATS, INDEX, Stored, read, stored_tensors
+from qat.store.weight_files import BIN_INDEX, FLOATS, INDEX, Stored, read, stored_tensors
 
 PTQ_RECORD = "ptq.json"
 """Says which post-training method made a folder, from what."""
@@ -34,7 +33,7 @@ BASE_MODEL = "base_model"
 """In that record: what the model was called that it was made from."""
 
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
-_OF_THE_WEIGHTS = (INDEX, "pytorch_model.bin.index.json", PTQ_RECORD, CONFIG_FILE)
+_OF_THE_WEIGHTS = (INDEX, BIN_INDEX, PTQ_RECORD, CONFIG_FILE)
 
 
 def read_config(name: str) -> PreTrainedConfig:
@@ -42,16 +41,18 @@ def read_config(name: str) -> PreTrainedConfig:
     asks for what transformers cannot compute."""
     try:
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        if config.model_type not in ARCHITECTURES:
+            raise UserError(
+                f"{name} is of the architecture {config.model_type!r}, which is not supported: give one of "
+                f"{', '.join(ARCHITECTURES)}, or load what adds it with --plugin."
+            )
+        _check_computable(config, name)
+    except UserError:
+        raise
+    except OSError as error:
         raise UserError(f"The model {name} cannot be read: {first_line(error)}") from error
-    except StrictDataclassError as error:  # says which field on its first line, what of it on the second
-        raise UserError(f"The config of {name} is not valid: {' '.join(str(error).split())}") from error
-    if config.model_type not in ARCHITECTURES:
-        raise UserError(
-            f"{name} is of the architecture {config.model_type!r}, which is not supported: give one of "
-            f"{', '.join(ARCHITECTURES)}, or load what adds it with --plugin."
-        )
-    _check_computable(config, name)
+    except Exception as error:  # a field of another kind than expected fails wherever transformers first uses it
+        raise UserError(f"The config of {name} is not valid: {in_one_line(error)}") from error
     return config
 
 
@@ -67,6 +68,10 @@ def _check_computable(config: PreTrainedConfig, name: str) -> None:
         f"is_causal={getattr(config, 'is_causal', None)}": (
             getattr(config, "is_causal", True),
             "a language model predicts from the tokens before",
+        ),
+        f"is_encoder_decoder={config.is_encoder_decoder}": (
+            not config.is_encoder_decoder,
+            "these architectures have no encoder",
         ),
         f"hidden_act={config.hidden_act!r}": (config.hidden_act in ACT2FN, f"it knows {', '.join(ACT2FN)}"),
         f"rope_type={kind!r}": (kind in kinds, f"it knows {', '.join(kinds)}"),
@@ -87,7 +92,7 @@ def _check_computable(config: PreTrainedConfig, name: str) -> None:
 
 def quantization_of(directory: Path) -> dict[str, Any] | None:
     """What ``config.json`` says of how the weights are stored quantized; None if they are not."""
-    return json.loads((directory / "config.json").read_text()).get("quantization_config") or None
+    return read_json(directory / "config.json").get("quantization_config") or None
 
 
 @dataclass(frozen=True)
@@ -118,9 +123,11 @@ class ModelFolder:
         if config.tie_word_embeddings and _is_untied(named, head, embedding):
             config.tie_word_embeddings = False
         model = without_weights(config, directory)
+        check_runs(model, directory)
         expected = kinds(model)
         if quantization := quantization_of(directory):
-            expected = _encoded(expected, model, quantization)
+            with using(directory / "config.json"):
+                expected = _encoded(expected, model, quantization)
         if config.tie_word_embeddings and (tied := named.pop(head, None)):
             named.setdefault(embedding, tied)  # two names of one weight
         rotation = re.escape(architecture_of(config).rotation.rpartition(".")[2])
@@ -152,7 +159,8 @@ class ModelFolder:
         """What a model that is made from this one takes over, by the files' names: config, generation config and
         tokenizer."""
         files = {file for pattern in _COMPANIONS for file in self.directory.glob(pattern)}
-        contents = {file.name: file.read_bytes() for file in sorted(files) if file.name not in _OF_THE_WEIGHTS}
+        own = [file for file in sorted(files) if file.is_file() and file.name not in _OF_THE_WEIGHTS]
+        contents = {file.name: file.read_bytes() for file in own}
         settings = json.loads(contents["config.json"])
         settings.pop("transformers_weights", None)
         settings["tie_word_embeddings"] = self.config.tie_word_embeddings
@@ -254,10 +262,29 @@ def without_weights(config: PreTrainedConfig, directory: Path) -> PreTrainedMode
     try:
         with torch.device("meta"):
             model = model_class(copy.deepcopy(config))  # AutoModel.from_config would partition it where ZeRO-3 reads
-    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"The config of {directory} describes no model: {first_line(error)}") from error
-    model.set_attn_implementation("sdpa")
+        model.set_attn_implementation("sdpa")
+    except Exception as error:  # as in read_config
+        raise UserError(f"The config of {directory} describes no model: {in_one_line(error)}") from error
     return model.eval()
+
+
+def check_runs(model: PreTrainedModel, directory: Path) -> None:
+    """Raise UserError if a model without weights, of ``directory``, cannot compute: shapes that do not fit, or settings
+    that transformers stumbles over where it uses them."""
+    rope: Any = model.base_model.rotary_emb
+    config = model.config
+    layers = config.num_hidden_layers
+    try:
+        # What RoPE does may depend on the positions, which meta tensors do not have.
+        cos, sin = type(rope)(config)(torch.ones(1), torch.arange(2)[None])
+        rope.forward = lambda x, position_ids: (cos.to("meta"), sin.to("meta"))
+        config.num_hidden_layers = 1  # the others have the same shapes
+        model(torch.zeros(1, 2, dtype=torch.long, device="meta"), use_cache=True)
+    except Exception as error:  # as in read_config
+        raise UserError(f"transformers cannot compute {directory} by its config: {in_one_line(error)}") from error
+    finally:
+        config.num_hidden_layers = layers
+        vars(rope).pop("forward", None)
 
 
 def _encoded(expected: dict[str, Kind], model: PreTrainedModel, quantization: dict[str, Any]) -> dict[str, Kind]:

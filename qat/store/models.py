@@ -9,12 +9,18 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qat.quant.architecture import architecture_of, new_rotation
 from qat.quant.config import CONFIG_FILE
-from qat.runtime.errors import UserError, first_line
+from qat.runtime.errors import UserError, in_one_line
 from qat.store import compressed_tensors
 from qat.store.model_folder import ModelFolder, check_finite, quantization_of, read_config
 from qat.store.smollm2 import EMBEDDED, extract_embedded
@@ -27,8 +33,8 @@ _PATTERNS = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"]
 def resolve(name: str) -> str:
     """The directory of the model ``name``: a Hugging Face directory, a hub name, or EMBEDDED.
 
-    Raises UserError, before anything heavy is loaded, if it is not there, of an unsupported architecture, or if its
-    weights are not those of its config.
+    Raises UserError, before anything heavy is loaded, if it is not there, of an unsupported architecture, damaged, or
+    if its weights are not those of its config.
     """
     if name == EMBEDDED:
         return str(extract_embedded(Path("runs/models") / EMBEDDED))
@@ -36,6 +42,7 @@ def resolve(name: str) -> str:
     if not (Path(directory) / "config.json").is_file():
         raise UserError(f"{name} is not a model directory: it has no config.json. Give a Hugging Face directory.")
     read_config(directory)
+    load_generation_config(directory)
     if not _of_others(Path(directory)):
         ModelFolder.read(Path(directory))
     return directory
@@ -74,7 +81,10 @@ def positions(name: str) -> int:
 
 def _download(name: str) -> str:
     try:
-        return snapshot_download(name, allow_patterns=_PATTERNS, ignore_patterns=["consolidated*"])
+        found = snapshot_download(name, allow_patterns=_PATTERNS, ignore_patterns=["consolidated*"])
+        if not any(Path(found).glob("*.safetensors")):  # older models have PyTorch's format alone, others both
+            found = snapshot_download(name, allow_patterns=[*_PATTERNS, "pytorch_model*.bin"])
+        return found
     except (OSError, ValueError) as error:  # no such name, no such model, or no way to the hub
         raise UserError(
             f"There is no model at {name!r}, and the hub gives none: give a Hugging Face directory, a hub name "
@@ -87,9 +97,15 @@ def load(name: str, dtype: torch.dtype | str, **how: Any) -> PreTrainedModel:
 
     ``how`` goes to ``from_pretrained``. Raises UserError if its weights are not those of its config, or not finite.
     """
-    if not _of_others(Path(name)):
+    foreign = _of_others(Path(name))
+    if not foreign:
         how["config"] = ModelFolder.read(Path(name)).config
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa", **how).eval()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa", **how).eval()
+    except Exception as error:
+        if not foreign:
+            raise
+        raise UserError(f"{name} is quantized, and transformers cannot load it: {in_one_line(error)}") from error
     for weight, parameter in model.named_parameters():
         check_finite(weight, _held(parameter), name)
     return model
@@ -116,8 +132,26 @@ def renew_rope(model: PreTrainedModel) -> None:
 def load_tokenizer(name: str) -> Tokenizer:
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"The tokenizer of {name} cannot be read: {first_line(error)}") from error
+    except Exception as error:  # damaged files fail wherever transformers first uses what they say
+        raise UserError(f"The tokenizer of {name} cannot be read: {in_one_line(error)}") from error
+
+
+def load_generation_config(directory: str) -> GenerationConfig:
+    """How the model in ``directory`` wants to generate: its generation_config.json, or else what its config says.
+
+    Raises UserError if that cannot be read, or names ends of text that are no token ids.
+    """
+    file = Path(directory) / "generation_config.json"
+    if not file.exists():
+        return GenerationConfig.from_model_config(read_config(directory))
+    try:
+        found = GenerationConfig.from_pretrained(directory)
+    except Exception as error:  # as in load_tokenizer
+        raise UserError(f"{file} cannot be read: {in_one_line(error)}") from error
+    ends = found.eos_token_id
+    if not all(type(end) is int for end in (ends if isinstance(ends, list) else [ends]) if end is not None):
+        raise UserError(f"{file} has eos_token_id={ends!r}: give a token id, or a list of them.")
+    return found
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:

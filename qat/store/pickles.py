@@ -30,8 +30,8 @@ def as_data(folder: Path) -> Iterator[None]:
         with torch.serialization.safe_globals([ZeroStageEnum, LossScaler]):
             yield
     except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        fault = f"would run code ({named[1]})" if named else "cannot be read as tensors and plain values"
+        code = would_run(error)
+        fault = f"would run code ({code})" if code else "cannot be read as tensors and plain values"
         raise UserError(
             f"{folder} is refused: one of its files {fault}, which a checkpoint of ours never does. Delete the "
             "folder, or put a copy there that you trust."
@@ -39,3 +39,9 @@ def as_data(folder: Path) -> Iterator[None]:
     finally:
         del os.environ[_FORCED]
         os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def would_run(error: Exception) -> str:
+    """The function that the file asked for which ``torch.load`` has refused; empty if it failed for another reason."""
+    named = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+    return named[1] if named else ""

@@ -38,10 +38,15 @@ def load_steps(model: nn.Module, directory: Path) -> None:
     if not (directory / STEPS_FILE).is_file():
         raise UserError(f"{directory} is incomplete: a_quantizer=lsq has learned steps, and {STEPS_FILE} is missing.")
     steps = load_tensors(directory / STEPS_FILE)
-    if without := linears.keys() - {name.removesuffix(STEP_SUFFIX) for name in steps}:
+    if without := {name + STEP_SUFFIX for name in linears} - steps.keys():
         raise UserError(f"{directory} is incomplete: {STEPS_FILE} lacks {min(without)}. Copy it again.")
+    if strange := steps.keys() - {name + STEP_SUFFIX for name in linears}:
+        raise UserError(f"{directory / STEPS_FILE} does not fit the model, which has no {min(strange)}. Copy it again.")
     for name, linear in linears.items():
-        linear.input_step.copy_(steps[name + STEP_SUFFIX])  # type: ignore[union-attr]
+        step = steps[name + STEP_SUFFIX]
+        if step.shape != linear.input_step.shape or not step.isfinite().all():  # type: ignore[union-attr]
+            raise UserError(f"{directory / STEPS_FILE} is damaged: {name} has no step that is possible. Copy it again.")
+        linear.input_step.copy_(step)  # type: ignore[union-attr]
 
 
 def save_grids(grids: dict[str, Grid], path: Path) -> None:

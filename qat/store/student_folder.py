@@ -5,7 +5,6 @@ launch/quantize.py writes), or one of a run's ZeRO-3 checkpoints, of any number 
 """
 
 import contextlib
-import json
 import logging
 import shutil
 import sys
@@ -15,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qat.quant.architecture import quantizable_linears
 from qat.quant.config import CONFIG_FILE, QuantConfig
-from qat.quant.number_format import Quantized, quantize
+from qat.quant.number_format import Format, Quantized, quantize
 from qat.quant.prepare import prepared_with
+from qat.quant.quantizers.base import Grid
 from qat.runtime import progress
 from qat.runtime.errors import UserError
-from qat.runtime.files import read_lines, writing
+from qat.runtime.files import read_json, read_lines, using, writing
 from qat.store import manifest, models, weight_files
 from qat.store.model_folder import (
     BASE_MODEL,
@@ -140,7 +140,7 @@ class Student:
     @property
     def _ptq_record(self) -> dict[str, Any]:
         file = self.path / PTQ_RECORD
-        return json.loads(file.read_text()) if file.is_file() else {}
+        return read_json(file) if file.is_file() else {}
 
     def weights(self) -> Iterator[tuple[str, Tensor | Quantized]]:
         """Name and tensor of each weight, one at a time; those that are quantized as codes and grid.
@@ -154,6 +154,9 @@ class Student:
         grids = load_grids(self.path)
         if (grids or self.has_grids) and (without := quantized.keys() - grids.keys()):
             raise UserError(f"{self.path} is incomplete: {GRIDS_FILE} lacks {min(without)}. Copy it again.")
+        for layer, grid in grids.items():
+            if layer not in quantized or not _fits(grid, quantized[layer], form):
+                raise UserError(f"{self.path / GRIDS_FILE} does not fit the model, in {layer}. Copy it again.")
         for name, tensor in _gathered(self.path, model, self.dtype) if self.is_checkpoint else folder.tensors():
             layer = name.removesuffix(".weight")
             yield name, quantize(tensor, form, grids.get(layer)) if layer in quantized else tensor
@@ -192,31 +195,26 @@ def find(path: Path, model: str | None = None) -> Student:
     directory = Path(models.resolve(str(path)))
     if quantization_of(directory):
         raise UserError(f"{path} is an export already: give the student that it was made from.")
-    return Student(path, directory, read_quant(path), ModelFolder.read(directory).dtype, _run_settings(path.parent))
-
-
-def read_quant(directory: Path) -> QuantConfig:
-    """``quant_config.json``; raises UserError if it cannot be read."""
-    try:
-        return QuantConfig.load(directory)
-    except UserError:
-        raise
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{directory / CONFIG_FILE} is damaged ({error}): copy it again, or write it anew.") from error
+    return Student(
+        path, directory, QuantConfig.load(path), ModelFolder.read(directory).dtype, run_settings(path.parent)
+    )
 
 
 def _of_checkpoint(path: Path, model: str | None) -> Student:
-    run = _run_settings(path.parent.parent)
+    run = run_settings(path.parent.parent)
     if not run:
         raise UserError(f"{path} is a checkpoint without its run: {path.parent.parent / _RUN_SETTINGS} is missing.")
+    record = path.parent.parent / _RUN_SETTINGS
     began_with = model or run.get("model")
     if not began_with:
         raise UserError(f"{path} does not say which model it began with: give it with --model.")
     directory = models.resolve(began_with)
     settings = run["settings"]
-    if models.weights_fingerprint(directory) != settings["model"]:
-        raise UserError(f"{began_with} is not the model that the run of {path} began with: give that with --model.")
-    quant = QuantConfig(**{name: settings[name] for name in QuantConfig.__dataclass_fields__})
+    with using(record):
+        if models.weights_fingerprint(directory) != settings["model"]:
+            raise UserError(f"{began_with} is not the model that the run of {path} began with: give that with --model.")
+        quant = QuantConfig.of({name: settings[name] for name in QuantConfig.__dataclass_fields__}, record)
+        in_bf16 = (settings.get("bf16") or {}).get("enabled", False)
     if quant.activations.learned:
         raise UserError(f"a_quantizer=lsq: the learned steps are read from the final/ of a run, not from {path}.")
     _log.info("checking %s ...", path)
@@ -224,13 +222,27 @@ def _of_checkpoint(path: Path, model: str | None) -> Student:
         raise UserError(
             f"The checkpoint {path} is damaged or incomplete: {damage}. Give another one of the run, or its final/."
         )
-    in_bf16 = (settings.get("bf16") or {}).get("enabled", False)
     return Student(path, Path(directory), quant, torch.bfloat16 if in_bf16 else torch.float32, run)
 
 
-def _run_settings(run: Path) -> dict[str, Any]:
+def _fits(grid: Grid, linear: nn.Module, form: Format) -> bool:
+    """Whether ``grid`` is one for the weight of ``linear``."""
+    rows, columns = linear.out_features, linear.in_features
+    shape = (rows, columns // form.group_size if form.group_size else 1)  # type: ignore[operator]
+    parts = [part for part in grid if part is not None]
+    whole = len(parts) == (1 if form.symmetric else 2) and all(part.shape == shape for part in parts)
+    return whole and all(bool(part.isfinite().all()) for part in parts)
+
+
+def run_settings(run: Path) -> dict[str, Any]:
+    """What the settings.json of a training run holds; empty if there is none."""
     path = run / _RUN_SETTINGS
-    return json.loads(path.read_text()) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    content = read_json(path)
+    with using(path):
+        dict(content["settings"])
+    return content
 
 
 def _gathered(checkpoint: Path, model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

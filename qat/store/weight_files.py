@@ -1,26 +1,32 @@
-"""Weight files: safetensors, read one tensor at a time, written in files of bounded size."""
+"""Weight files: safetensors or PyTorch's, read one tensor at a time; written as safetensors of bounded size."""
 
 import json
+import re
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from qat.runtime.errors import UserError
-from qat.runtime.files import save_tensors, writing
+from qat.runtime.files import read_json, save_tensors, using, writing
+from qat.store.pickles import would_run
 from qat.store.sidecars import GRIDS_FILE, STEPS_FILE
 
 INDEX = "model.safetensors.index.json"
+BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 NO_WEIGHTS = (STEPS_FILE, GRIDS_FILE)
 """Safetensors files of a student beside its weights."""
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 """Safetensors' names of the number formats that a full-precision weight may have."""
+
+_FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 FILE_BYTES = 2 * 10**9
 
@@ -36,26 +42,29 @@ class Stored:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files that are the model, by transformers' rule: what ``transformers_weights`` in the config names,
-    ``model.safetensors``, or else what the index names. Others are not: Mistral's directories hold a second copy under
-    other names.
+    """The files that are the model, by transformers' rule: what ``transformers_weights`` in the config names, or the
+    first that there is of ``model.safetensors``, its index, ``pytorch_model.bin`` and its index. Others are not:
+    Mistral's directories hold a second copy under other names.
 
     Raises UserError if any is missing.
     """
-    config = json.loads((directory / "config.json").read_text())
-    named = directory / config.get("transformers_weights", _file_name(1, 1))
-    opened = named if named.is_file() else directory / INDEX
-    if not opened.is_file():
+    named = read_json(directory / "config.json").get("transformers_weights")
+    if named is not None and not re.fullmatch(r"[^/]+\.safetensors(\.index\.json)?", str(named)):
         raise UserError(
-            f"{directory} has no weights in the safetensors format ({named.name}, or {INDEX}): save the model so."
+            f"The config.json of {directory} has transformers_weights={named!r}: name a file of that folder."
         )
+    choices = [named] if named is not None else [_file_name(1, 1), INDEX, BIN, BIN_INDEX]
+    opened = next((directory / name for name in choices if (directory / name).is_file()), None)
+    if opened is None:
+        raise UserError(f"{directory} has no weights ({' or '.join(choices)}): put them there, or save the model anew.")
     if opened.suffix != ".json":
         return [opened]
-    try:
-        names = sorted(set(json.loads(opened.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise _damaged(opened, error) from error
-    if missing := [name for name in names if not (directory / name).is_file()]:
+    index = read_json(opened)
+    with using(opened):
+        dict(index["metadata"])  # transformers adds to it
+        names = sorted(set(index["weight_map"].values()))
+        missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
         raise UserError(f"{directory} is incomplete: the weight file {missing[0]} is missing.")
     return [directory / name for name in names]
 
@@ -67,12 +76,11 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
     """
     found: dict[str, Stored] = {}
     for file in weight_files(directory):
-        with _opened(file) as opened:
-            for name in opened.keys():  # noqa: SIM118  (not a dict)
-                if name in found:
-                    raise UserError(f"{directory} has {name} twice, in {found[name].file.name} and in {file.name}.")
-                header = opened.get_slice(name)
-                found[name] = Stored(file, name, tuple(header.get_shape()), header.get_dtype())
+        for stored in _headers(file):
+            if stored.name in found:
+                other = found[stored.name].file
+                raise UserError(f"{directory} has {stored.name} twice, in {other.name} and in {file.name}.")
+            found[stored.name] = stored
     return found
 
 
@@ -80,9 +88,14 @@ def read(places: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
     """The tensors at ``places``, by the names given there, one at a time, file by file."""
     in_order = sorted(places.items(), key=lambda item: item[1].file)
     for file, items in groupby(in_order, key=lambda item: item[1].file):
-        with _opened(file) as opened:
+        if file.suffix == ".bin":
+            tensors = _unpickled(file)
             for name, place in items:
-                yield name, opened.get_tensor(place.name)
+                yield name, tensors[place.name].clone()  # those of one file may share their memory
+        else:
+            with _opened(file) as opened:
+                for name, place in items:
+                    yield name, opened.get_tensor(place.name)
 
 
 def write(directory: Path, tensors: Iterable[tuple[str, Tensor]], file_bytes: int = FILE_BYTES) -> None:
@@ -112,15 +125,38 @@ def write(directory: Path, tensors: Iterable[tuple[str, Tensor]], file_bytes: in
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _opened(file: Path) -> Any:
-    try:
+def _headers(file: Path) -> Iterator[Stored]:
+    """What ``file`` holds, without the numbers."""
+    if file.suffix == ".bin":
+        for name, tensor in _unpickled(file).items():
+            yield Stored(file, name, tuple(tensor.shape), _FLOATS.get(tensor.dtype, str(tensor.dtype)))
+        return
+    with _opened(file) as opened:
+        for name in opened.keys():  # noqa: SIM118  (not a dict)
+            header = opened.get_slice(name)
+            yield Stored(file, name, tuple(header.get_shape()), header.get_dtype())
+
+
+def _opened(file: Path) -> safe_open:
+    with using(file):
         return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise _damaged(file, error) from error
 
 
-def _damaged(file: Path, error: Exception) -> UserError:
-    return UserError(f"{file} is damaged ({error}): copy it again, or write it anew.")
+def _unpickled(file: Path) -> dict[str, Tensor]:
+    """The tensors of PyTorch's own format, which stay on disk until they are used, if that is not the oldest one.
+
+    Raises UserError for a file that is damaged, or asks for code to be run.
+    """
+    with using(file):
+        try:
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        except Exception as error:  # of many kinds: the bytes say what is called with what
+            if code := would_run(error):
+                raise UserError(f"{file} is refused: it would run code ({code}). Give one that you trust.") from error
+            raise ValueError(error) from error
+        if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise TypeError("it holds more than tensors by their names")
+    return tensors
 
 
 def _file_name(number: int, files: int) -> str:

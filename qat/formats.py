@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from torch import Tensor
 
 from qat.errors import UserError
@@ -96,6 +95,8 @@ def encode(name: str, quantized: Quantized, quant: QuantConfig, form: str) -> di
     codes, (scale, _) = quantized
     if form == INTEGERS:
         return {f"{name}.weight": codes, f"{name}.weight_scale": scale}
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32  # takes seconds to import
+
     return {
         f"{name}.weight_packed": pack_to_int32(codes, stored_bits(quant, form)),
         f"{name}.weight_scale": scale,
@@ -146,5 +147,7 @@ def _join(parts: dict[str, Tensor], bits: int, form: str) -> Quantized:
     grid = Grid(parts["weight_scale"])
     if form == INTEGERS:
         return Quantized(parts["weight"], grid)
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32  # takes seconds to import
+
     shape = torch.Size(parts["weight_shape"].tolist())
     return Quantized(unpack_from_int32(parts["weight_packed"], bits, shape), grid)

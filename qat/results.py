@@ -12,10 +12,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from qat.evaluate import standard_error
-from qat.harness import FEW_SHOT, ZERO_SHOT, zero_shot_average
 from qat.linear import can_multiply_codes
 from qat.prepare import QuantConfig
 from qat.report import LABELS
+from qat.tasks import FEW_SHOT, ZERO_SHOT, zero_shot_average
 
 Cell = dict[str, Any]
 

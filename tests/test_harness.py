@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from lm_eval.models.huggingface import HFLM
 
 from datagen import taskdata
-from qat import harness
+from qat import harness, tasks
 from qat.errors import UserError
 
 SIZES = {
@@ -74,11 +74,11 @@ def test_mmlu_is_whole():
 
 
 def test_a_list_of_tasks():
-    assert harness.task_names("") == []
-    assert harness.task_names("mmlu,piqa") == ["mmlu", "piqa"]
-    assert harness.task_names("piqa,paper") == ["piqa", *(name for name in harness.METRICS if name != "piqa")]
+    assert tasks.task_names("") == []
+    assert tasks.task_names("mmlu,piqa") == ["mmlu", "piqa"]
+    assert tasks.task_names("piqa,paper") == ["piqa", *(name for name in tasks.METRICS if name != "piqa")]
     with pytest.raises(UserError, match="tasks='glue' is not possible"):
-        harness.task_names("glue")
+        tasks.task_names("glue")
 
 
 TOKENS = st.lists(st.integers(0, 299), min_size=1, max_size=6)

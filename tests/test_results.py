@@ -7,9 +7,9 @@ from conftest import ROOT
 
 from launch.reproduce import Budget, Cell, queue, read_recipe
 from qat import results
-from qat.harness import ZERO_SHOT
 from qat.prepare import QuantConfig
 from qat.results import Claim, Difference, Finding, closes
+from qat.tasks import ZERO_SHOT
 
 RECIPES = ROOT / "launch" / "recipes" / "reproduce"
 WINDOWS = [1.0, 2.0, 3.0, 4.0]

@@ -1,0 +1,44 @@
+"""The paper's tasks: their names and metrics, and their average. qat.harness runs them."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from qat.errors import UserError
+
+ZERO_SHOT = {
+    "boolq": "acc",
+    "piqa": "acc_norm",
+    "social_iqa": "acc",
+    "hellaswag": "acc_norm",
+    "winogrande": "acc",
+    "arc_easy": "acc_norm",
+    "arc_challenge": "acc_norm",
+    "openbookqa": "acc_mutual_info",
+}
+"""The paper's zero-shot tasks, and the metric that is reported of each, as in the LLaMA paper: the likelihood of an
+answer over its length where the harness has that; for OBQA over its likelihood without the question, which the
+harness computes only if it is asked to."""
+
+FEW_SHOT = {"mmlu": "acc", "triviaqa": "exact_match"}
+"""The paper's 5-shot tasks."""
+
+METRICS = ZERO_SHOT | FEW_SHOT
+PAPER = "paper"
+"""Stands for all of them."""
+
+
+def task_names(listed: str) -> list[str]:
+    """The tasks of a list with commas between; raises UserError for one that is not known."""
+    entries = listed.split(",") if listed else []
+    names = [name for entry in entries for name in (METRICS if entry == PAPER else [entry])]
+    if unknown := [name for name in names if name not in METRICS]:
+        raise UserError(f"tasks={unknown[0]!r} is not possible: give {PAPER}, or some of {', '.join(METRICS)}.")
+    return list(dict.fromkeys(names))
+
+
+def zero_shot_average(scores: Mapping[str, Mapping[str, Any]]) -> tuple[float, float]:
+    """Mean accuracy of the zero-shot tasks, and its standard error, from their scores as dictionaries."""
+    own = [scores[name] for name in ZERO_SHOT]
+    squares = sum(score["stderr"] ** 2 for score in own)
+    return sum(score["accuracy"] for score in own) / len(own), math.sqrt(squares) / len(own)

@@ -144,16 +144,16 @@ def run_python(script: str, *flags: str, cwd: Path = ROOT) -> SimpleNamespace:
     return said
 
 
-def launch(*command: object, compiled: bool = False, cwd: Path = ROOT) -> subprocess.Popen:
+def start_command(program: str, *arguments: object) -> subprocess.Popen:
     """A command line as users type it, without the forks' head start, in a process group of its own.
 
     Args:
-        command: a program in the environment's bin/, and its arguments
+        program: of the environment's bin/
     """
-    program, *arguments = map(str, command)
+    command = [Path(sys.executable).parent / program, *map(str, arguments)]
     return subprocess.Popen(
-        [Path(sys.executable).parent / program, *arguments], env=environment(compiled), cwd=cwd, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        command, env=environment(), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,
     )  # fmt: skip
 
 

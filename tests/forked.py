@@ -11,17 +11,24 @@ import runpy
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import IO
 
+import launch
 from launch.stages import free_port
 
 IMPORTED = [
-    *(f"launch.{name}" for name in ("cache_teacher", "chat", "evaluate", "export", "generate", "quantize", "train")),
+    *(f"launch.{file.stem}" for file in sorted(Path(launch.__file__).parent.glob("*.py"))),
     *("matplotlib.pyplot", "torch._inductor.compile_fx", "torch.utils.tensorboard"),
 ]
+"""The commands, and what most of them import later."""
+
+_STOP_SECONDS = 30
+"""As DeepSpeed's launcher has it."""
 
 
 def processes() -> multiprocessing.context.ForkServerContext:
@@ -57,6 +64,9 @@ class Command:
         self._process = processes().Process(target=_start, args=arguments)
         self._process.start()
         self.pid = self._process.pid
+        with suppress(ProcessLookupError):  # it may have ended already
+            while os.getpgid(self.pid) != self.pid:
+                time.sleep(0.001)
 
     @property
     def returncode(self) -> int | None:
@@ -104,9 +114,11 @@ def _start(script: str, flags: list[str], ranks: int, environment: dict[str, str
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the ranks stop by it, and are waited for
     while all(fork.exitcode == 0 for fork in forks if not fork.is_alive()) and any(fork.is_alive() for fork in forks):
         wait([fork.sentinel for fork in forks if fork.is_alive()])
-    for fork in forks:  # when one has failed, the others are told to stop
+    for fork in forks:  # when one has failed, the others are told to stop, and later made to
         fork.terminate()
     for fork in forks:
+        fork.join(_STOP_SECONDS)
+        fork.kill()
         fork.join()
     sys.exit(next((fork.exitcode for fork in forks if fork.exitcode), 0))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import conftest
 import pytest
-from conftest import ROOT, finish, kill, launch, run_python, start_training, tiny_model
+from conftest import ROOT, finish, kill, run_python, start_command, start_training, tiny_model
 from forked import Command
 from transformers import Qwen2Config
 
@@ -126,7 +126,7 @@ def test_a_model_split_over_two_ranks_writes_the_same_tokens(tokenizer, tmp_path
     run_python("generate", f"--model={model}", f"--output={tmp_path / 'one'}", *sizes)
     launcher = ["torchrun", "--nproc_per_node=2", "--master_port=0", "--standalone"]
     flags = [f"--model={model}", f"--output={tmp_path / 'two'}", *sizes, "--tensor_parallel=2"]
-    finish(launch(*launcher, ROOT / "launch" / "generate.py", *flags))
+    finish(start_command(*launcher, ROOT / "launch" / "generate.py", *flags))
     one, two = (ShardFolder(tmp_path / name).table(["input_ids", "finish"]).to_pylist() for name in ("one", "two"))
     assert one == two
 

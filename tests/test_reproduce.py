@@ -3,7 +3,7 @@
 import json
 import time
 
-from conftest import ROOT, finish, kill, launch, start, tiny_model
+from conftest import ROOT, finish, kill, start, start_command, tiny_model
 
 
 def flags(model, folder) -> list[str]:
@@ -14,12 +14,12 @@ def flags(model, folder) -> list[str]:
 def test_killed_and_started_again(tiny_directory, tmp_path):
     command = ["python", ROOT / "launch" / "reproduce.py", *flags(tiny_directory, tmp_path)]
     run = tmp_path / "work" / "cells" / "qat_4-8-4"
-    first = launch(*command, "--minutes=10")
+    first = start_command(*command, "--minutes=10")
     while first.poll() is None and not (run / "log.jsonl").exists():
         time.sleep(0.1)
     assert first.poll() is None, first.communicate()[0]
     kill(first)
-    again = launch(*command)
+    again = start_command(*command)
     output, _ = again.communicate(timeout=500)
     assert again.returncode == 0, output
     results = tmp_path / "results"

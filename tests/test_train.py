@@ -1,4 +1,4 @@
-"""Real runs: ``deepspeed launch/train.py``, ZeRO-3, on CPU ranks."""
+"""Real runs of ``launch/train.py``, ZeRO-3, on CPU ranks."""
 
 import json
 import math
@@ -18,9 +18,9 @@ from conftest import (
     finish,
     generate_flags,
     kill,
-    launch,
     needs_compiler,
     run_python,
+    start_command,
     start_training,
     tiny_model,
 )
@@ -138,13 +138,13 @@ def test_killed_and_resumed_equals_uninterrupted(run, weights, tiny_directory, t
     output = tmp_path / "killed"
     command = ["deepspeed", "--num_gpus=2", f"--master_port={free_port()}", ROOT / "launch" / "train.py"]
     command += flags(tiny_directory, tiny_data, output)
-    process = launch(*command)
+    process = start_command(*command)
     while process.poll() is None and not (output / "checkpoints" / "latest").exists():
         time.sleep(0.02)
     assert process.poll() is None, process.communicate()[0]
     kill(process)
     assert not (output / "final").exists(), "the run must be killed before its end for this test to say anything"
-    finish(launch(*command))
+    finish(start_command(*command))
     assert losses(output) == losses(run)
     resumed = load_file(output / "final" / "model.safetensors")
     assert all(torch.equal(resumed[name], weight) for name, weight in weights.items())
@@ -168,7 +168,7 @@ def test_a_signal_saves_and_the_run_goes_on(run, weights, tiny_directory, tiny_d
 
 def test_a_rank_that_a_signal_stops_exits_with_the_resumable_code(tiny_directory, tiny_data, tmp_path):
     """By it launch/slurm/resumable.sh puts a job back into the queue. Started by plain python, a rank is alone."""
-    process = launch("python", ROOT / "launch" / "train.py", *flags(tiny_directory, tiny_data, tmp_path))
+    process = start_command("python", ROOT / "launch" / "train.py", *flags(tiny_directory, tiny_data, tmp_path))
     while process.poll() is None and not (tmp_path / "log.jsonl").exists():
         time.sleep(0.02)
     process.send_signal(signal.SIGUSR1)

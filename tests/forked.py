@@ -22,7 +22,7 @@ import launch
 from launch.stages import free_port
 
 IMPORTED = [
-    *(f"launch.{file.stem}" for file in sorted(Path(launch.__file__).parent.glob("*.py"))),
+    *(f"launch.{file.stem}" for file in sorted(Path(launch.__file__).parent.glob("[!_]*.py"))),
     *("matplotlib.pyplot", "torch._inductor.compile_fx", "torch.utils.tensorboard"),
 ]
 """The commands, and what most of them import later."""

@@ -13,7 +13,7 @@ quickstart: setup
 	$(BIN)/python launch/quickstart.py
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

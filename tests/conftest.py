@@ -5,20 +5,24 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
-from typing import IO
+from types import SimpleNamespace
+from typing import IO, Any
 
 # Also on a host with GPUs the tests are of CPU code, but for those that need a GPU. To be said before CUDA looks.
 if os.environ.get("QAT_TEST_GPU") != "1":
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+# Before torch reads it: one core for each of the processes, of which two ranks, or two workers, run at a time.
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 import pytest
 import torch
+from forked import Command
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from launch.stages import free_port
 from qat.quant import fused
 from qat.store.models import load_tokenizer
 
@@ -101,53 +105,66 @@ def generate_flags(model: Path, output: Path) -> list[str]:
     return [f"--model={model}", f"--output={output}", *sizes]
 
 
-def run_python(script: str, *flags: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "launch" / f"{script}.py"), *flags]
-    return subprocess.run(command, check=True, text=True, capture_output=True, cwd=cwd, env=environment())
-
-
 def environment(compiled: bool = False) -> dict[str, str]:
     """Of the processes that tests start."""
     fixed = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return os.environ | fixed | ({} if compiled else {"TORCHDYNAMO_DISABLE": "1"})
 
 
-def start_training(
+def start(
     ranks: int,
-    *flags: str,
-    script: str = "train",
+    script: str,
+    *flags: object,
     compiled: bool = False,
-    output: int | IO = subprocess.PIPE,
+    output: IO | None = None,
+    errors: IO | None = None,
     cwd: Path = ROOT,
-) -> subprocess.Popen:
-    """``deepspeed launch/train.py`` on CPU ranks, in a process group of its own."""
-    launcher = [
-        str(Path(sys.executable).parent / "deepspeed"),
-        "--num_gpus",
-        str(ranks),
-        "--master_port",
-        free_port(),
-    ]
-    command = [*launcher, str(ROOT / "launch" / f"{script}.py"), *flags]
-    return subprocess.Popen(
-        command, env=environment(compiled), cwd=cwd, text=True, stdout=output, stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )  # fmt: skip
+) -> Command:
+    """``launch/<script>.py`` on CPU ranks, or, with none, as plain python runs it; see forked.py."""
+    file = ROOT / "launch" / f"{script}.py"
+    return Command(file, list(map(str, flags)), ranks, environment(compiled), cwd, output, errors)
+
+
+def start_training(ranks: int, *flags: str, script: str = "train", **more: Any) -> Command:
+    return start(ranks, script, *flags, **more)
 
 
 def run_ranks(script: str, *flags: object, cwd: Path = ROOT) -> str:
     """An entry point on two ranks, to its end; its output."""
-    return finish(start_training(2, *map(str, flags), script=script, cwd=cwd))
+    return finish(start(2, script, *flags, cwd=cwd))
 
 
-def finish(process: subprocess.Popen) -> str:
+def run_python(script: str, *flags: str, cwd: Path = ROOT) -> SimpleNamespace:
+    """An entry point as plain python runs it, to its end; its ``stdout`` and ``stderr``."""
+    with tempfile.NamedTemporaryFile("r") as errors:
+        process = start(0, script, *flags, cwd=cwd, errors=errors)
+        process.wait(300)
+        said = SimpleNamespace(stdout=process.said, stderr=errors.read())
+    assert process.returncode == 0, said.stdout + said.stderr
+    return said
+
+
+def start_command(program: str, *arguments: object) -> subprocess.Popen:
+    """A command line as users type it, without the forks' head start, in a process group of its own.
+
+    Args:
+        program: of the environment's bin/
+    """
+    command = [Path(sys.executable).parent / program, *map(str, arguments)]
+    return subprocess.Popen(
+        command, env=environment(), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process: Command | subprocess.Popen) -> str:
     """Wait for the run; its output, which is also the message if it failed."""
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return output
 
 
-def kill(process: subprocess.Popen) -> None:
+def kill(process: Command | subprocess.Popen) -> None:
     """SIGKILL to the launcher and all its ranks: nothing gets a chance to clean up."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -11,9 +11,9 @@ from pathlib import Path
 import conftest
 import pytest
 import torch
-import torch.multiprocessing
 from conftest import ROOT, needs_compiler, tiny_model
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from forked import processes
 from torch import Tensor, nn
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
@@ -68,7 +68,13 @@ def test_bf16_under_zero3_equals_plain_bf16(tmp_path):
         rope = {"rope_parameters": {"rope_theta": 10000.0, **changes}} if "rope_type" in changes else changes
         model = tiny_model(config, **SHAPE, **rope, tie_word_embeddings=name == "qwen2")
         model.bfloat16().save_pretrained(tmp_path / name)
-    torch.multiprocessing.spawn(_rank, (tmp_path, free_port()), nprocs=2)
+    port = free_port()
+    ranks = [processes().Process(target=_rank, args=(rank, tmp_path, port)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0, 0]
 
 
 def _rank(rank: int, folder: Path, port: str) -> None:

@@ -6,8 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from lm_eval.models.huggingface import HFLM
 
-from qat.evaluate import harness, taskdata
-from qat.evaluate.perplexity import tasks
+from qat.evaluate import harness, taskdata, tasks
 from qat.runtime.errors import UserError
 
 SIZES = {

@@ -1,6 +1,7 @@
 """The command lines: wrong inputs give one clear sentence, and imports run one way."""
 
 import json
+import multiprocessing
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, generate_flags, tiny_model, tiny_tokenizer
+from forked import processes
 from transformers import GPTNeoXConfig
 
 from datagen.corpus import Corpus
@@ -247,3 +249,20 @@ def test_help_names_every_flag_with_its_meaning(script, monkeypatch, capsys):
     flags = re.findall(r"^  --(\w+)(.*(?:\n {10,}.*)*)", text, re.MULTILINE)
     assert len(flags) > 3
     assert all(meaning.strip() for _, meaning in flags)
+
+
+SELDOM_USED = ("compressed_tensors", "datasets", "lm_eval")
+"""Each takes seconds to import, and one format, text or task needs it."""
+
+
+def _send_seldom_used(to) -> None:
+    to.send([name for name in SELDOM_USED if name in sys.modules])
+
+
+def test_what_is_seldom_used_is_not_imported_by_the_commands():
+    """Of all at once, in the process that has imported them."""
+    child, ours = multiprocessing.Pipe()
+    process = processes().Process(target=_send_seldom_used, args=(child,))
+    process.start()
+    assert ours.recv() == []
+    process.join()

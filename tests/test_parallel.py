@@ -8,8 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+import conftest
 import pytest
-from conftest import ROOT, environment, finish, kill, run_python, start_training, tiny_model
+from conftest import ROOT, finish, kill, run_python, start_command, start_training, tiny_model
+from forked import Command
 from transformers import Qwen2Config
 
 from datagen.parallel import Group, ranks_from_slurm
@@ -21,19 +23,15 @@ FLAGS = ["--sequences=160", "--max_length=96", "--batch_size=8", "--sequences_pe
 """20 shards, in a second or so."""
 
 
-def start(model: Path, output: Path, *flags: str) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "launch" / "generate.py"), f"--model={model}", f"--output={output}"]
-    return subprocess.Popen(
-        [*command, *FLAGS, *flags], env=environment(), cwd=ROOT, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+def start(model: Path, output: Path) -> Command:
+    return conftest.start(0, "generate", f"--model={model}", f"--output={output}", *FLAGS)
 
 
 def content(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
-def wait_for(path: Path, process: subprocess.Popen) -> None:
+def wait_for(path: Path, process: Command) -> None:
     while not path.exists():
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.002)
@@ -126,11 +124,9 @@ def test_a_model_split_over_two_ranks_writes_the_same_tokens(tokenizer, tmp_path
     tokenizer.save_pretrained(model)
     sizes = ["--sequences=12", "--max_length=24", "--batch_size=3", "--sequences_per_shard=4"]
     run_python("generate", f"--model={model}", f"--output={tmp_path / 'one'}", *sizes)
-    launcher = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node=2", "--master_port=0", "--standalone"]
+    launcher = ["torchrun", "--nproc_per_node=2", "--master_port=0", "--standalone"]
     flags = [f"--model={model}", f"--output={tmp_path / 'two'}", *sizes, "--tensor_parallel=2"]
-    command = [*launcher, str(ROOT / "launch" / "generate.py"), *flags]
-    run = subprocess.run(command, env=environment(), cwd=ROOT, text=True, capture_output=True)
-    assert run.returncode == 0, run.stderr
+    finish(start_command(*launcher, ROOT / "launch" / "generate.py", *flags))
     one, two = (ShardFolder(tmp_path / name).table(["input_ids", "finish"]).to_pylist() for name in ("one", "two"))
     assert one == two
 

@@ -1,15 +1,16 @@
 """Planning: what its formulas must give, and what the commands say of it. benchmarks/scaling.py holds the formulas of
 training against measured runs."""
 
+import multiprocessing
 import os
 import re
-import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CONFIG, ROOT, environment, run_python, tiny_model
+from conftest import CONFIG, ROOT, finish, start_command, tiny_model
+from forked import processes
 from test_launch import error_of
 from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, LlamaConfig
@@ -147,17 +148,24 @@ def test_who_needs_more_memory_than_there_is_is_warned(tiny_directory, caplog):
 @pytest.mark.slow
 def test_generation_on_a_cpu_holds_what_was_planned(tmp_path):
     sizes = ["--sequences=256", "--batch_size=256", "--max_length=16"]
-    said = run_python("generate", f"--model={smollm2.EMBEDDED}", f"--output={tmp_path}", *sizes).stdout
+    script = ROOT / "launch" / "generate.py"
+    said = finish(start_command("python", script, f"--model={smollm2.EMBEDDED}", f"--output={tmp_path}", *sizes))
     held, was_planned = map(float, re.search(r"peak memory of a rank: ([\d.]+) GB, ([\d.]+) GB", said).groups())
     assert held == pytest.approx(was_planned, rel=0.1)
 
 
+def _send_settings(to) -> None:
+    memory.let_segments_grow()
+    to.send(torch._C._accelerator_getAllocatorSettings())
+
+
 def test_segments_of_gpu_memory_grow_unless_the_user_says_otherwise(monkeypatch):
     """torch reads the variable when it first allocates: not yet when what training needs has been imported."""
-    script = "import launch.train, torch; from qat import memory; memory.let_segments_grow(); "
-    script += "print(torch._C._accelerator_getAllocatorSettings())"
-    run = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=True)
-    assert run.stdout.splitlines()[-1] == "expandable_segments:True"
+    importer, ours = multiprocessing.Pipe()
+    process = processes().Process(target=_send_settings, args=(importer,))
+    process.start()
+    assert ours.recv() == "expandable_segments:True"
+    process.join()
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     memory.let_segments_grow()

@@ -1,6 +1,5 @@
 """Ranks that die, hang, fail or wait: two real processes each. Here they are impatient."""
 
-import multiprocessing
 import os
 import re
 import signal
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 import rank_worker
 from conftest import ROOT, environment
+from forked import processes
 from test_train import flags, log_of
 
 from launch.stages import free_port
@@ -31,14 +31,12 @@ class Ranks:
     """``part`` of rank_worker.py, by two ranks."""
 
     def __init__(self, part: str, log: Path, port: str):
-        # Forked from one process that has imported torch, which takes longer than any of this.
-        processes = multiprocessing.get_context("forkserver")
-        processes.set_forkserver_preload(["launch.cli"])
         variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, ranks.PATIENCE: str(PATIENCE)}
         self.log = log
         self.log.touch()
         self.processes = [
-            processes.Process(target=rank_worker.run, args=(part, rank, variables, str(self.log))) for rank in range(2)
+            processes().Process(target=rank_worker.run, args=(part, rank, variables, str(self.log)))
+            for rank in range(2)
         ]
         for process in self.processes:
             process.start()

@@ -1,23 +1,15 @@
 """A cell of a table, from the teacher's text to its JSON, killed on its way."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 
-from conftest import ROOT, environment, tiny_model
+from conftest import ROOT, finish, kill, start, start_command, tiny_model
 from test_launch import error_of
 
 
-def start(model, folder, *flags: str) -> subprocess.Popen:
-    places = [f"--model={model}", f"--output={folder}/results", f"--work={folder}/work"]
-    command = [sys.executable, str(ROOT / "launch" / "reproduce.py"), *places, "--tables=main", *flags]
-    return subprocess.Popen(
-        command, env=environment(), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )  # fmt: skip
+def flags(model, folder) -> list[str]:
+    cells = "--cells=full_precision_16-16-16,rtn_4-8-4,qat_4-8-4"
+    return [f"--model={model}", f"--output={folder}/results", f"--work={folder}/work", "--tables=main", cells]
 
 
 def test_cells_that_there_are_not(monkeypatch, tmp_path):
@@ -28,14 +20,14 @@ def test_cells_that_there_are_not(monkeypatch, tmp_path):
 
 
 def test_killed_and_started_again(tiny_directory, tmp_path):
-    cells = "--cells=full_precision_16-16-16,rtn_4-8-4,qat_4-8-4"
+    command = ["python", ROOT / "launch" / "reproduce.py", *flags(tiny_directory, tmp_path)]
     run = tmp_path / "work" / "cells" / "qat_4-8-4"
-    first = start(tiny_directory, tmp_path, cells, "--minutes=10")
+    first = start_command(*command, "--minutes=10")
     while first.poll() is None and not (run / "log.jsonl").exists():
         time.sleep(0.1)
     assert first.poll() is None, first.communicate()[0]
-    os.killpg(first.pid, signal.SIGKILL)
-    again = start(tiny_directory, tmp_path, cells)
+    kill(first)
+    again = start_command(*command)
     output, _ = again.communicate(timeout=500)
     assert again.returncode == 0, output
     results = tmp_path / "results"
@@ -46,9 +38,9 @@ def test_killed_and_started_again(tiny_directory, tmp_path):
     assert not (run / "final").exists()
     assert "| LLM-QAT | 4-8-4 |" in (results / "README.md").read_text()
     files = {file: file.stat().st_mtime_ns for file in (results / "cells").iterdir()}
-    output, _ = start(tiny_directory, tmp_path, cells).communicate(timeout=500)
+    output = finish(start(0, "reproduce", *flags(tiny_directory, tmp_path)))
     assert output.splitlines()[-1] == f"{results}: all 3 jobs were done; README.md there has the tables"
     assert {file: file.stat().st_mtime_ns for file in (results / "cells").iterdir()} == files
     tiny_model().save_pretrained(tmp_path / "other")
-    output, _ = start(tmp_path / "other", tmp_path, cells).communicate(timeout=100)
+    output, _ = start(0, "reproduce", *flags(tmp_path / "other", tmp_path)).communicate(timeout=100)
     assert "holds results of another model" in output

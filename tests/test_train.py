@@ -1,12 +1,10 @@
-"""Real runs: ``deepspeed launch/train.py``, ZeRO-3, on CPU ranks."""
+"""Real runs of ``launch/train.py``, ZeRO-3, on CPU ranks."""
 
 import json
 import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,12 +15,12 @@ import pytest
 import torch
 from conftest import (
     ROOT,
-    environment,
     finish,
     generate_flags,
     kill,
     needs_compiler,
     run_python,
+    start_command,
     start_training,
     tiny_model,
 )
@@ -35,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import qat
 from launch import cli
+from launch.stages import free_port
 from launch.train import Paths
 from qat.data.sequences import TrainingData
 from qat.export import export
@@ -141,14 +140,17 @@ def test_two_sharded_ranks_equal_one_plain_process(run, weights, tiny_directory,
 
 
 def test_killed_and_resumed_equals_uninterrupted(run, weights, tiny_directory, tiny_data, tmp_path):
+    """By the command line of the README, with DeepSpeed's own launcher, which is killed too."""
     output = tmp_path / "killed"
-    process = start_training(2, *flags(tiny_directory, tiny_data, output))
+    command = ["deepspeed", "--num_gpus=2", f"--master_port={free_port()}", ROOT / "launch" / "train.py"]
+    command += flags(tiny_directory, tiny_data, output)
+    process = start_command(*command)
     while process.poll() is None and not (output / "checkpoints" / "latest").exists():
         time.sleep(0.02)
     assert process.poll() is None, process.communicate()[0]
     kill(process)
     assert not (output / "final").exists(), "the run must be killed before its end for this test to say anything"
-    finish(start_training(2, *flags(tiny_directory, tiny_data, output)))
+    finish(start_command(*command))
     assert losses(output) == losses(run)
     resumed = load_file(output / "final" / "model.safetensors")
     assert all(torch.equal(resumed[name], weight) for name, weight in weights.items())
@@ -172,8 +174,7 @@ def test_a_signal_saves_and_the_run_goes_on(run, weights, tiny_directory, tiny_d
 
 def test_a_rank_that_a_signal_stops_exits_with_the_resumable_code(tiny_directory, tiny_data, tmp_path):
     """By it launch/slurm/resumable.sh puts a job back into the queue. Started by plain python, a rank is alone."""
-    command = [sys.executable, str(ROOT / "launch" / "train.py"), *flags(tiny_directory, tiny_data, tmp_path)]
-    process = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = start_command("python", ROOT / "launch" / "train.py", *flags(tiny_directory, tiny_data, tmp_path))
     while process.poll() is None and not (tmp_path / "log.jsonl").exists():
         time.sleep(0.02)
     process.send_signal(signal.SIGUSR1)

@@ -4,10 +4,10 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _BLUE, _RED, _GREY, _GREEN, _ORANGE = "#2563eb", "#dc2626", "#6b7280", "#16a34a", "#ea580c"
 _COLOURS = {"full_precision": _GREY, "rtn": _RED, "gptq": _GREEN, "smoothquant": _ORANGE, "qat": _BLUE}
@@ -25,7 +25,7 @@ def plot_training(log: list[dict[str, Any]], path: Path) -> None:
     """KL to the teacher and learning rate over the optimizer steps of ``log.jsonl``."""
     steps = [record["step"] for record in log]
     kl = [record["kl"] for record in log]
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = _figure(7, 4)
     axes = figure.add_subplot()
     axes.plot(steps, kl, color=_BLUE, alpha=0.3, linewidth=1)
     axes.plot(steps, _smooth(kl), color=_BLUE, label="KL(teacher ‖ student), smoothed")
@@ -40,7 +40,7 @@ def plot_training(log: list[dict[str, Any]], path: Path) -> None:
 
 def plot_comparison(perplexities: dict[str, float], path: Path) -> None:
     """Perplexity of the teacher, and of the same quantization untrained and trained."""
-    figure = Figure(figsize=(5, 4), layout="constrained")
+    figure = _figure(5, 4)
     axes = figure.add_subplot()
     bars = axes.bar(list(perplexities), list(perplexities.values()), color=[_GREY, _RED, _BLUE], width=0.6)
     axes.bar_label(bars, fmt="%.1f")
@@ -51,7 +51,7 @@ def plot_comparison(perplexities: dict[str, float], path: Path) -> None:
 
 def plot_cells(cells: list[dict[str, Any]], path: Path) -> None:
     """KL to the teacher of each cell of a table of results, the mean over its texts."""
-    figure = Figure(figsize=(8, 1.2 + 0.27 * max(1, len(cells))), layout="constrained")
+    figure = _figure(8, 1.2 + 0.27 * max(1, len(cells)))
     axes = figure.add_subplot()
     for place, cell in enumerate(reversed(cells)):
         kl = statistics.fmean(score["kl"] for score in cell["texts"].values())
@@ -84,7 +84,7 @@ def plot_bits(
     ]
     if accuracy:
         panels.append(("zero-shot average", dict(accuracy)))
-    figure = Figure(figsize=(5 * len(panels), 4.3), layout="constrained")
+    figure = _figure(5 * len(panels), 4.3)
     for number, (title, values) in enumerate(panels, 1):
         axes = figure.add_subplot(1, len(panels), number)
         for method, beside in {"rtn": -0.15, "gptq": -0.05, "smoothquant": 0.05, "qat": 0.15}.items():
@@ -115,6 +115,15 @@ def _smooth(values: list[float], weight: float = 0.85) -> list[float]:
     return smoothed
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _figure(width: float, height: float) -> "Figure":
+    """Empty, of so many inches."""
+    from matplotlib.figure import Figure  # here, as it takes a second, and few commands draw
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    import matplotlib as mpl
+
     with mpl.rc_context({"savefig.dpi": 150}):
         figure.savefig(path)

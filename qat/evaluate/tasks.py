@@ -1,4 +1,4 @@
-"""Names and metrics of the paper's tasks, and the average of the zero-shot ones."""
+"""The paper's tasks: their names and metrics, and their average. qat.evaluate.harness runs them."""
 
 import math
 from collections.abc import Mapping
@@ -20,14 +20,10 @@ ZERO_SHOT = {
 answer over its length where the harness has that; for OBQA over its likelihood without the question, which the
 harness computes only if it is asked to."""
 
-
 FEW_SHOT = {"mmlu": "acc", "triviaqa": "exact_match"}
 """The paper's 5-shot tasks."""
 
-
 METRICS = ZERO_SHOT | FEW_SHOT
-
-
 PAPER = "paper"
 """Stands for all of them."""
 

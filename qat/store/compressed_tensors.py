@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from torch import Tensor
 
 from qat.quant.config import QuantConfig
@@ -103,6 +102,8 @@ class _Packed(Layout):
     engine_a_bits = 4, 8
 
     def encode(self, name: str, quantized: Quantized, quant: QuantConfig) -> dict[str, Tensor]:
+        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32  # takes seconds to import
+
         codes, (scale, _) = quantized
         return {
             f"{name}.weight_packed": pack_to_int32(codes, self.stored_bits[quant.w_bits]),
@@ -117,6 +118,8 @@ class _Packed(Layout):
         }
 
     def join(self, parts: Mapping[str, Tensor], bits: int) -> Quantized:
+        from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32  # takes seconds to import
+
         shape = torch.Size(parts["weight_shape"].tolist())
         return Quantized(unpack_from_int32(parts["weight_packed"], bits, shape), Grid(parts["weight_scale"]))
 

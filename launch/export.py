@@ -3,7 +3,6 @@
 python launch/export.py --checkpoint runs/NAME/final --output DIR
 """
 
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from launch import cli
 from qat import export, model_card, models, source
 from qat.errors import UserError, check_choice
 from qat.evaluate import text_windows
-from qat.files import writing
+from qat.files import appearing_folder, check_partial
 from qat.model_folder import read_config
 from qat.statements import differences
 
@@ -50,6 +49,7 @@ class Export:
         check_choice(self, format=export.FORMATS)
         if self.output.exists():
             raise UserError(f"{self.output} is there already: give another folder.")
+        check_partial(self.output)
 
 
 def main() -> None:
@@ -63,15 +63,12 @@ def main() -> None:
         windows = text_windows(heldout.paragraphs(settings.text), tokenizer, window, _WINDOWS)
         models.check_ids(read_config(str(student.directory)), int(windows.max()), f"The text {settings.text}")
     print(f"{student.quant} student of {settings.checkpoint} -> {settings.format}", flush=True)
-    partial = settings.output.with_name(settings.output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    export.export(student, partial, settings.format)
     checks = ""
-    if windows is not None:
-        checks = export.verify(student, partial, settings.format, windows).sentence(settings.text)
-    model_card.write(student, settings.format, _origin(settings, student), checks, partial)
-    with writing(settings.output):
-        partial.rename(settings.output)
+    with appearing_folder(settings.output) as partial:
+        export.export(student, partial, settings.format)
+        if windows is not None:
+            checks = export.verify(student, partial, settings.format, windows).sentence(settings.text)
+        model_card.write(student, settings.format, _origin(settings, student), checks, partial)
     size = sum(file.stat().st_size for pattern in ("*.safetensors", "*.gguf") for file in settings.output.glob(pattern))
     print(checks or "not verified")
     for sentence in differences(student.quant, settings.format):

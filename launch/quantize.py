@@ -12,7 +12,6 @@ from launch import cli
 from qat import models
 from qat.data import TrainingData
 from qat.errors import UserError, check_choice, check_least
-from qat.files import lock
 from qat.model_folder import ModelFolder
 from qat.prepare import QuantConfig, prepare
 from qat.ptq import layerwise, rtn
@@ -67,7 +66,6 @@ def main() -> None:
         models.check_length(model.config, ids.shape[1], "The length of a calibration sequence")
     if data:
         models.check_ids(model.config, data.largest, f"The text in {settings.data}")
-    lock(layerwise.partial_of(settings.output))
     with layerwise.appearing(folder, settings.output, quant, record) as output:
         if settings.method == "rtn":
             rtn.write(folder, output)

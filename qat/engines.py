@@ -5,7 +5,6 @@ Under ZeRO-3 both are partitioned while they are read from disk, and both are sh
 
 import copy
 import os
-import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from qat import ds_json, kv_cache, models, prepare, ranks, weight_files
 from qat.data import Sample
 from qat.distill import Distiller, LabelTargets, TeacherTargets, run
 from qat.errors import UserError
-from qat.files import writing
+from qat.files import appearing_folder
 from qat.kv_cache import AttentionRecord
 from qat.machine import local_ranks, take_gpu
 from qat.model_folder import shapes, write_companions
@@ -179,21 +178,15 @@ def save_student(
     weights = engine._consolidated_16bit_state_dict()
     if dist.get_rank() == 0:
         with ranks.doing(f"writing {directory.name}/"):
-            partial = directory.with_name(directory.name + ".partial")
-            shutil.rmtree(partial, ignore_errors=True)
             own = {name.removeprefix("student."): weight for name, weight in weights.items()}
             steps = {name: own.pop(name) for name in list(own) if name.endswith(prepare.STEP_SUFFIX)}
             student = engine.module.student
-            with writing(partial):
-                partial.mkdir()
-            weight_files.write(
-                partial, ((name, own[name]) for name in shapes(student) if not name.endswith(prepare.STEP_SUFFIX))
-            )
-            write_companions(companions, partial, dtype=str(student.dtype).removeprefix("torch."))
-            quant.save(partial)
-            prepare.save_steps(steps, partial)
-            with writing(directory):
-                partial.rename(directory)
+            names = [name for name in shapes(student) if not name.endswith(prepare.STEP_SUFFIX)]
+            with appearing_folder(directory) as partial:
+                weight_files.write(partial, ((name, own[name]) for name in names))
+                write_companions(companions, partial, dtype=str(student.dtype).removeprefix("torch."))
+                quant.save(partial)
+                prepare.save_steps(steps, partial)
     ranks.meet(f"{directory.name}/ is written")
 
 

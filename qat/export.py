@@ -61,12 +61,12 @@ def longest(student: Student, form: str) -> int:
 
 
 def export(student: Student, output: Path, form: str, file_bytes: int = weight_files.FILE_BYTES) -> None:
-    """Write ``student`` in the format ``form`` (one of FORMATS) into the new folder ``output``.
+    """Write ``student`` in the format ``form`` (one of FORMATS) into the folder ``output``, which is empty or new.
 
     Whatever the size of the model, one weight file and one tensor are in memory at a time.
     """
     with writing(output):
-        output.mkdir(parents=True)
+        output.mkdir(parents=True, exist_ok=True)
     if form == GGUF:
         llama_cpp.write(student, output)
         return

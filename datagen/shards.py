@@ -1,4 +1,4 @@
-"""Token shards: Parquet files of token ids that appear whole or not at all.
+"""Token shards: Parquet files of token ids that appear whole or not at all, each with a checksum beside it.
 
 ``manifest.json`` says what made them: the settings, the teacher and the tokenizer. Shard i depends on
 those and on i alone, so a shard that is missing can be made by anyone, at any time.
@@ -7,7 +7,7 @@ those and on i alone, so a shard that is missing can be made by anyone, at any t
 import contextlib
 import fcntl
 import json
-import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,11 +16,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from qat.checksums import appearing_with_checksum, damage
 from qat.errors import UserError, differences
-from qat.files import writing
+from qat.files import appearing, locking, open_lock, writing
 
 MANIFEST = "manifest.json"
-LOCK = "lock"
+
+_SHARD = re.compile(r"shard-\d{5,}\.parquet")
 
 _NO_SHARD = 2**40
 """The byte of the lock file that stands for all files that are no shards."""
@@ -66,12 +68,10 @@ class ShardFolder:
 
         Raises UserError if it holds shards of other settings, or cannot be written to.
         """
-        with writing(self.directory):
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock_file = os.open(self.directory / LOCK, os.O_CREAT | os.O_RDWR, 0o666)
+        self._lock_file = open_lock(self.directory)
         with self.alone():
             if not (self.directory / MANIFEST).exists():
-                if self.shards():
+                if any(_SHARD.fullmatch(path.name) for path in self.directory.iterdir()):
                     raise UserError(f"{self.directory} holds shards but no {MANIFEST}: give an empty folder.")
                 self.publish(MANIFEST, json.dumps(settings, indent=2).encode() + b"\n")
         if listed := differences(self.manifest(), settings):
@@ -93,14 +93,20 @@ class ShardFolder:
         return self.directory / f"shard-{index:05d}.parquet"
 
     def shards(self) -> list[Path]:
-        return sorted(self.directory.glob("shard-*.parquet"))
+        """Those that are there, in order. Other files, whatever their names, are not counted."""
+        return [self.path(index) for index in self._there()]
+
+    def _there(self) -> list[int]:
+        manifest = self.manifest()
+        count = -(-manifest["sequences"] // manifest["sequences_per_shard"])
+        return [index for index in range(count) if self.path(index).is_file()]
 
     def missing(self, index: int) -> bool:
-        """Whether shard ``index`` has to be made: it is not there, or cannot be read to its end."""
-        if not self.path(index).exists():
+        """Whether shard ``index`` has to be made: it is not there, damaged, or another one under its name."""
+        if not self.path(index).is_file():
             return True
         try:
-            _read(self.path(index), SCHEMA.names)
+            self._read(index, SCHEMA.names)
         except UserError:
             return True
         return False
@@ -112,7 +118,8 @@ class ShardFolder:
         The claims are locks on the bytes of one file, byte i for shard i.
         """
         try:
-            fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, index)
+            with locking(self.directory):
+                fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, index)
         except (BlockingIOError, PermissionError):  # POSIX allows both
             yield False
             return
@@ -124,7 +131,7 @@ class ShardFolder:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Wait until no other process is about to write files that are no shards."""
-        with writing(self.directory):  # not on a file system without POSIX locks
+        with locking(self.directory):
             fcntl.lockf(self._lock_file, fcntl.LOCK_EX, 1, _NO_SHARD)
         try:
             yield
@@ -136,25 +143,13 @@ class ShardFolder:
         table = pa.Table.from_pylist([asdict(sequence) for sequence in sequences], schema=SCHEMA)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-        self.publish(self.path(index).name, sink.getvalue().to_pybytes())
+        with writing(self.directory), appearing_with_checksum(self.path(index)) as partial:
+            partial.write_bytes(sink.getvalue())
 
     def publish(self, name: str, content: bytes) -> None:
-        """A file that appears whole: written beside, flushed to disk, renamed.
-
-        Whoever holds the claim, or is alone, is the only one to write this name; so what a kill leaves behind can
-        have a fixed name, and is written over.
-        """
-        partial = self.directory / f".{name}.partial"
-        with writing(self.directory):
-            try:
-                with partial.open("wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                partial.replace(self.directory / name)
-            except OSError:
-                partial.unlink(missing_ok=True)
-                raise
+        """Write a file that appears whole; the caller must be alone."""
+        with writing(self.directory), appearing(self.directory / name) as partial:
+            partial.write_bytes(content)
 
     def sequences(self) -> pa.ChunkedArray:
         """All sequences' token ids, in order; raises UserError if one is missing, or a shard is damaged."""
@@ -167,13 +162,21 @@ class ShardFolder:
         return sequences
 
     def table(self, columns: list[str]) -> pa.Table:
-        """These columns of all shards that are there; raises UserError if one is damaged."""
-        parts = [_read(file, columns) for file in self.shards()]
+        """These columns of all shards that are there; raises UserError if one is damaged, or not in its place."""
+        parts = [self._read(index, columns) for index in self._there()]
         return pa.concat_tables(parts) if parts else SCHEMA.empty_table().select(columns)
 
-
-def _read(file: Path, columns: list[str]) -> pa.Table:
-    try:
-        return pq.read_table(file, columns=columns, schema=SCHEMA, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file} is damaged ({error}): run launch/generate.py again, which makes it anew.") from error
+    def _read(self, index: int, columns: list[str]) -> pa.Table:
+        file, manifest = self.path(index), self.manifest()
+        first = index * manifest["sequences_per_shard"]
+        count = min(manifest["sequences_per_shard"], manifest["sequences"] - first)
+        try:
+            if not (reason := damage(file)):
+                with file.open("rb") as stream:  # in a path pyarrow would expand "~"
+                    table = pq.read_table(stream, columns=columns, schema=SCHEMA, page_checksum_verification=True)
+                if len(table) == count:
+                    return table
+                reason = f"it holds {len(table)} sequences, not {count}"
+        except (pa.ArrowException, OSError) as error:
+            reason = str(error)
+        raise UserError(f"{file} is damaged ({reason}): run launch/generate.py again, which makes it anew.")

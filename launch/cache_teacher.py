@@ -15,7 +15,6 @@ from launch import cli
 from qat import ds_json, engines, memory, models, progress, ranks
 from qat.data import Sample, TrainingData
 from qat.errors import UserError, check_least
-from qat.files import lock
 from qat.machine import device
 from qat.model_folder import read_config
 from qat.teacher_cache import SEQUENCES_PER_FILE, TeacherCache, entry_of
@@ -57,10 +56,11 @@ def main() -> None:
     cache = TeacherCache(config.output)
     if cli.is_first_rank():
         cache.claim(settings(model, data) | {"top_k": config.top_k})
-        lock(config.output)
 
     engines.init_distributed()
-    missing = [cache.missing(len(data))]
+    with ranks.doing("checking the files that are there"):
+        missing = [cache.missing(len(data)) if cli.is_first_rank() else []]
+    ranks.meet("the files that are there are checked")
     dist.broadcast_object_list(missing, 0)
     with ranks.doing("loading the teacher"):
         teacher = engines.Teacher(model, ds_json.for_teacher(ds_config))

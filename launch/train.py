@@ -16,11 +16,12 @@ from transformers import PretrainedConfig
 from datagen import heldout
 from launch import cli
 from qat import ds_json, engines, memory, models, plan, ranks, source
+from qat.checkpoint import checkpoints
 from qat.data import Sample, TrainingData
 from qat.distill import Targets
 from qat.errors import UserError, check_least, differences
 from qat.evaluate import text_windows
-from qat.files import lock, write_atomically, writing
+from qat.files import check_partial, lock, write_atomically, writing
 from qat.linear import ARITHMETIC
 from qat.machine import be_deterministic, device, local_ranks
 from qat.model_folder import ModelFolder, read_config, shapes, skeleton
@@ -118,7 +119,7 @@ def main() -> int:
     if paths.teacher_cache:
         cache = TeacherCache(paths.teacher_cache)
         cache.check({"teacher": models.weights_fingerprint(model), "data": data.fingerprint})
-        cache.check_complete(len(data))
+        cache.check_complete(len(data), cli.rank(), cli.ranks())
 
     ds_settings = config.ds_settings(cli.ranks())
     student_json = ds_json.resolve(paths.deepspeed, ds_settings)
@@ -234,8 +235,8 @@ def open_folder(output: Path, settings: dict[str, Any]) -> None:
     The first rank holds a lock on the folder until it ends, so that no two runs work in one.
     """
     if cli.is_first_rank():
-        with writing(output):
-            lock(output)
+        lock(output)
+        check_partial(output / FINAL)
     path = output / SETTINGS
     if path.exists():
         started = json.loads(path.read_text())["settings"]
@@ -250,7 +251,7 @@ def open_folder(output: Path, settings: dict[str, Any]) -> None:
         free = {name: settings[name] for name in CHANGES_NO_RESULT}
         if listed := differences(started | free, settings):
             raise UserError(f"{output} was started with other settings ({listed}): give the same, or another --output.")
-    elif (output / FINAL).exists() or any((output / CHECKPOINTS).glob("step-*")):
+    elif (output / FINAL).exists() or checkpoints(output / CHECKPOINTS):
         raise UserError(f"{output} holds a run without its {SETTINGS}: put that back, or give another --output.")
 
 

@@ -7,6 +7,7 @@ launch/quantize.py writes), or one of a run's ZeRO-3 checkpoints, of any number 
 import contextlib
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ class Student:
     def last_step(self) -> dict[str, Any] | None:
         """What the run's log says of the step that these weights are from."""
         run = self.path.parent.parent if self.is_checkpoint else self.path.parent
-        step = int(self.path.name.removeprefix("step-")) if self.is_checkpoint else None
+        step = int("".join(re.findall(r"\d+", self.path.name)[:1]) or 0) if self.is_checkpoint else None
         records = read_lines(run / _LOG) if (run / _LOG).is_file() else []
         return next((record for record in reversed(records) if step in (None, record["step"])), None)
 

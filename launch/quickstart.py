@@ -7,7 +7,7 @@ it goes on from where it was.
 import importlib.metadata
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -19,7 +19,7 @@ from launch.stages import CPU_ONLY, Stages, free_port, interrupt
 from qat import export, models, report
 from qat.files import lock, read_lines, wait_until_free, write_atomically, writing
 from qat.preemption import handle_signals
-from qat.prepare import CONFIG_FILE, QuantConfig
+from qat.prepare import QuantConfig
 from qat.training import FINAL, LOG, SETTINGS
 
 _LAUNCH = Path(__file__).parent
@@ -67,7 +67,7 @@ def main() -> None:
         ],
         ["--model", model, "--data", out / "data", "--output", run],
     )
-    bits = [f"--{key}={value}" for key, value in json.loads((run / FINAL / CONFIG_FILE).read_text()).items()]
+    bits = [f"--{key}={value}" for key, value in asdict(QuantConfig.load(run / FINAL)).items()]
     evaluate = [python, _LAUNCH / "evaluate.py", "--window", "512", "--windows", str(settings.windows)]
     stages.run("evaluate teacher", evaluate, ["--model", model, "--output", out / "teacher.json"])
     rtn = ["--method", "rtn", *bits]

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from qat import kv_cache
 from qat.errors import UserError, check_choice
-from qat.files import load_tensors, save_tensors, writing
+from qat.files import load_tensors, save_tensors, write_atomically, writing
 from qat.linear import InputQuantizer, QuantLinear
 from qat.quantizers import FULL_PRECISION, Format, Grid, lsq_initial_step
 
@@ -24,6 +24,9 @@ STEP_SUFFIX = ".input_step"
 
 GRIDS_FILE = "weight_grids.safetensors"
 """Beside them as well, where the weights lie on a grid that their own largest values do not give: GPTQ's."""
+
+_GRIDS = "weight_grids"
+"""The entry of ``quant_config.json`` that names it."""
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -104,13 +107,20 @@ class QuantConfig:
         return Format(self.kv_bits, self.kv_quantizer)
 
     def save(self, directory: Path) -> None:
+        """Write ``quant_config.json``, which also says whether there are grids beside it."""
+        grids = {_GRIDS: GRIDS_FILE} if (directory / GRIDS_FILE).is_file() else {}
         with writing(directory):
-            (directory / CONFIG_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+            write_atomically(directory / CONFIG_FILE, json.dumps(asdict(self) | grids, indent=2) + "\n")
 
     @classmethod
     def load(cls, directory: Path) -> "QuantConfig":
+        """Read ``quant_config.json``; raises UserError if it names grids that are missing."""
         path = directory / CONFIG_FILE
         values = json.loads(path.read_text())
+        if (grids := values.pop(_GRIDS, None)) and not (directory / grids).is_file():
+            raise UserError(
+                f"{directory} is incomplete: {grids}, by which its weights are rounded, is missing. Copy it again."
+            )
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
             raise UserError(f"{path} has unknown settings {sorted(unknown)}: it was written by another version.")

@@ -383,6 +383,11 @@ def test_command(method, tiny_directory, tiny_data, tmp_path, quantize_command, 
     assert "there already" in capsys.readouterr().out
     with pytest.raises(UserError, match="made with other settings"):
         quantize_command(*flags, "--w_bits=3")
+    if method == "gptq":
+        (tmp_path / "out" / layerwise.PTQ_RECORD).unlink()
+        (tmp_path / "out" / GRIDS_FILE).unlink()
+        with pytest.raises(UserError, match=f"incomplete: {GRIDS_FILE}, by which its weights are rounded, is missing"):
+            loading.load(str(tmp_path / "out"), torch.float32)
 
 
 @pytest.mark.parametrize(

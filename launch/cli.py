@@ -8,7 +8,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +21,9 @@ from transformers.utils.logging import disable_progress_bar
 from qat import cpu
 from qat.errors import UserError
 from qat.ranks import are_watched, fail
+
+PLACES = ("model", "base_model", "full", "teacher", "corpus", "text", "eval_text")
+"""Settings that may be a path, or a name. Those that are always paths have the type for it."""
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -106,4 +109,18 @@ def parse(description: str, *configs: type) -> list[Any]:
         values = parser.parse_args()
     except ArgumentError as error:
         raise UserError(f"{' '.join(str(error).split())}\n{parser.format_usage().strip()}") from error
-    return [config(**{field.name: values[field.name] for field in fields(config)}) for config in configs]
+    return [
+        config(**{field.name: _at_home(field, values[field.name]) for field in fields(config)}) for config in configs
+    ]
+
+
+def _at_home(field: Field, value: Any) -> Any:
+    """The value of a setting, with the user's folder for "~" where it is a place: shells expand it in ``--output ~/x``,
+    but not in ``--output=~/x``, nor in a recipe."""
+    if isinstance(value, list):
+        return [_at_home(field, one) for one in value]
+    if isinstance(value, Path):
+        return Path(os.path.expanduser(value))
+    if isinstance(value, str) and field.name in PLACES:
+        return ",".join(os.path.expanduser(part) for part in value.split(","))
+    return value

@@ -15,7 +15,6 @@ from launch import cli
 from qat.data.sequences import Sample, TrainingData
 from qat.runtime import memory, progress, ranks
 from qat.runtime.errors import UserError, check_least
-from qat.runtime.files import lock
 from qat.runtime.machine import device
 from qat.store import models
 from qat.store.model_folder import read_config
@@ -60,10 +59,11 @@ def main() -> None:
     cache = TeacherCache(config.output)
     if cli.is_first_rank():
         cache.claim(settings(model, data) | {"top_k": config.top_k})
-        lock(config.output)
 
     engines.init_distributed()
-    missing = [cache.missing(len(data))]
+    with ranks.doing("checking the files that are there"):
+        missing = [cache.missing(len(data)) if cli.is_first_rank() else []]
+    ranks.meet("the files that are there are checked")
     dist.broadcast_object_list(missing, 0)
     if not missing[0]:
         cli.say(f"{config.output} is complete already: what {config.model} predicts on {len(data)} sequences")

@@ -11,7 +11,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import Field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,6 +31,9 @@ from qat.runtime.table import choices_of
 _FOLLOWING = 2.0
 """Seconds that an error waits before it is told: one that only follows from another rank's end, as in a collective with
 it, is never told, as this rank ends meanwhile."""
+
+PLACES = ("model", "base_model", "full", "teacher", "corpus", "text", "eval_text")
+"""Settings that may be a path, or a name. Those that are always paths have the type for it."""
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -144,7 +147,9 @@ def parse(description: str, *configs: type) -> list[Any]:
         names = ["config", "plugin", *(field.name for config in configs for field in fields(config))]
         raise UserError(f"{said}{_meant(said, names)}\n{parser.format_usage().strip()}") from error
     import_plugins(values.plugin)  # of a recipe
-    return [config(**{field.name: values[field.name] for field in fields(config)}) for config in configs]
+    return [
+        config(**{field.name: _at_home(field, values[field.name]) for field in fields(config)}) for config in configs
+    ]
 
 
 def load_plugins() -> None:
@@ -179,3 +184,15 @@ def _meant(said: str, names: list[str]) -> str:
     unknown = re.search(r"^(?:unrecognized arguments: --|Option ')([\w-]+)", said)
     near = get_close_matches(unknown[1], names, n=1) if unknown else []
     return f": did you mean --{near[0]}?" if near else ""
+
+
+def _at_home(field: Field, value: Any) -> Any:
+    """The value of a setting, with the user's folder for "~" where it is a place: shells expand it in ``--output ~/x``,
+    but not in ``--output=~/x``, nor in a recipe."""
+    if isinstance(value, list):
+        return [_at_home(field, one) for one in value]
+    if isinstance(value, Path):
+        return Path(os.path.expanduser(value))
+    if isinstance(value, str) and field.name in PLACES:
+        return ",".join(os.path.expanduser(part) for part in value.split(","))
+    return value

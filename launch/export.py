@@ -3,7 +3,6 @@
 python launch/export.py --checkpoint runs/NAME/final --output DIR
 """
 
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from qat.evaluate.perplexity import text_windows
 from qat.export import export, model_card
 from qat.export.formats import FORMAT, FORMATS
 from qat.runtime.errors import UserError
-from qat.runtime.files import writing
+from qat.runtime.files import appearing_folder, check_partial
 from qat.runtime.table import check_choices, choice
 from qat.store import models, student_folder
 from qat.store.model_folder import read_config
@@ -52,6 +51,7 @@ class Export:
         check_choices(self)
         if self.output.exists():
             raise UserError(f"{self.output} is there already: give another folder.")
+        check_partial(self.output)
 
 
 def main() -> None:
@@ -65,15 +65,12 @@ def main() -> None:
         windows = text_windows(heldout.paragraphs(settings.text), tokenizer, window, _WINDOWS)
         models.check_ids(read_config(str(student.directory)), int(windows.max()), f"The text {settings.text}")
     print(f"{student.quant} student of {settings.checkpoint} -> {settings.format}", flush=True)
-    partial = settings.output.with_name(settings.output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    export.export(student, partial, settings.format)
     checks = ""
-    if windows is not None:
-        checks = export.verify(student, partial, settings.format, windows).sentence(settings.text)
-    model_card.write(student, settings.format, _origin(settings, student), checks, partial)
-    with writing(settings.output):
-        partial.rename(settings.output)
+    with appearing_folder(settings.output) as partial:
+        export.export(student, partial, settings.format)
+        if windows is not None:
+            checks = export.verify(student, partial, settings.format, windows).sentence(settings.text)
+        model_card.write(student, settings.format, _origin(settings, student), checks, partial)
     kind = FORMATS[settings.format]
     size = sum(file.stat().st_size for file in settings.output.glob(kind.weight_files))
     print(checks or "not verified")

@@ -7,7 +7,7 @@ it goes on from where it was.
 import importlib.metadata
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -18,7 +18,7 @@ from launch.paper import plots
 from launch.stages import CPU_ONLY, Stages, free_port, interrupt
 from qat.evaluate.heldout import ENCYCLOPEDIA
 from qat.export.formats import FORMAT
-from qat.quant.config import CONFIG_FILE, QuantConfig
+from qat.quant.config import QuantConfig
 from qat.runtime.files import lock, read_lines, wait_until_free, write_atomically, writing
 from qat.runtime.preemption import handle_signals
 from qat.store import models, smollm2, weight_files
@@ -69,7 +69,7 @@ def main() -> None:
         ],
         ["--model", model, "--data", out / "data", "--output", run],
     )
-    bits = [f"--{key}={value}" for key, value in json.loads((run / FINAL / CONFIG_FILE).read_text()).items()]
+    bits = [f"--{key}={value}" for key, value in asdict(QuantConfig.load(run / FINAL)).items()]
     evaluate = [python, _LAUNCH / "evaluate.py", "--window", "512", "--windows", str(settings.windows)]
     stages.run("evaluate teacher", evaluate, ["--model", model, "--output", out / "teacher.json"])
     rtn = ["--method", "rtn", *bits]

@@ -34,6 +34,7 @@ from qat.runtime.errors import UserError, check_choice, check_least, differences
 from qat.runtime.files import lock, read_lines, wait_until_free, write_atomically
 from qat.runtime.preemption import RESUMABLE_EXIT, handle_signals
 from qat.store import models, smollm2
+from qat.train import checkpoint
 from qat.train.loop import CHECKPOINTS, FINAL, LOG, TrainConfig
 
 TABLES = ("main", "recipes", "kv", "distillation", "quantizers", "data")
@@ -257,9 +258,8 @@ class _Runner:
     def _claim(self) -> None:
         """Raise UserError if results or work of another model are in the folders."""
         self.cells.mkdir(parents=True, exist_ok=True)
-        if any(
-            json.loads(path.read_text())["settings"]["model"] != self.fingerprint for path in self.cells.glob("*.json")
-        ):
+        models_there = {_settings_of(path).get("model") for path in self.cells.glob("*.json")}
+        if models_there - {self.fingerprint, None}:
             raise UserError(f"{self.cells} holds results of another model: give another --output and --work.")
         record = self.work / "model"
         if record.exists() and record.read_text() != self.fingerprint:
@@ -281,8 +281,7 @@ class _Runner:
         return self.cells / f"{job.name}.json"
 
     def is_done(self, job: Job) -> bool:
-        path = self.path(job)
-        return path.is_file() and json.loads(path.read_text())["settings"] == self.settings(job)
+        return _settings_of(self.path(job)) == self.settings(job)
 
     def run(self, job: Job, keep_model: bool) -> None:
         """Do a job, from where an earlier start left it, and write its JSON."""
@@ -315,8 +314,8 @@ class _Runner:
             "stage_seconds": {name: round(seconds, 1) for name, seconds in stages.seconds.items()},
         }
         write_atomically(self.path(job), json.dumps(result, indent=1) + "\n")
-        for passing in (CHECKPOINTS, _START):
-            shutil.rmtree(folder / passing, ignore_errors=True)
+        checkpoint.delete_all(folder / CHECKPOINTS)
+        shutil.rmtree(folder / _START, ignore_errors=True)
         if not (keep_model or self.reproduction.keep_models):
             shutil.rmtree(folder / FINAL, ignore_errors=True)
 
@@ -398,6 +397,15 @@ class _Runner:
         averages = claims.zero_shot_averages(accuracies)
         plots.plot_bits([*cells.values()], averages, claims.SETTINGS, output / "bits.png")
         write_atomically(output / "README.md", claims.markdown(names, cells, accuracies))
+
+
+def _settings_of(path: Path) -> dict[str, Any]:
+    """What a cell's JSON was measured with; nothing for a file that is none of ours, or damaged."""
+    try:
+        settings = json.loads(path.read_text())["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def _trained(folder: Path) -> dict[str, Any]:

@@ -22,12 +22,13 @@ from qat.quant.linear import ARITHMETIC
 from qat.quant.prepare import prepare
 from qat.runtime import memory, ranks
 from qat.runtime.errors import UserError, check_least, differences
-from qat.runtime.files import lock, using, write_atomically, writing
+from qat.runtime.files import check_partial, lock, using, write_atomically, writing
 from qat.runtime.machine import be_deterministic, device, local_ranks
 from qat.runtime.preemption import RESUMABLE_EXIT, StopSignal
 from qat.store import models, student_folder
 from qat.store.model_folder import ModelFolder, read_config, shapes, skeleton
 from qat.train import deepspeed_json, engines, plan
+from qat.train.checkpoint import checkpoints
 from qat.train.distill import Targets
 from qat.train.loop import CHECKPOINTS, FINAL, SETTINGS, TENSORBOARD, TrainConfig, arithmetic_of, train
 from qat.train.losses import LOSSES
@@ -122,7 +123,7 @@ def main() -> int:
     if paths.teacher_cache:
         cache = TeacherCache(paths.teacher_cache, config.loss)
         cache.check({"teacher": models.weights_fingerprint(model), "data": data.fingerprint})
-        cache.check_complete(len(data))
+        cache.check_complete(len(data), cli.rank(), cli.ranks())
         cache.check_loss()
 
     ds_settings = config.ds_settings(cli.ranks())
@@ -241,8 +242,8 @@ def open_folder(output: Path, settings: dict[str, Any]) -> None:
     The first rank holds a lock on the folder until it ends, so that no two runs work in one.
     """
     if cli.is_first_rank():
-        with writing(output):
-            lock(output)
+        lock(output)
+        check_partial(output / FINAL)
     path = output / SETTINGS
     if path.exists():
         started = student_folder.run_settings(output)["settings"]
@@ -259,7 +260,7 @@ def open_folder(output: Path, settings: dict[str, Any]) -> None:
         free = {name: settings[name] for name in CHANGES_NO_RESULT}
         if listed := differences(_said_once(started | free), _said_once(settings)):
             raise UserError(f"{output} was started with other settings ({listed}): give the same, or another --output.")
-    elif (output / FINAL).exists() or any((output / CHECKPOINTS).glob("step-*")):
+    elif (output / FINAL).exists() or checkpoints(output / CHECKPOINTS):
         raise UserError(f"{output} holds a run without its {SETTINGS}: put that back, or give another --output.")
 
 

@@ -102,6 +102,24 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_goes_on_exactly(found, 
     assert checkpoint.resume(engine(seed=1), trained).step == 8, "what was damaged has been written anew"
 
 
+def test_a_users_folders_among_the_checkpoints_are_kept_and_not_counted(trained, tmp_path):
+    for name in ("step-000002-best", "step-best", "step-000004.bak", "universal-notes"):
+        shutil.copytree(trained / "step-000002", trained / name)
+    (trained / "step-000100").write_text("a file")
+    shutil.move(trained / "step-000002", tmp_path / "elsewhere")
+    (trained / "step-000002").symlink_to(tmp_path / "elsewhere")
+    theirs = {path.name for path in trained.iterdir()} - {"latest", "step-000004", "step-000006"}
+    (trained / "universal-step-000004").mkdir()
+    resumed = engine(seed=1)
+    state = checkpoint.resume(resumed, trained)
+    assert state.step == 6
+    train(resumed, trained, state, 8, keep=1)
+    assert {path.name for path in trained.iterdir()} == theirs | {"latest", "step-000008"}
+    assert (tmp_path / "elsewhere" / MANIFEST).exists()
+    checkpoint.delete_all(trained)
+    assert {path.name for path in trained.iterdir()} == theirs
+
+
 def test_where_a_run_is_comes_back_whole(tmp_path, monkeypatch):
     student, state = engine(), TrainState(step=4, samples=8, tokens=160, seconds=1.5, average_loss=2.5, measured=4)
     learn(student, 0)

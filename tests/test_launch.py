@@ -6,8 +6,9 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import redirect_stderr
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from importlib import import_module
 from io import StringIO
 from pathlib import Path
@@ -102,10 +103,12 @@ def test_a_resume_with_other_settings_names_those_alone(tmp_path):
         open_folder(tmp_path, changed)
 
 
-def test_a_run_that_lost_its_settings_is_refused(monkeypatch, tiny_directory, tiny_data, tmp_path):
-    (tmp_path / "out" / "checkpoints" / "step-000005").mkdir(parents=True)
+@pytest.mark.parametrize("left", ["checkpoints/step-000005", "final"])
+def test_a_run_that_lost_its_settings_is_refused(left, monkeypatch, tiny_directory, tiny_data, tmp_path):
+    (tmp_path / "out" / left).mkdir(parents=True)
     message = error_of(monkeypatch, "train", *train_flags(tiny_directory, tiny_data, tmp_path / "out"))
     assert "a run without its settings.json" in message
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {left.split("/")[0], "lock"}
 
 
 def test_empty_data_folder(monkeypatch, tiny_directory, tmp_path):
@@ -238,6 +241,43 @@ def test_recipe_and_flags_set_the_same_fields(monkeypatch, tmp_path):
 
 
 SCRIPTS = sorted(file.stem for file in (ROOT / "launch").glob("*.py") if "cli.run(main)" in file.read_text())
+
+
+def places() -> Iterator[tuple[str, type, str]]:
+    """Script, dataclass and name of every setting that is a path, or may be one."""
+    for script in SCRIPTS:
+        (given,) = re.findall(r"cli\.parse\(__doc__, ([\w, ]+)\)", (ROOT / "launch" / f"{script}.py").read_text())
+        for config in (getattr(import_module(f"launch.{script}"), name) for name in given.split(", ")):
+            for field in fields(config):
+                if "Path" in str(field.type) or field.name in cli.PLACES:
+                    yield script, config, field.name
+
+
+def test_a_home_that_no_shell_expanded_is_one_folder_in_every_command(monkeypatch, tmp_path):
+    """Given by a flag, and by a recipe."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    found = set()
+    for script, config, name in places():
+        needed = {f.name for f in fields(config) if f.default is MISSING and f.default_factory is MISSING} - {name}
+        beside = needed | ({"deepspeed"} if name == "teacher_deepspeed" else set())
+        value = '["~/x"]' if "list" in str(config.__annotations__[name]) else "~/x"
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(f"{name}: {value}\n")
+        for flag in (f"--{name}={value}", f"--config={recipe}"):
+            monkeypatch.setattr(sys, "argv", [f"{script}.py", *(f"--{other}=y" for other in sorted(beside)), flag])
+            (made,) = cli.parse("", config)
+            (given,) = given if isinstance(given := getattr(made, name), list) else [given]
+            assert str(given) == str(tmp_path / "home" / "x"), f"{script}, {flag}"
+        found.add((script, name))
+    assert {
+        ("generate", "output"), ("train", "data"), ("evaluate", "text"), ("export", "results"), ("chat", "model")
+    } <= found  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model=~/x", "--text=encyclopedia,~/a,b~c"])
+    (made,) = cli.parse("", import_module("launch.evaluate").Evaluation)
+    assert made.text == f"encyclopedia,{tmp_path}/home/a,b~c"
+    monkeypatch.setattr(sys, "argv", ["chat.py", "--model=m", "--prompt=~/x is what?"])
+    (made,) = cli.parse("", import_module("launch.chat").Chat)
+    assert made.prompt == "~/x is what?"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

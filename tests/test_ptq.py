@@ -394,6 +394,11 @@ def test_command(method, tiny_directory, tiny_data, tmp_path, quantize_command, 
     assert "there already" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"made with other settings \(quant.w_bits was \d, now 5\)"):
         quantize_command(*flags, "--w_bits=5")
+    if method == "gptq":
+        (tmp_path / "out" / writer.PTQ_RECORD).unlink()
+        (tmp_path / "out" / GRIDS_FILE).unlink()
+        with pytest.raises(UserError, match=f"incomplete: {GRIDS_FILE}, by which its weights are rounded, is missing"):
+            simulated.load(str(tmp_path / "out"), torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,12 @@
 import json
 import time
 
+import pytest
 from conftest import ROOT, finish, kill, start, start_command, tiny_model
 from test_launch import error_of
+
+from launch.reproduce import Reproduction, _Runner, queue, read_recipe
+from qat.runtime.errors import UserError
 
 
 def flags(model, folder) -> list[str]:
@@ -44,3 +48,20 @@ def test_killed_and_started_again(tiny_directory, tmp_path):
     tiny_model().save_pretrained(tmp_path / "other")
     output, _ = start(0, "reproduce", *flags(tmp_path / "other", tmp_path)).communicate(timeout=100)
     assert "holds results of another model" in output
+
+
+def test_a_users_or_damaged_file_among_the_cells_is_not_counted(tiny_directory, tmp_path):
+    cells, model = tmp_path / "results" / "cells", str(tiny_directory)
+    cells.mkdir(parents=True)
+    (tmp_path / "work").mkdir()
+    for number, text in enumerate(["", "[1]", "{}", '{"settings": 3}', '{"settings": {"note": 1}}', "\udc80"]):
+        (cells / f"notes-{number}.json").write_bytes(text.encode(errors="surrogateescape"))
+    reproduction = Reproduction(model=model, output=tmp_path / "results", work=tmp_path / "work")
+    runner = _Runner(reproduction, None)
+    job, *_ = queue({"main": read_recipe(ROOT / "launch" / "recipes" / "reproduce" / "main.yaml")}, "rtn_4-8-4")
+    for content, done in (("{", False), (json.dumps({"settings": runner.settings(job)}), True)):
+        runner.path(job).write_text(content)
+        assert runner.is_done(job) == done
+    runner.path(job).write_text(json.dumps({"settings": runner.settings(job) | {"model": "another"}}))
+    with pytest.raises(UserError, match="holds results of another model"):
+        _Runner(reproduction, None)

@@ -1,6 +1,5 @@
 """Shards, corpora and the data card."""
 
-import contextlib
 import json
 import os
 import re
@@ -45,7 +44,7 @@ SEQUENCES = st.lists(
 def test_what_is_written_is_read(sequences):
     with tempfile.TemporaryDirectory() as directory:
         folder = ShardFolder(Path(directory))
-        folder.claim({"sequences": len(sequences)})
+        folder.claim({"sequences": len(sequences), "sequences_per_shard": len(sequences)})
         folder.write(0, sequences)
         rows = [Sequence(**row) for row in folder.table(SCHEMA.names).to_pylist()]
         assert rows == sequences
@@ -57,7 +56,7 @@ def test_a_damaged_shard_is_missing(sequences, data):
     """Truncated anywhere, or with other bytes in its pages."""
     with tempfile.TemporaryDirectory() as directory:
         folder = ShardFolder(Path(directory))
-        folder.claim({"sequences": len(sequences)})
+        folder.claim({"sequences": len(sequences), "sequences_per_shard": len(sequences)})
         folder.write(0, sequences)
         assert not folder.missing(0)
         content = folder.path(0).read_bytes()
@@ -71,34 +70,69 @@ def test_a_damaged_shard_is_missing(sequences, data):
         assert folder.missing(0)
 
 
-@given(SEQUENCES, st.data())
-def test_a_flipped_bit_anywhere_changes_no_token_unnoticed(sequences, data):
-    with tempfile.TemporaryDirectory() as directory:
-        folder = ShardFolder(Path(directory))
-        folder.claim({"sequences": len(sequences)})
-        folder.write(0, sequences)
-        content = bytearray(folder.path(0).read_bytes())
-        content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
-        folder.path(0).write_bytes(content)
-        with contextlib.suppress(UserError):
-            assert folder.sequences().to_pylist() == [sequence.input_ids for sequence in sequences]
+def two_shards(directory: Path) -> ShardFolder:
+    folder = ShardFolder(directory)
+    folder.claim({"sequences": 3, "sequences_per_shard": 2})
+    folder.write(0, [Sequence([1, 2, 3], 1, 0, "eos", None), Sequence([1, 4], 1, 1, "length", 0.5)])
+    folder.write(1, [Sequence([5, 6, 7, 8], 5, 0, "eos", 2.5)])
+    return folder
 
 
-def test_a_shard_in_another_one_s_place_is_damaged(tmp_path):
-    folder = ShardFolder(tmp_path)
-    folder.claim({"sequences": 2})
-    for index in range(2):
-        folder.write(index, [Sequence([1, 2, 3], 1, 0, "eos", None)])
-    shutil.copy(folder.path(0), folder.path(1))
-    with pytest.raises(UserError, match=r"shard-00001.parquet is damaged .*not those that were written"):
+def test_every_flipped_byte_of_a_shard_is_found(tmp_path):
+    """Of its checksum's file too. Parquet's own checksums cover the pages alone."""
+    folder = two_shards(tmp_path)
+    for file in (folder.path(1), folder.path(1).with_name(f"{folder.path(1).name}.crc32")):
+        content = file.read_bytes()
+        for place in range(len(content)):
+            file.write_bytes(content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :])
+            assert folder.missing(1), f"{file.name}, byte {place}"
+        with pytest.raises(UserError, match=r"shard-00001.parquet is damaged .* makes it anew"):
+            folder.sequences()
+        file.write_bytes(content)
+    assert not folder.missing(1)
+
+
+@pytest.mark.parametrize("misplace", [shutil.copy, Path.rename], ids=["copied", "renamed"])
+@pytest.mark.parametrize("names", [["parquet"], ["parquet", "parquet.crc32"]], ids=["alone", "with its checksum"])
+def test_a_shard_is_not_taken_for_another(misplace, names, tmp_path):
+    folder = two_shards(tmp_path)
+    for name in names:
+        misplace(tmp_path / f"shard-00000.{name}", tmp_path / f"shard-00001.{name}")
+    assert folder.missing(1)
+    with pytest.raises(UserError, match=r"shard-00001.parquet is damaged .*run launch/generate.py again"):
         folder.sequences()
+
+
+def test_a_shard_of_an_earlier_version_is_read_and_its_place_is_checked_by_its_size(tmp_path):
+    folder = two_shards(tmp_path)
+    for file in tmp_path.glob("*.crc32"):
+        file.unlink()
+    assert not folder.missing(0)
+    assert len(folder.sequences()) == 3
+    shutil.copy(folder.path(0), folder.path(1))
+    assert folder.missing(1)
+    with pytest.raises(UserError, match="it holds 2 sequences, not 1"):
+        folder.sequences()
+
+
+def test_a_users_files_among_the_shards_are_not_counted(tmp_path):
+    folder = two_shards(tmp_path)
+    expected = folder.sequences()
+    for name in ("shard-backup.parquet", "shard-00002.parquet", "shard-00099.parquet", "shard-00001 (copy).parquet"):
+        shutil.copy(folder.path(1), tmp_path / name)
+    (tmp_path / "shard-notes.parquet").write_text("not Parquet")
+    assert folder.sequences() == expected
+    assert folder.shards() == [folder.path(0), folder.path(1)]
+    folder.path(1).unlink()
+    folder.path(1).mkdir()
+    assert folder.missing(1)
 
 
 def test_a_full_disk_is_named_and_loses_nothing(tmp_path):
     """The limit on the size of files stands for the disk's: the write fails in the middle of the shard."""
     folder = ShardFolder(tmp_path)
-    folder.claim({"sequences": 2000})
-    folder.write(0, [Sequence([1, 2, 3], 1, 0, "eos", None)])
+    folder.claim({"sequences": 2000, "sequences_per_shard": 1000})
+    folder.write(0, [Sequence([1, 2, 3], 1, 0, "eos", None)] * 1000)
     many = [Sequence(list(range(i, i + 50)), 1, 0, "eos", float(i)) for i in range(1000)]
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -110,7 +144,7 @@ def test_a_full_disk_is_named_and_loses_nothing(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
     folder.write(1, many)
-    assert len(folder.table(["finish"])) == 1001
+    assert len(folder.table(["finish"])) == 2000
 
 
 def test_a_read_only_folder_is_named():

@@ -1,4 +1,4 @@
-"""Token shards: Parquet files of token ids that appear whole or not at all.
+"""Token shards: Parquet files of token ids that appear whole or not at all, each with a checksum beside it.
 
 ``manifest.json`` says what made them: the settings, the teacher and the tokenizer. Shard i depends on
 those and on i alone, so a shard that is missing can be made by anyone, at any time.
@@ -7,28 +7,25 @@ those and on i alone, so a shard that is missing can be made by anyone, at any t
 import contextlib
 import fcntl
 import json
-import os
-import zlib
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from qat.runtime.checksums import appearing_with_checksum, damage
 from qat.runtime.errors import UserError, differences
-from qat.runtime.files import read_json, using, writing
+from qat.runtime.files import appearing, locking, open_lock, read_json, using, writing
 
 MANIFEST = "manifest.json"
-LOCK = "lock"
+
+_SHARD = re.compile(r"shard-\d{5,}\.parquet")
 
 _NO_SHARD = 2**40
 """The byte of the lock file that stands for all files that are no shards."""
-
-_CHECKSUM = b"qat.tokens"
-"""In a shard's metadata. Parquet's own checksums are of its pages alone, not of what says how to read them."""
 
 SCHEMA = pa.schema(
     {
@@ -71,12 +68,10 @@ class ShardFolder:
 
         Raises UserError if it holds shards of other settings, or cannot be written to.
         """
-        with writing(self.directory):
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock_file = os.open(self.directory / LOCK, os.O_CREAT | os.O_RDWR, 0o666)
+        self._lock_file = open_lock(self.directory)
         with self.alone():
             if not (self.directory / MANIFEST).exists():
-                if self.shards():
+                if any(_SHARD.fullmatch(path.name) for path in self.directory.iterdir()):
                     raise UserError(f"{self.directory} holds shards but no {MANIFEST}: give an empty folder.")
                 self.publish(MANIFEST, json.dumps(settings, indent=2).encode() + b"\n")
         if listed := differences(self.manifest(), settings):
@@ -95,14 +90,20 @@ class ShardFolder:
         return self.directory / f"shard-{index:05d}.parquet"
 
     def shards(self) -> list[Path]:
-        return sorted(self.directory.glob("shard-*.parquet"))
+        """Those that are there, in order. Other files, whatever their names, are not counted."""
+        return [self.path(index) for index in self._there()]
+
+    def _there(self) -> list[int]:
+        manifest = self.manifest()
+        count = -(-manifest["sequences"] // manifest["sequences_per_shard"])
+        return [index for index in range(count) if self.path(index).is_file()]
 
     def missing(self, index: int) -> bool:
-        """Whether shard ``index`` has to be made: it is not there, or cannot be read to its end."""
-        if not self.path(index).exists():
+        """Whether shard ``index`` has to be made: it is not there, damaged, or another one under its name."""
+        if not self.path(index).is_file():
             return True
         try:
-            _read(self.path(index), SCHEMA.names)
+            self._read(index, SCHEMA.names)
         except UserError:
             return True
         return False
@@ -114,7 +115,8 @@ class ShardFolder:
         The claims are locks on the bytes of one file, byte i for shard i.
         """
         try:
-            fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, index)
+            with locking(self.directory):
+                fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, index)
         except (BlockingIOError, PermissionError):  # POSIX allows both
             yield False
             return
@@ -126,7 +128,7 @@ class ShardFolder:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Wait until no other process is about to write files that are no shards."""
-        with writing(self.directory):  # not on a file system without POSIX locks
+        with locking(self.directory):
             fcntl.lockf(self._lock_file, fcntl.LOCK_EX, 1, _NO_SHARD)
         try:
             yield
@@ -136,28 +138,15 @@ class ShardFolder:
     def write(self, index: int, sequences: Iterable[Sequence]) -> None:
         """Write shard ``index``, which must be claimed."""
         table = pa.Table.from_pylist([asdict(sequence) for sequence in sequences], schema=SCHEMA)
-        table = table.replace_schema_metadata({_CHECKSUM: _checksum(table["input_ids"], self.path(index))})
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-        self.publish(self.path(index).name, sink.getvalue().to_pybytes())
+        with writing(self.directory), appearing_with_checksum(self.path(index)) as partial:
+            partial.write_bytes(sink.getvalue())
 
     def publish(self, name: str, content: bytes) -> None:
-        """A file that appears whole: written beside, flushed to disk, renamed.
-
-        Whoever holds the claim, or is alone, is the only one to write this name; so what a kill leaves behind can
-        have a fixed name, and is written over.
-        """
-        partial = self.directory / f".{name}.partial"
-        with writing(self.directory):
-            try:
-                with partial.open("wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                partial.replace(self.directory / name)
-            except OSError:
-                partial.unlink(missing_ok=True)
-                raise
+        """Write a file that appears whole; the caller must be alone."""
+        with writing(self.directory), appearing(self.directory / name) as partial:
+            partial.write_bytes(content)
 
     def sequences(self) -> pa.ChunkedArray:
         """All sequences' token ids, in order; raises UserError if one is missing, or a shard is damaged."""
@@ -171,25 +160,21 @@ class ShardFolder:
         return sequences
 
     def table(self, columns: list[str]) -> pa.Table:
-        """These columns of all shards that are there; raises UserError if one is damaged."""
-        parts = [_read(file, columns) for file in self.shards()]
+        """These columns of all shards that are there; raises UserError if one is damaged, or not in its place."""
+        parts = [self._read(index, columns) for index in self._there()]
         return pa.concat_tables(parts) if parts else SCHEMA.empty_table().select(columns)
 
-
-def _read(file: Path, columns: list[str]) -> pa.Table:
-    try:
-        table = pq.read_table(file, columns=columns, schema=SCHEMA, page_checksum_verification=True)
-        expected = (pq.read_metadata(file).metadata or {}).get(_CHECKSUM)  # the first version wrote none
-        if expected and "input_ids" in columns and _checksum(table["input_ids"], file) != expected:
-            raise ValueError("its tokens are not those that were written under its name")
-        return table
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{file} is damaged ({error}): run launch/generate.py again, which makes it anew.") from error
-
-
-def _checksum(sequences: pa.ChunkedArray, file: Path) -> bytes:
-    """Of a shard's token ids and its name."""
-    crc = zlib.crc32(file.name.encode())
-    for part in (pc.list_value_length(sequences), pc.list_flatten(sequences)):
-        crc = zlib.crc32(part.to_numpy().astype("<i4").tobytes(), crc)
-    return b"%08x" % crc
+    def _read(self, index: int, columns: list[str]) -> pa.Table:
+        file, manifest = self.path(index), self.manifest()
+        first = index * manifest["sequences_per_shard"]
+        count = min(manifest["sequences_per_shard"], manifest["sequences"] - first)
+        try:
+            if not (reason := damage(file)):
+                with file.open("rb") as stream:  # in a path pyarrow would expand "~"
+                    table = pq.read_table(stream, columns=columns, schema=SCHEMA, page_checksum_verification=True)
+                if len(table) == count:
+                    return table
+                reason = f"it holds {len(table)} sequences, not {count}"
+        except (pa.ArrowException, OSError, ValueError) as error:
+            reason = str(error)
+        raise UserError(f"{file} is damaged ({reason}): run launch/generate.py again, which makes it anew.")

@@ -32,9 +32,9 @@ def check(student: Student, form: str) -> None:
 
 
 def export(student: Student, output: Path, form: str, file_bytes: int = weight_files.FILE_BYTES) -> None:
-    """Write ``student`` in the format ``form`` (one of FORMATS) into the new folder ``output``."""
+    """Write ``student`` in the format ``form`` (one of FORMATS) into the folder ``output``, which is empty or new."""
     with writing(output):
-        output.mkdir(parents=True)
+        output.mkdir(parents=True, exist_ok=True)
     FORMATS[form].write(student, output, file_bytes)
 
 

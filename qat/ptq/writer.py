@@ -17,9 +17,9 @@ from qat.quant.config import QuantConfig
 from qat.quant.quantizers.base import Grid
 from qat.runtime import progress
 from qat.runtime.errors import UserError, differences
-from qat.runtime.files import load_tensors, read_json, save_tensors, write_atomically, writing
+from qat.runtime.files import appearing_folder, load_tensors, read_json, save_tensors, write_atomically, writing
 from qat.store.model_folder import BASE_MODEL, PTQ_RECORD, ModelFolder, write_companions
-from qat.store.sidecars import GRIDS_FILE, HAS_GRIDS, load_grids, save_grids
+from qat.store.sidecars import GRIDS_FILE, load_grids, save_grids
 from qat.store.weight_files import INDEX
 
 QuantizeLayer = Callable[[Stream, Weights], tuple[Weights, dict[str, Grid], str]]
@@ -38,11 +38,6 @@ def is_complete(output: Path, settings: dict[str, Any]) -> bool:
     return True
 
 
-def partial_of(output: Path) -> Path:
-    """The folder that becomes ``output``."""
-    return output.with_name(output.name + ".partial")
-
-
 @contextmanager
 def appearing(
     source: ModelFolder, output: Path, quant: QuantConfig, settings: dict[str, Any], base_model: str = ""
@@ -50,37 +45,28 @@ def appearing(
     """A folder beside ``output`` for its weights; at the end it gets the rest of the files, and the name.
 
     ``base_model`` is what the model is called that it is made from. Raises UserError if it holds a run of other
-    settings.
+    settings, or another process is at work in it.
     """
-    partial = partial_of(output)
-    with writing(partial):
-        partial.mkdir(parents=True, exist_ok=True)
-    if (partial / PTQ_RECORD).is_file():
-        if listed := differences(_settings_of(partial), settings):
-            raise UserError(
-                f"{partial} holds an unfinished run of other settings ({listed}): give another --output, or delete it."
-            )
-    else:
-        _write_record(partial, settings | {BASE_MODEL: base_model})
-    yield partial
-    write_companions(source.companions(), partial)
-    quant.save(partial)
-    has_grids = (partial / GRIDS_FILE).exists()
-    _write_record(partial, settings | {BASE_MODEL: base_model, HAS_GRIDS: has_grids})
-    with writing(output):
-        (partial / "lock").unlink(missing_ok=True)
-        partial.rename(output)
+    with appearing_folder(output, PTQ_RECORD) as partial:
+        if (partial / PTQ_RECORD).is_file():
+            if listed := differences(_settings_of(partial), settings):
+                raise UserError(
+                    f"{partial} holds an unfinished run of other settings ({listed}): give another --output, or delete "
+                    "it."
+                )
+        else:
+            with writing(partial):
+                content = json.dumps(settings | {BASE_MODEL: base_model}, indent=2) + "\n"
+                write_atomically(partial / PTQ_RECORD, content)
+        yield partial
+        write_companions(source.companions(), partial)
+        quant.save(partial)
 
 
 def _settings_of(folder: Path) -> dict[str, Any]:
     """What the weights in ``folder`` depend on: not on the model's name."""
     record = read_json(folder / PTQ_RECORD)
-    return {name: value for name, value in record.items() if name not in (BASE_MODEL, HAS_GRIDS)}
-
-
-def _write_record(folder: Path, record: dict[str, Any]) -> None:
-    with writing(folder):
-        write_atomically(folder / PTQ_RECORD, json.dumps(record, indent=2) + "\n")
+    return {name: value for name, value in record.items() if name != BASE_MODEL}
 
 
 def write(stream: Stream, folder: Path, method: str, quantize_layer: QuantizeLayer) -> None:
@@ -96,8 +82,8 @@ def write(stream: Stream, folder: Path, method: str, quantize_layer: QuantizeLay
         stored = {name.removeprefix(prefix): weight for name, weight in load_tensors(path).items()}
         grids = {name.removeprefix(prefix): grid for name, grid in load_grids(folder, _grids_file(number)).items()}
         stream.advance(stored, grids)
-    _save(stream.files.rest(), _weight_file(folder, count, count))
-    _write_index(folder)
+    save_tensors(stream.files.rest(), _weight_file(folder, count, count))
+    _write_index(folder, count)
     _merge_grids(folder, count)
 
 
@@ -105,18 +91,12 @@ def _save_layer(grids_path: Path, path: Path, prefix: str, weights: Weights, gri
     """The grids first: a layer whose weight file is there is finished."""
     if grids:
         save_grids({prefix + name: grid for name, grid in grids.items()}, grids_path)
-    _save({prefix + name: weight for name, weight in weights.items()}, path)
+    save_tensors({prefix + name: weight for name, weight in weights.items()}, path)
 
 
-def _save(weights: Weights, path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    save_tensors(weights, partial)
-    partial.replace(path)
-
-
-def _write_index(folder: Path) -> None:
+def _write_index(folder: Path, count: int) -> None:
     places: dict[str, str] = {}
-    for file in sorted(folder.glob("model-*.safetensors")):
+    for file in (_weight_file(folder, number, count) for number in range(count + 1)):
         with safe_open(file, framework="pt") as opened:
             places |= dict.fromkeys(opened.keys(), file.name)
     with writing(folder):
@@ -128,9 +108,7 @@ def _merge_grids(folder: Path, count: int) -> None:
     files = [_grids_file(number) for number in range(count)]
     grids = {name: grid for file in files for name, grid in load_grids(folder, file).items()}
     if grids and not (folder / GRIDS_FILE).exists():
-        partial = folder / f"{GRIDS_FILE}.partial"
-        save_grids(grids, partial)
-        partial.replace(folder / GRIDS_FILE)
+        save_grids(grids, folder / GRIDS_FILE)
     for file in files:
         (folder / file).unlink(missing_ok=True)
 

@@ -9,11 +9,17 @@ from typing import Any
 from qat.quant.number_format import FULL_PRECISION, Format
 from qat.quant.quantizers import quantizers_of
 from qat.runtime.errors import UserError
-from qat.runtime.files import read_json, writing
+from qat.runtime.files import read_json, write_atomically, writing
 from qat.runtime.table import check_choices, choice
 
 CONFIG_FILE = "quant_config.json"
 """Lies beside the weights of every quantized model directory."""
+
+GRIDS_FILE = "weight_grids.safetensors"
+"""Beside it too, where the weights lie on a grid that their own largest values do not give: GPTQ's."""
+
+_GRIDS = "weight_grids"
+"""The entry of ``quant_config.json`` that names it."""
 
 _SITES = {"post_rope": "what a cache stores", "pre_rope": "the paper's released code"}
 _GRANULARITIES = {"token_head": "one scale per token and KV head", "token": "one per token (the paper)"}
@@ -79,12 +85,20 @@ class QuantConfig:
         return Format(self.kv_bits, self.kv_quantizer)
 
     def save(self, directory: Path) -> None:
+        """Write ``quant_config.json``, which also says whether there are grids beside it."""
+        grids = {_GRIDS: GRIDS_FILE} if (directory / GRIDS_FILE).is_file() else {}
         with writing(directory):
-            (directory / CONFIG_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+            write_atomically(directory / CONFIG_FILE, json.dumps(asdict(self) | grids, indent=2) + "\n")
 
     @classmethod
     def load(cls, directory: Path) -> "QuantConfig":
-        return cls.of(read_json(directory / CONFIG_FILE), directory / CONFIG_FILE)
+        """Read ``quant_config.json``; raises UserError if it names grids that are missing."""
+        values = read_json(directory / CONFIG_FILE)
+        if values.pop(_GRIDS, None) and not (directory / GRIDS_FILE).is_file():
+            raise UserError(
+                f"{directory} is incomplete: {GRIDS_FILE}, by which its weights are rounded, is missing. Copy it again."
+            )
+        return cls.of(values, directory / CONFIG_FILE)
 
     @classmethod
     def of(cls, values: dict[str, Any], path: Path) -> "QuantConfig":

@@ -1,8 +1,10 @@
 """Files that are whole or not there, and folders that one process works in."""
 
+import errno
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,15 @@ from qat.runtime.errors import UserError, in_one_line
 
 _MISUSE = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 """What Python raises where a value is not what it should be."""
+
+LOCK = "lock"
+"""The file by which a folder is locked."""
+
+_UNFINISHED = "unfinished"
+"""The file by which a folder that is being written is known."""
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What a file system without locks answers."""
 
 
 @contextmanager
@@ -53,31 +64,96 @@ def _undecodable(path: Path) -> int:
     raise AssertionError(f"{path} is UTF-8")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` beside ``path``, then rename: a reader, or a kill, never meets half a file."""
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+@contextmanager
+def appearing(path: Path, suffix: str = ".partial") -> Iterator[Path]:
+    """A new, empty file beside ``path`` to write; at the end it is flushed to the disk, and takes that name: a reader,
+    or a kill, never meets half a file.
+
+    What a kill left under the partial name is deleted, and a symbolic link that lies there is not followed. Only one
+    process at a time may write ``path``, or each needs a ``suffix`` of its own. Nothing is left where writing fails.
+    """
+    partial = path.with_name(path.name + suffix)
+    partial.unlink(missing_ok=True)
+    os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
-        partial.write_text(text)
-    except OSError:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    partial.replace(path)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file that appears whole, also where other processes write it."""
+    with appearing(path, f".partial-{os.getpid()}") as partial:
+        partial.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def partial_of(folder: Path) -> Path:
+    """The folder that becomes ``folder`` when it is whole."""
+    return folder.with_name(folder.name + ".partial")
+
+
+def check_partial(folder: Path, mark: str = _UNFINISHED) -> None:
+    """Raise UserError if something else than an unfinished ``folder``, with the file ``mark``, lies in its place."""
+    partial = partial_of(folder)
+    is_folder = partial.is_dir() and not partial.is_symlink()
+    held = {path.name for path in partial.iterdir()} - {LOCK} if is_folder else set()
+    if (held and mark not in held) or (os.path.lexists(partial) and not is_folder):
+        raise UserError(
+            f"{partial}, where {folder} is made, is there already, and this command did not leave it: finish what is "
+            "made there, or move it away."
+        )
+
+
+@contextmanager
+def appearing_folder(folder: Path, record: str = "") -> Iterator[Path]:
+    """A folder beside ``folder`` to write, locked against other processes; at the end it takes that name.
+
+    Raises UserError if another process is at work in it, or something else lies in its place.
+
+    Args:
+        record: the file that the caller writes first into a folder that a later start can go on with. Without one,
+            what an earlier start left is deleted, and what this one leaves
+    """
+    partial = partial_of(folder)
+    check_partial(folder, record or _UNFINISHED)
+    with locked(partial):
+        if not record:
+            with writing(partial):
+                _empty(partial)
+                (partial / _UNFINISHED).touch()
+        try:
+            yield partial
+        except BaseException:
+            if not record:
+                shutil.rmtree(partial)
+            raise
+        with writing(folder):
+            for passing in (LOCK, _UNFINISHED):
+                (partial / passing).unlink(missing_ok=True)
+            partial.rename(folder)
+
+
+def _empty(partial: Path) -> None:
+    for path in partial.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name not in (LOCK, _UNFINISHED):
+            path.unlink()
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file that is open to whom the umask allows; safetensors keeps it for its owner.
+    """Write a safetensors file that appears whole, open to whom the umask allows; safetensors keeps it for its owner.
 
-    Raises UserError, and leaves nothing of it, where it cannot be written.
+    Raises UserError where it cannot be written.
     """
-    with writing(path.parent):
-        path.touch()
-        mode = path.stat().st_mode
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
-        except (OSError, SafetensorError):
-            path.unlink()
-            raise
-        path.chmod(mode)
+    with writing(path.parent), appearing(path) as partial:
+        mode = partial.stat().st_mode
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"format": "pt"})
+        partial.chmod(mode)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -120,25 +196,57 @@ def lock(directory: Path) -> None:
 
     Raises UserError if another one is in it.
     """
+    _lock(directory, open_lock(directory))
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Within it, ``directory`` is locked; raises UserError if another process is in it."""
+    handle = open_lock(directory)
     try:
-        fcntl.flock(_lock_file(directory), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"Another run is at work in {directory}: wait until it has ended, or stop it.") from error
+        _lock(directory, handle)
+        yield
+    finally:
+        os.close(handle)
 
 
 def wait_until_free(directory: Path) -> None:
     """Return when no other process has locked ``directory``; say so if that takes waiting."""
-    handle = _lock_file(directory)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(f"An earlier run is still at work in {directory}: waiting until it has ended ...", flush=True)
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    handle = open_lock(directory)
+    with locking(directory):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"An earlier run is still at work in {directory}: waiting until it has ended ...", flush=True)
+            fcntl.flock(handle, fcntl.LOCK_EX)
     os.close(handle)
 
 
-def _lock_file(directory: Path) -> int:
-    """A descriptor that closes with the process, which frees what it locks."""
+def open_lock(directory: Path) -> int:
+    """A descriptor of the folder's lock file, which is made with it; it closes with the process, and frees what it
+    locks."""
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        return os.open(directory / "lock", os.O_CREAT | os.O_RDWR)
+        return os.open(directory / LOCK, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o666)
+
+
+@contextmanager
+def locking(directory: Path) -> Iterator[None]:
+    """Within it, a file of ``directory`` is locked; raises UserError where the file system cannot."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        raise UserError(
+            f"{directory} is on a file system without file locks ({error.strerror}), which keep two runs out of one "
+            "folder: give a folder on a local disk, NFS 4, GPFS, or Lustre mounted with -o flock."
+        ) from error
+
+
+def _lock(directory: Path, handle: int) -> None:
+    with locking(directory):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"Another run is at work in {directory}: wait until it has ended, or stop it.") from error

@@ -1,9 +1,10 @@
 """What a checkpoint's folder must hold: the size and the checksum of each file, in a manifest that is written last."""
 
 import json
-import zlib
 from pathlib import Path
 from typing import Any
+
+from qat.runtime.checksums import checksum
 
 MANIFEST = "manifest.json"
 
@@ -12,7 +13,7 @@ def entries(folder: Path, rank: int, ranks: int) -> dict[str, dict[str, Any]]:
     """Size and checksum of the files of ``folder``, by name; of ``ranks`` that share them, those of ``rank``."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "crc32": _checksum(path)}
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "crc32": checksum(path)}
         for path in files[rank::ranks]
     }
 
@@ -27,20 +28,11 @@ def damage(folder: Path, rank: int = 0, ranks: int = 1) -> str:
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"its {MANIFEST} is damaged"
     for name in sorted(expected)[rank::ranks]:
-        path, (size, checksum) = folder / name, expected[name]
+        path, (size, crc) = folder / name, expected[name]
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, not {size}"
-        if _checksum(path) != checksum:
+        if checksum(path) != crc:
             return f"{name} has another checksum than when it was written"
     return ""
-
-
-def _checksum(path: Path) -> str:
-    """CRC-32: it finds accidents, at several times the speed of SHA-256."""
-    crc = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            crc = zlib.crc32(block, crc)
-    return f"{crc:08x}"

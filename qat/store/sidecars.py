@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qat.quant.config import GRIDS_FILE
 from qat.quant.linear import quant_linears
 from qat.quant.quantizers.base import Grid
 from qat.runtime.errors import UserError
@@ -15,13 +16,6 @@ STEPS_FILE = "activation_steps.safetensors"
 
 
 STEP_SUFFIX = ".input_step"
-
-
-GRIDS_FILE = "weight_grids.safetensors"
-"""Beside them as well, where the weights lie on a grid that their own largest values do not give: GPTQ's."""
-
-HAS_GRIDS = "has_grids"
-"""In the record of a post-training method: whether it wrote that file."""
 
 
 def save_steps(steps: dict[str, Tensor], directory: Path) -> None:

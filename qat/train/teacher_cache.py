@@ -7,7 +7,8 @@ A folder of ``targets-*.safetensors``, each for some consecutive sequences of a 
 * the final hidden states: ``hidden`` [tokens, hidden] in the dtype that the teacher computes in, and its output weight
   once, in ``head.safetensors``. Nothing is lost.
 
-``offsets`` int64 says where each sequence begins. A file appears whole, and ``manifest.json`` says what made it.
+``offsets`` int64 says where each sequence begins. A file appears whole, with a checksum beside it, and
+``manifest.json`` says what made it.
 """
 
 import json
@@ -19,8 +20,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from qat.data.sequences import Sample
+from qat.runtime.checksums import appearing_with_checksum, damage
 from qat.runtime.errors import UserError, differences
-from qat.runtime.files import load_tensors, read_json, save_tensors, write_atomically, writing
+from qat.runtime.files import load_tensors, lock, read_json, save_tensors, write_atomically, writing
 from qat.train.distill import CHUNK_TOKENS, TeacherTargets, TopKTargets
 from qat.train.losses import LOSSES
 
@@ -41,11 +43,12 @@ class TeacherCache:
         self._head: Tensor | None = None
 
     def claim(self, settings: dict[str, object]) -> None:
-        """Create the folder for ``settings``, or check that it was made with the same; raises UserError if not."""
+        """Create the folder for ``settings``, or check that it was made with the same, and keep other processes out
+        until this one ends; raises UserError if another one is in it, or it is that of other settings."""
+        lock(self.directory)
         path = self.directory / "manifest.json"
-        with writing(self.directory):
-            self.directory.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
+        if not path.exists():
+            with writing(self.directory):
                 write_atomically(path, json.dumps(settings, indent=2) + "\n")
         self.check(settings)
 
@@ -77,16 +80,22 @@ class TeacherCache:
         return self.directory / f"targets-{number:05d}.safetensors"
 
     def missing(self, sequences: int) -> list[int]:
-        """The numbers of the files that a folder of ``sequences`` sequences still lacks."""
-        return [i for i in range(-(-sequences // SEQUENCES_PER_FILE)) if not self.path(i).exists()]
+        """The numbers of the files that a folder of ``sequences`` sequences still lacks, damaged ones among them."""
+        return [number for number in range(_files(sequences)) if _fault(self.path(number))]
 
-    def check_complete(self, sequences: int) -> None:
-        """Raise UserError if a folder of ``sequences`` sequences lacks a file."""
-        if missing := self.missing(sequences):
-            raise UserError(
-                f"{self.directory} is incomplete: {self.path(missing[0]).name} is missing, and {len(missing) - 1} "
-                "other files. Run launch/cache_teacher.py again."
-            )
+    def check_complete(self, sequences: int, rank: int = 0, ranks: int = 1) -> None:
+        """Raise UserError if a folder of ``sequences`` sequences lacks a file, or one is damaged.
+
+        All files are read, once: of ``ranks`` that share them, those of ``rank``.
+        """
+        files = [self.path(number) for number in range(_files(sequences))]
+        files += [self.directory / _HEAD] if self.fingerprint().get("top_k") == 0 else []
+        for file in files[rank::ranks]:
+            if fault := _fault(file):
+                raise UserError(
+                    f"{self.directory} is incomplete or damaged ({file.name}: {fault}): run launch/cache_teacher.py "
+                    "again, which makes it anew."
+                )
 
     def write(self, number: int, entries: list[dict[str, Tensor]]) -> None:
         """Write file ``number``: one dictionary of tensors [tokens, ...] for each of its sequences."""
@@ -114,9 +123,18 @@ class TeacherCache:
         return TeacherTargets(entry["hidden"], lambda: nullcontext(self._head), LOSSES[self.loss])  # type: ignore[arg-type]
 
     def _save(self, tensors: dict[str, Tensor], path: Path) -> None:
-        partial = path.with_suffix(".partial")
-        save_tensors(tensors, partial)
-        partial.replace(path)
+        with writing(self.directory), appearing_with_checksum(path) as partial:
+            save_tensors(tensors, partial)
+
+
+def _files(sequences: int) -> int:
+    """How many files hold the targets of so many sequences."""
+    return -(-sequences // SEQUENCES_PER_FILE)
+
+
+def _fault(file: Path) -> str:
+    """What is wrong with a file; empty if nothing is."""
+    return damage(file) if file.is_file() else "it is missing"
 
 
 def entry_of(targets: TeacherTargets, top_k: int) -> dict[str, Tensor]:

@@ -1,0 +1,56 @@
+"""Checksums of files: ``NAME.crc32`` beside the file NAME says which name, size and CRC-32 it has.
+
+The checksum is written first, and then NAME appears: it is never there without one. Each file has its own, so that
+processes that write several files of a folder need not know each other. Files of earlier versions have none.
+"""
+
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qat.runtime.files import appearing
+
+_BLOCK = 1 << 24
+
+
+@contextmanager
+def appearing_with_checksum(path: Path) -> Iterator[Path]:
+    """``files.appearing``, of a file that gets a checksum."""
+    with appearing(path) as partial:
+        yield partial
+        entry = {"file": path.name, "bytes": partial.stat().st_size, "crc32": checksum(partial)}
+        with appearing(_beside(path)) as beside:
+            beside.write_text(json.dumps(entry) + "\n")
+
+
+def damage(path: Path) -> str:
+    """What is wrong with the file ``path``, by its checksum; empty if nothing is, or it has none."""
+    try:
+        entry = json.loads(_beside(path).read_text())
+        name, size, expected = entry["file"], entry["bytes"], entry["crc32"]
+    except FileNotFoundError:
+        return ""
+    except (ValueError, KeyError, TypeError):
+        return f"{_beside(path).name} is damaged"
+    if name != path.name:
+        return f"{_beside(path).name} is that of {name}"
+    if path.stat().st_size != size:
+        return f"it has {path.stat().st_size} bytes, not {size}"
+    if checksum(path) != expected:
+        return "it has another checksum than when it was written"
+    return ""
+
+
+def checksum(path: Path) -> str:
+    """CRC-32: it finds accidents, at several times the speed of SHA-256."""
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            crc = zlib.crc32(block, crc)
+    return f"{crc:08x}"
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(path.name + ".crc32")

@@ -266,8 +266,10 @@ def open_folder(output: Path, settings: dict[str, Any]) -> None:
 
 def _said_once(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings without the optimizer's copy of the learning rate."""
-    optimizer = settings["optimizer"]
-    return settings | {"optimizer": optimizer | {"params": optimizer["params"] | {"lr": None}}}
+    match settings.get("optimizer"):
+        case {"params": {**params}, **optimizer}:
+            return settings | {"optimizer": optimizer | {"params": params | {"lr": None}}}
+    return settings
 
 
 def claim(output: Path, settings: dict[str, Any], ds_config: dict[str, Any], places: dict[str, str]) -> None:

@@ -19,7 +19,14 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConf
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from qat.quant.architecture import ARCHITECTURES, architecture_of, quantizable_linears, windowed_layers
+from qat.quant.architecture import (
+    ARCHITECTURES,
+    architecture_of,
+    new_rotation,
+    quantizable_linears,
+    rotation,
+    windowed_layers,
+)
 from qat.quant.config import CONFIG_FILE
 from qat.runtime.errors import UserError, first_line, in_one_line
 from qat.runtime.files import read_json, using, writing
@@ -271,12 +278,12 @@ def without_weights(config: PreTrainedConfig, directory: Path) -> PreTrainedMode
 def check_runs(model: PreTrainedModel, directory: Path) -> None:
     """Raise UserError if a model without weights, of ``directory``, cannot compute: shapes that do not fit, or settings
     that transformers stumbles over where it uses them."""
-    rope: Any = model.base_model.rotary_emb
+    rope: Any = rotation(model)
     config = model.config
     layers = config.num_hidden_layers
     try:
         # What RoPE does may depend on the positions, which meta tensors do not have.
-        cos, sin = type(rope)(config)(torch.ones(1), torch.arange(2)[None])
+        cos, sin = new_rotation(model)(torch.ones(1), torch.arange(2)[None])
         rope.forward = lambda x, position_ids: (cos.to("meta"), sin.to("meta"))
         config.num_hidden_layers = 1  # the others have the same shapes
         model(torch.zeros(1, 2, dtype=torch.long, device="meta"), use_cache=True)

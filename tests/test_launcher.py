@@ -10,10 +10,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, environment, free_port
+from conftest import ROOT, environment
 from test_ranks import log_of
 from test_train import flags
 
+from launch.stages import free_port
 from qat.train.checkpoint import LATEST
 from qat.train.loop import CHECKPOINTS
 

@@ -28,6 +28,10 @@ class Table(Mapping[str, T], Generic[T]):
         self._things[name] = thing
         return thing
 
+    def those(self, wanted: Callable[[T], bool]) -> "Table[T]":
+        """A table of the things that are ``wanted``."""
+        return Table(self.kind, **{name: thing for name, thing in self.items() if wanted(thing)})
+
     def __getitem__(self, name: str) -> T:
         if name not in self._things:
             raise UserError(
@@ -65,4 +69,5 @@ def check_choices(settings: Any) -> None:
     for name, choices in choices_of(type(settings)).items():
         given = getattr(settings, name)
         if given not in choices:
-            raise UserError(f"{name}={given!r} is invalid: choose {' or '.join(choices)}.")
+            plugin = ", or load what adds it with --plugin" if isinstance(choices, Table) else ""
+            raise UserError(f"{name}={given!r} is invalid: choose {' or '.join(choices)}{plugin}.")

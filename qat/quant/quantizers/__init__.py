@@ -16,6 +16,6 @@ QUANTIZERS: Table[Quantizer] = Table(
 )
 
 
-def quantizers_of(part: str) -> dict[str, Quantizer]:
+def quantizers_of(part: str) -> Table[Quantizer]:
     """Those that ``part`` can have: "weights", "activations" or "kv"."""
-    return {name: quantizer for name, quantizer in QUANTIZERS.items() if part in quantizer.parts}
+    return QUANTIZERS.those(lambda quantizer: part in quantizer.parts)

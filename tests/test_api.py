@@ -1,5 +1,6 @@
 """The public API: what ``import qat`` costs and offers, and the examples, as they stand."""
 
+import re
 import runpy
 import subprocess
 import sys
@@ -23,6 +24,13 @@ def test_importing_the_package_imports_nothing_else():
 def test_every_public_name_is_there_and_explained(name):
     assert name in dir(qat)
     assert getattr(qat, name).__doc__
+
+
+def test_the_readmes_first_lines_run(tiny_directory, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    snippet = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    exec(snippet.replace("meta-llama/Llama-2-7b-hf", str(tiny_directory)), {})
+    assert (tmp_path / "student" / "quant_config.json").is_file()
 
 
 def run_example(name, *arguments, monkeypatch):

@@ -104,10 +104,10 @@ def test_a_cached_teacher(top_k, live, tiny_directory, tiny_data, tmp_path):
 def test_a_whole_cache_is_left_alone(tiny_directory, tiny_data, tmp_path):
     cache = ["--model", tiny_directory, "--data", tiny_data, "--output", tmp_path, JSON, "--top_k=4"]
     run_ranks("cache_teacher", *cache)
-    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("targets-*")}
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("targets-*.safetensors")}
     assert before
     run_ranks("cache_teacher", *cache)
-    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("targets-*")} == before
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("targets-*.safetensors")} == before
 
 
 def test_a_cache_of_several_files_is_gone_on_with(tiny_directory, tokenizer, tmp_path):
@@ -116,7 +116,7 @@ def test_a_cache_of_several_files_is_gone_on_with(tiny_directory, tokenizer, tmp
     run_python("generate", f"--model={tiny_directory}", f"--output={tmp_path / 'data'}", *sizes)
     flags = ["--model", tiny_directory, "--data", tmp_path / "data", "--output", tmp_path / "cache", JSON, "--top_k=0"]
     run_ranks("cache_teacher", *flags)
-    first, second = sorted((tmp_path / "cache").glob("targets-*"))
+    first, second = sorted((tmp_path / "cache").glob("targets-*.safetensors"))
     before, kept = first.read_bytes(), second.stat().st_mtime_ns
     first.unlink()  # as a kill leaves it
     run_ranks("cache_teacher", *flags)

@@ -136,11 +136,11 @@ def test_two_generations_one_of_them_signalled_share_the_shards(cluster, tiny_di
         Job("generate.sbatch", cluster, tmp_path / f"log{number}", sizes, [*FEWER, "--array=0"], **places)
         for number in range(2)
     ]
-    jobs[0].wait(lambda: any((tmp_path / "shards").glob("shard-*")))
+    jobs[0].wait(lambda: any((tmp_path / "shards").glob("shard-*.parquet")))
     jobs[0].slurm("scancel", "--batch", "--signal=USR1", jobs[0].number)
     for job in jobs:
         job.finish()
     assert [job.field("Restarts") for job in jobs] == ["1", "0"]
     run_python("generate", f"--model={tiny_directory}", f"--output={tmp_path / 'alone'}", *sizes)
-    for shard in (tmp_path / "alone").glob("shard-*"):
+    for shard in (tmp_path / "alone").glob("shard-*.parquet"):
         assert (tmp_path / "shards" / shard.name).read_bytes() == shard.read_bytes()

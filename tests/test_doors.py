@@ -333,7 +333,7 @@ def student(model) -> Path:
     return directory
 
 
-@bounded(25)
+@bounded(15)
 @example((GRIDS_FILE, "one"))
 @example((GRIDS_FILE, "more"))
 @example((STEPS_FILE, "rename"))

@@ -118,7 +118,7 @@ def main() -> None:
     settings = {
         **{key: value for key, value in asdict(evaluation).items() if key not in ("text", "tasks", "output")},
         "window": window,
-        "quant": asdict(rounded) if rounded else None,
+        "quant": rounded.record() if rounded else None,
         "weights": models.weights_fingerprint(name),
         "teacher_weights": models.weights_fingerprint(teacher_name) if teacher_name else None,
     }

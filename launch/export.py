@@ -74,7 +74,7 @@ def main() -> None:
     kind = FORMATS[settings.format]
     size = sum(file.stat().st_size for file in settings.output.glob(kind.weight_files))
     print(checks or "not verified")
-    for sentence in kind.differences(student.quant):
+    for sentence in kind.all_differences(student):
         print(f"differs: {sentence}")
     print(f"{settings.output}: {settings.format}, {size / 1e6:.0f} MB; README.md says all of this")
 

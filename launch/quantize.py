@@ -98,7 +98,7 @@ def described(
     record: dict[str, Any] = {
         "method": settings.method,
         "model": models.weights_fingerprint(str(source)),
-        "quant": asdict(quant),
+        "quant": quant.record(),
     }
     if data is not None:
         record |= {"data": data.fingerprint, "sequences": settings.sequences}

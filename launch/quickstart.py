@@ -7,7 +7,7 @@ it goes on from where it was.
 import importlib.metadata
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -69,7 +69,7 @@ def main() -> None:
         ],
         ["--model", model, "--data", out / "data", "--output", run],
     )
-    bits = [f"--{key}={value}" for key, value in asdict(QuantConfig.load(run / FINAL)).items()]
+    bits = [f"--{key}={value}" for key, value in QuantConfig.load(run / FINAL).record().items()]
     evaluate = [python, _LAUNCH / "evaluate.py", "--window", "512", "--windows", str(settings.windows)]
     stages.run("evaluate teacher", evaluate, ["--model", model, "--output", out / "teacher.json"])
     rtn = ["--method", "rtn", *bits]

@@ -431,7 +431,7 @@ def _row(cell: dict[str, Any], accuracy: dict[str, Any] | None) -> dict[str, Any
 
 
 def _flat(cell: Cell) -> dict[str, Any]:
-    own = asdict(cell)
+    own = asdict(cell) | {"quant": cell.quant.record()}
     return {"method": own.pop("method"), **own.pop("quant"), **own.pop("budget"), **own}
 
 
@@ -441,7 +441,8 @@ def _bits(short: str) -> dict[str, Any]:
 
 
 def _flags(config: Any) -> list[str]:
-    return [f"--{key}={value}" for key, value in asdict(config).items()]
+    settings = config.record() if isinstance(config, QuantConfig) else asdict(config)
+    return [f"--{key}={value}" for key, value in settings.items()]
 
 
 if __name__ == "__main__":

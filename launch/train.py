@@ -131,7 +131,7 @@ def main() -> int:
     teacher_json = deepspeed_json.resolve(paths.teacher_deepspeed or paths.deepspeed, ds_settings)
     student_json.setdefault("tensorboard", {"enabled": True, "output_path": str(paths.output), "job_name": TENSORBOARD})
     identity = {
-        **asdict(quant),
+        **quant.record(),
         **asdict(config),
         "model": models.weights_fingerprint(model),
         "student": models.weights_fingerprint(begin),
@@ -166,7 +166,7 @@ def main() -> int:
             targets = teacher = engines.Teacher(model, deepspeed_json.for_teacher(teacher_json), config.loss)
         if quant.activations.learned:
             ranks.announce("measuring activations")
-            steps = teacher.initial_steps(data.sample(cli.rank()).to(device()), quant.activations)
+            steps = teacher.initial_steps(data.sample(cli.rank()).to(device()), quant)
     with ranks.doing("loading the student"):
         student = engines.student_engine(
             begin, quant, student_json, config.lr_factor, config.gradient_checkpointing, config.loss, steps
@@ -255,7 +255,12 @@ def open_folder(output: Path, settings: dict[str, Any]) -> None:
                 "not go on with the same losses: finish it with that version, or give another --output."
             )
         kinds = (QuantConfig, TrainConfig)
-        defaults = {field.name: field.default for kind in kinds for field in dataclasses.fields(kind)}
+        defaults = {
+            field.name: field.default
+            for kind in kinds
+            for field in dataclasses.fields(kind)
+            if field.default is not dataclasses.MISSING
+        }
         started = defaults | started | {"arithmetic": ARITHMETIC}  # an earlier version may not have had them all
         free = {name: settings[name] for name in CHANGES_NO_RESULT}
         if listed := differences(_said_once(started | free), _said_once(settings)):

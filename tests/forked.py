@@ -112,8 +112,10 @@ def _start(script: str, flags: list[str], ranks: int, environment: dict[str, str
     for fork in forks:
         fork.start()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the ranks stop by it, and are waited for
-    while all(fork.exitcode == 0 for fork in forks if not fork.is_alive()) and any(fork.is_alive() for fork in forks):
-        wait([fork.sentinel for fork in forks if fork.is_alive()])
+    while running := [fork.sentinel for fork in forks if fork.exitcode is None]:
+        wait(running)
+        if any(fork.exitcode for fork in forks):
+            break
     for fork in forks:  # when one has failed, the others are told to stop, and later made to
         fork.terminate()
     for fork in forks:

@@ -381,7 +381,8 @@ def _in_floats(names: list[str], cells: Mapping[str, Cell]) -> str:
 
 
 def _multiplies_codes(cell: Cell) -> bool:
-    quant = QuantConfig(**{field.name: cell["settings"][field.name] for field in fields(QuantConfig)})
+    names = {field.name for field in fields(QuantConfig)} & cell["settings"].keys()
+    quant = QuantConfig(**{name: cell["settings"][name] for name in names})
     return can_multiply_codes(quant.weights, quant.activations)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def write(student: Student, form: str, origin: Origin, checks: str, output: Path
         "## Evaluation\n\n" + _evaluation(origin.results, checks),
         "## Serving\n\n" + _serving(kind, output.name.removesuffix(".partial")),
         "## What other engines do differently\n\n"
-        + "\n".join(f"- {sentence}" for sentence in kind.differences(quant) or ["Nothing."]),
+        + "\n".join(f"- {sentence}" for sentence in kind.all_differences(student) or ["Nothing."]),
         "## Licence\n\n" + _license(origin),
     ]
     with writing(output):
@@ -100,9 +101,14 @@ def _made(student: Student, base: str, form: str) -> str:
             f"| KV cache | {quant.kv_bits} | {quant.kv_quantizer}, {quant.kv_site}, rotation {quant.kv_rotation} | "
             f"one per {quant.kv_granularity.replace('_', ' and ')} |",
             "",
+            *(f"Layers that match `{name}`: {_listed(own)}.\n" for name, own in quant.overrides.items()),
             f"Embedding, norms and lm_head are in {str(student.dtype).removeprefix('torch.')}. Format: {form}.",
         ]
     )
+
+
+def _listed(changes: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in changes.items())
 
 
 def _training(student: Student) -> str:

@@ -71,6 +71,9 @@ def quantize_layer(stream: Stream, weights: Weights, config: GPTQConfig) -> tupl
     ours = rtn = 0.0
     for names in architecture_of(stream.model.config).shared_inputs:
         linears = {name: linear_in(layer, name) for name in names}
+        linears = {name: own for name, own in linears.items() if _is_rounded(own)}
+        if not linears:
+            continue
         hessian = hessian_of(quantized_inputs(stream, layer, linears))
         for name, linear in linears.items():
             assert isinstance(linear, QuantLinear)
@@ -97,6 +100,10 @@ def quantize_layer(stream: Stream, weights: Weights, config: GPTQConfig) -> tupl
             linear.hold(quantized)
     stream.unload()
     return rounded, grids, f"error {ours / (rtn or 1):.2f} of RTN's"
+
+
+def _is_rounded(linear: nn.Linear) -> bool:
+    return isinstance(linear, QuantLinear) and linear.weight_format.quantizes
 
 
 def quantized_inputs(stream: Stream, layer: nn.Module, linears: dict[str, nn.Linear]) -> Iterable[Tensor]:

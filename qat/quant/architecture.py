@@ -85,6 +85,10 @@ class Architecture:
         """What the names of decoder layer ``number``'s weights begin with."""
         return f"{self.layers}.{number}."
 
+    def pattern(self, name: str) -> str:
+        """The full name of a decoder layer's module ``name``, with "{}" in the place of the layer's number."""
+        return f"{self.layers}.{{}}.{name}"
+
     def in_full(self, name: str) -> str:
         """The model's name for what its base model, saved alone, calls ``name``."""
         base, _, layers = self.layers.rpartition(".")

@@ -1,7 +1,9 @@
 """QuantConfig: bits, quantizers and granularities of weights, activations and KV cache."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,9 @@ GRIDS_FILE = "weight_grids.safetensors"
 
 _GRIDS = "weight_grids"
 """The entry of ``quant_config.json`` that names it."""
+
+_PER_LAYER = ("w_bits", "a_bits", "kv_bits", "w_quantizer", "a_quantizer", "kv_quantizer", "w_group_size")
+"""What an override can set."""
 
 _SITES = {"post_rope": "what a cache stores", "pre_rope": "the paper's released code"}
 _GRANULARITIES = {"token_head": "one scale per token and KV head", "token": "one per token (the paper)"}
@@ -41,6 +46,9 @@ class QuantConfig:
         kv_site: where keys and values are quantized
         kv_granularity: what shares a scale in the KV cache
         kv_rotation: rotation of the keys and values before they are quantized
+        overrides: other bits, quantizers or w_group_size for layers whose names match a pattern, say
+            {"*.down_proj": {"a_bits": 8}, "model.layers.-1.*": {"w_bits": 8}}; layers count from 0, or from -1
+            backwards, and a later pattern wins
     """
 
     w_bits: int = 4
@@ -53,20 +61,47 @@ class QuantConfig:
     kv_site: str = choice("post_rope", lambda: _SITES)
     kv_granularity: str = choice("token_head", lambda: _GRANULARITIES)
     kv_rotation: str = choice("none", lambda: _ROTATIONS)
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         for name in ("w_bits", "a_bits", "kv_bits"):
             bits = getattr(self, name)
             if bits not in (2, 3, 4, 5, 6, 7, 8, FULL_PRECISION):
-                raise UserError(f"{name}={bits} is invalid: choose 2 to 8, or 16 for full precision.")
+                raise UserError(f"{name}={bits!r} is invalid: choose 2 to 8, or 16 for full precision.")
         check_choices(self)
-        if self.w_group_size < 0 or self.w_group_size % 2:  # two 4-bit codes lie in a byte
-            raise UserError(f"w_group_size={self.w_group_size} is invalid: choose 0, or 32, 64, 128.")
+        if (
+            not isinstance(self.w_group_size, int) or self.w_group_size < 0 or self.w_group_size % 2
+        ):  # two 4-bit codes lie in a byte
+            raise UserError(f"w_group_size={self.w_group_size!r} is invalid: choose 0, or 32, 64, 128.")
         if self.kv_rotation == "hadamard" and self.kv_site == "pre_rope":
             raise UserError(
                 "kv_rotation=hadamard needs kv_site=post_rope: a rotation before RoPE would change the "
                 "attention scores."
             )
+        for pattern, changes in self.overrides.items():
+            self._check_override(pattern, changes)
+
+    def _check_override(self, pattern: str, changes: Mapping[str, Any]) -> None:
+        if not isinstance(changes, Mapping) or not changes.keys() <= set(_PER_LAYER):
+            raise UserError(f"overrides={{{pattern!r}: {changes!r}}} is invalid: set {', '.join(_PER_LAYER)}.")
+        layer = replace(self, overrides={}, **changes)
+        if bool(layer.activations.learned) != bool(self.activations.learned):
+            raise UserError(
+                f"overrides: {pattern!r} mixes learned and other quantizers of activations: give all layers "
+                "a_quantizer=minmax, or all the learned one."
+            )
+
+    def of_layer(self, number: int, layers: int, module: str) -> "QuantConfig":
+        """The settings of a module in decoder layer ``number`` of ``layers``, with its overrides.
+
+        Args:
+            module: its full name, with "{}" in the place of the layer's number
+        """
+        changes: dict[str, Any] = {}
+        for pattern, override in self.overrides.items():
+            if matches(pattern, number, layers, module):
+                changes |= override
+        return replace(self, overrides={}, **changes) if self.overrides else self
 
     def __str__(self) -> str:
         """The field's short form, W-A-KV: 4-8-4."""
@@ -84,11 +119,23 @@ class QuantConfig:
     def kv(self) -> Format:
         return Format(self.kv_bits, self.kv_quantizer)
 
+    def everywhere(self, **changes: Any) -> "QuantConfig":
+        """These settings with ``changes`` in all layers, whatever their overrides say."""
+        kept = {
+            pattern: {name: value for name, value in override.items() if name not in changes}
+            for pattern, override in self.overrides.items()
+        }
+        return replace(self, **changes, overrides={pattern: override for pattern, override in kept.items() if override})
+
+    def record(self) -> dict[str, Any]:
+        """What is written down of the settings: ``overrides`` where there are any, as earlier versions had none."""
+        return {name: value for name, value in asdict(self).items() if name != "overrides" or value}
+
     def save(self, directory: Path) -> None:
         """Write ``quant_config.json``, which also says whether there are grids beside it."""
         grids = {_GRIDS: GRIDS_FILE} if (directory / GRIDS_FILE).is_file() else {}
         with writing(directory):
-            write_atomically(directory / CONFIG_FILE, json.dumps(asdict(self) | grids, indent=2) + "\n")
+            write_atomically(directory / CONFIG_FILE, json.dumps(self.record() | grids, indent=2) + "\n")
 
     @classmethod
     def load(cls, directory: Path) -> "QuantConfig":
@@ -103,10 +150,15 @@ class QuantConfig:
     @classmethod
     def of(cls, values: dict[str, Any], path: Path) -> "QuantConfig":
         """The settings that the file at ``path`` holds; raises UserError if it was damaged, or of another version."""
-        kinds = {field.name: type(field.default) for field in fields(cls)}
+        kinds = {one.name: dict if one.default is MISSING else type(one.default) for one in fields(cls)}
         if unknown := values.keys() - kinds:
             raise UserError(f"{path} has unknown settings {sorted(unknown)}: it was written by another version.")
         for name, value in values.items():
             if type(value) is not kinds[name]:
                 raise UserError(f"{path} is damaged ({name} is {value!r}): copy it again, or write it anew.")
         return cls(**values)
+
+
+def matches(pattern: str, number: int, layers: int, module: str) -> bool:
+    """Whether an override's pattern matches a module of decoder layer ``number``; see ``QuantConfig.of_layer``."""
+    return any(fnmatchcase(module.format(place), pattern) for place in (number, number - layers))

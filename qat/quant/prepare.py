@@ -1,14 +1,18 @@
 """``prepare`` turns the Linear layers and the attention of a model into quantized ones, in place."""
 
+import logging
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qat.quant import kv_cache
 from qat.quant.architecture import architecture_of, check_supported, decoder_layers, head_dim, linear_in
-from qat.quant.config import QuantConfig
+from qat.quant.config import QuantConfig, matches
 from qat.quant.linear import InputQuantizer, QuantLinear, quant_linears
 from qat.runtime.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 _PREPARED = "_prepared_with"
 """Attribute of a prepared model: its QuantConfig."""
@@ -24,13 +28,18 @@ def prepare(model: PreTrainedModel, config: QuantConfig) -> PreTrainedModel:
     if hasattr(model, _PREPARED):
         raise UserError("The model is prepared already: load it again to quantize it otherwise.")
     _check_cache(model, config)
-    for layer in decoder_layers(model):
-        if config.weights.quantizes or config.activations.quantizes:
-            for names in architecture_of(model.config).shared_inputs:
-                _quantize_linears([linear_in(layer, name) for name in names], config)
-        if config.kv.quantizes:
-            _quantize_kv(layer, model, config)
-    if config.kv.quantizes and config.kv_site == "post_rope":
+    _warn_of_idle_patterns(model, config)
+    architecture, layers = architecture_of(model.config), decoder_layers(model)
+    settings, cached = layer_settings(model, config), False
+    for number, layer in enumerate(layers):
+        for names in architecture.shared_inputs:
+            own = [settings[architecture.pattern(name).format(number)] for name in names]
+            _quantize_linears({name: linear_in(layer, name) for name in names}, own)
+        kv = config.of_layer(number, len(layers), architecture.pattern(architecture.attention))
+        if kv.kv.quantizes:
+            _quantize_kv(layer, model, kv)
+            cached = True
+    if cached and config.kv_site == "post_rope":
         kv_cache.attend(model)
     setattr(model, _PREPARED, config)
     return model
@@ -41,6 +50,17 @@ def prepared_with(model: PreTrainedModel) -> QuantConfig:
     if not hasattr(model, _PREPARED):
         raise UserError("The model is not quantized: call qat.prepare(model, qat.QuantConfig(...)) first.")
     return getattr(model, _PREPARED)
+
+
+def layer_settings(model: PreTrainedModel, config: QuantConfig) -> dict[str, QuantConfig]:
+    """The settings, with overrides, of each Linear layer that ``prepare`` knows, by its name."""
+    architecture, layers = architecture_of(model.config), len(decoder_layers(model))
+    return {
+        architecture.pattern(name).format(number): config.of_layer(number, layers, architecture.pattern(name))
+        for number in range(layers)
+        for names in architecture.shared_inputs
+        for name in names
+    }
 
 
 @torch.no_grad()
@@ -71,17 +91,35 @@ def _check_cache(model: PreTrainedModel, config: QuantConfig) -> None:
         )
 
 
-def _quantize_linears(linears: list[nn.Linear], config: QuantConfig) -> None:
-    inputs, shared = config.activations, None
-    if inputs.quantizes and not inputs.learned:
-        shared = InputQuantizer(inputs, readers=len(linears))
-    for linear in linears:
-        if config.w_group_size and linear.in_features % config.w_group_size:
+def _warn_of_idle_patterns(model: PreTrainedModel, config: QuantConfig) -> None:
+    """Warn about overrides that match nothing."""
+    architecture, layers = architecture_of(model.config), len(decoder_layers(model))
+    modules = [architecture.attention, *(name for names in architecture.shared_inputs for name in names)]
+    for pattern in config.overrides:
+        if not any(
+            matches(pattern, number, layers, architecture.pattern(name)) for number in range(layers) for name in modules
+        ):
+            _log.warning("warning: overrides: %r matches no layer of the model", pattern)
+
+
+def _quantize_linears(linears: dict[str, nn.Linear], settings: list[QuantConfig]) -> None:
+    """Convert layers that read one tensor, each with its settings."""
+    inputs = settings[0].activations
+    if any(one.activations != inputs for one in settings):
+        raise UserError(
+            f"overrides: {', '.join(linears)} read one tensor, which is quantized once: give all of them the same "
+            "a_bits and a_quantizer."
+        )
+    shared = InputQuantizer(inputs, readers=len(linears)) if inputs.quantizes and not inputs.learned else None
+    for linear, own in zip(linears.values(), settings, strict=True):
+        if not own.weights.quantizes and not inputs.quantizes:
+            continue
+        if own.w_group_size and linear.in_features % own.w_group_size:
             raise UserError(
-                f"w_group_size={config.w_group_size} does not divide the model's {linear.in_features} input channels: "
+                f"w_group_size={own.w_group_size} does not divide the model's {linear.in_features} input channels: "
                 "give a divisor of all its layers' widths, say 32 or 64."
             )
-        QuantLinear.convert(linear, config.weights, inputs, shared)
+        QuantLinear.convert(linear, own.weights, inputs, shared)
 
 
 def _quantize_kv(layer: nn.Module, model: PreTrainedModel, config: QuantConfig) -> None:

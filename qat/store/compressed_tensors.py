@@ -7,6 +7,7 @@
 Codes and scales are those that training simulated, scales in fp32 as there; no library derives them again.
 """
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -19,6 +20,9 @@ from qat.quant.number_format import FULL_PRECISION, Quantized
 from qat.quant.quantizers.base import Grid
 
 PACKED, INTEGERS = "pack-quantized", "int-quantized"
+
+FLOATS = frozenset({"F32", "F16", "BF16", "F64"})
+"""Dtypes of weights that are not quantized."""
 
 Shapes = dict[str, tuple[tuple[int, ...], frozenset[str]]]
 """Shape, and safetensors' names of the possible dtypes, of tensors by name."""
@@ -44,12 +48,33 @@ class Layout(ABC):
         """The bits to which an engine rounds activations: those that were trained, or else 8."""
         return quant.a_bits if quant.a_bits in (FULL_PRECISION, *self.engine_a_bits) else 8
 
-    def quantization_config(self, quant: QuantConfig, kept: Sequence[str]) -> dict[str, Any]:
+    def quantization_config(self, settings: Mapping[str, QuantConfig], kept: Sequence[str]) -> dict[str, Any]:
         """What compressed-tensors, hence transformers and vLLM, read in ``config.json``.
 
         Args:
+            settings: of each layer, by its name
             kept: the Linear layers that are not quantized
         """
+        layers: dict[str, list[str]] = {}
+        described: dict[str, dict[str, Any]] = {}
+        for name, own in settings.items():
+            if not own.weights.quantizes:
+                kept = [*kept, name]
+                continue
+            group = self._group(own)
+            layers.setdefault(key := json.dumps(group), []).append(name)
+            described[key] = group
+        alike = len(described) == 1 and len(settings) == sum(map(len, layers.values()))
+        groups = [group | {"targets": ["Linear"] if alike else layers[key]} for key, group in described.items()]
+        return {
+            "quant_method": "compressed-tensors",
+            "format": self.name,
+            "quantization_status": "compressed",
+            "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
+            "ignore": list(kept),
+        }
+
+    def _group(self, quant: QuantConfig) -> dict[str, Any]:
         grouped = {"strategy": "group", "group_size": quant.w_group_size}
         weights = {
             "num_bits": self.stored_bits[quant.w_bits],
@@ -65,19 +90,11 @@ class Layout(ABC):
             "strategy": "token",
             "dynamic": True,
         }
-        quantized = quant.a_bits != FULL_PRECISION
-        group = {
-            "targets": ["Linear"],
-            "weights": weights,
-            "input_activations": activations if quantized else None,
-            "format": self.name,
-        }
         return {
-            "quant_method": "compressed-tensors",
+            "targets": [],
+            "weights": weights,
+            "input_activations": activations if quant.a_bits != FULL_PRECISION else None,
             "format": self.name,
-            "quantization_status": "compressed",
-            "config_groups": {"group_0": group},
-            "ignore": list(kept),
         }
 
     @abstractmethod
@@ -147,12 +164,19 @@ LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in (_Packed(), _
 
 
 def layout(name: str, shape: Sequence[int], config: dict[str, Any]) -> Shapes:
-    """Of what ``encode`` gives for the layer ``name``'s weight [out, in]; ``config`` is what ``quantization_config``
-    gave."""
+    """Of what ``encode`` gives for the layer ``name``'s weight [out, in], which may be one that is not quantized;
+    ``config`` is what ``quantization_config`` gave."""
+    if (settings := _weights_of(name, config)) is None:
+        return {f"{name}.weight": (tuple(shape), FLOATS)}
     rows, columns = shape
-    settings = config["config_groups"]["group_0"]["weights"]
     scale = (rows, columns // settings.get("group_size", columns)), frozenset({"F32"})
     return LAYOUTS[config["format"]].shapes(name, rows, columns, settings["num_bits"]) | {f"{name}.weight_scale": scale}
+
+
+def _weights_of(layer: str, config: dict[str, Any]) -> dict[str, Any] | None:
+    """What ``config`` says of a layer's weight; None if it is not quantized."""
+    groups = config["config_groups"].values()
+    return next((group["weights"] for group in groups if {"Linear", layer} & set(group["targets"])), None)
 
 
 def decode(stored: Iterable[tuple[str, Tensor]], config: dict[str, Any]) -> Iterator[tuple[str, Tensor | Quantized]]:
@@ -162,7 +186,6 @@ def decode(stored: Iterable[tuple[str, Tensor]], config: dict[str, Any]) -> Iter
     ``config`` is what ``quantization_config`` gave.
     """
     kind = LAYOUTS[config["format"]]
-    bits = config["config_groups"]["group_0"]["weights"]["num_bits"]
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in stored:
         layer, _, suffix = name.rpartition(".")
@@ -173,4 +196,4 @@ def decode(stored: Iterable[tuple[str, Tensor]], config: dict[str, Any]) -> Iter
         found[suffix] = tensor
         if len(found) == len(kind.suffixes):
             del parts[layer]
-            yield f"{layer}.weight", kind.join(found, bits)
+            yield f"{layer}.weight", kind.join(found, (_weights_of(layer, config) or {})["num_bits"])

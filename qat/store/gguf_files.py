@@ -81,17 +81,17 @@ _SPLITS = {"{1,3}".join(_SPLIT): "llama-bpe", "".join(_SPLIT): "qwen2"}
 
 def check(student: Student) -> None:
     """Raise UserError for what no GGUF type can hold, and for models that are not mapped here."""
-    quant = student.quant
-    if not quant.weights.symmetric:
-        raise UserError(
-            f"w_quantizer={quant.w_quantizer} has integer zero points, and no GGUF type has: Q4_1 and its like add an "
-            "fp16 minimum instead. Give --format hf-fake."
-        )
-    if quant.w_group_size % _BLOCK:
-        raise UserError(
-            f"w_group_size={quant.w_group_size}: GGUF has one scale for {_BLOCK} codes, so groups must be multiples of "
-            f"{_BLOCK}. Give --format hf-fake."
-        )
+    for own in student.layer_settings().values():
+        if own.weights.quantizes and not own.weights.symmetric:
+            raise UserError(
+                f"w_quantizer={own.w_quantizer} has integer zero points, and no GGUF type has: Q4_1 and its like add "
+                "an fp16 minimum instead. Give --format hf-fake."
+            )
+        if own.w_group_size % _BLOCK:
+            raise UserError(
+                f"w_group_size={own.w_group_size}: GGUF has one scale for {_BLOCK} codes, so groups must be multiples "
+                f"of {_BLOCK}. Give --format hf-fake."
+            )
     config = AutoConfig.from_pretrained(student.directory)
     _check_computed(config)
     if config.hidden_size % _BLOCK or config.intermediate_size % _BLOCK:
@@ -138,9 +138,9 @@ def write(student: Student, output: Path) -> None:
     config = AutoConfig.from_pretrained(student.directory)
     architecture = _ARCHITECTURES[architecture_of(config).gguf]
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    kind = _TYPES[student.quant.w_bits]
+    settings = student.layer_settings()
     writer = gguf.GGUFWriter(output / FILE, gguf.MODEL_ARCH_NAMES[architecture], use_temp_file=True)
-    _add_config(writer, config, _FILE_TYPES[kind])
+    _add_config(writer, config, _FILE_TYPES[_TYPES[student.quant.w_bits]])
     for key, value in _tokenizer(student.directory).items():
         getattr(writer, f"add_{key}")(value)
     gguf.SpecialVocab(student.directory, load_merges=True, n_vocab=config.vocab_size).add_to_gguf(writer, quiet=True)
@@ -151,6 +151,7 @@ def write(student: Student, output: Path) -> None:
         assert place is not None, name
         if isinstance(weight, Quantized):
             _check_scale(name, weight.grid.scale)
+            kind = _TYPES[settings[name.removesuffix(".weight")].w_bits]
             codes, (scale, _) = weight
             scale = scale.repeat_interleave(codes.shape[1] // _BLOCK // scale.shape[1], 1)
             codes, scale = (_as_llama_cpp_rotates(name, part, config) for part in (codes, scale))

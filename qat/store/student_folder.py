@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from qat.quant.architecture import quantizable_linears
 from qat.quant.config import CONFIG_FILE, QuantConfig
 from qat.quant.number_format import Format, Quantized, quantize
-from qat.quant.prepare import prepared_with
+from qat.quant.prepare import layer_settings, prepared_with
 from qat.quant.quantizers.base import Grid
 from qat.runtime import progress
 from qat.runtime.errors import UserError
@@ -144,17 +144,22 @@ class Student:
         """
         folder = ModelFolder.read(self.directory)
         model = folder.skeleton()
-        form = self.quant.weights
-        quantized = quantizable_linears(model) if form.quantizes else {}
+        settings = layer_settings(model, self.quant)
+        forms = {layer: own.weights for layer, own in settings.items() if own.weights.quantizes}
+        quantized = {name: linear for name, linear in quantizable_linears(model).items() if name in forms}
         grids = load_grids(self.path)
         if (grids or self.has_grids) and (without := quantized.keys() - grids.keys()):
             raise UserError(f"{self.path} is incomplete: {GRIDS_FILE} lacks {min(without)}. Copy it again.")
         for layer, grid in grids.items():
-            if layer not in quantized or not _fits(grid, quantized[layer], form):
+            if layer not in quantized or not _fits(grid, quantized[layer], forms[layer]):
                 raise UserError(f"{self.path / GRIDS_FILE} does not fit the model, in {layer}. Copy it again.")
         for name, tensor in _gathered(self.path, model, self.dtype) if self.is_checkpoint else folder.tensors():
             layer = name.removesuffix(".weight")
-            yield name, quantize(tensor, form, grids.get(layer)) if layer in quantized else tensor
+            yield name, quantize(tensor, forms[layer], grids.get(layer)) if layer in forms else tensor
+
+    def layer_settings(self) -> dict[str, QuantConfig]:
+        """The settings of each Linear layer that is quantized, with overrides, by its name."""
+        return layer_settings(skeleton(self.directory), self.quant)
 
     def progress(self) -> Iterator[tuple[str, Tensor | Quantized]]:
         """``weights``, with a bar that shows how far it is."""

@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 from qat.data.sequences import Sample
 from qat.quant import architecture, prepare
 from qat.quant.config import QuantConfig
-from qat.quant.number_format import Format
 from qat.quant.products import speed_up
 from qat.runtime import machine, ranks
 from qat.runtime.errors import UserError
@@ -129,16 +128,18 @@ class Teacher:
         return TeacherTargets(hidden, self.head, self._loss, records)
 
     @torch.no_grad()
-    def initial_steps(self, sample: Sample, inputs: Format) -> dict[str, Tensor]:
+    def initial_steps(self, sample: Sample, quant: QuantConfig) -> dict[str, Tensor]:
         """What a learned quantizer of the activations starts with, by layer: the mean over all ranks' samples."""
         found: dict[str, Tensor] = {}
-        learned = inputs.learned
-        assert learned is not None
         language_model = self._engine.module.language_model
+        inputs = {name: own.activations for name, own in prepare.layer_settings(language_model, quant).items()}
+
+        def note(name: str, x: Tensor) -> None:
+            if learned := inputs[name].learned:
+                found[name] = learned.initial(x, inputs[name].qmax)
+
         hooks = [
-            linear.register_forward_pre_hook(
-                lambda _, x, name=name: found.__setitem__(name, learned.initial(x[0], inputs.qmax))
-            )
+            linear.register_forward_pre_hook(lambda _, x, name=name: note(name, x[0]))
             for name, linear in architecture.quantizable_linears(language_model).items()
         ]
         self(sample)

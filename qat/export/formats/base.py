@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ class ExportFormat(ABC):
 
     def held(self, quant: QuantConfig) -> QuantConfig:
         """The settings that ``load`` follows."""
-        return replace(quant, a_bits=FULL_PRECISION, kv_bits=FULL_PRECISION)
+        return quant.everywhere(a_bits=FULL_PRECISION, kv_bits=FULL_PRECISION)
 
     def held_weight(self, weight: Quantized) -> Quantized:
         """What the format holds of a quantized weight."""
@@ -72,6 +71,11 @@ class ExportFormat(ABC):
         if quant.kv_bits != FULL_PRECISION:
             said.append(f"{trained_cache(quant)}; here it stays in full precision.")
         return said
+
+    def all_differences(self, student: Student) -> list[str]:
+        """``differences`` of the settings of all layers."""
+        settings = dict.fromkeys([student.quant, *student.layer_settings().values()])
+        return list(dict.fromkeys(sentence for own in settings for sentence in self.differences(own)))
 
     @abstractmethod
     def serve(self, name: str) -> list[str]:

@@ -39,23 +39,26 @@ class CompressedTensors(ExportFormat):
     front_matter = ("library_name: transformers", "tags:", "- compressed-tensors", "- llm-qat")
 
     def check(self, student: Student) -> None:
-        if not student.quant.weights.symmetric:
-            raise UserError(
-                f"w_quantizer={student.quant.w_quantizer} has zero points, and the kernels that {self.layout.name} is "
-                "for have none: give --format hf-fake."
-            )
+        for own in student.layer_settings().values():
+            if own.weights.quantizes and not own.weights.symmetric:
+                raise UserError(
+                    f"w_quantizer={own.w_quantizer} has zero points, and the kernels that {self.layout.name} is for "
+                    "have none: give --format hf-fake."
+                )
 
     def write(self, student: Student, output: Path, file_bytes: int) -> None:
-        described = self.layout.quantization_config(student.quant, kept_linears(skeleton(student.directory)))
+        described = self.layout.quantization_config(student.layer_settings(), kept_linears(skeleton(student.directory)))
         student.quant.save(output)
         if student.quant.activations.learned:
             save_tensors(load_tensors(student.directory / STEPS_FILE), output / STEPS_FILE)
         write_folder(student, output, self._encoded(student), file_bytes, quantization_config=described)
 
     def _encoded(self, student: Student) -> Iterator[tuple[str, Tensor]]:
+        settings = student.layer_settings()
         for name, weight in student.progress():
             if isinstance(weight, Quantized):
-                yield from self.layout.encode(name.removesuffix(".weight"), weight, student.quant).items()
+                layer = name.removesuffix(".weight")
+                yield from self.layout.encode(layer, weight, settings[layer]).items()
             else:
                 yield name, weight
 
@@ -126,10 +129,11 @@ class IntQuantized(CompressedTensors):
 
     def check(self, student: Student) -> None:
         super().check(student)
-        if student.quant.a_bits == FULL_PRECISION:
-            raise UserError(f"a_bits=16: {INTEGERS} is for quantized activations. Give --format {PACKED}.")
-        if student.quant.w_group_size:
-            raise UserError(
-                f"w_group_size={student.quant.w_group_size}: engines read {INTEGERS} with one scale per output "
-                f"channel. Give --format {PACKED}."
-            )
+        for own in student.layer_settings().values():
+            if own.a_bits == FULL_PRECISION:
+                raise UserError(f"a_bits=16: {INTEGERS} is for quantized activations. Give --format {PACKED}.")
+            if own.w_group_size:
+                raise UserError(
+                    f"w_group_size={own.w_group_size}: engines read {INTEGERS} with one scale per output channel. Give "
+                    f"--format {PACKED}."
+                )

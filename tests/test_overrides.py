@@ -1,0 +1,131 @@
+"""Settings per layer: which layers get them, and that they hold all the way to an export."""
+
+import logging
+
+import pytest
+import torch
+from conftest import tiny_model
+from test_export import write_student
+from test_prepare import ids
+
+import qat
+from launch import cli
+from qat.evaluate.perplexity import perplexity
+from qat.export import export
+from qat.export.formats import FAKE, FORMATS, GGUF
+from qat.infer import simulated
+from qat.ptq import gptq
+from qat.ptq.stream import Stream
+from qat.quant.config import QuantConfig
+from qat.quant.linear import quant_linears
+from qat.quant.number_format import Format
+from qat.quant.prepare import prepare
+from qat.runtime.errors import UserError
+from qat.store.compressed_tensors import INTEGERS, PACKED
+from qat.store.model_folder import ModelFolder
+
+OWN = QuantConfig(
+    kv_granularity="token_head",
+    overrides={
+        "*.down_proj": {"a_bits": 6},
+        "model.layers.0.*": {"kv_bits": 8, "w_bits": 8},
+        "*.-1.*.o_proj": {"w_bits": 3, "w_group_size": 32},
+    },
+)
+
+
+def test_each_layer_gets_its_own_settings():
+    model = prepare(tiny_model(), OWN)
+    linears = quant_linears(model)
+    assert linears["model.layers.0.self_attn.q_proj"].weight_format == Format(8)
+    assert linears["model.layers.1.self_attn.q_proj"].weight_format == Format(4)
+    assert linears["model.layers.0.self_attn.o_proj"].weight_format == Format(8)
+    assert linears["model.layers.1.self_attn.o_proj"].weight_format == Format(3, group_size=32)
+    assert {name.split(".")[-1] for name, own in linears.items() if own.input_format == Format(6)} == {"down_proj"}
+    assert [layer.self_attn.kv_quantizer.form.bits for layer in model.model.layers] == [8, 4]
+
+
+def test_a_part_in_full_precision_is_left_alone():
+    model = prepare(
+        tiny_model(), QuantConfig(overrides={"model.layers.0.*": {"w_bits": 16, "a_bits": 16, "kv_bits": 16}})
+    )
+    assert len(quant_linears(model.model.layers[0])) == 0
+    assert len(quant_linears(model.model.layers[1])) == 7
+    assert not hasattr(model.model.layers[0].self_attn, "kv_quantizer")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ({"*.q_proj": {"a_bits": 6}}, "read one tensor"),
+        ({"*": {"lr": 1}}, "is invalid: set w_bits"),
+        ({"*": {"a_bits": 9}}, "a_bits=9 is invalid"),
+        ({"*": {"a_bits": "8"}}, "a_bits='8' is invalid"),
+        ({"*": {"w_quantizer": "lsq"}}, "w_quantizer='lsq' is invalid"),
+        ({"*.q_proj": {"a_quantizer": "lsq"}}, "mixes learned"),
+        ({"*": 4}, "is invalid: set w_bits"),
+    ],
+)
+def test_refusals(overrides, named):
+    with pytest.raises(UserError, match=named):
+        prepare(tiny_model(), QuantConfig(overrides=overrides))
+
+
+def test_a_pattern_that_matches_nothing_is_warned_of(caplog):
+    with caplog.at_level(logging.WARNING):
+        prepare(tiny_model(), QuantConfig(overrides={"*.lm_head": {"w_bits": 8}}))
+    assert "'*.lm_head' matches no layer" in caplog.text
+
+
+def test_flags_and_recipes_set_them(monkeypatch, tmp_path):
+    (tmp_path / "recipe.yaml").write_text('overrides:\n  "*.down_proj": {a_bits: 8}\n')
+    for flag in (f"--config={tmp_path / 'recipe.yaml'}", '--overrides={"*.down_proj": {"a_bits": 8}}'):
+        monkeypatch.setattr("sys.argv", ["train.py", flag])
+        (quant,) = cli.parse("", QuantConfig)
+        assert quant == QuantConfig(overrides={"*.down_proj": {"a_bits": 8}})
+
+
+def test_files_keep_them_and_files_without_them_are_as_before(tmp_path):
+    OWN.save(tmp_path)
+    assert QuantConfig.load(tmp_path) == OWN
+    QuantConfig().save(tmp_path)
+    assert "overrides" not in (tmp_path / "quant_config.json").read_text()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_export_equals_the_student(form, tmp_path):
+    quant = OWN if form != INTEGERS else QuantConfig(overrides={"model.layers.0.*": {"w_bits": 8}})
+    student = write_student(tmp_path / "student", quant)
+    export.check(student, form)
+    export.export(student, tmp_path / "export", form)
+    windows = torch.randint(2, 256, (2, 24), generator=torch.Generator().manual_seed(0))
+    export.verify(student, tmp_path / "export", form, windows)
+    if form in (PACKED, INTEGERS):
+        model, simulation = qat.load(str(tmp_path / "export")), simulated.load(str(tmp_path / "student"), torch.float32)
+        assert torch.equal(model(windows).logits, simulation(windows).logits)
+        how = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+        expected = simulation.generate(windows[:, :6], use_cache=False, **how)
+        assert torch.equal(model.generate(windows[:, :6], **how), expected)
+    said = FORMATS[form].all_differences(student)
+    assert (form in (FAKE, GGUF)) or quant is not OWN or any("trained with 6 bits" in sentence for sentence in said)
+
+
+def test_gptq_rounds_each_layer_by_its_own_format(tiny_directory):
+    quant = QuantConfig(overrides={"model.layers.0.mlp.*": {"w_bits": 16}, "*.o_proj": {"w_bits": 2}})
+    stream = Stream(tiny_directory, quant, [torch.arange(2, 26)[None]])
+    weights = stream.files.layer(0)
+    rounded, grids, _ = gptq.quantize_layer(stream, weights, gptq.GPTQConfig())
+    assert {name.split(".")[0] for name in grids} == {"self_attn"}
+    assert torch.equal(rounded["mlp.up_proj.weight"], weights["mlp.up_proj.weight"])
+    assert all(len(row.unique()) <= 3 for row in rounded["self_attn.o_proj.weight"])
+    assert ModelFolder.read(tiny_directory).config.num_hidden_layers == 2
+
+
+def test_more_bits_are_nearer(tmp_path):
+    windows, two = ids(tiny_model(), batch=4), QuantConfig(w_bits=2)
+    mixed = QuantConfig(w_bits=2, overrides={"*": {"w_bits": 8}})
+    losses = []
+    for name, quant in (("two", two), ("mixed", mixed)):
+        student = simulated.load(str(write_student(tmp_path / name, quant).path), torch.float32)
+        losses.append(perplexity(student, windows).nll - perplexity(tiny_model(), windows).nll)
+    assert abs(losses[1]) < abs(losses[0])

@@ -92,6 +92,14 @@ def test_files_keep_them_and_files_without_them_are_as_before(tmp_path):
     assert "overrides" not in (tmp_path / "quant_config.json").read_text()
 
 
+def test_files_of_a_later_version_are_refused(tmp_path):
+    QuantConfig().save(tmp_path)
+    file = tmp_path / "quant_config.json"
+    file.write_text(file.read_text().replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(UserError, match="format version 2, and this program reads 1"):
+        QuantConfig.load(tmp_path)
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_an_export_equals_the_student(form, tmp_path):
     quant = OWN if form != INTEGERS else QuantConfig(overrides={"model.layers.0.*": {"w_bits": 8}})

@@ -17,6 +17,11 @@ from qat.runtime.table import check_choices, choice
 CONFIG_FILE = "quant_config.json"
 """Lies beside the weights of every quantized model directory."""
 
+FORMAT_VERSION = 1
+"""Of the files of a student or an export: what reads the one reads the other. Files of the first versions do not say."""
+
+_VERSION = "format_version"
+
 GRIDS_FILE = "weight_grids.safetensors"
 """Beside it too, where the weights lie on a grid that their own largest values do not give: GPTQ's."""
 
@@ -135,12 +140,18 @@ class QuantConfig:
         """Write ``quant_config.json``, which also says whether there are grids beside it."""
         grids = {_GRIDS: GRIDS_FILE} if (directory / GRIDS_FILE).is_file() else {}
         with writing(directory):
-            write_atomically(directory / CONFIG_FILE, json.dumps(self.record() | grids, indent=2) + "\n")
+            content = self.record() | grids | {_VERSION: FORMAT_VERSION}
+            write_atomically(directory / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
 
     @classmethod
     def load(cls, directory: Path) -> "QuantConfig":
         """Read ``quant_config.json``; raises UserError if it names grids that are missing."""
         values = read_json(directory / CONFIG_FILE)
+        if (version := values.pop(_VERSION, 1)) != FORMAT_VERSION:
+            raise UserError(
+                f"{directory / CONFIG_FILE} has format version {version!r}, and this program reads {FORMAT_VERSION}: "
+                "install the version that wrote it."
+            )
         if values.pop(_GRIDS, None) and not (directory / GRIDS_FILE).is_file():
             raise UserError(
                 f"{directory} is incomplete: {GRIDS_FILE}, by which its weights are rounded, is missing. Copy it again."

@@ -4,7 +4,7 @@ Its random numbers are its own (one seed per sequence), so its tokens differ fro
 depend on how it batches, so a shard that is made again may differ in a token.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,9 @@ class VllmEngine:
         progress(written, len(ids) * (config.max_length - 1) - written)
         return [begin.sequence(place, *end, vocabulary) for place, end in enumerate(zip(ids, surprisal, strict=True))]
 
-    def _complete(self, prompts: list[list[int]], limits: list[int], vocabulary: Vocabulary, options: list[dict]):
+    def _complete(
+        self, prompts: list[list[int]], limits: list[int], vocabulary: Vocabulary, options: list[dict]
+    ) -> Iterator[tuple[int, list[int], Any]]:
         """(place, tokens, vLLM's output) of the prompts whose limit lets them have any."""
         from vllm import SamplingParams
 

@@ -69,7 +69,7 @@ def main() -> int:
     return 0
 
 
-def write_generated(folder: ShardFolder, directory: str, tokenizer, config: GenerateConfig) -> None:
+def write_generated(folder: ShardFolder, directory: str, tokenizer: models.Tokenizer, config: GenerateConfig) -> None:
     vllm = config.engine == "vllm"
     if vllm and cli.ranks() > 1:
         raise UserError("engine=vllm starts its own ranks (--tensor_parallel): start it with plain python.")
@@ -133,7 +133,11 @@ def warn_if_short(needs: Mapping[str, float], config: GenerateConfig) -> None:
 
 
 def writer(
-    directory: str, tokenizer, config: GenerateConfig, group: Group, progress: Callable[[int, int], None]
+    directory: str,
+    tokenizer: models.Tokenizer,
+    config: GenerateConfig,
+    group: Group,
+    progress: Callable[[int, int], None],
 ) -> Callable[[range], list[Sequence]]:
     """What turns the numbers of sequences into sequences: a model, loaded into the engine of choice."""
     vocabulary = Vocabulary.of(tokenizer, directory)
@@ -151,7 +155,9 @@ def writer(
     return lambda indices: write_sequences(model, vocabulary, config, indices, progress)
 
 
-def write_corpus(corpus: Corpus, folder: ShardFolder, directory: str, tokenizer, config: GenerateConfig) -> None:
+def write_corpus(
+    corpus: Corpus, folder: ShardFolder, directory: str, tokenizer: models.Tokenizer, config: GenerateConfig
+) -> None:
     """Raises UserError for settings that only a model that writes has."""
     useless = [f.name for f in fields(config) if f.name not in _OF_TEXT and getattr(config, f.name) != f.default]
     if useless:
@@ -179,7 +185,7 @@ def write_corpus(corpus: Corpus, folder: ShardFolder, directory: str, tokenizer,
         folder.write(index, [Sequence(row, row[len(prefix)], 0, "length", None) for row in sequences])
 
 
-def check(directory: str, tokenizer, config: GenerateConfig, tensor_parallel: int) -> None:
+def check(directory: str, tokenizer: models.Tokenizer, config: GenerateConfig, tensor_parallel: int) -> None:
     """Raise UserError for a model that cannot write so."""
     model = models.read_config(directory)
     models.check_length(model, config.max_length, "max_length")

@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import mwparserfromhell
@@ -123,7 +124,7 @@ def _c4() -> Iterator[str]:
     yield " ".join(_from_hub("allenai/c4", None, split="validation", most=_C4_DOCUMENTS, data_files=file))
 
 
-def _from_hub(dataset: str, name: str | None, split: str, most: int | None, **kwargs) -> list[str]:
+def _from_hub(dataset: str, name: str | None, split: str, most: int | None, **kwargs: Any) -> list[str]:
     import datasets  # takes seconds, and serves these two texts only
 
     try:

@@ -4,6 +4,8 @@
 fake-quantized model does.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -61,7 +63,7 @@ class IntegerLayer(DynamicLayer):
         self.values = torch.empty(0, dtype=torch.uint8, device=self.device)
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values [batch, kv_heads, new, head_dim]; all of them, rotated and on their grid."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

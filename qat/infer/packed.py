@@ -10,6 +10,7 @@ faster (see docs/export.md); this one is exact, and needs nothing but torch and 
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,7 +137,7 @@ class _CachesIntegers:
     def new_cache(self) -> IntegerCache:
         return IntegerCache(self)  # type: ignore[arg-type]
 
-    def generate(self, inputs=None, generation_config=None, **kwargs):
+    def generate(self, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
         settings = generation_config or self.generation_config  # type: ignore[attr-defined]
         uses_cache = kwargs.get("use_cache", settings.use_cache)
         if uses_cache is not False and (kwargs.get("cache_implementation") or settings.cache_implementation) is None:

@@ -113,7 +113,7 @@ class Stream:
     def inputs(self, layer: nn.Module, module: nn.Module) -> Iterator[Tensor]:
         """What ``module`` in ``layer`` reads, [tokens, in], sequence by sequence. The layer runs no further."""
 
-        def stop(_, inputs: tuple[Tensor, ...]) -> None:
+        def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             raise _Reached(inputs[0])
 
         hook = module.register_forward_pre_hook(stop)

@@ -18,7 +18,7 @@ CONFIG_FILE = "quant_config.json"
 """Lies beside the weights of every quantized model directory."""
 
 FORMAT_VERSION = 1
-"""Of the files of a student or an export: what reads the one reads the other. Files of the first versions do not say."""
+"""Of the files of a student or an export. Files of the first versions do not say it."""
 
 _VERSION = "format_version"
 

@@ -8,7 +8,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,7 +28,7 @@ def fused(function: F) -> F:
     compiled: Callable | None = None
 
     @functools.wraps(function)
-    def call(*args):
+    def call(*args: Any) -> Any:
         nonlocal compiled
         if len(args[0]) < 2:  # one row would be compiled as a case of its own
             return function(*args)

@@ -13,6 +13,7 @@ The keys and values that a cache would store are rounded per token before they a
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,7 @@ def quantized_attention(
     attention_mask: Tensor | None,
     scaling: float,
     attention_record: AttentionRecord | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention over quantized keys and values, in transformers' attention signature.
 

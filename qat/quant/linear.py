@@ -10,6 +10,7 @@ in training, evaluation and serving; elsewhere it multiplies the values, in the 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -174,7 +175,7 @@ def can_multiply_codes(weight: Format, inputs: Format) -> bool:
 class _QuantLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, layer: QuantLinear, shared: SharedInput | None
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: QuantLinear, shared: SharedInput | None
     ) -> Tensor:
         grid = Grid(None, None)  # type: ignore[arg-type]
         if shared is not None and layer.multiplies_codes:
@@ -196,7 +197,7 @@ class _QuantLinear(torch.autograd.Function):
         return y if bias is None else y.add_(bias)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         weight, scale, zero_point, *kept = ctx.saved_tensors
         rounds, form, grid = _rounds(ctx.layer), ctx.layer.weight_format, Grid(scale, zero_point)
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad

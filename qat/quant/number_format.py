@@ -9,7 +9,7 @@ without the integers in between: training simulates exactly what is exported.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,11 +75,12 @@ def quantize(x: Tensor, form: Format, grid: Grid | None = None) -> Quantized:
     """x [..., n] -> int8 codes and grid; on the ``grid`` given, if one is."""
     rows = _rows(x, form)
     if grid is None and form.by.is_exact:
-        codes, *found = _fused_quantize(rows, form.by, form.qmax)
+        codes, scale, zero_point = _fused_quantize(rows, form.by, form.qmax)
+        found = Grid(scale, zero_point)
     else:
         found = _rowed(grid) if grid is not None else form.by.grid(rows, form.qmax)
         codes = _fused_quantize_on(rows, *found, form.by, form.qmax)
-    return Quantized(codes.view(x.shape), _unrow(Grid(*found), x, form))
+    return Quantized(codes.view(x.shape), _unrow(found, x, form))
 
 
 def dequantize(quantized: Quantized, dtype: torch.dtype) -> Tensor:
@@ -93,11 +94,12 @@ def round_to_grid(x: Tensor, form: Format, grid: Grid | None = None) -> tuple[Te
     """``dequantize(quantize(x))`` in one pass and without a gradient: values of x's dtype [..., n], and their grid."""
     rows = _rows(x, form)
     if grid is None and form.by.is_exact:
-        values, *found = _fused_round(rows, form.by, form.qmax)
+        values, scale, zero_point = _fused_round(rows, form.by, form.qmax)
+        found = Grid(scale, zero_point)
     else:
         found = _rowed(grid) if grid is not None else form.by.grid(rows, form.qmax)
         values = _fused_round_on(rows, *found, form.by, form.qmax)
-    return values.view(x.shape), _unrow(Grid(*found), x, form)
+    return values.view(x.shape), _unrow(found, x, form)
 
 
 def fake_quantize(x: Tensor, form: Format) -> Tensor:
@@ -132,36 +134,36 @@ def _rowed(grid: Grid) -> Grid:
 
 
 @fused
-def _fused_quantize(rows: Tensor, by: Quantizer, qmax: int):
+def _fused_quantize(rows: Tensor, by: Quantizer, qmax: int) -> tuple[Tensor, Tensor, Tensor | None]:
     grid = by.grid(rows, qmax)
     return by.codes(rows, grid, qmax).to(torch.int8), *grid
 
 
 @fused
-def _fused_quantize_on(rows: Tensor, scale: Tensor, zero_point: Tensor | None, by: Quantizer, qmax: int):
+def _fused_quantize_on(rows: Tensor, scale: Tensor, zero_point: Tensor | None, by: Quantizer, qmax: int) -> Tensor:
     return by.codes(rows, Grid(scale, zero_point), qmax).to(torch.int8)
 
 
 @fused
-def _fused_round(rows: Tensor, by: Quantizer, qmax: int):
+def _fused_round(rows: Tensor, by: Quantizer, qmax: int) -> tuple[Tensor, Tensor, Tensor | None]:
     grid = by.grid(rows, qmax)
     return values_of(by.codes(rows, grid, qmax), grid, rows.dtype), *grid
 
 
 @fused
-def _fused_round_on(rows: Tensor, scale: Tensor, zero_point: Tensor | None, by: Quantizer, qmax: int):
+def _fused_round_on(rows: Tensor, scale: Tensor, zero_point: Tensor | None, by: Quantizer, qmax: int) -> Tensor:
     grid = Grid(scale, zero_point)
     return values_of(by.codes(rows, grid, qmax), grid, rows.dtype)
 
 
 @fused
-def _fused_dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype):
+def _fused_dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
     return values_of(codes, Grid(scale, zero_point), dtype)
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, form: Format) -> Tensor:
+    def forward(ctx: Any, x: Tensor, form: Format) -> Tensor:
         values, grid = round_to_grid(x, form)
         ctx.form = form
         if form.clips:
@@ -169,7 +171,7 @@ class _StraightThrough(torch.autograd.Function):
         return values
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         if not ctx.form.clips:
             return grad, None
         x, *grid = ctx.saved_tensors

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +127,7 @@ class DistillationHead(nn.Linear):
         assert isinstance(linear, cls)
         return linear
 
-    def forward(self, hidden: Tensor, targets: Targets | None = None):
+    def forward(self, hidden: Tensor, targets: Targets | None = None) -> Any:
         """hidden [tokens, hidden] and targets -> (loss, KL), both scalars; without targets: logits."""
         if targets is None:
             return super().forward(hidden)
@@ -158,7 +159,7 @@ class Distiller(nn.Module):
 
 class _DistillationLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
         needs_grad = any(ctx.needs_input_grad)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight) if needs_grad else None
@@ -185,7 +186,7 @@ class _DistillationLoss(torch.autograd.Function):
         return total, kl
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _):
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
         """Scales the gradients in place and gives them away: one as large as the output weight must not live on until
         the next loss has taken the place of this one, nor be copied where it is accumulated."""
         if ctx.grads is None:

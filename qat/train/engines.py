@@ -28,7 +28,7 @@ from qat.store import models, student_folder
 from qat.train import deepspeed_internals, deepspeed_json
 from qat.train.deepspeed_internals import partitioned_reading
 from qat.train.distill import Distiller, LabelTargets, TeacherTargets
-from qat.train.losses import LOSSES, Loss
+from qat.train.losses import LOSSES, Loss, Records
 
 
 def init_distributed() -> None:
@@ -208,5 +208,5 @@ class _HiddenStates(nn.Module):
         super().__init__()
         self.language_model, self._loss = language_model, loss
 
-    def forward(self, input_ids: Tensor):
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Records]:
         return self._loss.run(self.language_model, input_ids)

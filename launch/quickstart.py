@@ -88,7 +88,7 @@ def _report(settings: Quickstart, model: str, stages: Stages) -> None:
     teacher, rtn, qat = (measured[name]["nll"] for name in ("teacher", "rtn", "qat"))
     full_size, low_size = weight_files.weights_size(Path(model)), weight_files.weights_size(out / "export")
     train = json.loads((out / "train" / SETTINGS).read_text())["settings"]
-    quant = {key: train[key] for key in QuantConfig.__dataclass_fields__}
+    quant = QuantConfig.among(train)
     results = {
         "model": settings.model,
         "quant": quant,

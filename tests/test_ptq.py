@@ -455,7 +455,7 @@ def test_a_method_of_a_plug_in(given, clipping, tiny_directory, tmp_path, quanti
     with pytest.raises(UserError, match="weights that clipping rounded; with other settings they would be rounded ag"):
         starting_point(output, str(tiny_directory), QuantConfig(4))
     (output / GRIDS_FILE).unlink()
-    with pytest.raises(UserError, match=f"{GRIDS_FILE} lacks"):
+    with pytest.raises(UserError, match=f"{GRIDS_FILE}, by which"):
         simulated.load(str(output), torch.float32)
 
 

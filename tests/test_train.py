@@ -227,10 +227,9 @@ def test_the_recipes_are_the_papers(size, monkeypatch):
     assert [replace(config, steps=100).lr_factor(step) for step in (0, 50, 100)] == pytest.approx([1, 0.5, 0])
 
 
-def test_a_batch_that_the_ranks_cannot_share_is_refused(monkeypatch, tiny_directory, tiny_data, tmp_path):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    message = error_of(monkeypatch, "train", *flags(tiny_directory, tiny_data, tmp_path / "out"))
-    assert "batch_size=2 cannot be shared by 3 ranks" in message
+def test_a_batch_that_the_ranks_cannot_share_is_refused():
+    with pytest.raises(UserError, match="batch_size=2 cannot be shared by 3 ranks"):
+        TrainConfig(batch_size=2).ds_settings(3)
 
 
 def test_text_that_is_longer_than_the_model_attends_over_is_refused(monkeypatch, tiny_directory, tiny_data, tmp_path):

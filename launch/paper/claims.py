@@ -112,7 +112,7 @@ def counterpart(cell: Cell, method: str, cells: Mapping[str, Cell]) -> Cell | No
     same = QuantConfig.__dataclass_fields__
     for other in cells.values():
         if other["method"] == method and (
-            method == "full_precision" or all(other["settings"][key] == cell["settings"][key] for key in same)
+            method == "full_precision" or all(other["settings"].get(key) == cell["settings"].get(key) for key in same)
         ):
             return other
     return None

@@ -136,6 +136,15 @@ class QuantConfig:
         """What is written down of the settings: ``overrides`` where there are any, as earlier versions had none."""
         return {name: value for name, value in asdict(self).items() if name != "overrides" or value}
 
+    @staticmethod
+    def among(settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The record of a QuantConfig in the settings of a run; raises KeyError if one is missing."""
+        return {
+            one.name: settings[one.name]
+            for one in fields(QuantConfig)
+            if one.name != "overrides" or one.name in settings
+        }
+
     def save(self, directory: Path) -> None:
         """Write ``quant_config.json``, which also says whether there are grids beside it."""
         grids = {_GRIDS: GRIDS_FILE} if (directory / GRIDS_FILE).is_file() else {}

@@ -41,7 +41,7 @@ _FIRST_TIME = 10
 _SLOWEST = 5
 """Times the longest that the same work has taken, where that is more than the patience."""
 _JOINING = timedelta(minutes=10)
-_OURS = tuple(str(Path(__file__).parent.parent / package) + os.sep for package in ("qat", "launch", "datagen"))
+_OURS = tuple(str(Path(__file__).parents[2] / package) + os.sep for package in ("qat", "launch", "datagen"))
 _INNERMOST = 4
 
 

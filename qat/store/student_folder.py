@@ -130,7 +130,7 @@ class Student:
     def has_grids(self) -> bool:
         """Whether its weights lie on grids that are stored beside them, and must not be missing."""
         # quant_config.json says so, and was read; those of earlier versions do not, where GPTQ alone had grids.
-        return self.ptq_method == "gptq"
+        return (self.path / GRIDS_FILE).is_file() or self.ptq_method == "gptq"
 
     @property
     def _ptq_record(self) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class Student:
         forms = {layer: own.weights for layer, own in settings.items() if own.weights.quantizes}
         quantized = {name: linear for name, linear in quantizable_linears(model).items() if name in forms}
         grids = load_grids(self.path)
-        if (grids or self.has_grids) and (without := quantized.keys() - grids.keys()):
+        if self.has_grids and (without := quantized.keys() - grids.keys()):
             raise UserError(f"{self.path} is incomplete: {GRIDS_FILE} lacks {min(without)}. Copy it again.")
         for layer, grid in grids.items():
             if layer not in quantized or not _fits(grid, quantized[layer], forms[layer]):
@@ -213,7 +213,7 @@ def _of_checkpoint(path: Path, model: str | None) -> Student:
     with using(record):
         if models.weights_fingerprint(directory) != settings["model"]:
             raise UserError(f"{began_with} is not the model that the run of {path} began with: give that with --model.")
-        quant = QuantConfig.of({name: settings[name] for name in QuantConfig.__dataclass_fields__}, record)
+        quant = QuantConfig.of(QuantConfig.among(settings), record)
         in_bf16 = (settings.get("bf16") or {}).get("enabled", False)
     if quant.activations.learned:
         raise UserError(f"a_quantizer=lsq: the learned steps are read from the final/ of a run, not from {path}.")

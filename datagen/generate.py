@@ -55,14 +55,14 @@ class GenerateConfig:
         check_choice(self, strategy=sampling.STRATEGIES, engine=ENGINES)
         check_least(self, sequences=1, max_length=8, batch_size=1, sequences_per_shard=1, top_k=0, tensor_parallel=1)
         if not 0 <= self.seed < 2**31:
-            raise UserError(f"seed={self.seed} is not possible: give 0 to {2**31 - 1}.")
+            raise UserError(f"seed={self.seed} is invalid: choose 0 to {2**31 - 1}.")
         if not self.temperature > 0:
             raise UserError(
-                f"temperature={self.temperature} is not possible: give a positive number, or strategy=top1 for the "
+                f"temperature={self.temperature} is invalid: choose a positive number, or strategy=top1 for the "
                 "most likely tokens."
             )
         if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p} is not possible: give a probability above 0, or 1 for all tokens.")
+            raise UserError(f"top_p={self.top_p} is invalid: choose a probability above 0, or 1 for all tokens.")
         if self.strategy == "top1" and self.truncation != sampling.Truncation():
             raise UserError(
                 "strategy=top1 draws nothing, so temperature, top_k and top_p mean nothing: leave them out, or give "

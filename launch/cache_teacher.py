@@ -1,7 +1,7 @@
 """Write down once what the teacher predicts on the training data, so that training runs without a teacher.
 
 deepspeed launch/cache_teacher.py --model DIR --data DIR --output DIR, then launch/train.py --teacher_cache DIR.
-A folder that is there already is gone on with.
+If the output folder exists, the run resumes.
 """
 
 from dataclasses import dataclass

@@ -58,7 +58,7 @@ def main() -> None:
     while line := _read():
         try:
             history = _answer(model, tokenizer, [*history, _message("user", line)], settings)
-        except UserError as error:  # of this message: the talk goes on without it
+        except UserError as error:  # of this message: the chat continues without it
             print(f"not answered: {error}", file=sys.stderr, flush=True)
 
 

@@ -57,7 +57,7 @@ def run(main: Callable[[], int | None]) -> None:
     except UserError as error:
         _end(f"error: {error}", code=2)
     except KeyboardInterrupt:
-        _end("interrupted: the same command goes on from here", code=130)
+        _end("interrupted: the same command resumes", code=130)
     except Exception as error:
         if not are_watched():
             raise
@@ -81,7 +81,7 @@ def _end(message: str, code: int) -> NoReturn:
 
 def _leave(code: int) -> NoReturn:
     """End this process. With other ranks, without the interpreter's own end: gloo's threads may still be letting go of
-    the last collective's tensors, and whoever asks for the interpreter then aborts the process."""
+    the last collective's tensors, and a thread that asks for the interpreter then aborts the process."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         sys.exit(code)
     atexit._run_exitfuncs()  # what others want to be done at the end: W&B's last upload
@@ -153,8 +153,8 @@ def parse(description: str, *configs: type) -> list[Any]:
 
 
 def load_plugins() -> None:
-    """Import the modules of ``--plugin``, on the command line and in recipes: ``parse`` does so itself, but whoever
-    gives it dataclasses that a table names has to do it before."""
+    """Import the modules of ``--plugin``, on the command line and in recipes: ``parse`` does so itself, but a
+    command whose dataclasses come from a table has to do it before."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--plugin")
     parser.add_argument("--config", action="append", default=[])

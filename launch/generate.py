@@ -1,7 +1,7 @@
 """Let a model write training sequences into a folder of Parquet shards.
 
-python launch/generate.py --model DIR --output DIR; under deepspeed, torchrun or srun, the ranks share the shards. A
-folder that is there already is gone on with. --corpus makes the same shards from real text.
+python launch/generate.py --model DIR --output DIR; under deepspeed, torchrun or srun, the ranks share the shards. If
+the output folder exists, the run resumes. --corpus makes the same shards from real text.
 """
 
 import os
@@ -60,9 +60,9 @@ def main() -> int:
         else:
             write_generated(folder, directory, tokenizer, config)
     except Stopped:
-        cli.say(f"stopped by a signal: the same command goes on with {paths.output}")
+        cli.say(f"stopped by a signal: the same command resumes {paths.output}")
         return RESUMABLE_EXIT
-    if all(folder.path(index).exists() for index in range(config.shards)):  # whoever is the last finds them all
+    if all(folder.path(index).exists() for index in range(config.shards)):  # the last rank finds them all
         name = Path(paths.model).name if Path(paths.model).exists() else paths.model
         if card.write(folder, tokenizer, name) or was_complete:
             print(f"{paths.output} is complete: {config.sequences} sequences; {card.CARD} describes them.", flush=True)

@@ -1,7 +1,7 @@
 """Quantize a model without training: rounding to nearest, GPTQ or SmoothQuant.
 
 python launch/quantize.py --method gptq --model DIR --data SHARDS --output DIR. The output is like the final/ of a
-training run: launch/evaluate.py and launch/export.py take it. A run that was stopped is gone on with.
+training run: launch/evaluate.py and launch/export.py take it. A run that was stopped resumes.
 """
 
 from dataclasses import asdict, dataclass

@@ -1,7 +1,7 @@
 """The main job in one command: generate, train, evaluate and export a 4-8-4 model, on a CPU.
 
 Every stage is one of the real commands, printed before it runs. Interrupt it anywhere and start it again:
-it goes on from where it was.
+it resumes.
 """
 
 import importlib.metadata

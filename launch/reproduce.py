@@ -1,7 +1,7 @@
 """The paper's tables, one cell after another, with the real commands.
 
 python launch/reproduce.py runs all that is missing; --tables and --cells choose, --minutes limits. Stop it at any
-moment, kill it, start it again: it goes on from where it was, and a cell whose JSON is there, with the same
+moment, kill it, start it again: it resumes, and a cell whose JSON is there, with the same
 settings, is not computed again.
 
 A table is a recipe in launch/recipes/reproduce/. What a cell measured is <output>/cells/<name>.json; the cells of a
@@ -78,9 +78,9 @@ class Reproduction:
 
     def __post_init__(self) -> None:
         if unknown := set(self.tables.split(",")) - set(TABLES):
-            raise UserError(f"tables={min(unknown)!r} is not possible: give {', '.join(TABLES)}, with commas between.")
+            raise UserError(f"tables={min(unknown)!r} is invalid: choose {', '.join(TABLES)}, with commas between.")
         if self.ranks not in (0, 1, 2):
-            raise UserError(f"ranks={self.ranks} is not possible: give 1 or 2, or 0 to choose by the machine.")
+            raise UserError(f"ranks={self.ranks} is invalid: choose 1 or 2, or 0 to choose by the machine.")
         check_least(self, minutes=0)
 
 
@@ -195,7 +195,7 @@ def main() -> int:
                 failures.append(job.name)
             runner.collect(tables)
     except KeyboardInterrupt:
-        print("\nstopped: the same command goes on from here", flush=True)
+        print("\nstopped: the same command resumes", flush=True)
         return RESUMABLE_EXIT
     finally:
         runner.collect(tables)

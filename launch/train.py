@@ -37,7 +37,7 @@ from qat.train.teacher_cache import TeacherCache
 from qat.train.validation import Texts
 
 CHANGES_NO_RESULT = ("save_every", "keep", "eval_every", "max_loss_ratio", "peak_flops")
-"""Settings that a run may be gone on with under other values."""
+"""Settings that may change when a run resumes."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def main() -> int:
         print(memory.beside_plan(planned.needs), flush=True)
     if complete:
         engines.save_student(student, final, quant, companions)
-    stopped = f"stopped by a signal and saved: the same command goes on with {paths.output}"
+    stopped = f"stopped by a signal and saved: the same command resumes {paths.output}"
     cli.say(f"{final}: the trained student, {quant}" if complete else stopped)
     return 0 if complete else RESUMABLE_EXIT
 
@@ -252,7 +252,7 @@ def open_folder(output: Path, settings: dict[str, Any]) -> None:
         if began_with != ARITHMETIC:
             raise UserError(
                 f"{output} was begun by a version that computed otherwise ({began_with}; now {ARITHMETIC}), and would "
-                "not go on with the same losses: finish it with that version, or give another --output."
+                "not resume with the same losses: finish it with that version, or give another --output."
             )
         kinds = (QuantConfig, TrainConfig)
         defaults = {

@@ -76,7 +76,7 @@ def test_a_list_of_tasks():
     assert tasks.task_names("") == []
     assert tasks.task_names("mmlu,piqa") == ["mmlu", "piqa"]
     assert tasks.task_names("piqa,paper") == ["piqa", *(name for name in tasks.METRICS if name != "piqa")]
-    with pytest.raises(UserError, match="tasks='glue' is not possible"):
+    with pytest.raises(UserError, match="tasks='glue' is invalid"):
         tasks.task_names("glue")
 
 

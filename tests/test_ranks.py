@@ -184,7 +184,7 @@ def test_a_run_that_was_stopped_as_a_whole_goes_on(start):
 def test_an_impossible_patience_is_refused(monkeypatch):
     for given in ("-1", "soon"):
         monkeypatch.setenv(ranks.PATIENCE, given)
-        with pytest.raises(UserError, match=f"QAT_PATIENCE={given} is not possible"):
+        with pytest.raises(UserError, match=f"QAT_PATIENCE={given} is invalid"):
             ranks.join(0, 2)
 
 

@@ -180,7 +180,7 @@ def test_a_rank_that_a_signal_stops_exits_with_the_resumable_code(tiny_directory
     process.send_signal(signal.SIGUSR1)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == RESUMABLE_EXIT
-    assert said.splitlines()[-1] == f"stopped by a signal and saved: the same command goes on with {tmp_path}"
+    assert said.splitlines()[-1] == f"stopped by a signal and saved: the same command resumes {tmp_path}"
     assert int(latest(tmp_path).removeprefix("step-")) == len(log_of(tmp_path))
 
 

@@ -290,7 +290,7 @@ def markdown(tables: Mapping[str, list[str]], cells: Mapping[str, Cell], accurac
 
 _INTRODUCTION = """# Results
 
-Written by `python launch/reproduce.py`, which goes on from the cells that are there; each cell with all its settings,
+Written by `python launch/reproduce.py`, which adds the cells that are missing; each cell with all its settings,
 seeds, versions, times and the machine is a JSON in [cells/](cells). How to read it: perplexity and mean KL(teacher ‖
 student) in nats per token, ± its standard error over the windows, on two texts that we did not train on; *closed* is
 the share of RTN's distance to full precision, in log-perplexity, that is gone (both texts); a difference counts as one

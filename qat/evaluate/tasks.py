@@ -33,7 +33,7 @@ def task_names(listed: str) -> list[str]:
     entries = listed.split(",") if listed else []
     names = [name for entry in entries for name in (METRICS if entry == PAPER else [entry])]
     if unknown := [name for name in names if name not in METRICS]:
-        raise UserError(f"tasks={unknown[0]!r} is not possible: give {PAPER}, or some of {', '.join(METRICS)}.")
+        raise UserError(f"tasks={unknown[0]!r} is invalid: choose {PAPER}, or some of {', '.join(METRICS)}.")
     return list(dict.fromkeys(names))
 
 

@@ -43,7 +43,7 @@ class GPTQConfig:
 
     def __post_init__(self) -> None:
         if self.damping <= 0:
-            raise UserError(f"damping={self.damping} is not possible: give more than 0, say 0.01.")
+            raise UserError(f"damping={self.damping} is invalid: choose more than 0, say 0.01.")
 
 
 class GPTQ(LayerByLayer):

@@ -42,7 +42,7 @@ class SmoothQuantConfig:
 
     def __post_init__(self) -> None:
         if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise UserError(f"alpha={self.alpha} is not possible: give 0 to 1, or nothing to have it searched for.")
+            raise UserError(f"alpha={self.alpha} is invalid: choose 0 to 1, or nothing to have it searched for.")
 
 
 Alphas = Mapping[Smoothed, float]

@@ -55,7 +55,7 @@ def compiles(device: str) -> bool:
             raise RuntimeError(f"this torch, {torch.__version__}, has no option for exact division")
         x = torch.ones(8, device=device)
         torch.compile(lambda x: (x / (x + 1)).sin(), dynamic=True, options=options())(x)
-    except Exception as error:  # whatever is missing or broken, training goes on without it
+    except Exception as error:  # whatever is missing or broken, training continues without it
         reason = str(error).strip().splitlines()
         _logger.warning(
             "torch.compile does not work here on %s (%s): quantizers run eagerly.", device, reason[0] if reason else "?"

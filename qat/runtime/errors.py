@@ -28,7 +28,7 @@ def check_choice(settings: object, **choices: Iterable[str]) -> None:
     for name, allowed in choices.items():
         given = getattr(settings, name)
         if given not in allowed:
-            raise UserError(f"{name}={given!r} is not possible: give {' or '.join(allowed)}.")
+            raise UserError(f"{name}={given!r} is invalid: choose {' or '.join(allowed)}.")
 
 
 def check_least(settings: object, **least: float) -> None:
@@ -36,7 +36,7 @@ def check_least(settings: object, **least: float) -> None:
     for name, allowed in least.items():
         given = getattr(settings, name)
         if given < allowed:
-            raise UserError(f"{name}={given} is not possible: give {allowed} or more.")
+            raise UserError(f"{name}={given} is invalid: choose {allowed} or more.")
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -115,7 +115,7 @@ def appearing_folder(folder: Path, record: str = "") -> Iterator[Path]:
     Raises UserError if another process is at work in it, or something else lies in its place.
 
     Args:
-        record: the file that the caller writes first into a folder that a later start can go on with. Without one,
+        record: the file that the caller writes first into a folder that a later start can resume. Without one,
             what an earlier start left is deleted, and what this one leaves
     """
     partial = partial_of(folder)

@@ -232,7 +232,7 @@ def _patience(given: str) -> float:
     except ValueError:
         seconds = 0.0
     if not seconds > 0:
-        raise UserError(f"{PATIENCE}={given} is not possible: give seconds above 0, or leave it out for 180.")
+        raise UserError(f"{PATIENCE}={given} is invalid: choose seconds above 0, or leave it out for 180.")
     return seconds
 
 

@@ -158,7 +158,7 @@ def _load(engine: deepspeed.DeepSpeedEngine, folder: Path) -> TrainState:
         if engine.zero_nvme_offload_optimizer():
             raise UserError(
                 f"{folder} was written by {writers} ranks with the optimizer on NVMe, which DeepSpeed cannot convert "
-                f"for {dist.get_world_size()}: go on with {writers} ranks."
+                f"for {dist.get_world_size()}: resume with {writers} ranks."
             )
         folder = _converted(folder, writers)
     with (
@@ -201,7 +201,7 @@ def _convert(folder: Path, universal: Path, writers: int) -> None:
                 raise UserError(reason)
             raise UserError(
                 f"{folder}, written by {writers} ranks, could not be converted for {dist.get_world_size()} ({reason}): "
-                f"make room for twice its size, or go on with {writers} ranks."
+                f"make room for twice its size, or resume with {writers} ranks."
             )
 
 

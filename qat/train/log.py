@@ -81,4 +81,4 @@ class RunLog:
         except Exception as error:  # Weights & Biases and Comet have their own
             if what not in self._warned:
                 self._warned.add(what)
-                _log.warning("warning: %s cannot be written (%s): the run goes on without.", what, first_line(error))
+                _log.warning("warning: %s cannot be written (%s): the run continues without.", what, first_line(error))

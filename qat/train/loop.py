@@ -80,7 +80,7 @@ class TrainConfig:
         check_least(self, steps=0, warmup_steps=0, min_lr_ratio=0, gradient_clipping=0, max_loss_ratio=0, peak_flops=0)
         check_least(self, batch_size=1, save_every=1, keep=1, eval_every=1)
         if not 0 < self.lr < 1:
-            raise UserError(f"lr={self.lr} is not possible: give a learning rate above 0 and below 1, say 2e-5.")
+            raise UserError(f"lr={self.lr} is invalid: choose a learning rate above 0 and below 1, say 2e-5.")
 
     def lr_factor(self, step: int) -> float:
         """Learning rate of optimizer step ``step`` (from 0) over ``lr``: linear warm-up, then a cosine."""

@@ -65,7 +65,7 @@ class Machine:
     def __post_init__(self) -> None:
         for field in fields(self):
             if getattr(self, field.name) < 0 or (field.name != "nvme" and getattr(self, field.name) == 0):
-                raise UserError(f"{field.name}={getattr(self, field.name)} is not possible: give more than 0.")
+                raise UserError(f"{field.name}={getattr(self, field.name)} is invalid: choose more than 0.")
         if self.gpus % self.nodes:
             raise UserError(f"gpus={self.gpus} cannot be shared by nodes={self.nodes}: give a multiple.")
 

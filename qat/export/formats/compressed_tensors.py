@@ -102,7 +102,7 @@ class CompressedTensors(ExportFormat):
             f", or, on GPUs, --kv-cache-dtype {near}, which is near but not equal to what was trained" if near else ""
         )
         return [
-            f"{trained_cache(quant)}; the format has no words for it. vLLM keeps the dtype that it computes in{hint}."
+            f"{trained_cache(quant)}; the format cannot describe it. vLLM keeps the dtype that it computes in{hint}."
         ]
 
     def serve(self, name: str) -> list[str]:

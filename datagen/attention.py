@@ -1,8 +1,8 @@
 """Attention of a decoding step: one new token per slot, each at its own position of a static KV cache.
 
 On CPUs, in fp32, a kernel of our own reads each cached key and value once, and none beyond a slot's position; it is
-compiled when it is first asked for, in about a second. Where there is no compiler, and on GPUs, torch does the same
-with its scaled_dot_product_attention, which reads all slots as far as the longest one.
+compiled on first use, in about a second. Where there is no compiler, and on GPUs, torch's scaled_dot_product_attention
+computes the same, reading all slots up to the position of the longest one.
 """
 
 import ctypes
@@ -51,7 +51,7 @@ class Attention:
         self.groups, self.window = groups, window
         possible = like.device.type == "cpu" and like.dtype == torch.float32 and head_dim % _LANES == 0
         self.kernel = kernel(head_dim, groups) if possible else None
-        if self.kernel:  # which wants whole blocks, and has the tokens of a block of keys side by side
+        if self.kernel:  # it needs complete blocks, with the tokens of a block of keys side by side
             max_length = -(-max_length // _LANES) * _LANES
         self.values = torch.zeros(slots, kv_heads, max_length, head_dim, dtype=like.dtype, device=like.device)
         self.keys = torch.zeros_like(self.values)
@@ -59,7 +59,7 @@ class Attention:
             self.keys = self.keys.view(slots, kv_heads, -1, head_dim, _LANES)
 
     def keep(self, slots: Tensor) -> None:
-        """Drop all slots but these."""
+        """Keep only the given slots and drop all others."""
         self.keys, self.values = self.keys[slots], self.values[slots]
 
     def __call__(self, qkv: Tensor, cos: Tensor, sin: Tensor, position: Tensor, columns: int) -> Tensor:
@@ -92,7 +92,7 @@ class Attention:
         mask = column <= position[:, None]
         if self.window is not None:
             mask &= column > position[:, None] - self.window
-        # The query heads of a KV head stand as its rows, so nothing is repeated.
+        # The query heads of a KV head are stacked as its rows, so nothing is repeated.
         grouped = query.reshape(slots, kv_heads, self.groups, head_dim)
         out = scaled_dot_product_attention(
             grouped, self.keys[:, :, :columns], self.values[:, :, :columns], attn_mask=mask[:, None, None]
@@ -102,7 +102,8 @@ class Attention:
 
 @functools.cache
 def kernel(head_dim: int, groups: int) -> Callable[..., None] | None:
-    """The compiled kernel for heads of this size, ``groups`` query heads to a KV head; None where nothing compiles."""
+    """Return the compiled kernel for heads of size ``head_dim``, with ``groups`` query heads per KV head; None if it
+    cannot be compiled here."""
     with tempfile.TemporaryDirectory() as directory:
         library = Path(directory) / "attention.so"
         sizes = [f"-DHEAD_DIM={head_dim}", f"-DGROUPS={groups}"]

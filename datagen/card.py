@@ -1,4 +1,4 @@
-"""The data card: what a finished folder of shards holds, in figures, examples and a picture."""
+"""The data card: describes a finished folder of shards in figures, examples and a plot."""
 
 import io
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from qat.data.shards import MANIFEST, SCHEMA, ShardFolder
 CARD, PLOT = "README.md", "lengths.png"
 
 _SAMPLED = 10_000
-"""Sequences that the n-gram figures are of: the first ones."""
+"""Number of sequences, from the first, that the n-gram figures are computed on."""
 
 _REPEATED = 4
 """Length of the n-grams whose repetition is counted."""
@@ -23,7 +23,7 @@ _BINS = 16
 
 
 def write(folder: ShardFolder, tokenizer: Tokenizer, model: str) -> bool:
-    """Publish the card and its plot in a folder whose shards are all there; False if it has them already.
+    """Publish the card and its plot in a folder whose shards are all present; return False if it has them already.
 
     The same shards make the same card.
     """
@@ -35,7 +35,7 @@ def write(folder: ShardFolder, tokenizer: Tokenizer, model: str) -> bool:
     examples = [str(tokenizer.decode(ids)) for ids in table.column("input_ids").slice(0, _EXAMPLES).to_pylist()]
     text = _card(folder.manifest(), figures, edges, counts, examples, model)
     with folder.alone():
-        if (folder.directory / CARD).exists():  # another rank was first
+        if (folder.directory / CARD).exists():  # another rank wrote it first
             return False
         folder.publish(PLOT, _plot(edges, counts, figures["ended by EOS"]))
         folder.publish(CARD, text.encode())
@@ -43,7 +43,7 @@ def write(folder: ShardFolder, tokenizer: Tokenizer, model: str) -> bool:
 
 
 def measure(table: pa.Table) -> dict[str, float]:
-    """The figures of sequences with the columns of a shard, by name.
+    """Compute the figures, by name, of sequences in a table with the columns of a shard.
 
     distinct-n is the number of different n-grams over the number of all; "repeated 4-grams" is the share of 4-grams
     that stood in the same sequence before. "token entropy" is the mean -log p(token) of the tokens that were sampled,
@@ -78,14 +78,14 @@ def measure(table: pa.Table) -> dict[str, float]:
 
 
 def histogram(table: pa.Table, max_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Bin edges [bins + 1], in tokens, and sequences per bin [bins]."""
+    """Return bin edges [bins + 1], in tokens, and the number of sequences per bin [bins]."""
     lengths = np.diff(table.column("input_ids").combine_chunks().offsets.to_numpy())
     edges = np.unique(np.linspace(0, max_length + 1, _BINS + 1).round().astype(int))
     return edges, np.histogram(lengths, edges)[0]
 
 
 def _ngrams(flat: np.ndarray, sequence: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """A 64-bit hash of each n-gram that lies within one sequence, and the sequence's number."""
+    """Return a 64-bit hash of each n-gram that lies within one sequence, and the index of that sequence."""
     count = max(len(flat) - n + 1, 0)
     hashes = np.zeros(count, np.uint64)
     for i in range(n):
@@ -156,7 +156,7 @@ def _fenced(text: str) -> str:
 
 
 def _plot(edges: np.ndarray, counts: np.ndarray, ended: float) -> bytes:
-    import matplotlib as mpl  # here, as it takes a second, and one rank draws, once
+    import matplotlib as mpl  # imported here: it takes a second, and only one rank draws
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.5), layout="constrained")

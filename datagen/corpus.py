@@ -1,7 +1,7 @@
-"""Real text as training sequences, in the same shards: what the paper compares the generated data with.
+"""Training sequences from real text, in the same shards: the paper compares the generated data with them.
 
-The documents are tokenized, joined by the token that ends a text, if there is one, and cut into sequences of equal
-length; each begins with BOS where the tokenizer puts it.
+The documents are tokenized, joined by the end-of-text token if the tokenizer has one, and cut into sequences of equal
+length; each begins with BOS if the tokenizer adds one.
 """
 
 import hashlib
@@ -26,26 +26,27 @@ HUB = {
     "wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
     "c4": ("allenai/c4", "en"),
 }
-"""Corpora by name, and where the hub has them; their training split is read."""
+"""Corpora by name, and where they are on the hub; the training split is read."""
 
 _FIELD = "text"
 _BLOCK = 2**20
-"""Characters of a piece of plain text, which is cut at a line's end; and of pieces that are tokenized together."""
+"""Characters of a piece of plain text, which is cut at the end of a line; and of the pieces that are tokenized
+together."""
 
 Piece = tuple[str, bool]
-"""Text that can be tokenized by itself, and whether a document ends with it."""
+"""Text that can be tokenized independently, and whether a document ends with it."""
 
 
 class Corpus:
-    """The documents of ``source``: a txt, jsonl or parquet file, a folder of them, or a name in HUB."""
+    """The documents of ``source``: a txt, jsonl or parquet file, a folder of such files, or a name in HUB."""
 
     def __init__(self, source: str):
-        """Raises UserError if there are none."""
+        """Raise UserError if there are no documents."""
         self.source = source
         self.files = [] if source in HUB else _files(Path(source))
 
     def fingerprint(self) -> str:
-        """Names the text: a hash of all of it, or the name on the hub."""
+        """Return an identifier of the text: a hash of all of it, or its name on the hub."""
         if not self.files:
             return "/".join(HUB[self.source])
         digest = hashlib.sha256()
@@ -55,7 +56,7 @@ class Corpus:
         return digest.hexdigest()[:16]
 
     def pieces(self) -> Iterator[Piece]:
-        """The documents, piece by piece; those without text are left out."""
+        """Yield the documents, piece by piece; those without text are skipped."""
         if self.files:
             for file in self.files:
                 yield from _READERS[file.suffix](file)
@@ -63,7 +64,7 @@ class Corpus:
             yield from _from_hub(*HUB[self.source])
 
     def rows(self, tokenizer: Tokenizer, prefix: list[int], count: int, length: int) -> np.ndarray:
-        """The token ids [count, length] of the first sequences; raises UserError if the corpus has fewer.
+        """Return the token ids [count, length] of the first sequences; raise UserError if the corpus has fewer.
 
         They lie in a file without a name, 4 bytes a token, so that the memory does not grow with ``count``.
         """
@@ -83,7 +84,7 @@ class Corpus:
 
 
 def _tokens(pieces: Iterator[Piece], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """Token ids, piece by piece; the end-of-text token, if there is one, after each document."""
+    """Yield token ids, piece by piece, with the end-of-text token, if there is one, after each document."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for batch in _batches(pieces):
         ids = tokenizer([text for text, _ in batch], add_special_tokens=False, verbose=False).input_ids
@@ -126,7 +127,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _from_txt(file: Path) -> Iterator[Piece]:
-    """A text file is one document."""
+    """Yield a text file as one document, in pieces."""
     with utf8(file) as stream:
         block = stream.read(_BLOCK) + stream.readline()
         while block:
@@ -136,7 +137,7 @@ def _from_txt(file: Path) -> Iterator[Piece]:
 
 
 def _from_jsonl(file: Path) -> Iterator[Piece]:
-    """A line is a document: an object with the field "text"."""
+    """Yield each line as a document: an object with the field "text"."""
     with utf8(file) as stream:
         for number, line in enumerate(stream, start=1):
             try:
@@ -148,7 +149,7 @@ def _from_jsonl(file: Path) -> Iterator[Piece]:
 
 
 def _from_parquet(file: Path) -> Iterator[Piece]:
-    """A row is a document, in the column "text"."""
+    """Yield each row as a document: the value of the column "text"."""
     try:
         with pq.ParquetFile(file) as table:
             for batch in table.iter_batches(batch_size=1024, columns=[_FIELD]):
@@ -159,7 +160,7 @@ def _from_parquet(file: Path) -> Iterator[Piece]:
 
 
 def _document(text: Any) -> list[Piece]:
-    """A short document is one piece; nothing is none. Raises TypeError for what is no text."""
+    """Return a short document as one piece, an empty one as none; raise TypeError if it is not a string."""
     if not isinstance(text, str):
         raise TypeError(f"{_FIELD} is no string")
     return [(text, True)] if text else []
@@ -169,12 +170,12 @@ _READERS = {".txt": _from_txt, ".jsonl": _from_jsonl, ".parquet": _from_parquet}
 
 
 def _from_hub(repository: str, configuration: str) -> Iterator[Piece]:
-    from datasets import load_dataset  # slow to import, seldom needed
+    from datasets import load_dataset  # slow to import, rarely needed
 
     try:
         for row in load_dataset(repository, configuration, split="train", streaming=True):
             yield from _document(row[_FIELD] or "")
-    except (OSError, ValueError) as error:  # no way to the hub, or not there
+    except (OSError, ValueError) as error:  # the hub cannot be reached, or has no such data set
         reason = str(error).strip().splitlines()
         raise UserError(
             f"The hub does not give {repository} ({reason[0] if reason else type(error).__name__}): give a file or a "

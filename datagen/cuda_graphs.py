@@ -1,8 +1,8 @@
-"""A decoding step as CUDA graphs: the GPU gets one launch a step, where eager code gives it hundreds.
+"""A decoding step as CUDA graphs: the GPU gets one launch per step, where eager code needs hundreds.
 
-A graph replays fixed kernels on fixed memory. A step's tokens, positions, weights and KV cache lie where they are; what
-varies is how far attention must read, so there is a graph for each multiple of ``COLUMNS``, captured when a sequence
-first comes so far.
+A graph replays fixed kernels on fixed memory. A step's tokens, positions, weights and KV cache stay at fixed addresses;
+only the number of columns that attention reads varies, so there is one graph for each multiple of ``COLUMNS``, captured
+when a sequence first reaches that length.
 """
 
 import logging
@@ -14,19 +14,19 @@ from torch import Tensor
 _logger = logging.getLogger("qat.cuda_graphs")
 
 COLUMNS = 128
-"""Columns of the KV cache by which graphs differ: attention reads at most so many for nothing."""
+"""Step, in columns of the KV cache, from one graph to the next: attention reads at most this many columns in vain."""
 
 Step = Callable[[Tensor, Tensor, int], Tensor]
 """Tokens [slots], positions [slots] and how many columns attention reads -> logits, all on the device."""
 
 
 def rounded_up(columns: int, max_length: int) -> int:
-    """The columns that the graph for ``columns`` reads."""
+    """Return the number of columns that the graph for ``columns`` reads."""
     return min(-(-columns // COLUMNS) * COLUMNS, max_length)
 
 
 class CudaGraphs:
-    """Calls a ``Step``, always the same one, by replaying it. Its result is overwritten by the next call.
+    """Calls a ``Step``, always the same one, by replaying it. The next call overwrites its result.
 
     It is given at each call and not kept: its owner, with the KV cache, would live on until a garbage collection.
     """
@@ -56,9 +56,9 @@ class CudaGraphs:
         return logits
 
     def _capture(self, step: Step, columns: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        with torch.cuda.device(self._tokens.device):  # a stream is of the current device, and kernels are of their own
+        with torch.cuda.device(self._tokens.device):  # a stream belongs to the current device
             self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):  # what libraries set up at a first call cannot be captured
+            with torch.cuda.stream(self._stream):  # libraries' set-up at a first call cannot be captured
                 step(self._tokens, self._position, columns)
             torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()

@@ -1,7 +1,8 @@
-"""One decoding step of a LLaMA-family model for all slots: the model's own weights, without what a library adds.
+"""One decoding step of a LLaMA-family model for all slots, with the model's own weights and no library overhead.
 
-The layers' forward passes through transformers cost more than the arithmetic of a small model. This one is the same
-computation (a test holds it equal), over a static KV cache with a position per slot, in fewer and larger products.
+For a small model, the layers' forward passes through transformers cost more than the arithmetic. This is the same
+computation (a test checks that the results are equal), over a static KV cache with a position per slot, in fewer and
+larger products.
 """
 
 from collections.abc import Callable
@@ -34,8 +35,9 @@ Product = Callable[[Tensor], Tensor]
 
 
 def check(config: PreTrainedConfig, max_length: int) -> None:
-    """Raise UserError for a model that is not LLaMA's formula, and for one whose rotation of a position depends on the
-    length of the sequence, where a sequence may be so long: the keys before are cached, rotated for the shorter one."""
+    """Raise UserError for a model that does not compute LLaMA's formula, and for one whose rotation of a position
+    depends on the length of the sequence, if sequences of ``max_length`` reach such lengths: cached keys stay rotated
+    for the shorter sequence."""
     if architecture_of(config).block is None:
         raise UserError(
             f"engine=torch computes the layers of LLaMA's formula itself, and those of {config.model_type} are other "
@@ -56,7 +58,7 @@ def check(config: PreTrainedConfig, max_length: int) -> None:
 
 
 class Decoder:
-    """``step`` runs the model on one token per slot; raises UserError for a model that ``check`` refuses.
+    """Runs the model on one token per slot; raises UserError for a model that ``check`` rejects.
 
     A model that transformers has distributed over the ranks of the default process group is run by all of them
     together: every rank gets the same logits.
@@ -94,7 +96,7 @@ class Decoder:
         self.norm = _weight(model.get_submodule(architecture_of(config).norm))
         self.head = self._product(output_layer(model))
         self.head_is_split = len(_weight(output_layer(model))) < config.vocab_size
-        self.embedding_is_split = len(self.embedding) < config.vocab_size  # where the head shares its weight
+        self.embedding_is_split = len(self.embedding) < config.vocab_size  # if the head shares its weight
         with torch.inference_mode():
             positions = torch.arange(max_length, device=self.device)[None]
             cos, sin = rotation(model)(self.embedding[:1, None], positions)
@@ -103,7 +105,7 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, position: Tensor) -> Tensor:
-        """Tokens [slots] at their positions [slots], both int64 on the CPU -> fp32 logits [slots, vocabulary].
+        """Compute fp32 logits [slots, vocabulary] of tokens [slots] at their positions [slots], both int64 on the CPU.
 
         The next call may overwrite them.
         """
@@ -114,7 +116,7 @@ class Decoder:
         return self.graphs(self.logits, tokens, position, columns)
 
     def logits(self, tokens: Tensor, position: Tensor, columns: int) -> Tensor:
-        """``step`` by tensors on the device, where attention reads so many columns of the cache."""
+        """Compute ``step`` from tensors on the device; attention reads ``columns`` columns of the cache."""
         cos, sin = self.cos[position], self.sin[position]
         x = self._embedded(tokens)
         for layer in self.layers:
@@ -134,7 +136,8 @@ class Decoder:
     def choose(
         self, tokens: Tensor, position: Tensor, greedy: Tensor, draw: Tensor, truncation: sampling.Truncation
     ) -> tuple[Tensor, Tensor]:
-        """``step``, and ``sampling.choose`` from its logits; all ranks that hold the model together choose the same.
+        """Run ``step``, and ``sampling.choose`` on its logits; all ranks that hold the model together choose the same
+        tokens.
 
         All tensors are [slots], on the CPU.
         """
@@ -146,7 +149,7 @@ class Decoder:
         return both[0].long(), both[1]
 
     def keep(self, slots: Tensor) -> None:
-        """Drop all slots but these."""
+        """Keep only the given slots and drop all others."""
         slots = slots.to(self.device)
         for layer in self.layers:
             layer.attention.keep(slots)
@@ -154,7 +157,8 @@ class Decoder:
         self.graphs = self._new_graphs()
 
     def _new_graphs(self) -> CudaGraphs | None:
-        """For a GPU that holds the whole model; they know where the cache lies, and must be made anew if it moves."""
+        """Return graphs for a GPU that holds the complete model, else None; they depend on the cache's address, and
+        must be made anew if it moves."""
         if self.device.type != "cuda" or self.parallel:
             return None
         return CudaGraphs(self.slots, self.max_length, self.device)
@@ -172,7 +176,7 @@ class Decoder:
         return rms_norm(x, weight.shape, weight, self.eps)
 
     def _with_normed_heads(self, qkv: Tensor, layer: "_Layer") -> Tensor:
-        """Qwen3 normalizes every head of Q and K."""
+        """Normalize every head of Q and K, as Qwen3 does."""
         query_norm, key_norm = layer.head_norms
         kv_heads, head_dim = layer.attention.values.shape[1], len(key_norm)
         heads = qkv.view(len(qkv), -1, head_dim)
@@ -181,20 +185,20 @@ class Decoder:
         return torch.cat(normed, 1).view_as(qkv)
 
     def _product(self, *modules: nn.Linear) -> Product:
-        """x -> the modules' outputs side by side, by one product."""
+        """Return a function that maps x to the modules' outputs side by side, by one product."""
         weights = [_local(module.weight) for module in modules]
         biases = [_local(module.bias) for module in modules if module.bias is not None]
         bias = torch.cat(biases) if biases else None
         if len(weights) == 1:
             return self._multiply(weights[0], bias)
         weight = torch.cat(weights)
-        if weight.device.type != "cpu":  # the modules look into the joint weight: nothing is held twice
+        if weight.device.type != "cpu":  # the modules' weights are views of the joint one: nothing is stored twice
             for module, part in zip(modules, weight.split([len(w) for w in weights]), strict=True):
                 module.weight = nn.Parameter(part, requires_grad=False)
         return self._multiply(weight, bias)
 
     def _summed_product(self, module: nn.Linear) -> Product:
-        """x, of which each rank may hold a part of the columns -> the module's output."""
+        """Return a function that maps x, of which each rank may hold some of the columns, to the module's output."""
         if not self.parallel:
             return self._product(module)
         bias = _local(module.bias) if module.bias is not None and dist.get_rank() == 0 else None
@@ -209,8 +213,8 @@ class Decoder:
 
     def _multiply(self, weight: Tensor, bias: Tensor | None) -> Product:
         if weight.device.type == "cpu" and weight.dtype == torch.float32 and has_onednn():
-            # oneDNN, with the weight laid out for it beforehand. The choice must not depend on a measurement: ranks
-            # that chose differently would write other bytes.
+            # oneDNN, with the weight laid out for it in advance. The choice must not depend on a measurement: ranks
+            # that chose differently would write different bytes.
             packed = torch.ops.mkldnn._reorder_linear_weight(weight, self.slots)
             return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
         return lambda x: linear(x, weight, bias)
@@ -232,11 +236,11 @@ class _Layer:
 
 
 def _weight(module: nn.Module) -> Tensor:
-    """What this rank holds of a module's weight."""
+    """Return this rank's part of a module's weight."""
     return _local(module.get_parameter("weight"))
 
 
 def _local(parameter: Tensor) -> Tensor:
-    """What this rank holds of a parameter."""
+    """Return this rank's part of a parameter."""
     parameter = parameter.detach()
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -23,7 +23,7 @@ ENGINES = ("torch", "vllm")
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """What the teacher writes.
+    """The settings of the text that the teacher writes.
 
     Args:
         sequences: how many sequences in all (the paper: 100,000)
@@ -78,14 +78,14 @@ class GenerateConfig:
         return -(-self.sequences // self.sequences_per_shard)
 
     def shard_range(self, index: int) -> range:
-        """The sequences of shard ``index``."""
+        """Return the indices of the sequences in shard ``index``."""
         first = index * self.sequences_per_shard
         return range(first, min(first + self.sequences_per_shard, self.sequences))
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What decoding needs to know of a tokenizer.
+    """The tokens of a tokenizer that decoding treats specially.
 
     Args:
         start: ids that may start a sequence: all that the model knows but the special tokens
@@ -99,7 +99,8 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, directory: str) -> "Vocabulary":
-        """Of the model in ``directory``, which says what ends a sequence."""
+        """Return the vocabulary of the model in ``directory``, whose configuration names the tokens that end a
+        sequence."""
         special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
         stop = load_generation_config(directory).eos_token_id
         if stop is None or stop == []:
@@ -115,7 +116,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Beginnings:
-    """How the sequences numbered ``indices`` begin, whatever engine writes them.
+    """The beginnings of the sequences numbered ``indices``, the same for every engine.
 
     Args:
         prefix: the given tokens of each: BOS, where there is one, and the start token
@@ -135,7 +136,7 @@ class Beginnings:
         return cls(indices, [[*vocabulary.prefix, start] for start in starts], greedy.tolist())
 
     def sequence(self, place: int, input_ids: list[int], surprisal: float, vocabulary: Vocabulary) -> Sequence:
-        """The finished sequence at ``place`` among ``indices``."""
+        """Return the finished sequence at ``place`` among ``indices``."""
         given = self.prefix[place]
         greedy = min(self.greedy[place], len(input_ids) - len(given))
         return Sequence(
@@ -166,16 +167,16 @@ def write_sequences(
     begin = Beginnings.of(vocabulary, config, indices)
     numbers, greedy = torch.arange(indices.start, indices.stop), torch.tensor(begin.greedy)
     stop = torch.tensor(vocabulary.stop, dtype=torch.int64)
-    first_choice = len(begin.prefix[0])  # the first position that is chosen, not given
+    first_choice = len(begin.prefix[0])  # the first position whose token is chosen, not given
     tokens = torch.zeros(len(indices), config.max_length, dtype=torch.int64)
     tokens[:, :first_choice] = torch.tensor(begin.prefix)
     lengths, surprisal = torch.zeros_like(numbers), torch.zeros(len(indices), dtype=torch.float64)
 
-    # All of this is on the CPU: per step, the device gets two numbers per slot, and gives two back.
+    # All of this is on the CPU: per step, two numbers per slot go to the device, and two come back.
     slots = min(config.batch_size, len(indices))
     decoder = Decoder(model, slots, config.max_length)
     row = torch.arange(slots)  # the sequence that each slot decodes
-    position = torch.zeros_like(row)  # of the token that goes in
+    position = torch.zeros_like(row)  # of the input token
     busy = torch.ones_like(row, dtype=torch.bool)
     next_row = slots
 

@@ -1,4 +1,4 @@
-"""Who makes which shard: processes from any launcher, alone or in groups that hold one model together."""
+"""Distribution of shards over processes from any launcher, alone or in groups that hold one model together."""
 
 import os
 from collections.abc import Iterator, MutableMapping
@@ -14,9 +14,9 @@ from qat.runtime.ranks import TIMEOUT, announce, join
 
 
 def ranks_from_slurm(environment: MutableMapping[str, str]) -> None:
-    """Under srun, which knows nothing of RANK and WORLD_SIZE, set them from what it does know."""
+    """Set RANK, WORLD_SIZE and LOCAL_RANK from SLURM's variables under srun, which does not set them."""
     names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-    # Not in the batch script itself, which is one process and has a SLURM_PROCID too.
+    # Not in the batch script itself, which is a single process and also has SLURM_PROCID.
     if "RANK" not in environment and environment.get("SLURM_STEP_ID", "").isdigit():
         environment.update({ours: environment[theirs] for ours, theirs in names.items() if theirs in environment})
 
@@ -39,7 +39,8 @@ class Group:
 
     @classmethod
     def of(cls, rank: int, world_size: int, size: int) -> "Group":
-        """Of rank ``rank`` among ``world_size``; raises UserError if they cannot form groups of ``size``."""
+        """Return the group of rank ``rank`` among ``world_size``; raise UserError if they cannot form groups of
+        ``size``."""
         if world_size % size:
             raise UserError(
                 f"tensor_parallel={size} needs a multiple of {size} ranks, not {world_size}: start as many."
@@ -51,11 +52,11 @@ class Group:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the rank of the group that writes."""
+        """Return whether this is the rank of the group that writes."""
         return self.rank == 0
 
     def agree(self, value: bool) -> bool:
-        """Whether any rank of the group says so. All must ask."""
+        """Return whether ``value`` is true on any rank of the group; all must call this together."""
         if self.size == 1:
             return value
         announce("writing text")
@@ -64,9 +65,10 @@ class Group:
         return bool(answer)
 
     def shards(self, folder: ShardFolder, missing: list[int]) -> Iterator[int]:
-        """The shards that this group makes: each is claimed while the caller makes it.
+        """Yield the shards that this group makes; each is claimed while the caller makes it.
 
-        First every count-th, so that the groups seldom meet; then what the others have left.
+        The group starts with every count-th shard, so that groups rarely compete for one, then takes what the others
+        have left.
         """
         turn = {offset: (self.number + offset) % self.count for offset in range(self.count)}
         for index in [index for offset in turn for index in missing if index % self.count == turn[offset]]:
@@ -74,12 +76,12 @@ class Group:
                 if self.agree(False):
                     yield index
                 continue
-            with folder.claimed(index) as ours:  # and it may have been made since the caller looked
+            with folder.claimed(index) as ours:  # another group may have made it since ``missing`` was listed
                 if self.agree(ours and folder.missing(index)):
                     yield index
 
     def init(self) -> None:
-        """Let the ranks of the group meet, if there are more than one."""
+        """Set up communication between the ranks of the group, if there is more than one."""
         if self.size == 1:
             return
         if "MASTER_ADDR" not in os.environ:

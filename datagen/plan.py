@@ -1,4 +1,4 @@
-"""How much memory writing sequences will need: the formula, which docs/generation.md explains."""
+"""Memory that writing sequences will need: the formula, which docs/generation.md explains."""
 
 from collections.abc import Mapping
 
@@ -12,11 +12,12 @@ from datagen.sampling import Truncation
 from qat.quant.architecture import head_dim
 
 _CHOOSING, _CHOOSING_TRUNCATED = 9, 43
-"""Bytes that ``sampling.choose`` holds at most for each logit, measured; sorting the vocabulary (top_p) takes most."""
+"""Bytes that ``sampling.choose`` holds at most for each logit, measured; sorting the vocabulary (top_p) takes the
+most."""
 
 
 def needs(config: PretrainedConfig, settings: GenerateConfig, device: str) -> Mapping[str, float]:
-    """Bytes that ``config``'s model and its slots take on each of the ranks that hold the model together.
+    """Return the bytes that ``config``'s model and its slots take on each of the ranks that hold the model together.
 
     Args:
         device: type of the ranks' devices: cuda, which computes in bf16, or cpu, in fp32
@@ -26,9 +27,9 @@ def needs(config: PretrainedConfig, settings: GenerateConfig, device: str) -> Ma
     width = 2 if device == "cuda" else 4
     ranks, slots = settings.tensor_parallel, min(settings.batch_size, settings.sequences_per_shard, settings.sequences)
     weights = sum(parameter.numel() for parameter in model.parameters())
-    if device == "cpu":  # oneDNN's layout of the products' weights, beside the model's own
+    if device == "cpu":  # a copy of the products' weights in oneDNN's layout
         weights += sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
-    cached = 2 * config.num_key_value_heads * head_dim(config) * config.num_hidden_layers  # numbers of a token
+    cached = 2 * config.num_key_value_heads * head_dim(config) * config.num_hidden_layers  # cached numbers per token
     # Each CUDA graph keeps its own logits.
     graphs = -(-settings.max_length // COLUMNS) if device == "cuda" and ranks == 1 else 1
     choosing = _CHOOSING if settings.truncation == Truncation() else _CHOOSING_TRUNCATED

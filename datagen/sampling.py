@@ -1,10 +1,10 @@
-"""How the next token is chosen: the paper's three strategies, each token from its own random number.
+"""Choosing the next token: the paper's three strategies, each token from its own random number.
 
-``top1`` takes the most likely token, ``sample`` draws from the full softmax, ``hybrid`` takes the first
-3 to 5 tokens greedily and samples the rest (LLM-QAT, section 2.1; its Generated data 1, 2 and 3).
+``top1`` takes the most likely token, ``sample`` draws from the full softmax, ``hybrid`` takes the first 3 to 5 tokens
+greedily and samples the rest (LLM-QAT, section 2.1; its Generated data 1, 2 and 3).
 
-Random numbers are a function of (seed, sequence, position) and of nothing else, so what a sequence
-draws does not depend on the batch it is decoded in.
+Random numbers are a function of (seed, sequence, position) only, so what a sequence draws does not depend on the batch
+that it is decoded in.
 """
 
 from dataclasses import dataclass
@@ -17,17 +17,17 @@ STRATEGIES = ("hybrid", "sample", "top1")
 
 _GREEDY_CHOICES = (3, 4, 5)
 _GREEDY, _SEED = 2**32 - 1, 2**32 - 2
-"""Positions that no sequence reaches: the counters of the draws that are made once."""
+"""Positions that no sequence reaches: the counters of draws that are made once per sequence."""
 
 _BLOCK = 512
-"""Sampling sums the distribution in blocks of so many tokens, and looks into one block only."""
+"""Sampling sums the distribution in blocks of this many tokens, and searches in one block only."""
 
 _BELOW_ONE = 1 - 2**-53
 
 
 @dataclass(frozen=True)
 class Truncation:
-    """Which part of the distribution is sampled from; by default all of it.
+    """The part of the distribution that is sampled from; by default all of it.
 
     Args:
         temperature: divides the logits
@@ -41,18 +41,18 @@ class Truncation:
 
 
 def uniform(seed: int, sequence: Tensor, position: Tensor | int) -> Tensor:
-    """Uniform fp64 numbers in [0, 1), one per sequence: a hash of (seed, sequence, position)."""
+    """Return uniform fp64 numbers in [0, 1), one per sequence: a hash of (seed, sequence, position)."""
     bits = _mix(_mix(_mix(torch.full_like(sequence, seed)) + sequence) + position)
     return _shift(bits, 11).double() / 2**53
 
 
 def seeds(seed: int, sequence: Tensor) -> list[int]:
-    """A seed for each sequence, for engines that draw their own random numbers."""
+    """Return a seed for each sequence, for engines that draw their own random numbers."""
     return (uniform(seed, sequence, _SEED) * 2**31).long().tolist()
 
 
 def start_tokens(vocabulary: list[int], seed: int, first: int, count: int) -> list[int]:
-    """The start tokens of sequences ``first`` to ``first + count``.
+    """Return the start tokens of sequences ``first`` to ``first + count``.
 
     Each pass over the vocabulary is a permutation of its own: every token starts one sequence before any
     starts two.
@@ -64,7 +64,7 @@ def start_tokens(vocabulary: list[int], seed: int, first: int, count: int) -> li
 
 
 def greedy_tokens(strategy: str, seed: int, sequence: Tensor, max_length: int) -> Tensor:
-    """How many tokens after the start token each sequence takes greedily."""
+    """Return the number of tokens after the start token that each sequence takes greedily."""
     if strategy == "top1":
         return torch.full_like(sequence, max_length)
     if strategy == "sample":
@@ -76,7 +76,7 @@ def greedy_tokens(strategy: str, seed: int, sequence: Tensor, max_length: int) -
 def choose(
     logits: Tensor, greedy: Tensor, draw: Tensor, truncation: Truncation = Truncation()
 ) -> tuple[Tensor, Tensor]:
-    """The next token of each row of fp32 logits [rows, vocabulary], and its -log probability in nats.
+    """Choose the next token of each row of fp32 logits [rows, vocabulary]; return it and its -log probability in nats.
 
     Args:
         greedy: [rows], on the CPU, True where the most likely token is taken
@@ -103,7 +103,7 @@ def choose(
 
 
 def _truncated(logits: Tensor, truncation: Truncation) -> Tensor:
-    """The logits divided by the temperature, -inf for the tokens that are left out."""
+    """Return the logits divided by the temperature, with -inf for the tokens that are excluded."""
     if truncation.temperature != 1:
         logits = logits / truncation.temperature
     if 0 < truncation.top_k < logits.shape[-1]:
@@ -112,13 +112,13 @@ def _truncated(logits: Tensor, truncation: Truncation) -> Tensor:
     if truncation.top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         probabilities = ordered.softmax(-1, dtype=torch.float64)
-        surplus = probabilities.cumsum(-1) - probabilities >= truncation.top_p  # those before it are enough
+        surplus = probabilities.cumsum(-1) - probabilities >= truncation.top_p  # the tokens before it suffice
         logits = logits.masked_fill(surplus.gather(-1, order.argsort(-1)), -torch.inf)
     return logits
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The splitmix64 finalizer on int64 (wrapping) arithmetic: a bijection that scatters its input."""
+    """Apply the splitmix64 finalizer in int64 (wrapping) arithmetic: a bijection that scatters its input."""
     x = x + _signed(0x9E3779B97F4A7C15)
     x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
@@ -126,7 +126,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical (zero-filling) right shift of int64."""
+    """Shift int64 right logically, filling with zeros."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 

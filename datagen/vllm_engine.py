@@ -1,6 +1,6 @@
 """The same sequences by vLLM: a greedy stage, then a sampled stage. vLLM is an optional dependency.
 
-Its random numbers are its own (one seed per sequence), so its tokens differ from those of our engine; and its floats
+vLLM draws its own random numbers (one seed per sequence), so its tokens differ from those of our engine; and its floats
 depend on how it batches, so a shard that is made again may differ in a token.
 """
 
@@ -18,14 +18,14 @@ from qat.quant.architecture import head_dim
 from qat.runtime.errors import UserError
 
 _SPARE = 256
-"""Tokens: vLLM hands out its cache in blocks."""
+"""Tokens: vLLM allocates its cache in blocks."""
 
 
 class VllmEngine:
-    """A model in vLLM, on as many GPUs as ``config.tensor_parallel`` says."""
+    """A model in vLLM, on ``config.tensor_parallel`` GPUs."""
 
     def __init__(self, model: str, dtype: torch.dtype, config: GenerateConfig):
-        """Raises UserError where vLLM is not installed."""
+        """Raise UserError if vLLM is not installed."""
         try:
             from vllm import LLM
         except ImportError as error:
@@ -41,7 +41,7 @@ class VllmEngine:
             tensor_parallel_size=config.tensor_parallel,
             enable_prefix_caching=False,
             skip_tokenizer_init=True,
-            logprobs_mode="processed_logprobs",  # of the distribution that is drawn from
+            logprobs_mode="processed_logprobs",  # of the distribution that is sampled
             seed=config.seed,
             **memory,
         )
@@ -49,7 +49,8 @@ class VllmEngine:
     def write_sequences(
         self, vocabulary: Vocabulary, config: GenerateConfig, indices: range, progress: Callable[[int, int], None]
     ) -> list[Sequence]:
-        """The sequences numbered ``indices``, in order. ``progress`` is called at their end: see datagen.generate."""
+        """Write the sequences numbered ``indices``, in order. ``progress`` is called at their end: see
+        datagen.generate."""
         begin = Beginnings.of(vocabulary, config, indices)
         ids = [list(given) for given in begin.prefix]
         surprisal = [0.0] * len(ids)
@@ -72,7 +73,7 @@ class VllmEngine:
     def _complete(
         self, prompts: list[list[int]], limits: list[int], vocabulary: Vocabulary, options: list[dict]
     ) -> Iterator[tuple[int, list[int], Any]]:
-        """(place, tokens, vLLM's output) of the prompts whose limit lets them have any."""
+        """Yield (place, tokens, vLLM's output) of the prompts whose limit is above 0."""
         from vllm import SamplingParams
 
         places = [place for place, limit in enumerate(limits) if limit > 0]
@@ -89,7 +90,8 @@ class VllmEngine:
 
 
 def _cache_bytes(model: str, dtype: torch.dtype, config: GenerateConfig) -> int:
-    """What the keys and values of a full batch need: on CPUs vLLM would take nearly all of the host's memory."""
+    """Return the bytes that the keys and values of a full batch need: on CPUs vLLM would take nearly all of the host's
+    memory."""
     shape = AutoConfig.from_pretrained(model)
     row = 2 * shape.num_hidden_layers * shape.num_key_value_heads * head_dim(shape) * dtype.itemsize
     return config.batch_size * (config.max_length + _SPARE) * row

@@ -24,7 +24,7 @@ from qat.train.teacher_cache import SEQUENCES_PER_FILE, TeacherCache, entry_of
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """What is written down, of what, where.
+    """The teacher, the data and the folder of the cache.
 
     Args:
         model: the teacher: a Hugging Face directory or hub name
@@ -82,7 +82,7 @@ def main() -> None:
             number = turn[cli.rank()]
             sequences = range(0) if number is None else sequences_of(number, len(data))
             entries = []
-            for place in range(steps_of(turn, len(data))):  # in step with the other ranks, which share the teacher
+            for place in range(steps_of(turn, len(data))):  # in lockstep with the other ranks, which share the teacher
                 ranks.announce("the teacher's forward pass")
                 busy = place < len(sequences)
                 sample = data.sequence(sequences[place]) if busy else Sample(-1, torch.zeros(1, 2, dtype=torch.long))
@@ -98,17 +98,17 @@ def main() -> None:
 
 
 def settings(model: str, data: TrainingData) -> dict[str, object]:
-    """What a cache must have been made with to serve a training run."""
+    """Return the settings that a cache must have been made with to serve a training run."""
     return {"teacher": models.weights_fingerprint(model), "data": data.fingerprint}
 
 
 def sequences_of(number: int, sequences: int) -> range:
-    """The sequences of file ``number``."""
+    """Return the indices of the sequences in file ``number``."""
     return range(number * SEQUENCES_PER_FILE, min((number + 1) * SEQUENCES_PER_FILE, sequences))
 
 
 def steps_of(turn: tuple[int | None, ...], sequences: int) -> int:
-    """How many sequences the longest file has that the ranks write at the same time."""
+    """Return the number of sequences in the longest of the files that the ranks write at the same time."""
     return max(len(sequences_of(number, sequences)) for number in turn if number is not None)
 
 

@@ -18,12 +18,12 @@ from qat.runtime.errors import UserError
 from qat.store import models
 
 Turn = dict[str, str]
-"""Of a talk: whose it is, and what was said."""
+"""One turn of a conversation: its role and its content."""
 
 
 @dataclass(frozen=True)
 class Chat:
-    """What to talk to, and how it answers.
+    """The model to talk to, and how it answers.
 
     Args:
         model: an integer export, or the final/ of a training run
@@ -58,13 +58,13 @@ def main() -> None:
     while line := _read():
         try:
             history = _answer(model, tokenizer, [*history, _message("user", line)], settings)
-        except UserError as error:  # of this message: the chat continues without it
+        except UserError as error:  # the message is rejected, and the chat continues without it
             print(f"not answered: {error}", file=sys.stderr, flush=True)
 
 
 def _answer(model: PreTrainedModel, tokenizer: models.Tokenizer, history: list[Turn], settings: Chat) -> list[Turn]:
-    """Print the model's next turn as it comes, and return the talk with it. A model that knows no turns continues the
-    last one."""
+    """Print the model's next turn as it is generated, and return the conversation with it. A model without a chat
+    template continues the last turn."""
     inputs, history = _fitting(model, tokenizer, history, settings.max_new_tokens)
     inputs = inputs.to(model.device)
     sampled = {"temperature": settings.temperature} if settings.temperature else {}
@@ -83,7 +83,8 @@ def _answer(model: PreTrainedModel, tokenizer: models.Tokenizer, history: list[T
 def _fitting(
     model: PreTrainedModel, tokenizer: models.Tokenizer, history: list[Turn], max_new_tokens: int
 ) -> tuple[Tensor, list[Turn]]:
-    """The token ids [1, tokens] of the talk, and the talk, without its oldest turns if the model has no room for them.
+    """Return the token ids [1, tokens] of the conversation, and the conversation, without its oldest turns if the model
+    has no room for them.
 
     Raises UserError if the last message alone is too long, or has tokens that the model does not know.
     """
@@ -102,7 +103,7 @@ def _fitting(
 
 
 def _encoded(tokenizer: models.Tokenizer, history: list[Turn]) -> Tensor:
-    """Token ids [1, tokens], by the tokenizer's template; without one, of the last message."""
+    """Return token ids [1, tokens] by the tokenizer's chat template; without one, those of the last message."""
     if not tokenizer.chat_template:
         return tokenizer(history[-1]["content"], return_tensors="pt", verbose=False).input_ids
     try:
@@ -125,7 +126,7 @@ def _message(role: str, content: str) -> Turn:
 
 
 def _read() -> str:
-    """The next line; empty at the end."""
+    """Return the next line of the standard input; empty at its end."""
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:

@@ -1,4 +1,4 @@
-"""What the entry points share: dataclasses from flags and YAML, and errors without tracebacks."""
+"""Shared by the entry points: dataclasses from flags and YAML, and errors without tracebacks."""
 
 import argparse
 import atexit
@@ -29,23 +29,23 @@ from qat.runtime.ranks import are_watched, fail
 from qat.runtime.table import choices_of
 
 _FOLLOWING = 2.0
-"""Seconds that an error waits before it is told: one that only follows from another rank's end, as in a collective with
-it, is never told, as this rank ends meanwhile."""
+"""Seconds that a rank waits before it reports an error. An error that only follows from another rank's end, as in a
+collective with it, is never reported, because this rank is ended meanwhile."""
 
 PLACES = ("model", "base_model", "full", "teacher", "corpus", "text", "eval_text")
-"""Settings that may be a path, or a name. Those that are always paths have the type for it."""
+"""Settings that may be a path or a name. Those that are always paths have the type Path."""
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Call an entry point's ``main``. A UserError is one sentence on stderr, and exit code 2. If a rank fails, all the
-    ranks that work with it end."""
+    """Call an entry point's ``main``. A UserError becomes one sentence on stderr and exit code 2. If a rank fails, all
+    the ranks that work with it end."""
     # The launchers put this folder first on sys.path, where its evaluate.py would hide other packages'.
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).parent]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's calls
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # from DeepSpeed's calls
     if not sys.stderr.isatty():
-        disable_progress_bar()  # transformers', which redraws
-    hub_logging.set_verbosity_error()  # a line for each of many retries; what comes of them is said once
+        disable_progress_bar()  # transformers' bar, which redraws itself
+    hub_logging.set_verbosity_error()  # it logs a line for each of many retries; the outcome is reported once
     if is_first_rank():
         logging.basicConfig(format="%(message)s", handlers=[progress.LogHandler()])
         logging.getLogger("qat").setLevel(logging.INFO)
@@ -72,7 +72,7 @@ def _end(message: str, code: int) -> NoReturn:
     if are_watched():
         message, code = fail(message, code)
     elif not is_first_rank():
-        time.sleep(3)  # the launchers kill all ranks when one has failed: if the first one has too, it speaks for all
+        time.sleep(3)  # the launchers kill all ranks when one fails: if the first one fails too, it reports for all
         message += f" (rank {rank()})"
     if message:
         print(message, file=sys.stderr, flush=True)
@@ -80,23 +80,23 @@ def _end(message: str, code: int) -> NoReturn:
 
 
 def _leave(code: int) -> NoReturn:
-    """End this process. With other ranks, without the interpreter's own end: gloo's threads may still be letting go of
+    """End this process. With other ranks, skip the interpreter's own shutdown: gloo's threads may still be releasing
     the last collective's tensors, and a thread that asks for the interpreter then aborts the process."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         sys.exit(code)
-    atexit._run_exitfuncs()  # what others want to be done at the end: W&B's last upload
+    atexit._run_exitfuncs()  # exit handlers of libraries: W&B's last upload
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def rank() -> int:
-    """This process's number among those that the launcher started; 0 without a launcher."""
+    """Return this process's number among those that the launcher started; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
 
 
 def ranks() -> int:
-    """How many processes the launcher started."""
+    """Return the number of processes that the launcher started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -108,7 +108,8 @@ PLUGIN = "modules to import first, with commas between: they may add quantizers,
 
 
 def import_plugins(names: str | None) -> None:
-    """Import modules, given with commas between, which may lie in the working directory; UserError if one does not."""
+    """Import modules, separated by commas, which may be in the working directory; raise UserError if one cannot be
+    imported."""
     if names and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     for name in names.split(",") if names else ():
@@ -119,18 +120,18 @@ def import_plugins(names: str | None) -> None:
 
 
 def say(sentence: str) -> None:
-    """Print, once for all ranks."""
+    """Print a sentence, once for all ranks."""
     if is_first_rank():
         print(sentence, flush=True)
 
 
 def parse(description: str, *configs: type) -> list[Any]:
-    """One instance of each dataclass, its fields set by flags, a YAML recipe (``--config``), or their defaults.
+    """Return one instance of each dataclass, its fields set by flags, a YAML recipe (``--config``), or their defaults.
 
-    Flags beat the recipe where they come after it. The fields' help is the ``Args`` of their docstrings, and what they
-    can be chosen from. Raises UserError for flags that there are not, and for values that they cannot have.
+    Flags override the recipe if they come after it. A field's help is its entry under ``Args`` in the docstring,
+    followed by its choices. Raises UserError for unknown flags and for invalid values.
     """
-    load_plugins()  # before the parser lists what there is
+    load_plugins()  # before the parser lists the choices
     parser = ArgumentParser(
         description=description.strip(), prog=Path(sys.argv[0]).name, allow_abbrev=False, exit_on_error=False
     )
@@ -146,15 +147,15 @@ def parse(description: str, *configs: type) -> list[Any]:
         said = " ".join(str(error).split())
         names = ["config", "plugin", *(field.name for config in configs for field in fields(config))]
         raise UserError(f"{said}{_meant(said, names)}\n{parser.format_usage().strip()}") from error
-    import_plugins(values.plugin)  # of a recipe
+    import_plugins(values.plugin)  # named in a recipe
     return [
         config(**{field.name: _at_home(field, values[field.name]) for field in fields(config)}) for config in configs
     ]
 
 
 def load_plugins() -> None:
-    """Import the modules of ``--plugin``, on the command line and in recipes: ``parse`` does so itself, but a
-    command whose dataclasses come from a table has to do it before."""
+    """Import the modules of ``--plugin``, on the command line and in recipes. ``parse`` does so itself, but a command
+    whose dataclasses come from a table has to do it before."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--plugin")
     parser.add_argument("--config", action="append", default=[])
@@ -164,7 +165,7 @@ def load_plugins() -> None:
 
 
 def _plugins_of(recipe: str) -> str | None:
-    """What a recipe has for ``plugin``; None also for one that cannot be read, which the parser refuses."""
+    """Return a recipe's value of ``plugin``; None also for a recipe that cannot be read, which the parser rejects."""
     try:
         settings = yaml.safe_load(Path(recipe).read_text())
     except (OSError, ValueError, yaml.YAMLError):
@@ -173,22 +174,23 @@ def _plugins_of(recipe: str) -> str | None:
 
 
 def _list_choices(parser: ArgumentParser, config: type) -> None:
-    """Add to the help of a dataclass's flags what they can be chosen from."""
+    """Add the choices of a dataclass's flags to their help."""
     for action in parser._actions:
         for name, thing in choices_of(config).get(action.dest, {}).items():
             action.help = f"{action.help}; {name}: {getattr(thing, 'meaning', thing)}"
 
 
 def _meant(said: str, names: list[str]) -> str:
-    """A question that names the flag of ``names`` that is nearest to the one that ``said`` calls unknown, if any is."""
+    """Return a question that suggests the flag of ``names`` closest to the one that ``said`` reports as unknown; empty
+    if none is close."""
     unknown = re.search(r"^(?:unrecognized arguments: --|Option ')([\w-]+)", said)
     near = get_close_matches(unknown[1], names, n=1) if unknown else []
     return f": did you mean --{near[0]}?" if near else ""
 
 
 def _at_home(field: Field, value: Any) -> Any:
-    """The value of a setting, with the user's folder for "~" where it is a place: shells expand it in ``--output ~/x``,
-    but not in ``--output=~/x``, nor in a recipe."""
+    """Return the value of a setting, with "~" expanded if it is a path: shells expand it in ``--output ~/x``, but not
+    in ``--output=~/x``, nor in a recipe."""
     if isinstance(value, list):
         return [_at_home(field, one) for one in value]
     if isinstance(value, Path):

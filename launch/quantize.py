@@ -22,7 +22,7 @@ from qat.store.model_folder import ModelFolder
 
 @dataclass(frozen=True)
 class Quantization:
-    """What to quantize, how, and where to.
+    """The model to quantize, the method, and the output.
 
     Args:
         model: the full-precision model: a Hugging Face directory or hub name
@@ -54,7 +54,7 @@ class Quantization:
 
 
 def main() -> None:
-    cli.load_plugins()  # their settings become flags
+    cli.load_plugins()  # the plug-ins' settings become flags
     settings, quant, *parsed = cli.parse(__doc__, Quantization, QuantConfig, *(m.config for m in METHODS.values()))
     options = dict(zip(METHODS, parsed, strict=True))
     check(settings, quant, options)
@@ -66,7 +66,7 @@ def main() -> None:
         print(f"{settings.output} is there already.")
         return
     folder = ModelFolder.read(source)
-    model = prepare(folder.skeleton(), quant)  # nothing is written if it cannot be quantized so
+    model = prepare(folder.skeleton(), quant)  # rejects what it cannot quantize before anything is written
     sequences = calibration_sequences(data, settings.sequences) if data else []
     for ids in sequences:
         models.check_length(model.config, ids.shape[1], "The length of a calibration sequence")
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def check(settings: Quantization, quant: QuantConfig, options: dict[str, Any]) -> None:
-    """Raise UserError for settings that do not go together; ``options`` are each method's own."""
+    """Raise UserError for settings that cannot be combined; ``options`` are the settings of each method."""
     if quant.activations.learned:
         raise UserError("a_quantizer=lsq has learned steps, and nothing is trained here: give minmax.")
     METHODS[settings.method].check(quant)
@@ -94,7 +94,7 @@ def check(settings: Quantization, quant: QuantConfig, options: dict[str, Any]) -
 def described(
     settings: Quantization, quant: QuantConfig, options: Any, source: Path, data: TrainingData | None
 ) -> dict[str, Any]:
-    """What the output depends on."""
+    """Return the settings that the output depends on."""
     record: dict[str, Any] = {
         "method": settings.method,
         "model": models.weights_fingerprint(str(source)),

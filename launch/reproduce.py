@@ -42,18 +42,18 @@ TABLES = ("main", "recipes", "kv", "distillation", "quantizers", "data")
 _LAUNCH = Path(__file__).parent
 _ROOT = _LAUNCH.parent
 _RECIPES = _LAUNCH / "recipes" / "reproduce"
-_PTQ = tuple(name for name in METHODS if name != "rtn")  # launch/evaluate.py rounds by itself
+_PTQ = tuple(name for name in METHODS if name != "rtn")  # RTN needs no stage: launch/evaluate.py rounds by itself
 _METHODS = ("full_precision", *METHODS, "qat")
 _CALIBRATION = 64
-"""Sequences that the post-training methods look at."""
+"""Number of sequences that the post-training methods calibrate on."""
 
 _START = "start"
-"""In a cell's folder: what the student begins with, where that is not the model."""
+"""Name, in a cell's folder, of the student's starting weights, if they are not the model's."""
 
 
 @dataclass(frozen=True)
 class Reproduction:
-    """What to reproduce, on what.
+    """The tables to reproduce, and where.
 
     Args:
         model: a Hugging Face directory or hub name
@@ -86,7 +86,7 @@ class Reproduction:
 
 @dataclass(frozen=True)
 class Budget:
-    """What every QAT cell of a table may use, and what every cell is measured on.
+    """The budget of every QAT cell of a table, and the text that every cell is measured on.
 
     Args:
         steps: optimizer steps of 2 sequences
@@ -109,7 +109,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of a table: a method, and what it is given.
+    """One cell of a table: a method and its settings.
 
     Args:
         method: full_precision, qat, or a method of launch/quantize.py
@@ -134,7 +134,7 @@ class Cell:
 
     @property
     def changes(self) -> list[str]:
-        """All that is not as usual."""
+        """Return all settings that differ from the usual ones."""
         usual = Cell(self.method, dataclasses.replace(QuantConfig(), **_bits(str(self.quant))), Budget())
         own, others = _flat(self), _flat(usual)
         return [f"{key}={own[key]}" for key in own if own[key] != others[key]]
@@ -146,7 +146,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Tasks:
-    """What a cell is measured on beside texts.
+    """The tasks that a cell is measured on in addition to texts.
 
     Args:
         tasks: as launch/evaluate.py takes it; "" for none
@@ -158,7 +158,8 @@ class Tasks:
 
 
 class Job(NamedTuple):
-    """A cell's perplexity and KL, or (``tasks``) its accuracy, and when its turn is: the lowest number first."""
+    """A measurement of a cell: its perplexity and KL or, with ``tasks``, its accuracy; and its priority: the lowest
+    number comes first."""
 
     priority: int
     cell: Cell
@@ -190,7 +191,7 @@ def main() -> int:
             print(f"\n===== job {number} of {len(jobs)}: {job.name} =====", flush=True)
             try:
                 runner.run(job, keep_model=any(later.cell == job.cell for later in jobs[number:]))
-            except UserError as error:  # one cell that cannot be must not stop the others
+            except UserError as error:  # a cell that cannot be made must not stop the others
                 print(error, flush=True)
                 failures.append(job.name)
             runner.collect(tables)
@@ -209,7 +210,7 @@ def main() -> int:
 
 
 def read_recipe(path: Path) -> list[Job]:
-    """The jobs of a table, in its order. A list in a recipe stands for each of its values in turn."""
+    """Return the jobs of a table, in its order. A list in a recipe stands for each of its values in turn."""
     jobs = []
     for entry in yaml.safe_load(path.read_text()):
         choices = [value if isinstance(value, list) else [value] for value in entry.values()]
@@ -234,7 +235,7 @@ def _jobs(settings: dict[str, Any], path: Path) -> list[Job]:
 
 
 def queue(tables: dict[str, list[Job]], patterns: str) -> list[Job]:
-    """The chosen jobs of all tables, each once: by priority, then in the order of the tables."""
+    """Return the chosen jobs of all tables, each once: by priority, then in the order of the tables."""
     jobs = sorted((job for jobs in tables.values() for job in jobs), key=lambda job: job.priority)
     chosen = [job for job in jobs if any(fnmatch.fnmatch(job.name, pattern) for pattern in patterns.split(","))]
     unique: dict[tuple[Cell, Tasks | None], Job] = {}
@@ -256,7 +257,7 @@ class _Runner:
         self.ds_config = _ROOT / "ds_configs" / ("zero3.json" if gpus else "zero3_cpu.json")
 
     def _claim(self) -> None:
-        """Raise UserError if results or work of another model are in the folders."""
+        """Raise UserError if the folders hold results or work of another model."""
         self.cells.mkdir(parents=True, exist_ok=True)
         models_there = {_settings_of(path).get("model") for path in self.cells.glob("*.json")}
         if models_there - {self.fingerprint, None}:
@@ -267,7 +268,7 @@ class _Runner:
         write_atomically(record, self.fingerprint)
 
     def _claim_cell(self, job: Job, folder: Path) -> None:
-        """Raise UserError if the work in ``folder`` is that of other settings, which its name does not show."""
+        """Raise UserError if the work in ``folder`` was made with other settings, which its name does not show."""
         folder.mkdir(parents=True, exist_ok=True)
         record, settings = folder / "cell.json", self.settings(job._replace(tasks=None))
         if record.exists() and (listed := differences(json.loads(record.read_text()), settings)):
@@ -284,7 +285,7 @@ class _Runner:
         return _settings_of(self.path(job)) == self.settings(job)
 
     def run(self, job: Job, keep_model: bool) -> None:
-        """Do a job, from where an earlier start left it, and write its JSON."""
+        """Do a job, resuming the work of an earlier start, and write its JSON."""
         cell = job.cell
         folder = self.work / "cells" / cell.name
         self._claim_cell(job, folder)
@@ -320,7 +321,7 @@ class _Runner:
             shutil.rmtree(folder / FINAL, ignore_errors=True)
 
     def _make(self, cell: Cell, folder: Path, stages: Stages) -> None:
-        """Make the cell's model, if it has one of its own and that is not there."""
+        """Make the cell's model, if it has one of its own that does not exist yet."""
         if (folder / FINAL).exists():
             return
         if cell.method == "qat":
@@ -351,7 +352,7 @@ class _Runner:
             keep=1,
             seed=cell.seed,
         )
-        wait_until_free(folder)  # a reproduction that was killed outright leaves its training behind, which ends well
+        wait_until_free(folder)  # a killed reproduction leaves its training running, which saves and ends by itself
         stages.run(
             "train",
             [Path(sys.executable).parent / "deepspeed", f"--num_gpus={self.ranks}", f"--master_port={free_port()}"],
@@ -360,7 +361,7 @@ class _Runner:
         )
 
     def _data(self, cell: Cell, sequences: int, stages: Stages) -> Path:
-        """The folder of the cell's training sequences, made if it is not there."""
+        """Return the folder of the cell's training sequences; make it if it does not exist."""
         budget = cell.budget
         folder = self.work / "data" / f"{cell.data}-{sequences}x{budget.max_length}-seed{cell.seed}"
         if cell.data in STRATEGIES:
@@ -373,7 +374,7 @@ class _Runner:
         return folder
 
     def _corpus(self, cell: Cell) -> Path:
-        """A file with the documents of a text, in an order of the cell's seed."""
+        """Return a file with the documents of a text, shuffled with the cell's seed."""
         path = self.work / "texts" / f"{cell.data}-seed{cell.seed}.jsonl"
         if not path.exists():
             documents = list(heldout.paragraphs(cell.data))
@@ -383,7 +384,7 @@ class _Runner:
         return path
 
     def collect(self, tables: dict[str, list[Job]]) -> None:
-        """Write what there is so far: each table as JSON, and all of them as a page with pictures."""
+        """Write the results so far: each table as JSON, and all of them as a page with plots."""
         done = {(job.cell.name, bool(job.tasks)): job for jobs in tables.values() for job in jobs if self.is_done(job)}
         found = {key: json.loads(self.path(job).read_text()) for key, job in done.items()}
         cells, accuracies = ({name: found[name, kind] for name, kind in found if kind == of} for of in (False, True))
@@ -400,7 +401,7 @@ class _Runner:
 
 
 def _settings_of(path: Path) -> dict[str, Any]:
-    """What a cell's JSON was measured with; nothing for a file that is none of ours, or damaged."""
+    """Return the settings that a cell's JSON was measured with; empty for a file that is not a result, or damaged."""
     try:
         settings = json.loads(path.read_text())["settings"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -409,7 +410,8 @@ def _settings_of(path: Path) -> dict[str, Any]:
 
 
 def _trained(folder: Path) -> dict[str, Any]:
-    """What a training run took, and its KL at every step, if a teacher taught; nothing where nobody trained."""
+    """Return the cost of a training run and, if a teacher was used, its KL at every step; empty if there was no
+    training."""
     if not (folder / LOG).is_file():
         return {}
     log = read_lines(folder / LOG)
@@ -418,8 +420,7 @@ def _trained(folder: Path) -> dict[str, Any]:
 
 
 def _row(cell: dict[str, Any], accuracy: dict[str, Any] | None) -> dict[str, Any]:
-    """A cell as it stands in a table: nothing that was measured window by window, document by document or step by
-    step."""
+    """Return a cell as it appears in a table: without what was measured per window, per document or per step."""
     row = {key: cell[key] for key in ("name", "method", "bits", "seed", "settings", "budget", "machine", "versions")}
     row["budget"] = row["budget"] | {"trained": {k: v for k, v in row["budget"]["trained"].items() if k != "kl"}}
     for measure in ("perplexity", "nll", "nll_stderr", "kl", "kl_stderr"):
@@ -436,7 +437,7 @@ def _flat(cell: Cell) -> dict[str, Any]:
 
 
 def _bits(short: str) -> dict[str, Any]:
-    """The three bit-widths of the field's short form, W-A-KV."""
+    """Parse the field's short form, W-A-KV, into the three bit-widths."""
     return dict(zip(("w_bits", "a_bits", "kv_bits"), map(int, short.split("-")), strict=True))
 
 

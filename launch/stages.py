@@ -1,4 +1,4 @@
-"""Running the real commands one after another, and stopping them cleanly."""
+"""Runs the real commands one after another, and stops them cleanly."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from qat.runtime.files import write_atomically, writing
 from qat.runtime.preemption import RESUMABLE_EXIT
 
 CPU_ONLY = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-"""Environment of stages that shall run on the CPU, also where there is a GPU."""
+"""Environment of stages that must run on the CPU even where there is a GPU."""
 
 _STOP_SECONDS = 60
 
@@ -34,7 +34,7 @@ class Stages:
         self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
 
     def run(self, name: str, *parts: Iterable[object]) -> None:
-        """Run a command to its end. Raises UserError if it fails; KeyboardInterrupt if it was told to stop."""
+        """Run a command to its end. Raises UserError if it fails, and KeyboardInterrupt if it was told to stop."""
         command = [str(argument) for part in parts for argument in part]
         began = time.monotonic()
         if self.deadline is not None and began >= self.deadline:
@@ -61,23 +61,23 @@ class Stages:
 
 
 def interrupt() -> None:
-    """For handle_signals: what Ctrl-C does."""
+    """Raise KeyboardInterrupt, as Ctrl-C does; for ``handle_signals``."""
     raise KeyboardInterrupt
 
 
 def free_port() -> str:
-    """A port that nobody listens on."""
+    """Return a port that no process listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return str(free.getsockname()[1])
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """Tell the stage and all that it started to stop, and wait until they have: a training run saves first."""
+    """Tell the stage and all its processes to stop, and wait until they have: a training run saves first."""
     print("\nstopping ...", flush=True)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
         for _ in range(_STOP_SECONDS * 5):
             process.poll()
-            os.killpg(process.pid, 0)  # fails when the last of them has ended
+            os.killpg(process.pid, 0)  # raises when the last of them has ended
             time.sleep(0.2)

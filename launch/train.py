@@ -42,7 +42,7 @@ CHANGES_NO_RESULT = ("save_every", "keep", "eval_every", "max_loss_ratio", "peak
 
 @dataclass(frozen=True)
 class Paths:
-    """Where things are.
+    """The model, the data and the folder of the run.
 
     Args:
         model: the pretrained model, teacher and starting point: a Hugging Face directory or hub name
@@ -65,7 +65,7 @@ class Paths:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What the student's perplexity is measured on during training (every --eval_every steps); nothing by default.
+    """Held-out text for measuring the student's perplexity during training (every --eval_every steps); none by default.
 
     Args:
         eval_data: another folder of shards, made by launch/generate.py with another --seed
@@ -83,7 +83,7 @@ class HeldOut:
         check_least(self, eval_window=2, eval_sequences=2)
 
     def read(self, tokenizer: models.Tokenizer, data: TrainingData) -> Texts:
-        """The token ids; raises UserError for a folder that is trained on."""
+        """Return the token ids; raise UserError for a folder that is trained on."""
         texts = {}
         if self.eval_data:
             folder = TrainingData(self.eval_data, tokenizer, seed=0)
@@ -118,7 +118,7 @@ def main() -> int:
     check_teacher(paths.teacher_cache, quant, config)
     begin = starting_point(paths.student, model, quant) if paths.student else model
     folder = ModelFolder.read(Path(begin))
-    prepare(folder.skeleton(), quant)  # refuses what does not fit the model
+    prepare(folder.skeleton(), quant)  # raises UserError for settings that do not fit the model
     cache = None
     if paths.teacher_cache:
         cache = TeacherCache(paths.teacher_cache, config.loss)
@@ -173,7 +173,7 @@ def main() -> int:
         )
     if cli.is_first_rank():
         claim(paths.output, identity, student_json, {"model": paths.model, "data": str(paths.data)})
-    stop = StopSignal()  # until now a signal ended this process at once: there was nothing to save
+    stop = StopSignal()  # before this, a signal ends the process at once: there is nothing to save
     complete = train(student, targets, data, config, paths.output, stop, texts)
     if planned:
         print(memory.beside_plan(planned.needs), flush=True)
@@ -187,21 +187,21 @@ def main() -> int:
 def plan_of(
     model: PretrainedConfig, student: dict[str, Any], teacher: dict[str, Any] | None, tokens: int, config: TrainConfig
 ) -> Plan:
-    """What this run will need, by the DeepSpeed JSONs of the student and of the teacher, if one is loaded."""
+    """Plan this run by the DeepSpeed JSONs of the student and of the teacher, if one is loaded."""
     nodes = cli.ranks() // local_ranks()
     ranks = Machine(gpus=cli.ranks(), nodes=nodes if nodes and cli.ranks() % nodes == 0 else 1)
     return plan.training(model, student, teacher, ranks, tokens, device().type, config.gradient_checkpointing)
 
 
 def warn_if_short(planned: Plan) -> None:
-    """Warn if this rank's device, or its host, has less memory than that."""
+    """Warn if this rank's device, or its host, has less memory than the plan needs."""
     advice = "launch/plan.py says which --deepspeed fits."
     memory.check_rank("training", planned.needs, advice)
     memory.check_host("training", planned.host, advice)
 
 
 def starting_point(student: Path, model: str, quant: QuantConfig) -> str:
-    """The directory of the weights that the student begins with; raises UserError if ``model`` cannot teach them."""
+    """Return the directory of the student's initial weights; raise UserError if ``model`` cannot teach them."""
     found = student_folder.find(student)
     if found.is_checkpoint:
         raise UserError(f"{student} is a checkpoint: give the final/ of a run, or what launch/quantize.py wrote.")
@@ -219,7 +219,7 @@ def starting_point(student: Path, model: str, quant: QuantConfig) -> str:
 
 
 def check_teacher(cache: Path | None, quant: QuantConfig, config: TrainConfig) -> None:
-    """Raise UserError for settings that need a teacher, and have none."""
+    """Raise UserError for settings that need a teacher, if there is none."""
     loss = LOSSES[config.loss]
     if cache and not loss.needs_teacher:
         raise UserError(f"loss={config.loss} cannot use --teacher_cache, as it needs no teacher: leave it out.")
@@ -261,7 +261,7 @@ def open_folder(output: Path, settings: dict[str, Any]) -> None:
             for field in dataclasses.fields(kind)
             if field.default is not dataclasses.MISSING
         }
-        started = defaults | started | {"arithmetic": ARITHMETIC}  # an earlier version may not have had them all
+        started = defaults | started | {"arithmetic": ARITHMETIC}  # an earlier version may lack some of them
         free = {name: settings[name] for name in CHANGES_NO_RESULT}
         if listed := differences(_said_once(started | free), _said_once(settings)):
             raise UserError(f"{output} was started with other settings ({listed}): give the same, or another --output.")
@@ -270,7 +270,7 @@ def open_folder(output: Path, settings: dict[str, Any]) -> None:
 
 
 def _said_once(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings without the optimizer's copy of the learning rate."""
+    """Return the settings without the optimizer's copy of the learning rate."""
     match settings.get("optimizer"):
         case {"params": {**params}, **optimizer}:
             return settings | {"optimizer": optimizer | {"params": params | {"lr": None}}}
@@ -278,8 +278,8 @@ def _said_once(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def claim(output: Path, settings: dict[str, Any], ds_config: dict[str, Any], places: dict[str, str]) -> None:
-    """Write down what the run is, once it is ready to take its first step: a mistake that is refused before leaves the
-    folder free. ``places`` says where model and data were found; they may move."""
+    """Record the settings of the run once it is ready to take its first step: a mistake that is rejected earlier leaves
+    the folder free. ``places`` are the paths where model and data were found; they may move."""
     path = output / SETTINGS
     if path.exists():
         return

@@ -1,1 +1,1 @@
-"""The paper's tables and claims: how they are drawn and judged."""
+"""Drawing the paper's tables and judging its claims."""

@@ -1,7 +1,7 @@
-"""Tables of results, and the paper's claims held against them.
+"""Tables of results, and the check of the paper's claims against them.
 
-A cell is the JSON that launch/reproduce.py writes: a method, its settings, and what it measured. Two cells are compared
-by their KL to the teacher on the same windows of text, in pairs: that tells them apart where accuracies cannot.
+A cell is the JSON that launch/reproduce.py writes: a method, its settings, and its measurements. Two cells are compared
+in pairs, by their KL to the teacher on the same windows of text: that tells them apart where accuracies cannot.
 """
 
 import itertools
@@ -28,10 +28,10 @@ TITLES = {
     "data": "Training data",
 }
 SETTINGS = ("4-8-4", "4-8-8", "4-6-16", "4-8-16", "4-16-16", "8-8-4", "8-8-8", "8-8-16")
-"""The paper's, W-A-KV."""
+"""The paper's settings, W-A-KV."""
 
 _SURE = 2.0
-"""Standard errors by which two cells must differ to be told apart."""
+"""Number of standard errors by which two cells must differ to be told apart."""
 
 _TARGET = 0.75
 _PTQ = ("rtn", "gptq", "smoothquant")
@@ -39,14 +39,14 @@ _PTQ = ("rtn", "gptq", "smoothquant")
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference by pairs, and its standard error."""
+    """A mean of paired differences, and its standard error."""
 
     mean: float
     stderr: float
 
     @classmethod
     def of(cls, a: Cell, b: Cell, text: str | None = None) -> "Difference":
-        """Mean over the windows of KL(a) - KL(b), in nats per token, of one text or of all."""
+        """Compute the mean over the windows of KL(a) - KL(b), in nats per token, of one text or of all."""
         pairs = [
             first - second
             for text in ([text] if text else a["texts"])
@@ -64,7 +64,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Finding:
-    """What the cells say of a claim: a verdict, and the numbers behind it."""
+    """The result of checking a claim on the cells: a verdict, and the numbers behind it."""
 
     verdict: str
     numbers: str
@@ -75,13 +75,13 @@ NOT_MEASURED = Finding("not measured yet", "")
 
 
 def mean_kl(cell: Cell) -> float:
-    """Over all its texts, in nats per token."""
+    """Return a cell's mean KL over all its texts, in nats per token."""
     return statistics.fmean(score["kl"] for score in cell["texts"].values())
 
 
 def accuracy_difference(pairs: Sequence[tuple[Cell, Cell]]) -> Difference:
-    """Zero-shot average of the first of each pair less that of the second, in points, the mean over the pairs; by
-    pairs of documents, which must be the same everywhere."""
+    """Compute the zero-shot average of the first of each pair minus that of the second, in points, averaged over the
+    pairs; paired by documents, which must be the same everywhere."""
     means, squares = [], 0.0
     for task in ZERO_SHOT:
         outcomes = [(a["tasks"][task]["correct"], b["tasks"][task]["correct"]) for a, b in pairs]
@@ -93,13 +93,13 @@ def accuracy_difference(pairs: Sequence[tuple[Cell, Cell]]) -> Difference:
 
 
 def zero_shot_averages(accuracies: Mapping[str, Cell]) -> dict[str, tuple[float, float]]:
-    """Mean accuracy and standard error of each cell that has all of the zero-shot tasks, by its name."""
+    """Return mean accuracy and standard error, by name, of each cell that has all of the zero-shot tasks."""
     whole = {name: cell["tasks"] for name, cell in accuracies.items() if set(ZERO_SHOT) <= set(cell["tasks"])}
     return {name: zero_shot_average(tasks) for name, tasks in whole.items()}
 
 
 def gap_closed(cell: Cell, rtn: Cell, full_precision: Cell) -> dict[str, float]:
-    """Of each text: the share of RTN's distance to full precision, in log-perplexity, that ``cell`` closes."""
+    """Return, for each text, the share of RTN's distance to full precision, in log-perplexity, that ``cell`` closes."""
     closed = {}
     for text, score in cell["texts"].items():
         worst, best = rtn["texts"][text]["nll"], full_precision["texts"][text]["nll"]
@@ -108,7 +108,8 @@ def gap_closed(cell: Cell, rtn: Cell, full_precision: Cell) -> dict[str, float]:
 
 
 def counterpart(cell: Cell, method: str, cells: Mapping[str, Cell]) -> Cell | None:
-    """The cell of ``method`` with the same quantization; for full precision, the only one."""
+    """Return the cell of ``method`` with the same quantization; for full precision, the only one; None if there is
+    none."""
     same = QuantConfig.__dataclass_fields__
     for other in cells.values():
         if other["method"] == method and (
@@ -119,23 +120,23 @@ def counterpart(cell: Cell, method: str, cells: Mapping[str, Cell]) -> Cell | No
 
 
 def seeds(cells: Mapping[str, Cell]) -> list[tuple[Cell, Cell]]:
-    """The cells that were made twice: with seed 0, and with another."""
+    """Return pairs of the cells that were made twice: with seed 0, and with another seed."""
     bases = [(cells.get(name.removesuffix(f"_seed={cell['seed']}")), cell) for name, cell in cells.items()]
     return [(base, cell) for base, cell in bases if base and base is not cell]
 
 
 def seed_spread(cells: Mapping[str, Cell]) -> float:
-    """The most that another seed changes the mean KL by; 0 where none was tried."""
+    """Return the largest change of the mean KL that another seed makes; 0 if no other was tried."""
     return max((abs(mean_kl(base) - mean_kl(cell)) for base, cell in seeds(cells)), default=0.0)
 
 
 @dataclass(frozen=True)
 class Claim:
-    """That the first cell of each pair is nearer to the teacher than the second; or, if not ``strictly``, that it is
-    not farther. Cells are given by name.
+    """The claim that the first cell of each pair is closer to the teacher than the second; or, if not ``strictly``,
+    that it is no farther. Cells are given by name.
 
-    Two cells are told apart where their difference is larger than its standard errors, and, if one of them was trained,
-    than what another seed changes.
+    Two cells are told apart if their difference exceeds its standard errors and, if one of them was trained, the change
+    that another seed makes.
 
     Args:
         on: for each pair, the text that it is measured on; all texts, where there is none
@@ -167,8 +168,8 @@ _PAPERS_RTN = "rtn_4-8-4_kv_granularity=token"
 
 
 def closes(names: Sequence[str], cells: Mapping[str, Cell]) -> Finding:
-    """Whether each cell closes, on every text, the target share of the distance that RTN has with the paper's
-    quantization. Beside it stands the share of the distance that RTN has with the cell's own."""
+    """Check whether each cell closes, on every text, the target share of the distance that RTN has with the paper's
+    quantization. The finding also gives the share of the distance that RTN has with the cell's own."""
     found = []
     for name in names:
         cell, rtn = cells.get(name), cells.get(_PAPERS_RTN)
@@ -188,7 +189,7 @@ def _shares(closed: Mapping[str, float]) -> str:
 
 
 def _together(found: list[tuple[str, str]], of: int) -> Finding:
-    """One finding from those of the pairs that were measured, ``of`` so many."""
+    """Combine the findings of the pairs that were measured, out of ``of`` pairs, into one."""
     if not found:
         return NOT_MEASURED
     verdicts, numbers = zip(*found, strict=True)
@@ -255,14 +256,14 @@ RECIPES_4_8_4 = {
     "rotated, and begun with SmoothQuant's": ["qat_4-8-4_kv_rotation=hadamard_student=smoothquant"],
     "rotated, in groups, and begun with GPTQ's": ["qat_4-8-4_w_group_size=64_kv_rotation=hadamard_student=gptq"],
 }
-"""Of which each shall close the target share of the distance."""
+"""The cells that should each close the target share of the distance."""
 
 
 # Markdown.
 
 
 def markdown(tables: Mapping[str, list[str]], cells: Mapping[str, Cell], accuracies: Mapping[str, Cell]) -> str:
-    """The page of results: the claims, then every table.
+    """Return the page of results: the claims, then every table.
 
     Args:
         tables: the names of each table's cells, in order
@@ -299,7 +300,7 @@ trained, larger than what another seed has changed anywhere."""
 
 
 def _budget(cells: Mapping[str, Cell]) -> str:
-    """What the usual cell was given."""
+    """Describe the budget of the usual cell."""
     if not (cell := cells.get("qat_4-8-4")):
         return ""
     budget = cell["budget"]
@@ -316,7 +317,7 @@ def _finding_line(what: str, finding: Finding) -> str:
 
 
 def _spread(cells: Mapping[str, Cell]) -> str:
-    """What another seed changes."""
+    """Describe the change that another seed makes."""
     lines = [
         f"- {base['name']}: mean KL {mean_kl(base):.4f} with seed {base['seed']}, {mean_kl(cell):.4f} with seed "
         f"{cell['seed']}"
@@ -326,8 +327,8 @@ def _spread(cells: Mapping[str, Cell]) -> str:
 
 
 def _accuracies_by_pairs(accuracies: Mapping[str, Cell]) -> str:
-    """LLM-QAT's zero-shot average less that of every other method with the same quantization, one by one and
-    together."""
+    """Return a table of LLM-QAT's zero-shot average minus that of every other method with the same quantization, one by
+    one and together."""
     if not accuracies:
         return ""
     first = next(iter(accuracies.values()))
@@ -354,7 +355,8 @@ def _accuracies_by_pairs(accuracies: Mapping[str, Cell]) -> str:
 
 
 def _measured_on(cells: Iterable[Cell]) -> str:
-    """The machines and arithmetics of the quantized ones of ``cells``; nothing if they are the same for all."""
+    """Name the machines and arithmetics of the quantized cells among ``cells``; nothing if they are the same for
+    all."""
     ways = {
         f"{cell['machine'].partition(',')[0]} ({arithmetic})"
         for cell in cells
@@ -370,7 +372,7 @@ def _measured_on(cells: Iterable[Cell]) -> str:
 
 
 def _in_floats(names: list[str], cells: Mapping[str, Cell]) -> str:
-    """Which cells' perplexities are of products of floats, where today's are of codes."""
+    """Name the cells whose perplexities were computed with products of floats, where today's are of codes."""
     old = [name for name in names if _multiplies_codes(cells[name]) and "floats" in _arithmetics(cells[name])]
     if not old:
         return ""
@@ -387,7 +389,7 @@ def _multiplies_codes(cell: Cell) -> bool:
 
 
 def _arithmetics(cell: Cell) -> set[str]:
-    """Early cells were measured by whatever was faster, each task by itself."""
+    """Return the arithmetics of a cell; each task of an early cell was measured with whichever was faster."""
     return {cell["arithmetic"]} if "arithmetic" in cell else {*cell.get("products", {"": "floats"}).values()}
 
 
@@ -417,7 +419,7 @@ def _table(names: list[str], cells: Mapping[str, Cell], accuracies: Mapping[str,
 
 
 def _accuracy_columns(cell: Cell | None) -> list[str]:
-    """Zero-shot average, MMLU and TriviaQA, in points."""
+    """Return zero-shot average, MMLU and TriviaQA, in points."""
     if cell is None:
         return ["", "", ""]
     values = [zero_shot_averages({"": cell}).get("")]

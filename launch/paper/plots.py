@@ -1,4 +1,4 @@
-"""Pictures and sizes of a run."""
+"""Plots of training runs and of results."""
 
 import math
 import statistics
@@ -18,11 +18,11 @@ LABELS = {
     "smoothquant": "SmoothQuant",
     "qat": "LLM-QAT",
 }
-"""The methods' names in tables and pictures."""
+"""The methods' names in tables and plots."""
 
 
 def plot_training(log: list[dict[str, Any]], path: Path) -> None:
-    """KL to the teacher and learning rate over the optimizer steps of ``log.jsonl``."""
+    """Plot KL to the teacher and learning rate over the optimizer steps of ``log.jsonl``."""
     steps = [record["step"] for record in log]
     kl = [record["kl"] for record in log]
     figure = _figure(7, 4)
@@ -39,7 +39,7 @@ def plot_training(log: list[dict[str, Any]], path: Path) -> None:
 
 
 def plot_comparison(perplexities: dict[str, float], path: Path) -> None:
-    """Perplexity of the teacher, and of the same quantization untrained and trained."""
+    """Plot the perplexity of the teacher, and of the same quantization untrained and trained."""
     figure = _figure(5, 4)
     axes = figure.add_subplot()
     bars = axes.bar(list(perplexities), list(perplexities.values()), color=[_GREY, _RED, _BLUE], width=0.6)
@@ -50,7 +50,7 @@ def plot_comparison(perplexities: dict[str, float], path: Path) -> None:
 
 
 def plot_cells(cells: list[dict[str, Any]], path: Path) -> None:
-    """KL to the teacher of each cell of a table of results, the mean over its texts."""
+    """Plot the KL to the teacher of each cell of a table of results, the mean over its texts."""
     figure = _figure(8, 1.2 + 0.27 * max(1, len(cells)))
     axes = figure.add_subplot()
     for place, cell in enumerate(reversed(cells)):
@@ -66,8 +66,8 @@ def plot_cells(cells: list[dict[str, Any]], path: Path) -> None:
 def plot_bits(
     cells: list[dict[str, Any]], accuracy: Mapping[str, tuple[float, float]], settings: Sequence[str], path: Path
 ) -> None:
-    """Perplexity of each method over the paper's settings, above full precision: one picture for each text; and one for
-    the zero-shot average, if there is any.
+    """Plot the perplexity of each method over the paper's settings, above full precision: one plot for each text, and
+    one for the zero-shot average, if there is any.
 
     Args:
         accuracy: zero-shot average and its standard error, by the name of the cell
@@ -88,7 +88,7 @@ def plot_bits(
     for number, (title, values) in enumerate(panels, 1):
         axes = figure.add_subplot(1, len(panels), number)
         for method, beside in {"rtn": -0.15, "gptq": -0.05, "smoothquant": 0.05, "qat": 0.15}.items():
-            # What is not measured yet is a gap. Side by side, so that no error bar hides another.
+            # What is not measured yet is left blank. Points stand side by side, so that no error bar hides another.
             points = [values.get(f"{method}_{bits}", (math.nan, math.nan)) for bits in settings]
             means, errors = zip(*points, strict=True)
             places = [place + beside for place in range(len(settings))]
@@ -107,7 +107,7 @@ def plot_bits(
 
 
 def _smooth(values: list[float], weight: float = 0.85) -> list[float]:
-    """Exponential moving average, corrected for its start."""
+    """Return the exponential moving average, corrected for its start."""
     smoothed, total, mass = [], 0.0, 0.0
     for value in values:
         total, mass = weight * total + value, weight * mass + 1
@@ -116,8 +116,8 @@ def _smooth(values: list[float], weight: float = 0.85) -> list[float]:
 
 
 def _figure(width: float, height: float) -> "Figure":
-    """Empty, of so many inches."""
-    from matplotlib.figure import Figure  # here, as it takes a second, and few commands draw
+    """Return an empty figure of ``width`` x ``height`` inches."""
+    from matplotlib.figure import Figure  # imported here: it takes a second, and few commands draw
 
     return Figure(figsize=(width, height), layout="constrained")
 

@@ -32,7 +32,7 @@ class TrainingData:
     """
 
     def __init__(self, directory: Path, tokenizer: Tokenizer, seed: int):
-        """Raises UserError for an empty folder, shards made with another tokenizer, and tokens without an id."""
+        """Raise UserError for an empty folder, shards made with another tokenizer, and tokens without an id."""
         folder = ShardFolder(directory)
         made_with, ours = folder.manifest().get("tokenizer"), tokenizer_fingerprint(tokenizer)
         if made_with != ours:
@@ -47,9 +47,9 @@ class TrainingData:
         if ids.null_count or lengths.null_count or pc.min(lengths).as_py() < 1 or pc.min(ids).as_py() < 0:
             raise UserError(f"{directory} holds tokens without an id, or sequences without tokens: make the data anew.")
         self.largest = int(pc.max(ids).as_py())
-        """Its largest token id."""
+        """The largest token id in the data."""
         self.longest = int(pc.max(lengths).as_py())
-        """Tokens of its longest sequence."""
+        """Number of tokens of the longest sequence."""
         self._seed = seed
         self._order: tuple[int, Tensor] | None = None
 
@@ -57,7 +57,7 @@ class TrainingData:
         return len(self._sequences)
 
     def sample(self, number: int) -> Sample:
-        """The run's sample ``number``, counted over all ranks and passes."""
+        """Return the run's sample ``number``, counted over all ranks and passes."""
         epoch, position = divmod(number, len(self))
         if self._order is None or self._order[0] != epoch:
             generator = torch.Generator().manual_seed(self._seed + epoch)
@@ -65,5 +65,5 @@ class TrainingData:
         return self.sequence(int(self._order[1][position]))
 
     def sequence(self, index: int) -> Sample:
-        """Sequence ``index`` of the folder, in the order that it was written in."""
+        """Return sequence ``index`` of the folder, in the order in which it was written."""
         return Sample(index, torch.tensor([self._sequences[index].as_py()]))

@@ -1,7 +1,7 @@
-"""Token shards: Parquet files of token ids that appear whole or not at all, each with a checksum beside it.
+"""Token shards: Parquet files of token ids that appear complete or not at all, each with a checksum beside it.
 
-``manifest.json`` says what made them: the settings, the teacher and the tokenizer. Shard i depends on
-those and on i alone, so a shard that is missing can be made by anyone, at any time.
+``manifest.json`` records what made them: the settings, the teacher and the tokenizer. Shard i depends on those and on i
+alone, so a missing shard can be made by any process, at any time.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ MANIFEST = "manifest.json"
 _SHARD = re.compile(r"shard-\d{5,}\.parquet")
 
 _NO_SHARD = 2**40
-"""The byte of the lock file that stands for all files that are no shards."""
+"""The byte of the lock file that stands for all files that are not shards."""
 
 SCHEMA = pa.schema(
     {
@@ -58,7 +58,7 @@ class Sequence:
 
 
 class ShardFolder:
-    """A folder of shards. ``settings`` are what its content depends on."""
+    """A folder of shards. Its content depends only on ``settings``."""
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -80,7 +80,7 @@ class ShardFolder:
             )
 
     def manifest(self) -> dict[str, Any]:
-        """The settings that made the shards; raises UserError if there are none."""
+        """Return the settings that made the shards; raise UserError if there are none."""
         path = self.directory / MANIFEST
         if not path.is_file():
             raise UserError(f"There is no training data at {self.directory}: run launch/generate.py --output there.")
@@ -90,7 +90,7 @@ class ShardFolder:
         return self.directory / f"shard-{index:05d}.parquet"
 
     def shards(self) -> list[Path]:
-        """Those that are there, in order. Other files, whatever their names, are not counted."""
+        """Return the existing shards, in order. Other files, whatever their names, are not counted."""
         return [self.path(index) for index in self._there()]
 
     def _there(self) -> list[int]:
@@ -99,7 +99,8 @@ class ShardFolder:
         return [index for index in range(count) if self.path(index).is_file()]
 
     def missing(self, index: int) -> bool:
-        """Whether shard ``index`` has to be made: it is not there, damaged, or another one under its name."""
+        """Return whether shard ``index`` has to be made: it does not exist, is damaged, or is another shard under its
+        name."""
         if not self.path(index).is_file():
             return True
         try:
@@ -110,14 +111,15 @@ class ShardFolder:
 
     @contextlib.contextmanager
     def claimed(self, index: int) -> Iterator[bool]:
-        """Whether shard ``index`` is this process's to make: no other one is at it. A claim ends with its process.
+        """Try to claim shard ``index``; yield whether this process has it, as no other one does. A claim ends with its
+        process.
 
         The claims are locks on the bytes of one file, byte i for shard i.
         """
         try:
             with locking(self.directory):
                 fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, index)
-        except (BlockingIOError, PermissionError):  # POSIX allows both
+        except (BlockingIOError, PermissionError):  # POSIX allows either error
             yield False
             return
         try:
@@ -127,7 +129,7 @@ class ShardFolder:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Wait until no other process is about to write files that are no shards."""
+        """Wait until no other process is about to write a file that is not a shard, then keep others from it."""
         with locking(self.directory):
             fcntl.lockf(self._lock_file, fcntl.LOCK_EX, 1, _NO_SHARD)
         try:
@@ -144,12 +146,12 @@ class ShardFolder:
             partial.write_bytes(sink.getvalue())
 
     def publish(self, name: str, content: bytes) -> None:
-        """Write a file that appears whole; the caller must be alone."""
+        """Write a file that appears complete; the caller must hold ``alone``."""
         with writing(self.directory), appearing(self.directory / name) as partial:
             partial.write_bytes(content)
 
     def sequences(self) -> pa.ChunkedArray:
-        """All sequences' token ids, in order; raises UserError if one is missing, or a shard is damaged."""
+        """Return all sequences' token ids, in order; raise UserError if a shard is missing or damaged."""
         with using(self.directory / MANIFEST):
             expected = int(self.manifest()["sequences"])
         sequences = self.table(["input_ids"]).column("input_ids")
@@ -160,7 +162,7 @@ class ShardFolder:
         return sequences
 
     def table(self, columns: list[str]) -> pa.Table:
-        """These columns of all shards that are there; raises UserError if one is damaged, or not in its place."""
+        """Return these columns of all existing shards; raise UserError if one is damaged, or not in its place."""
         parts = [self._read(index, columns) for index in self._there()]
         return pa.concat_tables(parts) if parts else SCHEMA.empty_table().select(columns)
 
@@ -170,7 +172,7 @@ class ShardFolder:
         count = min(manifest["sequences_per_shard"], manifest["sequences"] - first)
         try:
             if not (reason := damage(file)):
-                with file.open("rb") as stream:  # in a path pyarrow would expand "~"
+                with file.open("rb") as stream:  # given a path, pyarrow would expand "~"
                     table = pq.read_table(stream, columns=columns, schema=SCHEMA, page_checksum_verification=True)
                 if len(table) == count:
                     return table

@@ -1,1 +1,1 @@
-"""Measuring: perplexity, KL to the teacher, and the paper's tasks."""
+"""Measurements: perplexity, KL to the teacher, and the paper's tasks."""

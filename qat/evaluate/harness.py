@@ -1,4 +1,4 @@
-"""The paper's tasks, by lm-evaluation-harness with its own prompts.
+"""The paper's tasks, run by lm-evaluation-harness with its own prompts.
 
 Every document's outcome is kept: two models' accuracies on the same documents are compared in pairs, which separates
 them much better than their standard errors do.
@@ -31,13 +31,13 @@ from qat.store import models
 _SHOTS = 5
 _BATCH = {"cpu": 8, "cuda": 32}
 _LONGEST_ANSWER = 64
-"""Tokens that are written for a TriviaQA answer without an end; the harness's 256 take minutes on a CPU where a broken
-model never ends one. 7 of 77,591 right answers are longer in SmolLM2's tokens."""
+"""Most tokens generated for a TriviaQA answer that does not end; the harness's 256 take minutes on a CPU with a broken
+model that never ends one. 7 of 77,591 right answers are longer in SmolLM2's tokens."""
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """What a model makes of a task.
+    """A model's score on a task.
 
     Args:
         metric: the harness's name of the metric that is reported
@@ -75,10 +75,10 @@ def run_task(
             f"ranks: give 0, {len(parts) * _world_size()} or more, or fewer ranks."
         )
     shots = {"num_fewshot": _SHOTS if name in FEW_SHOT else 0}
-    huggingface.tqdm = bar  # the harness's own would fill a log file
+    huggingface.tqdm = bar  # the harness's own bar would fill a log file
     results = simple_evaluate(
         model=_RankedLM(model, tokenizer),
-        # In a group, a task inherits the registered one of its name.
+        # In a group, a task inherits from the registered task of its name.
         tasks=[{"group": name, "task": [{"task": part, **shots, **_metrics(name), **parts[part]} for part in parts]}],
         task_manager=tasks(),
         limit=most or None,
@@ -91,19 +91,19 @@ def run_task(
 
 
 def hub_parts(name: str) -> dict[str, dict[str, Any]]:
-    """The parts of a task with the data sets that the harness fetches from the hub."""
+    """Return the parts of a task with the data sets that the harness fetches from the hub."""
     subjects = Path(lm_eval.__file__).parent.glob("tasks/mmlu/default/mmlu_*.yaml")
     return {part: {} for part in (sorted(file.stem for file in subjects) if name == "mmlu" else [name])}
 
 
 @cache
 def tasks() -> TaskManager:
-    """The harness's tasks; reading their index takes seconds."""
+    """Return the harness's tasks; reading their index takes seconds."""
     return TaskManager()
 
 
 class _RankedLM(HFLM):
-    """A model that is in memory, on every rank that the launcher started."""
+    """A model in memory, on every rank that the launcher started."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH[model.device.type])
@@ -120,12 +120,12 @@ class _RankedLM(HFLM):
         return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
     def _model_call(self, inps: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Logits of the last positions only, [batch, positions, vocabulary], of which the harness takes the answers':
-        those of a batch's whole 5-shot prompts take gigabytes."""
+        """Compute logits of the last positions only, [batch, positions, vocabulary], from which the harness takes the
+        answers': those of a batch's complete 5-shot prompts take gigabytes."""
         ranks.progress()
         models.check_ids(self.model.config, int(inps.max()), "A task")
         positions = torch.arange(1, inps.shape[1] + 1, device=inps.device)
-        shortest = int((positions * (inps != 0)).amax(dim=1).min())  # it pads with zeros, on the right
+        shortest = int((positions * (inps != 0)).amax(dim=1).min())  # the harness pads with zeros, on the right
         needed = self._longest + inps.shape[1] - shortest
         with torch.no_grad():
             return self.model(inps, logits_to_keep=needed).logits

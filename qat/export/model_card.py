@@ -1,4 +1,4 @@
-"""README.md of an export: where it comes from, how it was made, what was measured, how to serve it."""
+"""The README.md of an export: where it comes from, how it was made, what was measured, how to serve it."""
 
 import json
 import re
@@ -29,7 +29,7 @@ _TRAINING = ("loss", "steps", "lr", "warmup_steps", "batch_size", "seed")
 
 @dataclass(frozen=True)
 class Origin:
-    """What only the one who exports knows.
+    """Facts for the model card that only the person who exports knows.
 
     Args:
         base_model: the hub's name of the model that the student began with; empty if it is not known
@@ -47,7 +47,7 @@ _EMBEDDED = Origin("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
 
 
 def write(student: Student, form: str, origin: Origin, checks: str, output: Path) -> None:
-    """Write ``output/README.md``; ``checks`` says what was verified."""
+    """Write ``output/README.md``; ``checks`` describes what was verified."""
     head = [f"base_model: {origin.base_model}"] if origin.base_model else []
     head += [f"license: {origin.license}"] if origin.license else []
     kind, quant = FORMATS[form], student.quant
@@ -69,8 +69,8 @@ def write(student: Student, form: str, origin: Origin, checks: str, output: Path
 
 
 def origin_of(name: str) -> Origin:
-    """What is known of a model that a run named so: a name of the hub, or a folder, whose README.md may declare base
-    model and licence in its front matter."""
+    """Return what is known of a model by the name that a run has for it: a name of the hub, or a folder, whose
+    README.md may declare base model and licence in its front matter."""
     if Path(name).name == smollm2.EMBEDDED:
         return _EMBEDDED
     if not Path(name).exists():
@@ -127,7 +127,7 @@ def _training(student: Student) -> str:
 
 
 def _data(run: dict[str, Any]) -> str:
-    """What the manifest of the training shards says, if they are where the run found them."""
+    """Describe the training data by the manifest of the shards, if they are where the run found them."""
     fingerprint = f"shards with the fingerprint {run['settings']['data']}"
     manifest = Path(run.get("data", "")) / _MANIFEST
     if not manifest.is_file():

@@ -1,5 +1,5 @@
-"""Export formats, by the name that ``--format`` gives. A new one is a file here and a line in ``FORMATS``; a plug-in
-adds its own with ``FORMATS.add(name, format)``."""
+"""Export formats, by their name for ``--format``. A new one is a file here and a line in ``FORMATS``; a plug-in adds
+its own with ``FORMATS.add(name, format)``."""
 
 from qat.export.formats.base import ExportFormat
 from qat.export.formats.compressed_tensors import IntQuantized, PackQuantized
@@ -15,4 +15,4 @@ FORMATS: Table[ExportFormat] = Table(
 )
 
 FORMAT = PACKED
-"""The default."""
+"""The name of the default format."""

@@ -1,4 +1,4 @@
-"""What an export format is: a file that has a class of this kind, and a line in ``qat.export.formats.FORMATS``."""
+"""The base of export formats: each is a file with a subclass of it, and a line in ``qat.export.formats.FORMATS``."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -36,7 +36,7 @@ class ExportFormat(ABC):
         """Raise UserError for what the format, or every engine that reads it, cannot hold."""
 
     def longest(self, student: Student) -> int:
-        """The longest sequence for which an export is the student, in tokens."""
+        """Return the longest sequence, in tokens, for which an export computes what the student does."""
         return student.longest
 
     @abstractmethod
@@ -45,26 +45,27 @@ class ExportFormat(ABC):
 
     @abstractmethod
     def load(self, exported: Path) -> PreTrainedModel:
-        """The export as others read it, in fp32, ready for inference. ``verify`` compares its logits with those of what
-        the format holds of the student, bit for bit."""
+        """Load the export as other engines read it, in fp32, ready for inference. ``verify`` compares its logits with
+        those of the part of the student that the format holds, bit for bit."""
 
     def held(self, quant: QuantConfig) -> QuantConfig:
-        """The settings that ``load`` follows."""
+        """Return the settings that ``load`` follows."""
         return quant.everywhere(a_bits=FULL_PRECISION, kv_bits=FULL_PRECISION)
 
     def held_weight(self, weight: Quantized) -> Quantized:
-        """What the format holds of a quantized weight."""
+        """Return a quantized weight as the format holds it."""
         return weight
 
     def loaded_by(self, exported: Path) -> str:
-        """What the engine that the format is for makes of an export, as the end of a sentence; empty if none is asked.
+        """Try an export in the engine that the format is for; return the result as the end of a sentence; empty if no
+        engine is tried.
 
         Raises UserError if it refuses the export.
         """
         return ""
 
     def differences(self, quant: QuantConfig) -> list[str]:
-        """One sentence for everything that an engine which loads an export does not do as trained."""
+        """Return one sentence for each thing that an engine which loads an export does not do as trained."""
         said = []
         if quant.a_bits != FULL_PRECISION:
             said.append(f"{trained_activations(quant)}; here they stay in full precision.")
@@ -73,22 +74,22 @@ class ExportFormat(ABC):
         return said
 
     def all_differences(self, student: Student) -> list[str]:
-        """``differences`` of the settings of all layers."""
+        """Return the ``differences`` of the settings of all layers."""
         settings = dict.fromkeys([student.quant, *student.layer_settings().values()])
         return list(dict.fromkeys(sentence for own in settings for sentence in self.differences(own)))
 
     @abstractmethod
     def serve(self, name: str) -> list[str]:
-        """The commands that run an export in the folder ``name``, for the model card."""
+        """Return the commands that run an export in the folder ``name``, for the model card."""
 
 
 def trained_activations(quant: QuantConfig) -> str:
-    """The beginning of a sentence on quantized activations."""
+    """Return the beginning of a sentence on quantized activations."""
     return f"Activations: trained with {quant.a_bits} bits per token"
 
 
 def trained_cache(quant: QuantConfig) -> str:
-    """The beginning of a sentence on a quantized KV cache."""
+    """Return the beginning of a sentence on a quantized KV cache."""
     return (
         f"KV cache: trained with {quant.kv_bits} bits ({quant.kv_quantizer}, {quant.kv_site}, {quant.kv_granularity}, "
         f"rotation {quant.kv_rotation})"

@@ -2,7 +2,7 @@
 qat.store.compressed_tensors.
 
 ``quant_config.json`` beside them keeps what the format cannot describe (the KV cache, and the true number of bits), so
-that qat.load reads them exactly as trained. The differences are about other engines.
+that qat.load reads them exactly as trained. ``differences`` concern other engines.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from qat.store.student_folder import Student
 
 
 class CompressedTensors(ExportFormat):
-    """What the two have in common.
+    """The base of both formats.
 
     Attributes:
         layout: how the codes lie in the file

@@ -1,4 +1,4 @@
-"""``hf-fake``: the rounded weights as floats, a plain Hugging Face directory for what knows nothing of quantization."""
+"""``hf-fake``: the rounded weights as floats, a plain Hugging Face directory for engines without quantization."""
 
 from pathlib import Path
 

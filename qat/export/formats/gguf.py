@@ -22,7 +22,7 @@ class Gguf(ExportFormat):
         return gguf_files.positions(AutoConfig.from_pretrained(student.directory))
 
     def write(self, student: Student, output: Path, file_bytes: int) -> None:
-        """One file, whatever its size."""
+        """Write one file, whatever its size."""
         gguf_files.write(student, output)
 
     def load(self, exported: Path) -> PreTrainedModel:

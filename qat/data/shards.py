@@ -111,8 +111,8 @@ class ShardFolder:
 
     @contextlib.contextmanager
     def claimed(self, index: int) -> Iterator[bool]:
-        """Try to claim shard ``index``; yield whether this process has it, as no other one does. A claim ends with its
-        process.
+        """Try to claim shard ``index``, and yield whether this process has it: False if another one does. A claim ends
+        with its process.
 
         The claims are locks on the bytes of one file, byte i for shard i.
         """

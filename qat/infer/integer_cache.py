@@ -21,7 +21,8 @@ _SCALE_BYTES = 4
 
 
 class IntegerCache(Cache):
-    """One IntegerLayer for each decoder layer of ``model``, which must be prepared with a quantized KV cache.
+    """A cache with one IntegerLayer for each decoder layer of ``model``, which must be prepared with a quantized KV
+    cache.
 
     Raises UserError if its KV cache is not quantized, or quantized where a cache cannot store it (before RoPE).
     """
@@ -40,7 +41,7 @@ class IntegerCache(Cache):
         super().__init__(layers=list(layers))
 
     def nbytes(self) -> int:
-        """What the cache takes in memory, scales included."""
+        """Return the bytes of the cache in memory, scales included."""
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.integer_layers if layer.is_initialized)
 
 
@@ -64,7 +65,7 @@ class IntegerLayer(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values [batch, kv_heads, new, head_dim]; all of them, rotated and on their grid."""
+        """Append keys and values [batch, kv_heads, new, head_dim]; return all of them, rotated and on their grid."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys = torch.cat([self.keys, self._store(key_states)], -2)
@@ -80,8 +81,8 @@ class IntegerLayer(DynamicLayer):
 
 
 def pack(quantized: Quantized, form: Format) -> Tensor:
-    """Codes [..., n] with one scale per row -> uint8 [..., bytes]: the codes (two a byte up to 4 bits), then the
-    fp32 scale, then the zero point if the format has one."""
+    """Pack codes [..., n] with one scale per row into uint8 [..., bytes]: the codes (two per byte up to 4 bits), then
+    the fp32 scale, then the zero point if the format has one."""
     codes, (scale, zero_point) = quantized
     packed = codes.view(torch.uint8)
     if form.bits <= 4:
@@ -93,12 +94,12 @@ def pack(quantized: Quantized, form: Format) -> Tensor:
 
 
 def unpack(packed: Tensor, form: Format) -> Quantized:
-    """The inverse of ``pack``."""
+    """Unpack codes and grid: the inverse of ``pack``."""
     grid_bytes = _SCALE_BYTES + (not form.symmetric)
     codes, grid = packed.split([packed.shape[-1] - grid_bytes, grid_bytes], -1)
     if form.bits <= 4:
         signed = codes.view(torch.int8)
-        low, high = (signed << 4) >> 4, signed >> 4  # shifts of int8 keep the sign
+        low, high = (signed << 4) >> 4, signed >> 4  # right shifts of int8 keep the sign
         codes = torch.stack([low, high], -1).flatten(-2)
     scale = grid[..., :_SCALE_BYTES].contiguous().view(torch.float32)
     zero_point = None if form.symmetric else grid[..., _SCALE_BYTES:].contiguous().view(torch.int8).float()

@@ -4,8 +4,8 @@
     tokenizer = AutoTokenizer.from_pretrained("export/llama2-7b-484")
     model.generate(**tokenizer("Hello", return_tensors="pt").to(model.device), max_new_tokens=20)
 
-What it computes is what training simulated: the same codes, scales and roundings. Engines with kernels of their own are
-faster (see docs/export.md); this one is exact, and needs nothing but torch and transformers.
+It computes what training simulated: the same codes, scales and roundings. Engines with kernels of their own are faster
+(see docs/export.md); this one is exact, and needs nothing but torch and transformers.
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ from qat.store.sidecars import load_steps
 
 @dataclass(frozen=True)
 class Memory:
-    """What a model takes, in bytes.
+    """The memory that a model takes, in bytes.
 
     Args:
         weights: all of them, packed ones with their scales
@@ -46,7 +46,7 @@ class Memory:
 
 
 def load(directory: str) -> PreTrainedModel:
-    """The student or integer export at ``directory``, packed, on the GPU if there is one.
+    """Load the student or integer export at ``directory``, packed, on the GPU if there is one.
 
     ``generate`` caches integers, if the student's KV cache is quantized after RoPE. Weights are quantized and packed
     once, here, one at a time; the rest is in ``models.inference_dtype()``. Raises UserError if the directory holds
@@ -70,7 +70,7 @@ def load(directory: str) -> PreTrainedModel:
     models.renew_rope(model)
     load_steps(model, path)
     model.generation_config = models.load_generation_config(directory)
-    # Fine-tuning leaves use_cache=False behind, and others another cache: what is deployed has its own.
+    # Fine-tuning leaves use_cache=False in the config, and some models set another cache: a deployed model has its own.
     model.config.use_cache = model.generation_config.use_cache = True
     model.generation_config.cache_implementation = None
     machine.place(model)
@@ -81,7 +81,7 @@ def load(directory: str) -> PreTrainedModel:
 
 
 def memory(model: PreTrainedModel) -> Memory:
-    """What ``model`` takes; its cache is the one that its ``generate`` uses."""
+    """Measure the memory of ``model``; its cache is the one that its ``generate`` uses."""
     kept = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
     cache = model.new_cache() if isinstance(model, _CachesIntegers) else DynamicCache()
     tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
@@ -92,7 +92,7 @@ def memory(model: PreTrainedModel) -> Memory:
 
 
 class PackedLinear(QuantLinear):
-    """A QuantLinear that holds its weight as bytes: two codes in each up to 4 bits, and scales.
+    """A QuantLinear that holds its weight as bytes: codes, two per byte up to 4 bits, and scales.
 
     Attributes:
         packed: uint8 [out * groups, bytes], see integer_cache.pack
@@ -114,7 +114,7 @@ class PackedLinear(QuantLinear):
         linear.trained_dtype = trained_dtype
 
     def integers(self) -> Quantized:
-        """Codes [out, in] and grid [out, groups]."""
+        """Return codes [out, in] and grid [out, groups]."""
         codes, grid = unpack(self.packed, self.weight_format)
         rows = self.out_features
         return Quantized(codes.reshape(rows, -1), grid.map(lambda part: part.view(rows, -1)))
@@ -132,7 +132,7 @@ class PackedLinear(QuantLinear):
 
 
 class _CachesIntegers:
-    """Mixed into a model's class: ``generate`` caches integers unless it is told what to cache."""
+    """Mixed into a model's class: ``generate`` uses an IntegerCache unless the caller chooses a cache."""
 
     def new_cache(self) -> IntegerCache:
         return IntegerCache(self)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Models for evaluation: what training simulated, weights rounded once."""
+"""Models for evaluation: they compute what training simulated, with weights rounded once."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,11 +19,11 @@ from qat.store.model_folder import ModelFolder, quantization_of, shapes
 from qat.store.sidecars import load_steps
 
 Weights = Iterator[tuple[str, Tensor | Quantized]]
-"""Of a whole model, by name, one at a time."""
+"""The weights of a complete model, by name, one at a time."""
 
 
 def load(directory: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model at ``directory``, ready for inference: full precision, a student, or an integer export.
+    """Load the model at ``directory``, ready for inference: full precision, a student, or an integer export.
 
     Weights are quantized once, here; activations and KV cache as ``quant_config.json`` says.
     """
@@ -39,7 +39,7 @@ def load(directory: str, dtype: torch.dtype) -> PreTrainedModel:
 def simulate(
     config: Path, weights: Weights, trained_dtype: torch.dtype, quant: QuantConfig, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """A model that computes in ``dtype`` with ``weights``, activations and KV cache quantized as ``quant`` says.
+    """Build a model that computes in ``dtype`` with ``weights``; activations and KV cache are quantized by ``quant``.
 
     Args:
         config: folder with config.json, and the learned steps if there are any
@@ -66,8 +66,8 @@ def simulate(
 
 
 def read(path: Path) -> tuple[QuantConfig, torch.dtype, Weights]:
-    """Of a student's Hugging Face directory, or an integer export: how it is quantized, the dtype that was trained,
-    and its weights, one at a time."""
+    """Return how a student's Hugging Face directory or an integer export is quantized, the dtype that was trained, and
+    its weights, one at a time."""
     config = _quantization_config(path)
     if config is None:
         student = student_folder.find(path)
@@ -77,7 +77,7 @@ def read(path: Path) -> tuple[QuantConfig, torch.dtype, Weights]:
 
 
 def _decoded(folder: ModelFolder, config: dict[str, Any]) -> Weights:
-    """The weights of an export; raises UserError for one whose stored shape is not the model's."""
+    """Yield the weights of an export; raise UserError for one whose stored shape is not the model's."""
     expected = shapes(folder.skeleton())
     for name, weight in compressed_tensors.decode(folder.tensors(), config):
         shape = weight.codes.shape if isinstance(weight, Quantized) else weight.shape
@@ -87,7 +87,7 @@ def _decoded(folder: ModelFolder, config: dict[str, Any]) -> Weights:
 
 
 def _quantization_config(path: Path) -> dict[str, Any] | None:
-    """What an export's config.json says of its integers; None for a student."""
+    """Return the ``quantization_config`` of an export's config.json; None for a student."""
     config = quantization_of(path) if (path / "config.json").is_file() else None
     if config is None:
         return None

@@ -1,4 +1,4 @@
-"""Post-training quantization: one file for each method, and the table of them."""
+"""Post-training quantization: one file for each method, and the table of methods."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """METHODS, made when it is first asked for: the methods import transformers, which takes seconds."""
+    """Return METHODS, made on first use: the methods import transformers, which takes seconds."""
     if name != "METHODS":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from qat.ptq.gptq import GPTQ

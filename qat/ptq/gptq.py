@@ -1,5 +1,5 @@
 """GPTQ (Frantar et al. 2022, arXiv 2210.17323): round one input channel after another, and let the channels that are
-not rounded yet make up for the error, as the inputs' second moments say.
+not rounded yet compensate for the error, weighted by the inputs' second moments.
 
     minimise  tr((W - W_hat) H (W - W_hat)^T),   H = X^T X / tokens
 
@@ -25,13 +25,14 @@ from qat.quant.quantizers.base import Grid, values_of
 from qat.runtime.errors import UserError
 
 _BLOCK = 32
-"""Channels whose corrections to all later ones are made at once. It changes the speed alone; so many channels of most
-layers are few enough numbers for one thread, which is faster than two that wait for each other at every channel."""
+"""Number of channels whose corrections to all later ones are applied at once. It affects only the speed; in most layers
+this many channels are few enough numbers for one thread, which is faster than two that wait for each other at every
+channel."""
 
 
 @dataclass(frozen=True)
 class GPTQConfig:
-    """How GPTQ rounds.
+    """The settings of GPTQ.
 
     Args:
         act_order: round the channels with the largest inputs first
@@ -61,7 +62,8 @@ class GPTQ(LayerByLayer):
 
 @torch.inference_mode()
 def quantize_layer(stream: Stream, weights: Weights, config: GPTQConfig) -> tuple[Weights, dict[str, Grid], str]:
-    """Round the layer in front of the stream: its weights, rounded; their grids by layer name; a word on the error.
+    """Round the layer at the stream's position; return its rounded weights, their grids by layer name, and a note on
+    the error.
 
     The Linear layers that read the same tensor take their turns in the order of the forward pass, so that each one's
     inputs are what the quantized layers before it, in this decoder layer and in the earlier ones, make of the text.
@@ -107,7 +109,8 @@ def _is_rounded(linear: nn.Linear) -> bool:
 
 
 def quantized_inputs(stream: Stream, layer: nn.Module, linears: dict[str, nn.Linear]) -> Iterable[Tensor]:
-    """What the given layers, which share their input, multiply with: [tokens, in] of each sequence."""
+    """Yield, for each sequence, the input [tokens, in] that the given layers, which share it, multiply by their
+    weights."""
     first = next(iter(linears.values()))
     assert isinstance(first, QuantLinear)
     form = first.input_format
@@ -116,7 +119,7 @@ def quantized_inputs(stream: Stream, layer: nn.Module, linears: dict[str, nn.Lin
 
 
 def hessian_of(inputs: Iterable[Tensor]) -> Tensor:
-    """X^T X / tokens, fp32 [in, in], of inputs [tokens, in]."""
+    """Compute X^T X / tokens, fp32 [in, in], of inputs [tokens, in]."""
     total, tokens = torch.zeros(()), 0
     for x in inputs:
         x = x.float()
@@ -126,12 +129,13 @@ def hessian_of(inputs: Iterable[Tensor]) -> Tensor:
 
 
 def error_of(difference: Tensor, hessian: Tensor) -> float:
-    """tr(D H D^T): the mean over tokens of the squared output error that the weight difference D [out, in] makes."""
+    """Compute tr(D H D^T): the mean over tokens of the squared output error caused by the weight difference D [out,
+    in]."""
     return (matmul(difference, hessian) * difference).sum().item()
 
 
 def gptq(weight: Tensor, hessian: Tensor, form: Format, config: GPTQConfig) -> Quantized:
-    """weight fp32 [out, in] as codes on the grid that ``form`` lays over it, rounded for ``hessian`` [in, in].
+    """Round weight, fp32 [out, in], for ``hessian`` [in, in], to codes on the grid that ``form`` lays over it.
 
     Raises torch.linalg.LinAlgError if the damped Hessian is not positive definite.
     """
@@ -162,7 +166,7 @@ def gptq(weight: Tensor, hessian: Tensor, form: Format, config: GPTQConfig) -> Q
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """The upper triangular U with U^T U = (H + d)^-1, where d is ``damping`` times H's mean diagonal.
+    """Compute the upper triangular U with U^T U = (H + d)^-1, where d is ``damping`` times H's mean diagonal.
 
     Where H is zero, as no input says anything, d is 1: weights are then rounded to nearest.
 

@@ -1,4 +1,4 @@
-"""What a post-training method is."""
+"""The interface of a post-training method."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ from qat.quant.quantizers.base import Grid
 
 @dataclass(frozen=True)
 class NoSettings:
-    """Of a method that has none."""
+    """The settings of a method that has none."""
 
 
 class Method(ABC):
-    """A post-training method. An object of it is at work on one model. A subclass says:
+    """A post-training method. An object of it works on one model. A subclass defines:
 
     Attributes:
         meaning: half a sentence for ``--help``
@@ -40,7 +40,7 @@ class Method(ABC):
 
     @classmethod
     def check(cls, quant: QuantConfig) -> None:
-        """Raise UserError for a quantization that the method cannot give."""
+        """Raise UserError for a quantization that the method does not support."""
         return
 
     @abstractmethod
@@ -53,8 +53,8 @@ class Method(ABC):
 
 
 class LayerByLayer(Method):
-    """A method that quantizes one decoder layer after another, each in front of what the quantized layers before it
-    make of the calibration text. A run that was stopped is resumed behind the last finished layer."""
+    """A method that quantizes one decoder layer after another, each for the hidden states that the quantized layers
+    before it compute from the calibration text. A run that was stopped resumes after the last finished layer."""
 
     @abstractmethod
     def quantize_layer(self, stream: Stream, weights: Weights) -> tuple[Weights, dict[str, Grid], str]:

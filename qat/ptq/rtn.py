@@ -15,5 +15,5 @@ class RTN(Method):
     needs_text = False
 
     def write(self, output: Path, quant: QuantConfig, sequences: list[Tensor]) -> None:
-        """Write the model's weights as they are: ``quant_config.json``, which comes beside them, says how to round."""
+        """Write the model's weights unchanged: ``quant_config.json``, written beside them, specifies the rounding."""
         weight_files.write(output, ModelFolder.read(self.source).tensors())

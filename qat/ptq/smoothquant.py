@@ -2,9 +2,9 @@
 
     x W^T = (x / s) (W s)^T,   s_j = max|x_j|^alpha / max|W_j|^(1 - alpha)
 
-The division is folded into what computes x: the norm in front of q, k, v and of gate, up; v_proj in front of o_proj
-(attention mixes tokens, not channels); up_proj in front of down_proj. In exact arithmetic the model stays the same
-function. Query heads that share a value head share its s.
+The division is folded into the module that computes x: the norm in front of q, k, v and of gate, up; v_proj in front of
+o_proj (attention mixes tokens, not channels); up_proj in front of down_proj. In exact arithmetic the model remains the
+same function. Query heads that share a value head share its s.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -22,16 +22,16 @@ from qat.runtime.errors import UserError
 from qat.store.model_folder import ModelFolder
 
 ALPHAS = (0.1, 0.3, 0.5, 0.7)
-"""What the search tries, beside no smoothing."""
+"""The alphas that the search tries, in addition to no smoothing."""
 
 SEARCH_TOKENS = 1024
-"""Calibration tokens that the search looks at: the alphas are compared on the same tokens, and a layer runs over them
-17 times rounded, once not."""
+"""Number of calibration tokens that the search uses: all alphas are compared on the same tokens, and a layer runs over
+them 17 times rounded and once not."""
 
 
 @dataclass(frozen=True)
 class SmoothQuantConfig:
-    """How much SmoothQuant moves.
+    """The settings of SmoothQuant.
 
     Args:
         alpha: 0 evens out the weights, 1 the inputs; not given: searched for each smoothed tensor of each decoder
@@ -46,7 +46,7 @@ class SmoothQuantConfig:
 
 
 Alphas = Mapping[Smoothed, float]
-"""The alpha of each tensor that is smoothed."""
+"""The alpha of each smoothed tensor."""
 
 
 class SmoothQuant(LayerByLayer):
@@ -66,8 +66,8 @@ class SmoothQuant(LayerByLayer):
 
     @torch.inference_mode()
     def quantize_layer(self, stream: Stream, weights: Weights) -> tuple[Weights, dict[str, Grid], str]:
-        """The weights of the layer in front of the stream with the scales folded in, not rounded yet: their own
-        largest values give their grids. And a word on the alphas."""
+        """Return the weights of the layer at the stream's position with the scales folded in, not rounded yet; no
+        grids, as the weights' own largest values give them; and a note on the alphas."""
         plain = self._layers[stream.position]
         fill(plain, weights, stream.device)
         plain.to(stream.dtype)
@@ -89,7 +89,8 @@ class SmoothQuant(LayerByLayer):
 
 
 def search(groups: Iterable[Smoothed], error: Callable[[Alphas], float]) -> dict[Smoothed, float]:
-    """For one tensor after another, the alpha with the smallest ``error``; none where smoothing does not help."""
+    """Find, for one tensor after another, the alpha with the smallest ``error``; tensors that smoothing does not help
+    get none."""
     chosen: dict[Smoothed, float] = {}
     least = error(chosen)
     for group in groups:
@@ -101,7 +102,8 @@ def search(groups: Iterable[Smoothed], error: Callable[[Alphas], float]) -> dict
 
 
 def fold(weights: Weights, largest: Mapping[Smoothed, Tensor], alphas: Alphas, head_dim: int) -> Weights:
-    """A decoder layer's weights, smoothed with the given alphas; ``largest`` is max|x_j| of each tensor's channels.
+    """Return a decoder layer's weights, smoothed with the given alphas; ``largest`` is max|x_j| of each tensor's
+    channels.
 
     Computed in fp32, whatever the dtype of the weights.
     """
@@ -114,14 +116,14 @@ def fold(weights: Weights, largest: Mapping[Smoothed, Tensor], alphas: Alphas, h
         )
         for kind in ("weight", "bias"):
             if (name := f"{group.producer}.{kind}") in folded:
-                folded[name] = (folded[name].t() / s).t()  # over the output channels, of a norm or a matrix
+                folded[name] = (folded[name].t() / s).t()  # over the output channels of a norm or a matrix
         for name in group.readers:
             folded[f"{name}.weight"] = folded[f"{name}.weight"] * spread(s, len(columns), head_dim)
     return {name: weight.to(weights[name].dtype).contiguous() for name, weight in folded.items()}
 
 
 def smoothing_scale(inputs: Tensor, columns: Tensor, alpha: float) -> Tensor:
-    """s from the largest magnitudes of input channels and weight columns; 1 where one of them is 0.
+    """Compute s from the largest magnitudes of input channels and weight columns; 1 where one of them is 0.
 
     Its geometric mean is 1: a common factor would change nothing that is rounded, only the weights' range.
     """
@@ -131,26 +133,26 @@ def smoothing_scale(inputs: Tensor, columns: Tensor, alpha: float) -> Tensor:
 
 
 def shared_maximum(channels: Tensor, produced: int, head_dim: int) -> Tensor:
-    """[read] -> [produced], the largest over the channels that come from the same one: the query heads of a value
-    head. Where nothing is shared, the same."""
+    """Reduce [read] to [produced] by the maximum over the channels that come from the same one: those of the query
+    heads of a value head. If nothing is shared, return the input."""
     return channels.view(produced // head_dim, -1, head_dim).amax(1).flatten() if len(channels) > produced else channels
 
 
 def spread(s: Tensor, read: int, head_dim: int) -> Tensor:
-    """[produced] -> [read]: each channel's scale, at all the places where it is read."""
+    """Expand [produced] to [read]: each channel's scale, at all the places where it is read."""
     if read == len(s):
         return s
     return s.view(-1, 1, head_dim).expand(-1, read // len(s), -1).flatten()
 
 
 def largest_inputs(stream: Stream, layer: nn.Module, group: Smoothed) -> Tensor:
-    """max|x_j| over the calibration tokens of what the group's layers read, fp32 [in], on the CPU."""
+    """Compute max|x_j| over the calibration tokens of the group's shared input, fp32 [in], on the CPU."""
     reader = layer.get_submodule(group.readers[0])
     return torch.stack([x.abs().amax(0) for x in stream.inputs(layer, reader)]).amax(0).float().cpu()
 
 
 def first_tokens(hidden: list[Tensor], most: int) -> list[Tensor]:
-    """So many whole sequences that they have ``most`` tokens or a few more."""
+    """Return the first complete sequences that together have ``most`` tokens or slightly more."""
     taken, tokens = [], 0
     for x in hidden:
         if tokens >= most:
@@ -161,8 +163,8 @@ def first_tokens(hidden: list[Tensor], most: int) -> list[Tensor]:
 
 
 def output_error(stream: Stream, weights: Weights, hidden: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
-    """The squared error of the quantized layer's output, relative to each token's size, as the norm that comes next
-    makes all tokens equally large; the mean over the tokens."""
+    """Compute the squared error of the quantized layer's output, relative to each token's size, because the next norm
+    scales all tokens to the same size; return the mean over the tokens."""
     layer = stream.load_rounded(weights, {})
     errors = []
     for x, y in zip(hidden, wanted, strict=True):

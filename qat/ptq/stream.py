@@ -1,7 +1,8 @@
-"""Calibration: text, and what the decoder layers of the quantized model see of it, one layer in memory at a time.
+"""Calibration: text, and the hidden states that the quantized model's layers compute from it, one layer in memory at a
+time.
 
-The model is a skeleton on the meta device. A layer gets its weights when its turn comes and loses them after it, so
-that a model of any size needs the memory of one layer, its Hessians, and the sequences' hidden states.
+The model is a skeleton on the meta device. A layer gets its weights for its turn and loses them after it, so that a
+model of any size needs the memory of one layer, its Hessians, and the sequences' hidden states.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,24 +28,24 @@ Weights = dict[str, Tensor]
 
 
 def calibration_sequences(data: TrainingData, most: int) -> list[Tensor]:
-    """Token ids [1, tokens] of the first ``most`` sequences of a shard folder; of all, if ``most`` is 0."""
+    """Return token ids [1, tokens] of the first ``most`` sequences of a shard folder; of all, if ``most`` is 0."""
     return [data.sequence(index).input_ids for index in range(min(most or len(data), len(data)))]
 
 
 class WeightFiles:
-    """The weights of a model folder, read when they are asked for."""
+    """The weights of a model folder, read on demand."""
 
     def __init__(self, folder: ModelFolder):
         self._folder = folder
         self._architecture = architecture_of(folder.config)
 
     def layer(self, number: int) -> Weights:
-        """The weights of decoder layer ``number``."""
+        """Read the weights of decoder layer ``number``."""
         prefix = self._architecture.prefix(number)
         return self._read(lambda name: name.startswith(prefix), prefix)
 
     def rest(self) -> Weights:
-        """The weights outside the decoder layers, by their full names."""
+        """Read the weights outside the decoder layers, by their full names."""
         return self._read(lambda name: not name.startswith(f"{self._architecture.layers}."), "")
 
     def _read(self, wanted: Callable[[str], bool], prefix: str) -> Weights:
@@ -52,8 +53,8 @@ class WeightFiles:
 
 
 class Stream:
-    """The calibration sequences on their way through the quantized model: hidden states [1, tokens, hidden] in
-    front of decoder layer ``position``.
+    """The calibration sequences on their way through the quantized model: hidden states [1, tokens, hidden] at the
+    input of decoder layer ``position``.
 
     Attributes:
         model: the skeleton, prepared; only the layer in use has weights
@@ -62,7 +63,7 @@ class Stream:
     """
 
     def __init__(self, source: Path, quant: QuantConfig, sequences: list[Tensor]):
-        """Raises UserError if the model's blocks cannot be quantized, or its weights are not those of its config."""
+        """Raise UserError if the model's blocks cannot be quantized, or its weights are not those of its config."""
         self.device = device()
         self.dtype = machine.inference_dtype()
         folder = ModelFolder.read(source)
@@ -74,12 +75,12 @@ class Stream:
         self.hidden = self._embed(sequences)
 
     def prefix(self, number: int) -> str:
-        """What the names of layer ``number``'s weights begin with."""
+        """Return the prefix of the names of layer ``number``'s weights."""
         return architecture_of(self.model.config).prefix(number)
 
     @torch.inference_mode()
     def advance(self, weights: Weights, grids: dict[str, Grid]) -> None:
-        """Let the hidden states pass the layer at ``position``, whose final weights these are."""
+        """Pass the hidden states through the layer at ``position``, given its final weights."""
         if self.hidden and self.position + 1 < len(self.layers):
             layer = self.load_rounded(weights, grids)
             self.hidden = [self.run(layer, hidden).cpu() for hidden in self.hidden]
@@ -87,7 +88,7 @@ class Stream:
         self.position += 1
 
     def load(self, weights: Weights) -> nn.Module:
-        """The layer at ``position`` with ``weights``, not rounded, on the device."""
+        """Return the layer at ``position`` with ``weights``, not rounded, on the device."""
         layer = self.layers[self.position]
         fill(layer, weights, self.device)
         for linear in quant_linears(layer).values():
@@ -95,7 +96,8 @@ class Stream:
         return layer
 
     def load_rounded(self, weights: Weights, grids: dict[str, Grid]) -> nn.Module:
-        """The same, as it is evaluated: rounded in the dtype of the file, on the given grids or their own."""
+        """Return the layer at ``position`` as it is evaluated: rounded in the dtype of the file, on the given grids or
+        the weights' own."""
         layer = self.load(weights)
         for name, linear in quant_linears(layer).items():
             grid = grids.get(name)
@@ -106,12 +108,12 @@ class Stream:
         self.layers[self.position].to("meta")
 
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """The output of a layer at ``position`` for one sequence's hidden states, on the device."""
+        """Return the output of a layer at ``position`` for one sequence's hidden states, on the device."""
         arguments = self._arguments[hidden.shape[1]][self.position]
         return layer(hidden.to(self.device), **arguments)
 
     def inputs(self, layer: nn.Module, module: nn.Module) -> Iterator[Tensor]:
-        """What ``module`` in ``layer`` reads, [tokens, in], sequence by sequence. The layer runs no further."""
+        """Yield the input [tokens, in] of ``module`` in ``layer``, sequence by sequence. The layer runs no further."""
 
         def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             raise _Reached(inputs[0])
@@ -128,7 +130,7 @@ class Stream:
 
     @torch.inference_mode()
     def _embed(self, sequences: list[Tensor]) -> list[Tensor]:
-        """Run the model around its layers, which only note what they get: hidden states, and positions and mask."""
+        """Run the model around its layers, which only record their inputs: hidden states, and positions and mask."""
         architecture, rest = architecture_of(self.model.config), self.files.rest()
         for prefix in (f"{architecture.embedding}.", f"{architecture.norm}."):
             module = self.model.get_submodule(prefix.removesuffix("."))
@@ -158,13 +160,14 @@ class Stream:
 
 
 def fill(module: nn.Module, weights: Weights, device: torch.device | str) -> None:
-    """Put ``weights``, which must be all of them, in the place of the module's own."""
-    own = {name: weight.to(device, copy=True) for name, weight in weights.items()}  # it may be rounded in place
+    """Replace all of the module's weights by ``weights``, which must be complete."""
+    own = {name: weight.to(device, copy=True) for name, weight in weights.items()}  # may be rounded in place
     module.load_state_dict(own, assign=True)
 
 
 def _moved(arguments: Any, device: torch.device, moved: dict[int, Tensor]) -> Any:
-    """``arguments`` with each tensor on ``device``, once: ``moved`` has those that are, by the id of the original."""
+    """Return ``arguments`` with each tensor on ``device``, moved once: ``moved`` holds the moved ones, by the id of the
+    original."""
     if isinstance(arguments, dict):
         return {name: _moved(value, device, moved) for name, value in arguments.items()}
     if isinstance(arguments, tuple):
@@ -177,7 +180,7 @@ def _moved(arguments: Any, device: torch.device, moved: dict[int, Tensor]) -> An
 
 
 class _Reached(Exception):
-    """Carries a module's input out of a forward pass that nothing needs the rest of."""
+    """Raised with a module's input to end a forward pass whose remainder is not needed."""
 
     def __init__(self, x: Tensor):
         self.x = x

@@ -1,7 +1,7 @@
-"""Writing a quantized model one decoder layer at a time, so that a killed run goes on where it was.
+"""Writes a quantized model one decoder layer at a time, so that a killed run resumes where it was.
 
-Every finished layer is a weight file of the folder ``OUTPUT.partial``; a run that finds it there only lets the
-calibration text pass it. The folder gets its name when it is whole.
+Every finished layer is a weight file in the folder ``OUTPUT.partial``; a run that finds it there only passes the
+calibration text through the layer. The folder gets its final name when it is complete.
 """
 
 import json
@@ -23,12 +23,12 @@ from qat.store.sidecars import GRIDS_FILE, load_grids, save_grids
 from qat.store.weight_files import INDEX
 
 QuantizeLayer = Callable[[Stream, Weights], tuple[Weights, dict[str, Grid], str]]
-"""From the stream in front of a layer, and the layer's weights: its final weights, their grids by the layers' names
-in it where they need some, and a word for the progress bar."""
+"""Maps the stream at a layer, and the layer's weights, to its final weights, their grids by the layers' names in it
+where they need some, and a note for the progress bar."""
 
 
 def is_complete(output: Path, settings: dict[str, Any]) -> bool:
-    """Whether ``output`` was made with ``settings`` already; raises UserError if it is something else."""
+    """Return whether ``output`` was already made with ``settings``; raise UserError if it holds something else."""
     if not output.exists():
         return False
     if not (output / PTQ_RECORD).is_file():
@@ -42,10 +42,11 @@ def is_complete(output: Path, settings: dict[str, Any]) -> bool:
 def appearing(
     source: ModelFolder, output: Path, quant: QuantConfig, settings: dict[str, Any], base_model: str = ""
 ) -> Iterator[Path]:
-    """A folder beside ``output`` for its weights; at the end it gets the rest of the files, and the name.
+    """Yield a folder beside ``output`` for the weights; at the end, add the remaining files and rename it to
+    ``output``.
 
-    ``base_model`` is what the model is called that it is made from. Raises UserError if it holds a run of other
-    settings, or another process is at work in it.
+    ``base_model`` is the name of the original model. Raises UserError if the folder holds a run with other settings, or
+    another process is working in it.
     """
     with appearing_folder(output, PTQ_RECORD) as partial:
         if (partial / PTQ_RECORD).is_file():
@@ -64,13 +65,13 @@ def appearing(
 
 
 def _settings_of(folder: Path) -> dict[str, Any]:
-    """What the weights in ``folder`` depend on: not on the model's name."""
+    """Return the settings that the weights in ``folder`` depend on: the model's name is not among them."""
     record = read_json(folder / PTQ_RECORD)
     return {name: value for name, value in record.items() if name != BASE_MODEL}
 
 
 def write(stream: Stream, folder: Path, method: str, quantize_layer: QuantizeLayer) -> None:
-    """Write the weight files of the model that the stream flows through, and their index, into ``folder``."""
+    """Write the weight files of the stream's model, and their index, into ``folder``."""
     count = len(stream.layers)
     bar = progress.bar(range(count), desc=method, unit="layer")
     for number in bar:
@@ -88,7 +89,7 @@ def write(stream: Stream, folder: Path, method: str, quantize_layer: QuantizeLay
 
 
 def _save_layer(grids_path: Path, path: Path, prefix: str, weights: Weights, grids: dict[str, Grid]) -> None:
-    """The grids first: a layer whose weight file is there is finished."""
+    """Save a layer, grids first: a layer whose weight file exists is finished."""
     if grids:
         save_grids({prefix + name: grid for name, grid in grids.items()}, grids_path)
     save_tensors({prefix + name: weight for name, weight in weights.items()}, path)
@@ -104,7 +105,7 @@ def _write_index(folder: Path, count: int) -> None:
 
 
 def _merge_grids(folder: Path, count: int) -> None:
-    """One file for all layers; the single ones go only when it is there."""
+    """Merge the layers' grids into one file; the single files are deleted only after it is written."""
     files = [_grids_file(number) for number in range(count)]
     grids = {name: grid for file in files for name, grid in load_grids(folder, file).items()}
     if grids and not (folder / GRIDS_FILE).exists():
@@ -114,7 +115,7 @@ def _merge_grids(folder: Path, count: int) -> None:
 
 
 def _weight_file(folder: Path, number: int, count: int) -> Path:
-    """Of layer ``number``; ``count`` is what comes outside the layers."""
+    """Return the path of layer ``number``'s weight file; number ``count`` is that of the weights outside the layers."""
     return folder / f"model-{number + 1:05d}-of-{count + 1:05d}.safetensors"
 
 

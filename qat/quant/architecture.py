@@ -1,4 +1,4 @@
-"""Architectures: where in a model of transformers its decoder layers are, and what their modules are for.
+"""Architectures: where the decoder layers of a transformers model are, and the roles of their modules.
 
 No other file knows a layer's name. A new architecture is one description and one line in ``ARCHITECTURES``; a plug-in
 adds it with ``ARCHITECTURES.add(model_type, Architecture(...))``.
@@ -17,7 +17,7 @@ from qat.runtime.table import Table
 
 class Smoothed(NamedTuple):
     """A tensor whose channels can be scaled: the module that computes them, linearly in its output channels, and the
-    Linear layers that read them. SmoothQuant divides there and multiplies here."""
+    Linear layers that read them. SmoothQuant divides the former and multiplies the latter."""
 
     producer: str
     readers: tuple[str, ...]
@@ -82,22 +82,22 @@ class Architecture:
     head: str = "lm_head"
 
     def prefix(self, number: int) -> str:
-        """What the names of decoder layer ``number``'s weights begin with."""
+        """Return the prefix of the names of decoder layer ``number``'s weights."""
         return f"{self.layers}.{number}."
 
     def pattern(self, name: str) -> str:
-        """The full name of a decoder layer's module ``name``, with "{}" in the place of the layer's number."""
+        """Return the full name of a decoder layer's module ``name``, with "{}" in place of the layer's number."""
         return f"{self.layers}.{{}}.{name}"
 
     def in_full(self, name: str) -> str:
-        """The model's name for what its base model, saved alone, calls ``name``."""
+        """Return the model's name for the weight that its base model, when saved alone, calls ``name``."""
         base, _, layers = self.layers.rpartition(".")
         inside = (layers, *(place.removeprefix(f"{base}.") for place in (self.embedding, self.norm)))
         return f"{base}.{name}" if name.startswith(tuple(f"{place}." for place in inside)) else name
 
 
 def llama_like(block: Block, **differences: Any) -> Architecture:
-    """Of an architecture whose layers are ``block``, but for the given fields."""
+    """Return an architecture whose layers are ``block``, with LLaMA's names elsewhere, but for the given fields."""
     inputs = block.queries, block.keys, block.values
     return Architecture(
         shared_inputs=(inputs, (block.out,), (block.gate, block.up), (block.down,)),
@@ -122,51 +122,51 @@ ARCHITECTURES: Table[Architecture] = Table(
         Block(head_norms=("self_attn.q_norm", "self_attn.k_norm")), gguf="qwen3", sliding_window="layer_types"
     ),
 )
-"""By transformers' ``model_type``."""
+"""Architectures by transformers' ``model_type``."""
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
-    """The description of a config's model; raises UserError if there is none."""
+    """Return the description of a config's model; raise UserError if there is none."""
     return ARCHITECTURES[config.model_type]
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers of a model, in order."""
+    """Return the decoder layers of a model, in order."""
     layers = model.get_submodule(architecture_of(model.config).layers)
     assert isinstance(layers, nn.ModuleList)
     return layers
 
 
 def attentions(model: PreTrainedModel) -> Iterator[nn.Module]:
-    """The module of each decoder layer that attends."""
+    """Yield the attention module of each decoder layer."""
     name = architecture_of(model.config).attention
     return (layer.get_submodule(name) for layer in decoder_layers(model))
 
 
 def input_embedding(model: PreTrainedModel) -> nn.Module:
-    """What turns token ids into the first decoder layer's input."""
+    """Return the module that turns token ids into the first decoder layer's input."""
     return model.get_submodule(architecture_of(model.config).embedding)
 
 
 def output_layer(model: PreTrainedModel) -> nn.Linear:
-    """What turns final hidden states into logits."""
+    """Return the layer that turns final hidden states into logits."""
     head = model.get_submodule(architecture_of(model.config).head)
     assert isinstance(head, nn.Linear)
     return head
 
 
 def rotation(model: PreTrainedModel) -> nn.Module:
-    """What holds the RoPE frequencies, and gives each position's cosines and sines."""
+    """Return the module that holds the RoPE frequencies, and computes each position's cosines and sines."""
     return model.get_submodule(architecture_of(model.config).rotation)
 
 
 def new_rotation(model: PreTrainedModel) -> nn.Module:
-    """``rotation`` as the model's config says, in fp32 on the CPU."""
+    """Make ``rotation`` anew from the model's config, in fp32 on the CPU."""
     return type(rotation(model))(model.config)
 
 
 def quantizable_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """The layers of a model that ``prepare`` quantizes, by name."""
+    """Return the layers of a model that ``prepare`` quantizes, by name."""
     architecture = architecture_of(model.config)
     names = [
         architecture.prefix(number) + name
@@ -178,13 +178,13 @@ def quantizable_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
 
 
 def kept_linears(model: PreTrainedModel) -> list[str]:
-    """The names of the Linear layers that stay in full precision, whatever the settings."""
+    """Return the names of the Linear layers that stay in full precision, whatever the settings."""
     quantizable = quantizable_linears(model)
     return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in quantizable]
 
 
 def linear_in(module: nn.Module, name: str) -> nn.Linear:
-    """The Linear layer ``name`` of a module; raises UserError if there is none: the description is wrong."""
+    """Return the Linear layer ``name`` of a module; raise UserError if there is none: the description is wrong."""
     try:
         found = module.get_submodule(name)
     except AttributeError:
@@ -198,12 +198,12 @@ def linear_in(module: nn.Module, name: str) -> nn.Linear:
 
 
 def head_dim(config: PretrainedConfig) -> int:
-    """The numbers in one attention head."""
+    """Return the size of one attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def windowed_layers(config: PretrainedConfig) -> list[bool]:
-    """Of each decoder layer, whether it attends to the last ``config.sliding_window`` tokens alone."""
+    """Return, for each decoder layer, whether it attends only to the last ``config.sliding_window`` tokens."""
     kind = architecture_of(config).sliding_window
     if kind == "layer_types":
         return [layer_type == "sliding_attention" for layer_type in config.layer_types]

@@ -15,21 +15,21 @@ from qat.runtime.files import read_json, write_atomically, writing
 from qat.runtime.table import check_choices, choice
 
 CONFIG_FILE = "quant_config.json"
-"""Lies beside the weights of every quantized model directory."""
+"""Name of the file beside the weights of every quantized model directory."""
 
 FORMAT_VERSION = 1
-"""Of the files of a student or an export. Files of the first versions do not say it."""
+"""Version of the files of a student or an export. Files of the first versions do not state it."""
 
 _VERSION = "format_version"
 
 GRIDS_FILE = "weight_grids.safetensors"
-"""Beside it too, where the weights lie on a grid that their own largest values do not give: GPTQ's."""
+"""Name of a file beside the weights if they lie on a grid that their own largest values do not give: GPTQ's."""
 
 _GRIDS = "weight_grids"
-"""The entry of ``quant_config.json`` that names it."""
+"""The entry of ``quant_config.json`` that names the grids' file."""
 
 _PER_LAYER = ("w_bits", "a_bits", "kv_bits", "w_quantizer", "a_quantizer", "kv_quantizer", "w_group_size")
-"""What an override can set."""
+"""The settings that an override can change."""
 
 _SITES = {"post_rope": "what a cache stores", "pre_rope": "the paper's released code"}
 _GRANULARITIES = {"token_head": "one scale per token and KV head", "token": "one per token (the paper)"}
@@ -76,7 +76,7 @@ class QuantConfig:
         check_choices(self)
         if (
             not isinstance(self.w_group_size, int) or self.w_group_size < 0 or self.w_group_size % 2
-        ):  # two 4-bit codes lie in a byte
+        ):  # two 4-bit codes share a byte
             raise UserError(f"w_group_size={self.w_group_size!r} is invalid: choose 0, or 32, 64, 128.")
         if self.kv_rotation == "hadamard" and self.kv_site == "pre_rope":
             raise UserError(
@@ -97,7 +97,7 @@ class QuantConfig:
             )
 
     def of_layer(self, number: int, layers: int, module: str) -> "QuantConfig":
-        """The settings of a module in decoder layer ``number`` of ``layers``, with its overrides.
+        """Return the settings of a module in decoder layer ``number`` of ``layers``, with its overrides.
 
         Args:
             module: its full name, with "{}" in the place of the layer's number
@@ -109,7 +109,7 @@ class QuantConfig:
         return replace(self, overrides={}, **changes) if self.overrides else self
 
     def __str__(self) -> str:
-        """The field's short form, W-A-KV: 4-8-4."""
+        """Return the field's short form, W-A-KV: 4-8-4."""
         return f"{self.w_bits}-{self.a_bits}-{self.kv_bits}"
 
     @property
@@ -125,7 +125,7 @@ class QuantConfig:
         return Format(self.kv_bits, self.kv_quantizer)
 
     def everywhere(self, **changes: Any) -> "QuantConfig":
-        """These settings with ``changes`` in all layers, whatever their overrides say."""
+        """Return these settings with ``changes`` in all layers, whatever their overrides."""
         kept = {
             pattern: {name: value for name, value in override.items() if name not in changes}
             for pattern, override in self.overrides.items()
@@ -133,12 +133,12 @@ class QuantConfig:
         return replace(self, **changes, overrides={pattern: override for pattern, override in kept.items() if override})
 
     def record(self) -> dict[str, Any]:
-        """What is written down of the settings: ``overrides`` where there are any, as earlier versions had none."""
+        """Return the settings to record: ``overrides`` only if there are any, as earlier versions had none."""
         return {name: value for name, value in asdict(self).items() if name != "overrides" or value}
 
     @staticmethod
     def among(settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The record of a QuantConfig in the settings of a run; raises KeyError if one is missing."""
+        """Return the record of a QuantConfig from the settings of a run; raise KeyError if one is missing."""
         return {
             one.name: settings[one.name]
             for one in fields(QuantConfig)
@@ -146,7 +146,7 @@ class QuantConfig:
         }
 
     def save(self, directory: Path) -> None:
-        """Write ``quant_config.json``, which also says whether there are grids beside it."""
+        """Write ``quant_config.json``, including whether there are grids beside it."""
         grids = {_GRIDS: GRIDS_FILE} if (directory / GRIDS_FILE).is_file() else {}
         with writing(directory):
             content = self.record() | grids | {_VERSION: FORMAT_VERSION}
@@ -154,7 +154,7 @@ class QuantConfig:
 
     @classmethod
     def load(cls, directory: Path) -> "QuantConfig":
-        """Read ``quant_config.json``; raises UserError if it names grids that are missing."""
+        """Read ``quant_config.json``; raise UserError if it names grids that are missing."""
         values = read_json(directory / CONFIG_FILE)
         if (version := values.pop(_VERSION, 1)) != FORMAT_VERSION:
             raise UserError(
@@ -169,7 +169,8 @@ class QuantConfig:
 
     @classmethod
     def of(cls, values: dict[str, Any], path: Path) -> "QuantConfig":
-        """The settings that the file at ``path`` holds; raises UserError if it was damaged, or of another version."""
+        """Build the settings from the content of the file at ``path``; raise UserError if it is damaged, or of another
+        version."""
         kinds = {one.name: dict if one.default is MISSING else type(one.default) for one in fields(cls)}
         if unknown := values.keys() - kinds:
             raise UserError(f"{path} has unknown settings {sorted(unknown)}: it was written by another version.")
@@ -180,5 +181,6 @@ class QuantConfig:
 
 
 def matches(pattern: str, number: int, layers: int, module: str) -> bool:
-    """Whether an override's pattern matches a module of decoder layer ``number``; see ``QuantConfig.of_layer``."""
+    """Return whether an override's pattern matches a module of decoder layer ``number``; see
+    ``QuantConfig.of_layer``."""
     return any(fnmatchcase(module.format(place), pattern) for place in (number, number - layers))

@@ -20,5 +20,5 @@ def run(
 
 
 def predicting(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """The final hidden states of ``run``."""
+    """Run ``model`` over one sequence; return the final hidden states of ``run``."""
     return run(model, input_ids)[0]

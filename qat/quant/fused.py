@@ -1,7 +1,7 @@
-"""Fusing small tensor functions into one pass over memory, where a compiler is there to do it.
+"""Fusing small tensor functions into one pass over memory, where a compiler is available.
 
-``torch.compile`` needs a C++ compiler on CPUs and Triton on GPUs. Where either is missing, or
-``TORCHDYNAMO_DISABLE=1`` says so, the same functions run eagerly: slower, with the same bits.
+``torch.compile`` needs a C++ compiler on CPUs and Triton on GPUs. Where either is missing, or with
+``TORCHDYNAMO_DISABLE=1``, the same functions run eagerly: slower, with the same bits.
 """
 
 import functools
@@ -24,21 +24,21 @@ _VARIANTS = 64
 
 
 def fused(function: F) -> F:
-    """``function`` of tensors [rows, ...], compiled at its first call; as it is, where nothing compiles."""
+    """Return ``function`` of tensors [rows, ...], compiled at its first call; unchanged, if it cannot be compiled."""
     compiled: Callable | None = None
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
         nonlocal compiled
-        if len(args[0]) < 2:  # one row would be compiled as a case of its own
+        if len(args[0]) < 2:  # one row would be compiled as a special case
             return function(*args)
         if not compiles(args[0].device.type):
             return function(*args)
         if compiled is None:
-            # Dtypes, strides and modes make variants, more than the eight after which torch would give up for good.
+            # Dtypes, strides and modes make variants, more than the eight after which torch would give up permanently.
             torch._dynamo.config.recompile_limit = _VARIANTS
             compiled = torch.compile(function, dynamic=True, options=options())
-        with torch.no_grad():  # none of these is differentiated, and its mode would make two variants of each
+        with torch.no_grad():  # none of these is differentiated, and the grad mode would make two variants of each
             return compiled(*args)
 
     return call  # type: ignore[return-value]
@@ -46,7 +46,7 @@ def fused(function: F) -> F:
 
 @functools.cache
 def compiles(device: str) -> bool:
-    """Whether ``torch.compile`` works here for tensors of a device type, with the options that ``fused`` gives it:
+    """Return whether ``torch.compile`` works here for tensors of a device type, with the options that ``fused`` passes:
     tried once, with a tiny function."""
     if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         return False
@@ -55,7 +55,7 @@ def compiles(device: str) -> bool:
             raise RuntimeError(f"this torch, {torch.__version__}, has no option for exact division")
         x = torch.ones(8, device=device)
         torch.compile(lambda x: (x / (x + 1)).sin(), dynamic=True, options=options())(x)
-    except Exception as error:  # whatever is missing or broken, training continues without it
+    except Exception as error:  # whatever is missing or broken, training continues eagerly
         reason = str(error).strip().splitlines()
         _logger.warning(
             "torch.compile does not work here on %s (%s): quantizers run eagerly.", device, reason[0] if reason else "?"
@@ -66,6 +66,6 @@ def compiles(device: str) -> bool:
 
 @functools.cache
 def options() -> dict[str, str | int | bool | Callable]:
-    """What ``torch.compile`` is given, so that divisions are rounded correctly."""
+    """Return the options for ``torch.compile`` that make divisions correctly rounded."""
     known = torch._inductor.list_options()
     return {name: True for name in _DIVISION if name in known}

@@ -28,7 +28,7 @@ ATTENTION = "qat_sdpa"
 
 
 class KVQuantizer:
-    """The KV format of one attention layer."""
+    """The KV quantization of one attention layer."""
 
     def __init__(self, form: Format, granularity: str, rotation: str):
         self.form, self.granularity, self.rotation = form, granularity, rotation
@@ -44,18 +44,18 @@ class KVQuantizer:
         return fake_quantize(x.unflatten(-1, (-1, head_dim)), self.form).flatten(-2)
 
     def groups(self, x: Tensor) -> Tensor:
-        """[batch, kv_heads, tokens, head_dim] -> the same with what shares a scale in the last dimension:
+        """Rearrange [batch, kv_heads, tokens, head_dim] so that the numbers sharing a scale form the last dimension:
         for ``token`` [batch, 1, tokens, kv_heads * head_dim]."""
         return x if self.granularity == "token_head" else x.transpose(1, 2).flatten(2)[:, None]
 
     def split(self, groups: Tensor, kv_heads: int) -> Tensor:
-        """The inverse of ``groups``."""
+        """Undo ``groups``."""
         return (
             groups if self.granularity == "token_head" else groups[:, 0].unflatten(-1, (kv_heads, -1)).transpose(1, 2)
         )
 
     def rotate(self, x: Tensor) -> Tensor:
-        """Queries, keys, values or attention outputs [..., head_dim]; rotating twice changes nothing."""
+        """Rotate queries, keys, values or attention outputs [..., head_dim]; rotating twice changes nothing."""
         return x if self.rotation == "none" else x @ hadamard_matrix(x.shape[-1], x.device, x.dtype)
 
 
@@ -71,7 +71,8 @@ class AttentionRecord:
 
 
 def attend(model: PreTrainedModel) -> None:
-    """Let ``model`` attend by ``quantized_attention``. Its mask goes with it, or it would be dropped."""
+    """Make ``model`` attend by ``quantized_attention``. The mask function is registered under the same name, or the
+    mask would be dropped."""
     AttentionInterface.register(ATTENTION, quantized_attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     model.set_attn_implementation(ATTENTION)
@@ -104,7 +105,7 @@ def quantized_attention(
 
 
 def mark_stored(x: Tensor) -> Tensor:
-    """Say of keys or values that they come from an IntegerCache; transformers hands them on as they are."""
+    """Mark keys or values as coming from an IntegerCache; transformers passes the tensor objects on unchanged."""
     x.stored_on_grid = True  # type: ignore[attr-defined]
     return x
 
@@ -114,9 +115,9 @@ def is_stored(x: Tensor) -> bool:
 
 
 @cache
-@torch.inference_mode(False)  # it is kept: what evaluation builds must serve training too
+@torch.inference_mode(False)  # it is cached: a matrix built in evaluation must serve training too
 def hadamard_matrix(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Sylvester's Hadamard matrix over sqrt(size): symmetric and orthogonal; size is a power of two."""
+    """Return Sylvester's Hadamard matrix over sqrt(size): symmetric and orthogonal; size is a power of two."""
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])

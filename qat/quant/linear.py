@@ -1,12 +1,12 @@
-"""QuantLinear: a Linear that keeps its Parameter and quantizes it, and its input, on the way.
+"""QuantLinear: a Linear that keeps its Parameter and quantizes it, and its input, in each call.
 
-The class of an existing ``nn.Linear`` is swapped (``QuantLinear.convert``), so names, Parameters and
-state dicts stay what they were, and DeepSpeed ZeRO-3 partitions the layer like any other. No
-dequantized weight outlives the call: backward quantizes the Parameter again, on the grid that forward found,
-which ZeRO-3 has gathered again anyway. What a layer saves is its input's int8 codes, and scales.
+The class of an existing ``nn.Linear`` is swapped (``QuantLinear.convert``), so names, Parameters and state dicts stay
+what they were, and DeepSpeed ZeRO-3 partitions the layer like any other. No dequantized weight outlives the call:
+backward quantizes the Parameter again, on the grid that forward found, which ZeRO-3 has gathered again anyway. A layer
+saves only its input's int8 codes, and scales.
 
-Where the formats allow it (``multiplies_codes``) forward multiplies the codes and scales their sum, which is the same
-in training, evaluation and serving; elsewhere it multiplies the values, in the dtype of the input.
+Where the formats allow it (``multiplies_codes``) forward multiplies the codes and scales their sum, with the same
+result in training, evaluation and serving; elsewhere it multiplies the values, in the dtype of the input.
 """
 
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ from qat.quant.products import matmul, matmul_codes
 from qat.quant.quantizers.base import Grid
 
 ARITHMETIC = "products of codes"
-"""What the numbers of a quantized model come from. It is recorded with runs and results, and changes where the same
-settings would give other numbers."""
+"""The arithmetic of quantized models. It is recorded with runs and results, and changes whenever the same settings
+would give other numbers."""
 
 
 class InputQuantizer:
@@ -47,7 +47,7 @@ class InputQuantizer:
 
 
 class SharedInput:
-    """A quantized activation [..., n], and its values for those who multiply in floats."""
+    """A quantized activation [..., n], and its values for layers that multiply in floats."""
 
     def __init__(self, quantized: Quantized, dtype: torch.dtype):
         self.quantized, self.dtype = quantized, dtype
@@ -61,8 +61,8 @@ class SharedInput:
 
 @dataclass
 class _LastInput:
-    """What was quantized last. It is known by its memory, not by its tensor object: DeepSpeed's hooks give each
-    layer a view of its own. Held here, the memory cannot become another tensor's meanwhile."""
+    """The most recent result. It is identified by its input's memory, not by the tensor object: DeepSpeed's hooks give
+    each layer a view of its own. Holding the input here keeps its memory from being reused for another tensor."""
 
     source: Tensor
     version: int
@@ -79,7 +79,7 @@ class _LastInput:
 
 
 def _version(x: Tensor) -> int:
-    """Counts the in-place changes to x; inference tensors do not count them."""
+    """Return the count of in-place changes to x; inference tensors have none."""
     return 0 if x.is_inference() else x._version
 
 
@@ -106,7 +106,8 @@ class QuantLinear(nn.Linear):
 
     @classmethod
     def convert(cls, linear: nn.Linear, weight: Format, inputs: Format, shared: InputQuantizer | None) -> "QuantLinear":
-        """Turn ``linear`` into a QuantLinear in place; ``shared`` quantizes its input with its siblings'."""
+        """Turn ``linear`` into a QuantLinear in place; ``shared`` quantizes its input together with that of its
+        siblings."""
         linear.__class__ = cls
         assert isinstance(linear, cls)
         linear.weight_format, linear.input_format = weight, inputs
@@ -122,7 +123,7 @@ class QuantLinear(nn.Linear):
         return _QuantLinear.apply(x, self.weight, self.bias, self, shared)
 
     def quantize_input(self, x: Tensor) -> tuple[Tensor, "SharedInput | None"]:
-        """x rounded by a learned quantizer, or x and its codes, or x as it is."""
+        """Return x rounded by a learned quantizer, or x and its codes, or x unchanged."""
         learned = self.input_format.learned
         if learned is not None and self.input_step is not None:
             x = learned.fake_quantize(x, self.input_step, self.input_format.qmax)
@@ -130,20 +131,20 @@ class QuantLinear(nn.Linear):
 
     @property
     def multiplies_codes(self) -> bool:
-        """Whether forward multiplies codes: both are integers with one scale per row and no zero point, so that the
-        scales come out of the sum."""
+        """Return whether forward multiplies codes: weight and input are integers with one scale per row and no zero
+        point, so that the scales can be factored out of the sum."""
         return can_multiply_codes(self.weight_format, self.input_format)
 
     @torch.no_grad()
     def freeze(self, grid: Grid | None = None) -> None:
-        """Quantize the weight once and for all: for evaluation; on ``grid``, if one is given."""
+        """Quantize the weight permanently, for evaluation; on ``grid``, if one is given."""
         if self.weight_format.quantizes:
             quantized = quantize(self.weight, self.weight_format, grid)
             self.weight.copy_(dequantize(quantized, self.weight.dtype))
             self.hold(quantized)
 
     def hold(self, weight: Quantized) -> None:
-        """From now on the weight is these integers, whose values the Parameter has."""
+        """Use these integers as the weight from now on; the Parameter has their values."""
         self.frozen = True
         if self.multiplies_codes:
             self.codes, self.scale_bits = weight.codes, weight.grid.scale.view(torch.int32)
@@ -155,7 +156,7 @@ class QuantLinear(nn.Linear):
             self.register_buffer(buffer, None, persistent=False)
 
     def integers(self) -> Quantized:
-        """The weight as integers, of a layer that multiplies codes."""
+        """Return the weight as integers; only for a layer that multiplies codes."""
         if self.codes is not None and self.scale_bits is not None:
             return Quantized(self.codes, Grid(self.scale_bits.view(torch.float32)))
         return quantize(self.weight, self.weight_format)
@@ -165,7 +166,7 @@ class QuantLinear(nn.Linear):
 
 
 def can_multiply_codes(weight: Format, inputs: Format) -> bool:
-    """See ``QuantLinear.multiplies_codes``."""
+    """Return whether a layer with these formats multiplies codes; see ``QuantLinear.multiplies_codes``."""
     if not weight.quantizes or not inputs.quantizes:
         return False
     whole_rows = weight.group_size == 0 and inputs.group_size == 0
@@ -218,10 +219,10 @@ class _QuantLinear(torch.autograd.Function):
 
 
 def _rounds(layer: QuantLinear) -> bool:
-    """Whether the Parameter's values are to be rounded."""
+    """Return whether the Parameter's values must be rounded at each call."""
     return layer.weight_format.quantizes and not layer.frozen
 
 
 def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
-    """The quantized layers of a prepared model, by name."""
+    """Return the quantized layers of a prepared model, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}

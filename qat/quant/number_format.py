@@ -24,7 +24,7 @@ FULL_PRECISION = 16
 
 @dataclass(frozen=True)
 class Format:
-    """A number format: bits, quantizer (by name), and elements of a group (0: the whole last dimension)."""
+    """A number format: bits, quantizer (by name), and elements of a group (0: the complete last dimension)."""
 
     bits: int
     quantizer: str = "minmax"
@@ -36,12 +36,12 @@ class Format:
 
     @property
     def qmax(self) -> int:
-        """The largest code."""
+        """Return the largest code."""
         return 2 ** (self.bits - 1) - 1
 
     @property
     def by(self) -> Quantizer:
-        """The quantizer itself."""
+        """Return the quantizer itself."""
         return QUANTIZERS[self.quantizer]
 
     @property
@@ -50,12 +50,12 @@ class Format:
 
     @property
     def clips(self) -> bool:
-        """Whether values beyond the last codes are cut off, and get no gradient."""
+        """Return whether values beyond the last codes are cut off, and get no gradient."""
         return self.by.clips
 
     @property
     def learned(self) -> LearnedQuantizer | None:
-        """The quantizer, if it learns its grid."""
+        """Return the quantizer if it learns its grid, else None."""
         return self.by if self.quantizes and isinstance(self.by, LearnedQuantizer) else None
 
 
@@ -67,12 +67,12 @@ class Quantized(NamedTuple):
 
 
 def grid_of(x: Tensor, form: Format) -> Grid:
-    """The grid that ``form`` lays over x [..., n]; NaN where x has one."""
+    """Return the grid that ``form`` lays over x [..., n]; NaN where x has one."""
     return _unrow(form.by.grid(_rows(x, form), form.qmax), x, form)
 
 
 def quantize(x: Tensor, form: Format, grid: Grid | None = None) -> Quantized:
-    """x [..., n] -> int8 codes and grid; on the ``grid`` given, if one is."""
+    """Quantize x [..., n] to int8 codes and their grid; on ``grid``, if it is given."""
     rows = _rows(x, form)
     if grid is None and form.by.is_exact:
         codes, scale, zero_point = _fused_quantize(rows, form.by, form.qmax)
@@ -84,14 +84,15 @@ def quantize(x: Tensor, form: Format, grid: Grid | None = None) -> Quantized:
 
 
 def dequantize(quantized: Quantized, dtype: torch.dtype) -> Tensor:
-    """Codes and grid -> values [..., n] of ``dtype``."""
+    """Return the values [..., n], of ``dtype``, of codes on a grid."""
     codes, (scale, _) = quantized
     rows = codes.reshape(-1, codes.shape[-1] // scale.shape[-1])
     return _fused_dequantize(rows, *_rowed(quantized.grid), dtype).view(codes.shape)
 
 
 def round_to_grid(x: Tensor, form: Format, grid: Grid | None = None) -> tuple[Tensor, Grid]:
-    """``dequantize(quantize(x))`` in one pass and without a gradient: values of x's dtype [..., n], and their grid."""
+    """Compute ``dequantize(quantize(x))`` in one pass and without a gradient: values of x's dtype [..., n], and their
+    grid."""
     rows = _rows(x, form)
     if grid is None and form.by.is_exact:
         values, scale, zero_point = _fused_round(rows, form.by, form.qmax)
@@ -103,14 +104,14 @@ def round_to_grid(x: Tensor, form: Format, grid: Grid | None = None) -> tuple[Te
 
 
 def fake_quantize(x: Tensor, form: Format) -> Tensor:
-    """x rounded to its grid, with the straight-through gradient; 16 bits: x itself."""
+    """Round x to its grid, with the straight-through gradient; with 16 bits return x itself."""
     if not form.quantizes:
         return x
     return _StraightThrough.apply(x, form)
 
 
 def inside(x: Tensor, form: Format, grid: Grid) -> Tensor:
-    """True where x [..., n] was not clipped: where the gradient passes."""
+    """Return True where x [..., n] was not clipped: where the gradient passes."""
     return form.by.inside(_rows(x, form), _rowed(grid), form.qmax).view(x.shape)
 
 
@@ -123,13 +124,13 @@ def _rows(x: Tensor, form: Format) -> Tensor:
 
 
 def _unrow(grid: Grid, x: Tensor, form: Format) -> Grid:
-    """[rows, 1] -> [..., groups]."""
+    """Reshape the grid's parts from [rows, 1] to [..., groups]."""
     shape = (*x.shape[:-1], x.shape[-1] // form.group_size if form.group_size else 1)
     return grid.map(lambda part: part.view(shape))
 
 
 def _rowed(grid: Grid) -> Grid:
-    """[..., groups] -> [rows, 1]."""
+    """Reshape the grid's parts from [..., groups] to [rows, 1]."""
     return grid.map(lambda part: part.reshape(-1, 1))
 
 

@@ -15,14 +15,14 @@ from qat.runtime.errors import UserError
 _log = logging.getLogger(__name__)
 
 _PREPARED = "_prepared_with"
-"""Attribute of a prepared model: its QuantConfig."""
+"""Name of the attribute that holds a prepared model's QuantConfig."""
 
 
 def prepare(model: PreTrainedModel, config: QuantConfig) -> PreTrainedModel:
-    """Quantize ``model`` in place as ``config`` says; with 16-16-16 nothing is touched.
+    """Quantize ``model`` in place as ``config`` specifies; with 16-16-16 nothing is changed.
 
-    Raises UserError for an architecture that is not described, or whose KV cache cannot be quantized so, and for a
-    model that is prepared already.
+    Raises UserError for an architecture that is not described, or whose KV cache cannot be quantized this way, and for
+    a model that is prepared already.
     """
     check_supported(model)
     if hasattr(model, _PREPARED):
@@ -46,14 +46,14 @@ def prepare(model: PreTrainedModel, config: QuantConfig) -> PreTrainedModel:
 
 
 def prepared_with(model: PreTrainedModel) -> QuantConfig:
-    """The config that ``prepare`` was given for ``model``; raises UserError if it is not prepared."""
+    """Return the config that ``prepare`` was given for ``model``; raise UserError if it is not prepared."""
     if not hasattr(model, _PREPARED):
         raise UserError("The model is not quantized: call qat.prepare(model, qat.QuantConfig(...)) first.")
     return getattr(model, _PREPARED)
 
 
 def layer_settings(model: PreTrainedModel, config: QuantConfig) -> dict[str, QuantConfig]:
-    """The settings, with overrides, of each Linear layer that ``prepare`` knows, by its name."""
+    """Return the settings, with overrides, of each Linear layer that ``prepare`` quantizes, by its name."""
     architecture, layers = architecture_of(model.config), len(decoder_layers(model))
     return {
         architecture.pattern(name).format(number): config.of_layer(number, layers, architecture.pattern(name))
@@ -72,7 +72,7 @@ def initialise_steps(model: nn.Module, steps: dict[str, Tensor]) -> None:
 
 
 def freeze(model: nn.Module) -> None:
-    """Quantize every weight once and for all: for evaluation, never for training."""
+    """Quantize every weight permanently: for evaluation, never for training."""
     for linear in quant_linears(model).values():
         linear.freeze()
 

@@ -5,9 +5,9 @@ of rows,
 
     y = (codes_x @ codes_w.T) * scale_x * scale_w
 
-with the sum in exact integers, rounded to fp32 once, then scaled in fp32: what inference engines compute. Which
-instructions make the sum does not show in it, so the fastest that are exact here may be taken. An int32 holds the sum
-up to 133,144 features.
+with the sum in exact integers, rounded to fp32 once, then scaled in fp32, as inference engines do. The result does not
+depend on which instructions compute the sum, so the fastest that are exact here are used. An int32 holds the sum up to
+133,144 features.
 
 Products of fp32 matrices on CPUs go to oneDNN, not to torch's own choice, MKL: on AMD processors with AVX-512 MKL runs
 its AVX2 code, at less than half the speed.
@@ -29,24 +29,26 @@ from qat.runtime.machine import has_onednn
 _logger = logging.getLogger(__name__)
 
 _TEST_SIZE = {"cpu": 512, "cuda": 4096}
-"""Rows, columns and outputs of the products that are timed: on a GPU smaller ones measure how long a launch takes."""
+"""Rows, columns and outputs of the products that are timed: on a GPU smaller ones would measure the time of a
+launch."""
 
 _ROWS = 32
-"""Integer products on GPUs want more than 16 rows, and whole tiles are faster: rows are filled up to multiples."""
+"""Integer products on GPUs need more than 16 rows, and full tiles are faster: rows are padded to multiples of this."""
 
 _FEATURES = 8
-"""They want multiples of 8 columns and outputs, too."""
+"""They also need multiples of 8 columns and outputs."""
 
 _EXACT_IN_FP32 = 2**24 // 127**2
-"""Columns over which a sum of products of 8-bit codes stays below 2^24, and so exact in fp32, in any order."""
+"""Number of columns over which a sum of products of 8-bit codes stays below 2^24, and so exact in fp32, in any
+order."""
 
 IntegerProduct = Callable[[Tensor, Tensor], Tensor]
-"""Codes [rows, in] and weight codes [out, in], both int8 -> their exact product [rows, out], in int32 or, rounded
+"""Maps codes [rows, in] and weight codes [out, in], both int8, to their exact product [rows, out], in int32 or, rounded
 once from it, in fp32."""
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a [rows, inner] @ b [inner, columns], without a gradient; either may be a transposed view."""
+    """Compute a [rows, inner] @ b [inner, columns], without a gradient; either may be a transposed view."""
     if a.device.type == "cpu" and a.dtype == torch.float32 and has_onednn():
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
     return a @ b
@@ -63,7 +65,7 @@ class Linear(nn.Linear):
 
 
 def speed_up(model: nn.Module) -> None:
-    """Let the plain Linear layers of a model that only runs forward use ``matmul``."""
+    """Make the plain Linear layers of a model that only runs forward use ``matmul``."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = Linear
@@ -72,7 +74,7 @@ def speed_up(model: nn.Module) -> None:
 def matmul_codes(
     x: Quantized, weight: Quantized, weight_qmax: int, dtype: torch.dtype, product: IntegerProduct | None = None
 ) -> Tensor:
-    """x [..., in], one scale per row, times weight [out, in], one scale per row -> [..., out] of ``dtype``.
+    """Multiply x [..., in], one scale per row, by weight [out, in], one scale per row; return [..., out] of ``dtype``.
 
     Args:
         x, weight: symmetric
@@ -86,7 +88,8 @@ def matmul_codes(
 
 
 def int_mm(codes: Tensor, weight: Tensor) -> Tensor:
-    """An IntegerProduct on GPUs, and on CPUs that multiply bytes (VNNI); elsewhere a plain loop."""
+    """Multiply codes, as an IntegerProduct, on GPUs and on CPUs that multiply bytes (VNNI); elsewhere it is a plain
+    loop."""
     if codes.device.type == "cpu":
         return torch._int_mm(codes, weight.t())
     rows, columns = codes.shape
@@ -96,11 +99,11 @@ def int_mm(codes: Tensor, weight: Tensor) -> Tensor:
 
 
 def qlinear(codes: Tensor, weight: Tensor) -> Tensor:
-    """An IntegerProduct on CPUs, of inputs shifted to be unsigned.
+    """Multiply codes, as an IntegerProduct, on CPUs, with inputs shifted to be unsigned.
 
     Without VNNI it adds pairs of products in 16 bits: exact up to 255 * 2 * 64, hence for weights of 7 bits at most.
     """
-    packed = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)  # it would not heed other strides
+    packed = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)  # it ignores other strides
     unsigned = codes.bitwise_xor(-128).view(torch.uint8)  # code + 128
     ones, zeros = torch.ones(len(weight)), torch.zeros(len(weight), dtype=torch.int64)
     return torch.ops.onednn.qlinear_pointwise(
@@ -109,7 +112,8 @@ def qlinear(codes: Tensor, weight: Tensor) -> Tensor:
 
 
 def float_blocks(codes: Tensor, weight: Tensor) -> Tensor:
-    """An IntegerProduct everywhere: of fp32 matrices, over so many columns at a time that no sum is rounded."""
+    """Multiply codes, as an IntegerProduct, anywhere: as fp32 matrices, over so few columns at a time that no sum is
+    rounded."""
     total = torch.zeros((), dtype=torch.int32, device=codes.device)
     for some, of_weight in zip(codes.split(_EXACT_IN_FP32, 1), weight.split(_EXACT_IN_FP32, 1), strict=True):
         total = total + matmul(some.float(), of_weight.float().t()).int()
@@ -121,8 +125,8 @@ INTEGER_PRODUCTS = (int_mm, qlinear, float_blocks)
 
 @functools.cache
 def integer_product(device: torch.device, qmax: int) -> IntegerProduct:
-    """The fastest product that is exact on ``device`` for weight codes up to ``qmax``. All that are exact give the same
-    numbers, so it does no harm that another run may choose another one."""
+    """Return the fastest product that is exact on ``device`` for weight codes up to ``qmax``. All exact products give
+    the same numbers, so it does no harm if another run chooses another one."""
     codes, weight = _test_codes(device, qmax)
     exact = [product for product in INTEGER_PRODUCTS if is_exact(product, device, qmax)]
     product = min(exact, key=lambda product: _seconds(lambda: product(codes, weight), device))
@@ -131,8 +135,8 @@ def integer_product(device: torch.device, qmax: int) -> IntegerProduct:
 
 
 def is_exact(product: IntegerProduct, device: torch.device, qmax: int) -> bool:
-    """Whether a product is there, and exact, for weight codes up to ``qmax``. The worst case is the one that saturates
-    where a processor adds pairs in 16 bits."""
+    """Return whether a product is available, and exact, for weight codes up to ``qmax``. The worst case is the one that
+    saturates on processors that add pairs in 16 bits."""
     codes, weight = _test_codes(device, qmax)
     largest, heaviest = torch.full_like(codes, 127), torch.full_like(weight, qmax)
     cases = ((largest, heaviest), (largest, -heaviest), (codes, heaviest), (largest, weight), (codes, weight))
@@ -141,12 +145,12 @@ def is_exact(product: IntegerProduct, device: torch.device, qmax: int) -> bool:
     every = (*cases, *some_rows, *strided)
     try:
         return all(torch.equal(product(a, b).double(), a.double() @ b.double().t()) for a, b in every)
-    except (AttributeError, NotImplementedError, RuntimeError):  # there is no such operator here
+    except (AttributeError, NotImplementedError, RuntimeError):  # the operator is not available here
         return False
 
 
 def _test_codes(device: torch.device, qmax: int) -> tuple[Tensor, Tensor]:
-    """Codes of inputs and of weights, [size, size] each."""
+    """Return codes of inputs and of weights, [size, size] each."""
     generator = torch.Generator().manual_seed(0)
     shape = (_TEST_SIZE[device.type], _TEST_SIZE[device.type])
     codes = torch.randint(-127, 128, shape, generator=generator)
@@ -155,7 +159,7 @@ def _test_codes(device: torch.device, qmax: int) -> tuple[Tensor, Tensor]:
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """The shortest of several runs: what else the machine does must not count."""
+    """Return the shortest of several runs, in seconds, so that other load on the machine does not count."""
     best = float("inf")
     for _ in range(10):
         began = time.perf_counter()

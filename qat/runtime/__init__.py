@@ -1,1 +1,1 @@
-"""What everything stands on: errors, files, ranks, devices, signals."""
+"""The foundation of the other packages: errors, files, ranks, devices, signals."""

@@ -1,6 +1,6 @@
-"""Checksums of files: ``NAME.crc32`` beside the file NAME says which name, size and CRC-32 it has.
+"""Checksums of files: ``NAME.crc32`` beside the file NAME holds its name, size and CRC-32.
 
-The checksum is written first, and then NAME appears: it is never there without one. Each file has its own, so that
+The checksum is written first, and then NAME appears: it never exists without one. Each file has its own, so that
 processes that write several files of a folder need not know each other. Files of earlier versions have none.
 """
 
@@ -17,7 +17,7 @@ _BLOCK = 1 << 24
 
 @contextmanager
 def appearing_with_checksum(path: Path) -> Iterator[Path]:
-    """``files.appearing``, of a file that gets a checksum."""
+    """Write a file as ``files.appearing`` does, and its checksum."""
     with appearing(path) as partial:
         yield partial
         entry = {"file": path.name, "bytes": partial.stat().st_size, "crc32": checksum(partial)}
@@ -26,7 +26,7 @@ def appearing_with_checksum(path: Path) -> Iterator[Path]:
 
 
 def damage(path: Path) -> str:
-    """What is wrong with the file ``path``, by its checksum; empty if nothing is, or it has none."""
+    """Describe the damage of the file ``path`` by its checksum; return "" if there is none, or no checksum."""
     try:
         entry = json.loads(_beside(path).read_text())
         name, size, expected = entry["file"], entry["bytes"], entry["crc32"]
@@ -44,7 +44,7 @@ def damage(path: Path) -> str:
 
 
 def checksum(path: Path) -> str:
-    """CRC-32: it finds accidents, at several times the speed of SHA-256."""
+    """Compute the CRC-32 of a file: it detects accidents, at several times the speed of SHA-256."""
     crc = 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK):

@@ -1,30 +1,30 @@
-"""The one exception that users are meant to see, and what many of its messages share."""
+"""The one exception that users are meant to see, and helpers for its messages."""
 
 from collections.abc import Iterable
 from typing import Any
 
 
 class UserError(ValueError):
-    """A wrong input. The message says what was given, what is allowed and what to change.
+    """An invalid input. The message states what was given, what is allowed and what to change.
 
     The entry points in ``launch/`` print the message alone, without a traceback.
     """
 
 
 def first_line(error: Exception) -> str:
-    """What an exception of a library says, in one line."""
+    """Return the first line of an exception's message; its type if the message is empty."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def in_one_line(error: Exception) -> str:
-    """What an exception of a library says that spreads it over some lines; of what sort it is, where that says
-    little."""
+    """Return an exception's message, which may have several lines, as one line; with the exception's type if the
+    message is a single word or empty."""
     said = " ".join(str(error).split())
     return said if " " in said else f"{type(error).__name__} {said}".strip()
 
 
 def check_choice(settings: object, **choices: Iterable[str]) -> None:
-    """Raise UserError if a field of ``settings`` has none of the values that ``choices`` allows it."""
+    """Raise UserError if a field of ``settings`` has a value that is not among its ``choices``."""
     for name, allowed in choices.items():
         given = getattr(settings, name)
         if given not in allowed:
@@ -32,7 +32,7 @@ def check_choice(settings: object, **choices: Iterable[str]) -> None:
 
 
 def check_least(settings: object, **least: float) -> None:
-    """Raise UserError if a field of ``settings`` is below the number that ``least`` allows it."""
+    """Raise UserError if a field of ``settings`` is below its minimum in ``least``."""
     for name, allowed in least.items():
         given = getattr(settings, name)
         if given < allowed:
@@ -47,7 +47,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def _dotted(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of all sections, by their dotted names."""
+    """Return the settings of all sections, by their dotted names."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, dict):

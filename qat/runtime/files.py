@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and folders that one process works in."""
+"""Files that appear complete or not at all, and folders that one process works in."""
 
 import errno
 import fcntl
@@ -17,21 +17,21 @@ from torch import Tensor
 from qat.runtime.errors import UserError, in_one_line
 
 _MISUSE = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
-"""What Python raises where a value is not what it should be."""
+"""Exceptions that Python raises when a value is not what it should be."""
 
 LOCK = "lock"
-"""The file by which a folder is locked."""
+"""Name of the file by which a folder is locked."""
 
 _UNFINISHED = "unfinished"
-"""The file by which a folder that is being written is known."""
+"""Name of the file that marks a folder that is being written."""
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-"""What a file system without locks answers."""
+"""Error numbers of a file system without locks."""
 
 
 @contextmanager
 def writing(place: Path) -> Iterator[None]:
-    """Within it, files are written at ``place``; raises UserError where they cannot be."""
+    """Raise UserError if files cannot be written at ``place`` in this context."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -43,7 +43,7 @@ def writing(place: Path) -> Iterator[None]:
 
 @contextmanager
 def utf8(path: Path) -> Iterator[IO[str]]:
-    """The text file at ``path``; raises UserError, which names the line, where it is not UTF-8."""
+    """Open the text file at ``path``; raise UserError, which names the line, if it is not UTF-8."""
     try:
         with path.open(encoding="utf-8") as stream:
             yield stream
@@ -54,7 +54,7 @@ def utf8(path: Path) -> Iterator[IO[str]]:
 
 
 def _undecodable(path: Path) -> int:
-    """The number of the first line that is not UTF-8."""
+    """Return the number of the first line that is not UTF-8."""
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             try:
@@ -66,11 +66,11 @@ def _undecodable(path: Path) -> int:
 
 @contextmanager
 def appearing(path: Path, suffix: str = ".partial") -> Iterator[Path]:
-    """A new, empty file beside ``path`` to write; at the end it is flushed to the disk, and takes that name: a reader,
-    or a kill, never meets half a file.
+    """Yield a new, empty file beside ``path`` to write; at the end, flush it to the disk and rename it to ``path``: a
+    reader never sees half a file, and a kill never leaves one.
 
-    What a kill left under the partial name is deleted, and a symbolic link that lies there is not followed. Only one
-    process at a time may write ``path``, or each needs a ``suffix`` of its own. Nothing is left where writing fails.
+    What a kill left under the partial name is deleted, and a symbolic link there is not followed. Only one process at a
+    time may write ``path``, or each needs a ``suffix`` of its own. If writing fails, nothing is left.
     """
     partial = path.with_name(path.name + suffix)
     partial.unlink(missing_ok=True)
@@ -86,18 +86,18 @@ def appearing(path: Path, suffix: str = ".partial") -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file that appears whole, also where other processes write it."""
+    """Write a file that appears complete, even if other processes write it too."""
     with appearing(path, f".partial-{os.getpid()}") as partial:
         partial.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def partial_of(folder: Path) -> Path:
-    """The folder that becomes ``folder`` when it is whole."""
+    """Return the folder that becomes ``folder`` when it is complete."""
     return folder.with_name(folder.name + ".partial")
 
 
 def check_partial(folder: Path, mark: str = _UNFINISHED) -> None:
-    """Raise UserError if something else than an unfinished ``folder``, with the file ``mark``, lies in its place."""
+    """Raise UserError if something other than an unfinished ``folder``, with the file ``mark``, is in its place."""
     partial = partial_of(folder)
     is_folder = partial.is_dir() and not partial.is_symlink()
     held = {path.name for path in partial.iterdir()} - {LOCK} if is_folder else set()
@@ -110,7 +110,7 @@ def check_partial(folder: Path, mark: str = _UNFINISHED) -> None:
 
 @contextmanager
 def appearing_folder(folder: Path, record: str = "") -> Iterator[Path]:
-    """A folder beside ``folder`` to write, locked against other processes; at the end it takes that name.
+    """Yield a folder beside ``folder`` to write, locked against other processes; at the end, rename it to ``folder``.
 
     Raises UserError if another process is at work in it, or something else lies in its place.
 
@@ -146,7 +146,8 @@ def _empty(partial: Path) -> None:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file that appears whole, open to whom the umask allows; safetensors keeps it for its owner.
+    """Write a safetensors file that appears complete, with the permissions of the umask; safetensors makes it private
+    to its owner.
 
     Raises UserError where it cannot be written.
     """
@@ -157,15 +158,15 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; raises UserError if it is damaged."""
+    """Read the tensors of a safetensors file; raise UserError if it is damaged."""
     with using(path):
         return load_file(path)
 
 
 @contextmanager
 def using(path: Path) -> Iterator[None]:
-    """Within it, what the file at ``path`` says is used; raises UserError, which names it, if it says something else
-    than what it is for."""
+    """Raise UserError, which names the file at ``path``, if its content turns out to be invalid when it is used in this
+    context."""
     try:
         yield
     except (*_MISUSE, SafetensorError) as error:
@@ -174,7 +175,7 @@ def using(path: Path) -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; raises UserError if it is damaged."""
+    """Read the JSON object in a file; raise UserError if it is damaged."""
     with using(path):
         content = json.loads(path.read_text())
         if not isinstance(content, dict):
@@ -183,7 +184,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[Any]:
-    """The values of a file with one JSON value a line; a last line that a kill left unfinished is left out.
+    """Read a file with one JSON value per line; an unfinished last line, left by a kill, is dropped.
 
     Raises UserError if the file is damaged.
     """
@@ -192,7 +193,7 @@ def read_lines(path: Path) -> list[Any]:
 
 
 def lock(directory: Path) -> None:
-    """Keep other processes out of ``directory`` until this one ends, however it ends.
+    """Keep other processes out of ``directory`` until this one ends, for whatever reason.
 
     Raises UserError if another one is in it.
     """
@@ -201,7 +202,7 @@ def lock(directory: Path) -> None:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Within it, ``directory`` is locked; raises UserError if another process is in it."""
+    """Lock ``directory`` in this context; raise UserError if another process is in it."""
     handle = open_lock(directory)
     try:
         _lock(directory, handle)
@@ -211,7 +212,7 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def wait_until_free(directory: Path) -> None:
-    """Return when no other process has locked ``directory``; say so if that takes waiting."""
+    """Wait until no other process has locked ``directory``; print a message if that takes time."""
     handle = open_lock(directory)
     with locking(directory):
         try:
@@ -223,8 +224,8 @@ def wait_until_free(directory: Path) -> None:
 
 
 def open_lock(directory: Path) -> int:
-    """A descriptor of the folder's lock file, which is made with it; it closes with the process, and frees what it
-    locks."""
+    """Return a descriptor of the folder's lock file, and make both if they do not exist; it closes with the process,
+    and its locks are released."""
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         return os.open(directory / LOCK, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o666)
@@ -232,7 +233,7 @@ def open_lock(directory: Path) -> int:
 
 @contextmanager
 def locking(directory: Path) -> Iterator[None]:
-    """Within it, a file of ``directory`` is locked; raises UserError where the file system cannot."""
+    """Raise UserError if the file system cannot lock a file of ``directory`` in this context."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
-"""The launcher above a rank: when it is gone, the rank stops as if told to.
+"""The launcher above a rank: when it has ended, the rank stops as if told to.
 
-``deepspeed`` starts a process that starts the ranks. Killed, it leaves these behind, and they would go on unseen, with
-the folder locked. Only launchers count: what a launcher was started by (a shell, nohup, sbatch) may end before it.
+``deepspeed`` starts a process that starts the ranks. If it is killed, these would otherwise continue unseen, with the
+folder locked. Only launchers count: the process that started a launcher (a shell, nohup, sbatch) may end before it.
 """
 
 import os
@@ -23,21 +23,21 @@ _PROGRAMS = {
 
 
 def stop_without_it() -> None:
-    """Send this process a SIGTERM once one of the launchers above it has gone; without a launcher, do nothing."""
+    """Send this process a SIGTERM once one of the launchers above it has ended; without a launcher, do nothing."""
     if started_by := above():
         threading.Thread(target=_wait, args=(started_by,), name="watch of the launcher", daemon=True).start()
 
 
 def above() -> list[int]:
-    """The process ids of the launchers that this process descends from, nearest first."""
+    """Return the process ids of the launchers that this process descends from, nearest first."""
     try:
         return [process.pid for process in psutil.Process().parents() if _is_launcher(process.cmdline())]
-    except psutil.NoSuchProcess:  # one ended meanwhile: whatever is above it is not above us any more
+    except psutil.NoSuchProcess:  # one has just ended: the processes above it are no longer above this one
         return []
 
 
 def _is_launcher(command: list[str]) -> bool:
-    """Whether it is ``python [-u] [-m] LAUNCHER ...``."""
+    """Return whether the command is ``python [-u] [-m] LAUNCHER ...``."""
     program = next((part for part in command[1:] if not part.startswith("-")), "")
     return Path(program).name in _PROGRAMS and "python" in Path(command[0]).name
 

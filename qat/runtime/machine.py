@@ -1,4 +1,4 @@
-"""The hardware: this process's GPU, and what figures are of."""
+"""The hardware: this process's GPU, and a description of the machine for measured figures."""
 
 import functools
 import os
@@ -9,8 +9,9 @@ import torch
 
 
 def take_gpu() -> None:
-    """Make this process's GPU, if there is one, the current device: the one of its local rank; where the launcher shows
-    each process its own alone (srun --gpus-per-task=1), that, and so that DeepSpeed and transformers find it, too."""
+    """Make this process's GPU, if there is one, the current device: the one of its local rank; if the launcher shows
+    each process only its own (srun --gpus-per-task=1), that one, and set LOCAL_RANK so that DeepSpeed and transformers
+    find it too."""
     if not torch.cuda.is_available():
         return
     if torch.cuda.device_count() == 1:
@@ -19,39 +20,41 @@ def take_gpu() -> None:
 
 
 def device() -> torch.device:
-    """This process's GPU, if there is one."""
+    """Return this process's GPU, if there is one, else the CPU."""
     take_gpu()
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 @functools.cache
 def has_onednn() -> bool:
-    """Whether this torch has oneDNN's product of fp32 matrices, and what lays a weight out for it."""
+    """Return whether this torch has oneDNN's product of fp32 matrices, and the operator that lays a weight out for
+    it."""
     operators = ("_linear_pointwise", "_reorder_linear_weight")
     return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in operators)
 
 
 def local_ranks() -> int:
-    """How many ranks the launcher started on this node, as torchrun and deepspeed say; else, in all."""
+    """Return the number of ranks that the launcher (torchrun or deepspeed) reports for this node; else, of all
+    ranks."""
     names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
     return int(next((os.environ[name] for name in names if name in os.environ), "1"))
 
 
 def be_deterministic() -> None:
-    """Let torch take algorithms that give the same bits every time.
+    """Make torch use algorithms that give the same bits every time.
 
     On GPUs, attention's backward pass adds with atomics otherwise. Flash attention has another way; cuDNN's attention,
     which torch prefers on some GPUs, has none that torch would take.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # Not what finds reads of new memory: filling it takes a pass over each tensor.
+    # Do not fill new memory, which would only reveal reads of it: filling takes a pass over each tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def machine() -> str:
-    """Processor or GPU, cores, memory, threads."""
+    """Describe processor or GPU, cores, memory and threads."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     cores = len(os.sched_getaffinity(0))
     host = f"{_processor()}, {cores} cores, {memory:.0f} GiB, {torch.get_num_threads()} threads"
@@ -74,5 +77,5 @@ def place(model: torch.nn.Module) -> None:
 
 
 def inference_dtype() -> torch.dtype:
-    """bf16 on a GPU; fp32 on a CPU, where it is faster."""
+    """Return bf16 on a GPU; fp32 on a CPU, where it is faster."""
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32

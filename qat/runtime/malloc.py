@@ -1,4 +1,4 @@
-"""Making a CPU rank fast."""
+"""Settings of the C library's allocator that make a CPU rank fast."""
 
 import ctypes
 import os

@@ -1,4 +1,4 @@
-"""The memory of a rank's device: what there is, a warning where a plan needs more, and what was held at most."""
+"""The memory of a rank's device: its size, a warning if a plan needs more, and the peak that was held."""
 
 import logging
 import os
@@ -17,36 +17,37 @@ _logger = logging.getLogger(__name__)
 
 
 def of_rank() -> float:
-    """Bytes that this rank may hold: all of its GPU's; without a GPU, its share of what is available on the host."""
+    """Return the bytes that this rank may hold: all of its GPU's; without a GPU, its share of the host's available
+    memory."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(device()).total_memory
     return of_host() / local_ranks()
 
 
 def of_host() -> float:
-    """Bytes that are available on this host."""
+    """Return the bytes that are available on this host."""
     return psutil.virtual_memory().available
 
 
 def peak() -> int:
-    """Bytes that this process has held at most: on its GPU, or, without one, resident on the host."""
+    """Return the most bytes that this process has held: on its GPU, or, without one, resident on the host."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def planned_peak(needs: Mapping[str, float]) -> float:
-    """What ``peak`` should come to by a plan's ``needs``: torch does not count a GPU's CUDA context."""
+    """Return the ``peak`` expected from a plan's ``needs``: torch does not count a GPU's CUDA context."""
     return sum(needs.values()) - (needs["process"] if torch.cuda.is_available() else 0.0)
 
 
 def beside_plan(needs: Mapping[str, float]) -> str:
-    """A line that says what was held at most, and what was planned."""
+    """Return a line with the memory that was held at most, and what was planned."""
     return f"peak memory of a rank: {peak() / 1e9:.2f} GB, {planned_peak(needs) / 1e9:.2f} GB planned"
 
 
 def check_rank(work: str, needs: Mapping[str, float], advice: str) -> None:
-    """Warn if a plan needs more of each rank's device than there is. It does not refuse: plans are estimates.
+    """Warn if a plan needs more of each rank's device than there is. This is not an error: plans are estimates.
 
     Args:
         work: what was planned
@@ -74,10 +75,10 @@ def _check(work: str, place: str, needs: Mapping[str, float], there: float, advi
 
 
 def let_segments_grow() -> None:
-    """Let the caching allocator enlarge the segments of GPU memory that it has, instead of reserving others: sequences
-    of many lengths would leave pieces that fit nothing.
+    """Let the caching allocator enlarge its segments of GPU memory instead of reserving new ones: sequences of many
+    lengths would otherwise leave pieces that fit nothing.
 
-    To be called before CUDA is first used, when torch reads the variable. A user's own setting is left alone.
+    Call it before CUDA is first used, when torch reads the variable. A user's own setting is left alone.
     """
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name, which torch looks at first
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name, which torch reads first
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

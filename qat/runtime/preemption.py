@@ -6,13 +6,13 @@ from collections.abc import Callable
 from types import FrameType
 
 RESUMABLE_EXIT = 85
-"""Exit code of a run that was told to stop, has saved, and can go on."""
+"""Exit code of a run that was told to stop, has saved, and can resume."""
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopSignal:
-    """Remembers whether this rank was told to stop: by SIGTERM, by Ctrl-C, by SLURM's SIGUSR1, or by SIGHUP, when its
+    """Records whether this rank was told to stop: by SIGTERM, by Ctrl-C, by SLURM's SIGUSR1, or by SIGHUP, when its
     terminal is lost (with an ssh connection)."""
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class StopSignal:
 
 
 def handle_signals(handler: Callable[[], None]) -> None:
-    """Call ``handler`` when this process is told to stop. A SIGHUP that is ignored stays so: nohup is for going on."""
+    """Call ``handler`` when this process is told to stop. An ignored SIGHUP stays ignored: nohup asks to continue."""
     terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -37,7 +37,7 @@ def handle_signals(handler: Callable[[], None]) -> None:
 
 
 def _mute_lost(terminals: list[int]) -> None:
-    """Let what is printed to a terminal that is lost go nowhere: it would be an error, and end the run unsaved."""
+    """Discard what is printed to a lost terminal: it would raise an error, and end the run unsaved."""
     for descriptor in terminals:
         if not os.isatty(descriptor):
             nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -1,4 +1,4 @@
-"""Progress bars: redrawn on a terminal, a line now and then in a log file."""
+"""Progress bars: redrawn on a terminal, an occasional line in a log file."""
 
 import logging
 import sys
@@ -8,14 +8,14 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 _SECONDS = 60.0
-"""Between two lines of a log file."""
+"""Seconds between two lines of a log file."""
 
 
 def bar(steps: Iterable[Any] | None = None, **how: Any) -> tqdm:
-    """tqdm's bar on standard error, given what tqdm takes.
+    """Return a tqdm bar on standard error; ``how`` are tqdm's arguments.
 
-    Set its postfix with ``refresh=False``: the next update shows it, if it is time for one. There is one bar at a time,
-    in one place: tqdm itself would put it below another one that is still open.
+    Set its postfix with ``refresh=False``: the next due update shows it. There is one bar at a time, in one place: tqdm
+    itself would put it below another one that is still open.
     """
     how["position"] = 0
     if sys.stderr.isatty():
@@ -24,14 +24,14 @@ def bar(steps: Iterable[Any] | None = None, **how: Any) -> tqdm:
 
 
 class LogHandler(logging.Handler):
-    """Writes what is logged to standard error, above the bar and not into its line."""
+    """Writes log messages to standard error, above the bar and not into its line."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
 
 
 class _Lines:
-    """A stream that turns what is redrawn into lines."""
+    """A stream that turns redrawn text into lines."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream

@@ -1,9 +1,9 @@
 """Ranks that work together: how they find each other, wait for one another, and learn that one has died or hangs.
 
-A collective waits for the slowest rank, gives up after a fixed time, and does not say for whom it has waited. So
-wherever ranks come from long work that they do not do alike, they meet first by polling the store (``meet``). And each
-announces what it does (``announce``, ``doing``, ``progress``) to the threads of qat.runtime.watch, which end the run
-if one dies or hangs. Announcing costs microseconds. With one rank all of this does nothing.
+A collective waits for the slowest rank, gives up after a fixed time, and does not report which rank it waited for. So
+wherever ranks come from long work that differs between them, they first meet by polling the store (``meet``). And each
+announces its work (``announce``, ``doing``, ``progress``) to the threads of qat.runtime.watch, which end the run if one
+dies or hangs. Announcing costs microseconds. With one rank all of this does nothing.
 """
 
 import atexit
@@ -27,19 +27,19 @@ from qat.runtime.errors import UserError
 from qat.runtime.watch import FirstRank, OtherRank, Sign, Watch
 
 TIMEOUT = timedelta(hours=2)
-"""Of collectives. The last resort: what hangs is found before."""
+"""Timeout of collectives. The last resort: a hang is found earlier."""
 
 LONG = TIMEOUT.total_seconds()
 """Seconds that reading or writing a model may take."""
 
 PATIENCE = "QAT_PATIENCE"
-"""Environment variable: seconds that a rank may go without getting on, or without a sign of life."""
+"""Environment variable: seconds that a rank may go without progress, or without a sign of life."""
 
 _PATIENCE = 180.0
 _FIRST_TIME = 10
-"""Times the patience: for what a rank does for the first time, when it may compile."""
+"""Factor on the patience for work that a rank does for the first time, when it may compile."""
 _SLOWEST = 5
-"""Times the longest that the same work has taken, where that is more than the patience."""
+"""Factor on the longest time that the same work has taken, if the result exceeds the patience."""
 _JOINING = timedelta(minutes=10)
 _OURS = tuple(str(Path(__file__).parents[2] / package) + os.sep for package in ("qat", "launch", "datagen"))
 _INNERMOST = 4
@@ -63,7 +63,7 @@ def join(rank: int, size: int, group: str = "all") -> None:
     patience = _patience(os.environ.get(PATIENCE, str(_PATIENCE)))
     try:
         meeting = dist.PrefixStore(f"ranks-{group}", next(iter(dist.rendezvous("env://", timeout=_JOINING)))[0])
-        if meeting.add(f"rank {rank}", 1) > 1:  # this is the store of another run, which has such a rank
+        if meeting.add(f"rank {rank}", 1) > 1:  # this store belongs to another run, which has a rank of this number
             raise _port_in_use()
         _self = _Self(size, meeting, patience)
         _watch = _watching(_self, rank, size)
@@ -79,56 +79,57 @@ def join(rank: int, size: int, group: str = "all") -> None:
 
 
 def announce(what: str, step: int | None = None) -> None:
-    """Say what this rank does from now on. All ranks of a group must announce the same, in the same order.
+    """Announce the work that this rank does from now on. All ranks of a group must announce the same, in the same
+    order.
 
-    What it may take: the patience, or 5 times the longest that it has taken, and 10 times the patience when it is done
-    for the first time.
+    The time it may take: the patience, or 5 times the longest that it has taken, and 10 times the patience when it is
+    done for the first time.
 
     Args:
         what: in the same words whenever it is the same work
-        step: of training, from 1; that of what is announced later, too
+        step: of training, from 1; later announcements belong to it too
     """
     if _self is not None:
         _self.announce(what, step)
 
 
 def progress() -> None:
-    """Say that this rank has got on with what it does; the ranks need not do so equally often."""
+    """Report that this rank has made progress with its work; the ranks need not do so equally often."""
     if _self is not None:
         _self.go_on(_self.phase)
 
 
 @contextmanager
 def doing(what: str, patience: float = LONG) -> Iterator[None]:
-    """Within it, this rank does what not all ranks need to do, and what may take ``patience`` seconds."""
+    """Announce, for this context, work that not all ranks need to do, and that may take ``patience`` seconds."""
     if _self is None:
         yield
         return
     before = _self.phase
     _self.go_on(_Phase(what, patience))
     yield
-    _self.go_on(before)  # not after an error, which ends the run: then the last line says where it came from
+    _self.go_on(before)  # not after an error, which ends the run: the last line then names this work
 
 
 def meet(what: str) -> None:
-    """Return when all ranks have come here. None of them waits in a collective for another's work.
+    """Wait until all ranks have reached this point. None of them waits in a collective for another's work.
 
     Args:
         what: what has happened then
     """
     if _self is not None:
         _self.meet(what)
-    # Short, as all have come. The first rank, whose process may hold the store, must not end while others poll it.
+    # Short, as all ranks are here. The first rank, whose process may hold the store, must not end while others poll it.
     dist.barrier()
 
 
 def are_watched() -> bool:
-    """Whether there are other ranks, which must be told when this one fails."""
+    """Return whether there are other ranks, which must be told when this one fails."""
     return _watch is not None and not _watch.over
 
 
 def fail(message: str, code: int) -> tuple[str, int]:
-    """See ``Watch.fail``; only where ``are_watched``."""
+    """Report a failure to all ranks, see ``Watch.fail``; only if ``are_watched``."""
     assert _watch is not None
     return _watch.fail(message, code)
 
@@ -140,13 +141,13 @@ class _Phase(NamedTuple):
 
 
 class _Self:
-    """What this rank does. Its main thread changes it, the watching thread reads it."""
+    """This rank's current work. Its main thread changes it, the watching thread reads it."""
 
     store: dist.Store
 
     def __init__(self, size: int, meeting: dist.Store, patience: float):
         self.patience, self.phase = patience, _Phase("starting")
-        self.meeting = meeting  # kept: the first rank's may be what serves the others
+        self.meeting = meeting  # kept alive: the first rank's may serve the others
         self._size = size
         self._rank, self._host = int(os.environ["RANK"]), socket.gethostname()
         self._step: int | None = None
@@ -161,10 +162,10 @@ class _Self:
 
     def go_on(self, phase: _Phase) -> None:
         now, what = time.monotonic(), self.phase.what
-        # The first time, which may have taken a compilation, does not count.
+        # The first time does not count, as it may have included a compilation.
         self._longest[what] = max(self._longest[what], now - self._began) if what in self._longest else 0.0
         self._began = now
-        self._beat += 1  # before the phase: or, to the other thread, what took so long would seem to be the new one
+        self._beat += 1  # before the phase: or the other thread would blame the new phase for the time
         self.phase = phase
 
     def meet(self, what: str) -> None:
@@ -193,8 +194,8 @@ _watch: Watch | None = None
 
 
 def _watching(own: _Self, rank: int, size: int) -> Watch:
-    """This rank's thread; gives ``own`` its store. Both lead to the first rank, whose ports go through the meeting's
-    store: that one may be torchrun's, and end with it."""
+    """Return this rank's watching thread; give ``own`` its store. Both connect to the first rank, whose ports are
+    exchanged through the meeting's store: that store may be torchrun's, and end with it."""
     tick, number = min(1.0, own.patience / 10), int(os.environ["RANK"])
     if rank == 0:
         others = [Sign(number + other, "host unknown", "starting", own.patience) for other in range(1, size)]
@@ -210,7 +211,8 @@ def _watching(own: _Self, rank: int, size: int) -> Watch:
 
 
 def _own_address() -> str:
-    """The address at which others find this host; empty on MASTER_ADDR's, which they know by that."""
+    """Return the address at which other hosts reach this one; empty on the host of MASTER_ADDR, which they know by
+    that."""
     family, kind, _, _, master = socket.getaddrinfo(os.environ["MASTER_ADDR"], 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
         probe.connect(master)  # sends nothing
@@ -237,7 +239,7 @@ def _patience(given: str) -> float:
 
 
 def _whereabouts(frame: FrameType | None) -> tuple[str, bool]:
-    """Of a thread: the line of our code that it is in, and whether it is in a collective."""
+    """Return the line of our code that a thread is in, and whether it is in a collective."""
     in_collective, depth = False, 0
     while frame is not None:
         file, function = frame.f_code.co_filename, frame.f_code.co_name

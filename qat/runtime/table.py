@@ -1,4 +1,4 @@
-"""Tables: the things of one kind, by the name that a setting gives. A new thing is one file and one line in a table."""
+"""Tables: objects of one kind, by the name that a setting gives. A new object is one file and one line in a table."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class Table(Mapping[str, T], Generic[T]):
-    """The things of one kind, in the order in which they were added.
+    """The objects of one kind, in the order in which they were added.
 
     Args:
         kind: what they are, for messages: "loss", "quantizer"
@@ -22,14 +22,14 @@ class Table(Mapping[str, T], Generic[T]):
         self._things = dict(things)
 
     def add(self, name: str, thing: T) -> T:
-        """Add ``thing`` as ``name``; raises ValueError if there is another one of that name."""
+        """Add ``thing`` as ``name``; raise ValueError if another object has that name."""
         if self._things.get(name, thing) is not thing:
             raise ValueError(f"There is a {self.kind} {name!r} already.")
         self._things[name] = thing
         return thing
 
     def those(self, wanted: Callable[[T], bool]) -> "Table[T]":
-        """A table of the things that are ``wanted``."""
+        """Return a table of the objects for which ``wanted`` is true."""
         return Table(self.kind, **{name: thing for name, thing in self.items() if wanted(thing)})
 
     def __getitem__(self, name: str) -> T:
@@ -50,7 +50,7 @@ class Table(Mapping[str, T], Generic[T]):
 
 
 def choice(default: str, choices: Callable[[], Mapping[str, Any]]) -> Any:
-    """A dataclass field with the choices of a table, which may grow after its class was made.
+    """Return a dataclass field with the choices of a table, which may grow after its class was made.
 
     ``check_choices`` refuses other values, and the commands' ``--help`` lists each choice with its ``meaning``.
     """
@@ -58,14 +58,14 @@ def choice(default: str, choices: Callable[[], Mapping[str, Any]]) -> Any:
 
 
 def choices_of(kind: type) -> dict[str, Mapping[str, Any]]:
-    """The choices of a dataclass's fields made by ``choice``."""
+    """Return the choices of a dataclass's fields made by ``choice``."""
     return {
         field.name: field.metadata["choices"]() for field in dataclasses.fields(kind) if "choices" in field.metadata
     }
 
 
 def check_choices(settings: Any) -> None:
-    """Raise UserError if a field made by ``choice`` has none of its choices."""
+    """Raise UserError if the value of a field made by ``choice`` is not one of its choices."""
     for name, choices in choices_of(type(settings)).items():
         given = getattr(settings, name)
         if given not in choices:

@@ -16,7 +16,7 @@ from qat.store.student_folder import Student
 
 
 class ExportFormat(ABC):
-    """A way to write a student for others. What is not overridden is of a format that holds the weights, codes and
+    """A way to write a student for other engines. The defaults are those of a format that holds the weights, codes and
     scales as trained, and leaves activations and KV cache in full precision.
 
     Attributes:

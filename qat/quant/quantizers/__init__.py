@@ -17,5 +17,5 @@ QUANTIZERS: Table[Quantizer] = Table(
 
 
 def quantizers_of(part: str) -> Table[Quantizer]:
-    """Those that ``part`` can have: "weights", "activations" or "kv"."""
+    """Return the quantizers for ``part``: "weights", "activations" or "kv"."""
     return QUANTIZERS.those(lambda quantizer: part in quantizer.parts)

@@ -1,4 +1,4 @@
-"""What a quantizer is: a grid for each group of values, the codes on it, and the values of the codes.
+"""The interface of a quantizer: a grid for each group of values, the codes on it, and the values of the codes.
 
     scale, zero = grid(group)
     code  = round(x / scale) + zero      half to even, in fp32, whatever the dtype of x
@@ -18,18 +18,19 @@ _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
 class Grid(NamedTuple):
-    """Where the codes lie: fp32 scale [..., groups], and zero point of the same shape where there is one."""
+    """The positions of the codes' values: fp32 scale [..., groups], and zero point of the same shape, if there is
+    one."""
 
     scale: Tensor
     zero_point: Tensor | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Grid":
-        """Both parts, changed alike."""
+        """Return a grid with both parts changed by ``change``."""
         return Grid(change(self.scale), None if self.zero_point is None else change(self.zero_point))
 
 
 class Quantizer:
-    """A way to quantize. A new one says what differs, and is added to ``qat.quant.quantizers.QUANTIZERS``.
+    """A way to quantize. A new one defines what differs, and is added to ``qat.quant.quantizers.QUANTIZERS``.
 
     Attributes:
         meaning: in a few words, for ``--help``
@@ -49,19 +50,19 @@ class Quantizer:
     learned: ClassVar[bool] = False
 
     def grid(self, rows: Tensor, qmax: int) -> Grid:
-        """Grid [groups, 1] of rows [groups, n]."""
+        """Compute the grid [groups, 1] of rows [groups, n]."""
         raise NotImplementedError
 
     def codes(self, rows: Tensor, grid: Grid, qmax: int) -> Tensor:
-        """Codes [groups, n] in fp32. Where nothing is clipped, clamping changes nothing: the largest element has the
-        largest code."""
+        """Compute codes [groups, n] in fp32. Where nothing is clipped, clamping changes nothing: the largest element
+        has the largest code."""
         codes = torch.round(rows.float() / grid.scale)
         if grid.zero_point is None:
             return codes.clamp_(-qmax, qmax)
         return codes.add_(grid.zero_point).clamp_(-qmax - 1, qmax)
 
     def inside(self, rows: Tensor, grid: Grid, qmax: int) -> Tensor:
-        """True [groups, n] where a value was not clipped: where its gradient passes."""
+        """Return True [groups, n] where a value was not clipped: where its gradient passes."""
         if grid.zero_point is None:
             return rows.abs() <= grid.scale * qmax
         low, high = (-qmax - 1 - grid.zero_point) * grid.scale, (qmax - grid.zero_point) * grid.scale
@@ -69,7 +70,7 @@ class Quantizer:
 
 
 def values_of(codes: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
-    """Values [groups, n] of ``dtype`` of codes, which are integers or fp32."""
+    """Return the values [groups, n], of ``dtype``, of codes, which are integers or fp32."""
     if grid.zero_point is not None:
         codes = codes - grid.zero_point
     return (codes * grid.scale).to(dtype)
@@ -84,22 +85,22 @@ class LearnedQuantizer(Quantizer):
     learned = True
 
     def initial(self, x: Tensor, qmax: int) -> Tensor:
-        """The Parameter [size] to start with, from activations x [..., n]; ranks start with the mean of theirs."""
+        """Compute the initial Parameter [size] from activations x [..., n]; ranks start with the mean of theirs."""
         raise NotImplementedError
 
     def fake_quantize(self, x: Tensor, parameter: Tensor, qmax: int) -> Tensor:
-        """x [..., n] rounded to its grid, with gradients for x and for ``parameter``."""
+        """Round x [..., n] to its grid, with gradients for x and for ``parameter``."""
         raise NotImplementedError
 
 
 def usable(scale: Tensor) -> Tensor:
-    """1 in the place of scales that would be denormal (of groups of zeros, above all), hence zero codes: a denormal
-    scale has too few bits left to keep the codes in range. NaN stays NaN."""
+    """Replace by 1 the scales that would be denormal (above all of groups of zeros), hence zero codes: a denormal scale
+    has too few bits left to keep the codes in range. NaN stays NaN."""
     return torch.where(scale < _SMALLEST_SCALE, 1.0, scale)
 
 
 def divided(x: Tensor, number: int) -> Tensor:
-    """fp32 x / number, rounded correctly by whatever computes it. Compilers and GPUs turn a division by a number into
-    a product with its reciprocal; in fp64 the error of that is too small to change the rounding to fp32, as no quotient
-    by an odd number below 2^9 lies nearer than 2^-34 to the middle between two fp32 numbers."""
+    """Compute x / number in fp32, correctly rounded on every device. Compilers and GPUs turn a division by a number
+    into a product with its reciprocal; in fp64 the error of that is too small to change the rounding to fp32, as no
+    quotient by an odd number below 2^9 lies nearer than 2^-34 to the middle between two fp32 numbers."""
     return (x.double() / number).float()

@@ -16,7 +16,7 @@ class LSQ(LearnedQuantizer):
     meaning = "one learned step per layer, clips (the paper's comparison)"
 
     def initial(self, x: Tensor, qmax: int) -> Tensor:
-        """2 mean|x| / sqrt(qmax) (section 2.1 there)."""
+        """Return 2 mean|x| / sqrt(qmax) (section 2.1 there)."""
         return (2 * x.float().abs().mean() / qmax**0.5).view(1)
 
     def fake_quantize(self, x: Tensor, parameter: Tensor, qmax: int) -> Tensor:
@@ -50,7 +50,7 @@ def _round(rows: Tensor, scale: Tensor, quantizer: LSQ, qmax: int) -> Tensor:
 
 @fused
 def _gradients(grad: Tensor, x: Tensor, step: Tensor, qmax: int) -> tuple[Tensor, Tensor]:
-    """Gradient of x, and the step's before it is summed: round(v) - v inside, the largest code outside."""
+    """Compute the gradient of x, and the step's before it is summed: round(v) - v inside, the largest code outside."""
     scaled = x / step
     codes = torch.round(scaled).clamp(-qmax, qmax)
     passes = scaled.abs() <= qmax

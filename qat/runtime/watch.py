@@ -29,18 +29,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 _GRACE = 3.0
-"""Seconds from a rank's error to the end of all ranks. By then the others have said that they have it too, and a death
-that it only follows from has been seen."""
+"""Seconds from a rank's error to the end of all ranks. By then the other ranks with the same error have reported it,
+and a death that caused it has been seen."""
 _GOODBYE = 1.0
 _SAME_CAUSE = 1.0
-"""Seconds from a rank's death to the others' end. What ended it may be on its way to them: the launchers send their
-signal to one rank after the other."""
+"""Seconds from a rank's death to the others' end. The signal that ended it may be on its way to them: the launchers
+send it to one rank after the other."""
 _DEAD_HOST = {"KEEPIDLE": 15, "KEEPINTVL": 15, "KEEPCNT": 4, "USER_TIMEOUT": 75_000}
 
 
 @dataclass(frozen=True)
 class Sign:
-    """What a rank says of itself.
+    """A rank's state as it reports it.
 
     Args:
         rank: its number among all that the launcher started
@@ -90,7 +90,7 @@ def dead(sign: Sign) -> str:
 
 
 def silent(ranks: list[Seen], now: float) -> str | None:
-    """A sentence that names a rank that has not spoken for longer than it may; None if there is none."""
+    """Return a sentence that names a rank that has not reported for longer than it may; None if there is none."""
     for seen in ranks:
         if now - seen.heard > seen.sign.patience:
             return f"error: {seen.sign}: no sign of life for {now - seen.heard:.0f} s; last seen at {seen.sign.what}"
@@ -98,10 +98,11 @@ def silent(ranks: list[Seen], now: float) -> str | None:
 
 
 def hanging(ranks: list[Seen], now: float) -> str | None:
-    """A sentence that names who keeps the others waiting, once that takes too long; None if nobody does.
+    """Return a sentence that names the ranks that keep the others waiting, once that takes too long; None if there are
+    none.
 
-    Only ranks can that have come least far. Of these, one that is outside of a collective keeps those waiting that are
-    inside; if they cannot be told apart by that, all are named.
+    Only the ranks that are furthest behind can be to blame. Of these, one outside of a collective keeps those inside
+    waiting; if that does not tell them apart, all are named.
     """
     least = min(seen.sign.place for seen in ranks)
     last = [seen for seen in ranks if seen.sign.place == least and not seen.sign.waits]
@@ -134,7 +135,7 @@ class Watch(threading.Thread):
         try:
             self._watch()
         except BaseException:
-            self.leave()  # a fault of this thread is none of its rank
+            self.leave()  # a fault of this thread must not end its rank
             raise
 
     def _watch(self) -> None:
@@ -151,16 +152,16 @@ class Watch(threading.Thread):
     def fail(self, message: str, code: int) -> tuple[str, int]:
         """Tell all ranks that this one must end, and why; for the main thread. Returns when all know.
 
-        Returns what this rank has to print, as one rank speaks for all, and its exit code.
+        Returns the text that this rank has to print, as one rank reports for all, and its exit code.
         """
         self._line, self._code, self._failing = message, code, True
         self._report(message, code)
-        self._all_end.wait(_GRACE + 10)  # if the first rank hangs, this one speaks for itself
+        self._all_end.wait(_GRACE + 10)  # if the first rank hangs, this one reports for itself
         self.over = True
         return self._line, self._code
 
     def leave(self) -> None:
-        """Say goodbye, and wait until that is heard: then the end of this process is no death."""
+        """Say goodbye, and wait until that is received: then the end of this process does not count as a death."""
         if self.over:
             return
         self.over = True
@@ -168,7 +169,7 @@ class Watch(threading.Thread):
         self._parted.wait(_GOODBYE)
 
     def _end(self, line: str, code: int) -> None:
-        """End this process, after ``line`` if there is one. The main thread does so itself if it can."""
+        """End this process, after printing ``line`` if there is one. The main thread does so itself if it can."""
         if self.over:
             return
         self.over = True
@@ -182,15 +183,15 @@ class Watch(threading.Thread):
 
     @abstractmethod
     def _read(self, peer: Any) -> None:
-        """Take what has come from another rank."""
+        """Process the messages that another rank has sent."""
 
     @abstractmethod
     def _look(self) -> None:
-        """Judge, once a tick."""
+        """Judge the other ranks, once a tick."""
 
     @abstractmethod
     def _report(self, message: str, code: int) -> None:
-        """Let the first rank know of this one's error."""
+        """Report this rank's error to the first rank."""
 
     @abstractmethod
     def _say_goodbye(self) -> None: ...
@@ -223,7 +224,7 @@ class FirstRank(Watch):
             self._selector.register(connection, selectors.EVENT_READ, _Peer(connection))
             return
         for message in peer.receive():
-            if message.get("token") == self.token:  # whoever scans ports has none
+            if message.get("token") == self.token:  # a port scanner has no token
                 self._hear(peer, message)
         if not peer.closed:
             return
@@ -263,7 +264,8 @@ class FirstRank(Watch):
             self._end_all(found)
 
     def _failure(self) -> tuple[str, int]:
-        """The lowest rank's, which speaks for all; its name is left out if all ranks have failed."""
+        """Return the error of the lowest rank that failed, which stands for all; the rank's name is left out if all
+        have failed."""
         rank = min(self._failures)
         message, code = self._failures[rank]
         if len(self._failures) > len(self._others):
@@ -326,7 +328,7 @@ class OtherRank(Watch):
                 self._end(dead(self._first.sign), 1)
 
     def _look(self) -> None:
-        if self._answered:  # one at a time: who hangs is not sent more than the kernel can hold
+        if self._answered:  # one at a time: a hanging rank is not sent more than the kernel can hold
             self._answered = False
             self._send()
         if found := silent([self._first], self._now):
@@ -358,7 +360,7 @@ class _Peer:
             self.connection.send(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[dict[str, Any]]:
-        """What has come; afterwards ``closed`` says whether that was the last."""
+        """Return the messages that have come; afterwards ``closed`` tells whether they were the last."""
         try:
             while piece := self.connection.recv(1 << 16):
                 self._unread += piece
@@ -370,7 +372,7 @@ class _Peer:
         *lines, self._unread = self._unread.split(b"\n")
         try:
             return [dict(json.loads(line)) for line in lines]
-        except (ValueError, TypeError):  # not one of ours
+        except (ValueError, TypeError):  # not one of our ranks
             self.closed = True
             return []
 

@@ -1,1 +1,1 @@
-"""What lies on disk: model folders, students, and the formats that engines load."""
+"""Files on disk: model folders, students, and the formats that engines load."""

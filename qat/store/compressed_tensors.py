@@ -25,11 +25,11 @@ FLOATS = frozenset({"F32", "F16", "BF16", "F64"})
 """Dtypes of weights that are not quantized."""
 
 Shapes = dict[str, tuple[tuple[int, ...], frozenset[str]]]
-"""Shape, and safetensors' names of the possible dtypes, of tensors by name."""
+"""Shape of each tensor, and safetensors' names of its possible dtypes, by the tensor's name."""
 
 
 class Layout(ABC):
-    """How a weight's codes lie in a file.
+    """The layout of a weight's codes in a file.
 
     Attributes:
         name: what compressed-tensors calls it
@@ -45,11 +45,12 @@ class Layout(ABC):
     engine_a_bits: tuple[int, ...]
 
     def served_a_bits(self, quant: QuantConfig) -> int:
-        """The bits to which an engine rounds activations: those that were trained, or else 8."""
+        """Return the bits to which an engine rounds activations: those that were trained, or else 8."""
         return quant.a_bits if quant.a_bits in (FULL_PRECISION, *self.engine_a_bits) else 8
 
     def quantization_config(self, settings: Mapping[str, QuantConfig], kept: Sequence[str]) -> dict[str, Any]:
-        """What compressed-tensors, hence transformers and vLLM, read in ``config.json``.
+        """Return the ``quantization_config`` that compressed-tensors, hence transformers and vLLM, read in
+        ``config.json``.
 
         Args:
             settings: of each layer, by its name
@@ -99,19 +100,20 @@ class Layout(ABC):
 
     @abstractmethod
     def encode(self, name: str, quantized: Quantized, quant: QuantConfig) -> dict[str, Tensor]:
-        """The tensors that hold the layer ``name``'s weight [out, in]."""
+        """Return the tensors that hold the layer ``name``'s weight [out, in]."""
 
     @abstractmethod
     def shapes(self, name: str, rows: int, columns: int, bits: int) -> Shapes:
-        """Of what ``encode`` gives for a weight [rows, columns] of so many stored bits, but for its scale."""
+        """Return the shapes of ``encode``'s tensors, except the scale, for a weight [rows, columns] of ``bits`` stored
+        bits."""
 
     @abstractmethod
     def join(self, parts: Mapping[str, Tensor], bits: int) -> Quantized:
-        """The inverse of ``encode``; ``parts`` by their suffixes."""
+        """Undo ``encode``; ``parts`` are the tensors by their suffixes."""
 
 
 class _Packed(Layout):
-    """Of 3, 5, 6 and 7 bits in an int32 there are two layouts besides, compressed-tensors' and vLLM's."""
+    """For 3, 5, 6 and 7 bits in an int32 there are two other layouts, compressed-tensors' and vLLM's."""
 
     name = PACKED
     suffixes = "weight_packed", "weight_scale", "weight_shape"
@@ -143,7 +145,7 @@ class _Packed(Layout):
 
 class _Integers(Layout):
     """An int8 has room for all codes, and vLLM's 8-bit kernel for CPUs rounds activations as training does; its 4-bit
-    one does not, and on x86 is a plain loop."""
+    kernel does not, and on x86 is a plain loop."""
 
     name = INTEGERS
     suffixes = "weight", "weight_scale"
@@ -164,8 +166,8 @@ LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in (_Packed(), _
 
 
 def layout(name: str, shape: Sequence[int], config: dict[str, Any]) -> Shapes:
-    """Of what ``encode`` gives for the layer ``name``'s weight [out, in], which may be one that is not quantized;
-    ``config`` is what ``quantization_config`` gave."""
+    """Return the shapes of ``encode``'s tensors for the layer ``name``'s weight [out, in], which may be unquantized;
+    ``config`` is the result of ``quantization_config``."""
     if (settings := _weights_of(name, config)) is None:
         return {f"{name}.weight": (tuple(shape), FLOATS)}
     rows, columns = shape
@@ -174,16 +176,16 @@ def layout(name: str, shape: Sequence[int], config: dict[str, Any]) -> Shapes:
 
 
 def _weights_of(layer: str, config: dict[str, Any]) -> dict[str, Any] | None:
-    """What ``config`` says of a layer's weight; None if it is not quantized."""
+    """Return the settings in ``config`` of a layer's weight; None if it is not quantized."""
     groups = config["config_groups"].values()
     return next((group["weights"] for group in groups if {"Linear", layer} & set(group["targets"])), None)
 
 
 def decode(stored: Iterable[tuple[str, Tensor]], config: dict[str, Any]) -> Iterator[tuple[str, Tensor | Quantized]]:
-    """The inverse of ``encode``, for a whole model, of which nothing may be missing: each weight by its own name; what
-    was not quantized as it is.
+    """Undo ``encode`` for a complete model, of which nothing may be missing: yield each weight by its own name; those
+    that were not quantized unchanged.
 
-    ``config`` is what ``quantization_config`` gave.
+    ``config`` is the result of ``quantization_config``.
     """
     kind = LAYOUTS[config["format"]]
     parts: dict[str, dict[str, Tensor]] = {}

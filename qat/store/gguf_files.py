@@ -1,9 +1,9 @@
 """GGUF: one file that llama.cpp runs.
 
 Its block types store 32 codes and an fp16 scale: Q4_0 holds every symmetric code of 2 to 4 bits, Q5_0 of 5, Q8_0 of 6
-to 8. So the codes go over without loss, the scale of an output channel repeated in each of its blocks; the scale itself
-is rounded to fp16, by at most 1 part in 2048. Types with a finer structure (Q4_K, Q6_K, IQ4_XS: blocks of 256 with
-scales of their own) need a rounding of the weights that was not trained.
+to 8. So the codes are stored without loss, the scale of an output channel repeated in each of its blocks; only the
+scale is rounded to fp16, by at most 1 part in 2048. Types with a finer structure (Q4_K, Q6_K, IQ4_XS: blocks of 256
+with scales of their own) need a rounding of the weights that was not trained.
 """
 
 import importlib.util
@@ -41,7 +41,8 @@ _FILE_TYPES = {
     Type.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
 }
 _LARGEST_ERROR = 2.0**-11
-"""Of a scale rounded to fp16, relative; beyond it fp16 has too few bits left, or overflows."""
+"""Largest relative error of a scale rounded to fp16; above it the scale is too small for fp16's precision, or
+overflows."""
 
 _ARCHITECTURES = {name: architecture for architecture, name in gguf.MODEL_ARCH_NAMES.items()}
 _ROPES = {
@@ -51,11 +52,11 @@ _ROPES = {
     "yarn": {"factor", "original_max_position_embeddings"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
 }
-"""How positions may be scaled, and by which parameters; llama.cpp knows llama3's in its LLaMA alone."""
+"""The supported kinds of scaled positions, and their parameters; llama.cpp supports llama3's only in its LLaMA."""
 
 _ROPE_FREQUENCIES = "rope_freqs.weight"
 _ROPE_PARAMETERS = "qat.rope_parameters"
-"""A tensor that divides the frequencies; and, for ``load``, the parameters that both it and the metadata came from."""
+"""A tensor that divides the frequencies; and, for ``load``, the parameters from which it and the metadata were made."""
 
 _LOAD = """
 import os, sys, xllamacpp
@@ -65,11 +66,11 @@ settings.n_ctx, settings.n_parallel, settings.cpuparams.n_threads, settings.warm
 server = xllamacpp.Server(settings)
 os._exit(0)
 """
-"""What another Python runs to see whether llama.cpp loads a file. The server's end, which may never come, is not waited
-for."""
+"""Program for another Python process that tells whether llama.cpp loads a file. It does not wait for the server to
+stop, which may never happen."""
 
 _LOADING = 600.0
-"""Seconds that this may take for a small file."""
+"""Timeout of that process, in seconds, for a small file."""
 
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}",
@@ -80,7 +81,7 @@ _SPLITS = {"{1,3}".join(_SPLIT): "llama-bpe", "".join(_SPLIT): "qwen2"}
 
 
 def check(student: Student) -> None:
-    """Raise UserError for what no GGUF type can hold, and for models that are not mapped here."""
+    """Raise UserError for weights that no GGUF type can hold, and for models that are not mapped here."""
     for own in student.layer_settings().values():
         if own.weights.quantizes and not own.weights.symmetric:
             raise UserError(
@@ -102,7 +103,7 @@ def check(student: Student) -> None:
 
 
 def _check_computed(config: PreTrainedConfig) -> None:
-    """Raise UserError for what llama.cpp would compute otherwise, or not load."""
+    """Raise UserError for a model that llama.cpp would compute differently, or not load."""
     kind, rope, name = config.model_type, config.rope_parameters, architecture_of(config).gguf
     if not name:
         raise UserError(f"The architecture {kind} is not mapped to GGUF here: give --format hf-fake.")
@@ -123,13 +124,13 @@ def _check_computed(config: PreTrainedConfig) -> None:
 
 
 def positions(config: PreTrainedConfig) -> int:
-    """The longest sequence for which llama.cpp, which gives these architectures no sliding window, is right."""
+    """Return the longest sequence for which llama.cpp, which gives these architectures no sliding window, is right."""
     longest = config.max_position_embeddings
     return min(longest, config.sliding_window) if any(windowed_layers(config)) else longest
 
 
 def held(quantized: Quantized) -> Quantized:
-    """What GGUF holds of a weight: its codes, and its scale rounded to fp16."""
+    """Return a weight as GGUF holds it: its codes, and its scale rounded to fp16."""
     return Quantized(quantized.codes, Grid(quantized.grid.scale.half().float()))
 
 
@@ -172,7 +173,7 @@ def write(student: Student, output: Path) -> None:
 
 
 def blocks(codes: Tensor, scale: Tensor, kind: Type) -> np.ndarray:
-    """int8 codes [out, in] and scales [out, in / 32] as the bytes of GGUF blocks: uint8 [out, bytes]."""
+    """Encode int8 codes [out, in] and scales [out, in / 32] as the bytes of GGUF blocks: uint8 [out, bytes]."""
     rows, columns = codes.shape
     q = codes.numpy().reshape(rows, columns // _BLOCK, _BLOCK)
     parts = [scale.half().numpy()[..., None].view(np.uint8)]
@@ -189,16 +190,16 @@ def blocks(codes: Tensor, scale: Tensor, kind: Type) -> np.ndarray:
 
 
 def load(directory: Path) -> PreTrainedModel:
-    """The model in ``directory/model.gguf`` as transformers reads it, in fp32 and without activation quantization.
+    """Load the model in ``directory/model.gguf`` as transformers reads it, in fp32 and without activation quantization.
 
-    Biases and scaled positions, which its reader passes over, are read here. Raises UserError if the latter are not
-    those of ``write``.
+    Biases and scaled positions, which transformers' reader ignores, are read here. Raises UserError if the latter are
+    not those of ``write``.
     """
     config = AutoConfig.from_pretrained(directory, gguf_file=FILE)
     reader = gguf.GGUFReader(directory / FILE)
     tensors = {tensor.name: tensor.data for tensor in reader.tensors}
     config.attention_bias, config.mlp_bias = (f"blk.0.{name}.bias" in tensors for name in ("attn_output", "ffn_down"))
-    if _ROPE_PARAMETERS in reader.fields:  # the first version's files, which scale nothing, have none
+    if _ROPE_PARAMETERS in reader.fields:  # files of the first version, which scale nothing, have none
         config.rope_parameters = json.loads(reader.fields[_ROPE_PARAMETERS].contents())
     factors = _rope_factors(config)
     written = {key: field.contents() for key, field in reader.fields.items() if ".rope.scaling." in key}
@@ -214,10 +215,11 @@ def load(directory: Path) -> PreTrainedModel:
 
 
 def is_loaded(directory: Path) -> bool:
-    """Whether llama.cpp itself loads ``directory/model.gguf``; False where that is not known: the package xllamacpp is
-    not installed, or takes more than ten minutes and a second for every 10 MB.
+    """Return whether llama.cpp itself loads ``directory/model.gguf``; False if that cannot be determined: the package
+    xllamacpp is not installed, or takes more than ten minutes and a second for every 10 MB.
 
-    In another process: what llama.cpp cannot compute may end its own. Raises UserError if it refuses the file.
+    Runs in another process, which llama.cpp may end if it cannot compute the model. Raises UserError if it rejects the
+    file.
     """
     if importlib.util.find_spec("xllamacpp") is None:
         return False
@@ -244,7 +246,8 @@ def _check_scale(name: str, scale: Tensor) -> None:
 
 
 def _as_llama_cpp_rotates(name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
-    """Output channels of q and k in llama.cpp's order. Its LLaMA rotates neighbours, transformers' the two halves."""
+    """Reorder output channels of q and k for llama.cpp, whose LLaMA rotates neighbours, where transformers rotates the
+    two halves."""
     architecture = architecture_of(config)
     if architecture.gguf != "llama" or architecture.block is None:
         return tensor
@@ -281,7 +284,7 @@ def _add_config(writer: gguf.GGUFWriter, config: PreTrainedConfig, file_type: gg
 
 
 def _rope_metadata(config: PreTrainedConfig) -> dict[str, str | float | int]:
-    """How llama.cpp is told of scaled positions, by key."""
+    """Return the GGUF metadata of scaled positions, by key."""
     rope = config.rope_parameters
     kind, architecture = rope["rope_type"], architecture_of(config).gguf
     if kind not in ("linear", "yarn"):
@@ -294,8 +297,8 @@ def _rope_metadata(config: PreTrainedConfig) -> dict[str, str | float | int]:
 
 
 def _rope_factors(config: PreTrainedConfig) -> Tensor | None:
-    """What llama.cpp divides the frequencies by, fp32 [head_dim / 2]; None where they are the default's or follow from
-    the metadata."""
+    """Return the divisors of the frequencies for llama.cpp, fp32 [head_dim / 2]; None if the frequencies are the
+    default ones or follow from the metadata."""
     rope = config.rope_parameters
     if rope["rope_type"] != "llama3":
         return None
@@ -305,11 +308,11 @@ def _rope_factors(config: PreTrainedConfig) -> Tensor | None:
 
 
 def _tokenizer(directory: Path) -> dict[str, object]:
-    """What GGUFWriter is told of the tokenizer, by its ``add_`` methods."""
+    """Return the tokenizer's data for GGUFWriter, by its ``add_`` methods."""
     vocabulary_size = AutoConfig.from_pretrained(directory).vocab_size
     if (directory / "tokenizer.model").is_file():
-        # As many as the embedding has rows: llama.cpp takes no other number. What the tokenizer has beyond them, the
-        # model cannot read.
+        # As many tokens as the embedding has rows: llama.cpp accepts no other number. The model cannot read the
+        # tokenizer's further ones.
         tokens = list(gguf.SentencePieceVocab(directory).all_tokens())[:vocabulary_size]
         tokens += [(f"[PAD{i}]".encode(), -1000.0, gguf.TokenType.UNUSED) for i in range(len(tokens), vocabulary_size)]
         return {
@@ -336,7 +339,7 @@ def _tokenizer(directory: Path) -> dict[str, object]:
 
 
 def _split(directory: Path) -> str:
-    """llama.cpp's name for how the tokenizer splits a text before BPE; raises UserError if it has none here."""
+    """Return llama.cpp's name for how the tokenizer splits a text before BPE; raise UserError if it has none here."""
     file = directory / "tokenizer.json"
     steps = json.loads(file.read_text())["pre_tokenizer"] if file.is_file() else None
     if steps:

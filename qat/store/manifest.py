@@ -1,4 +1,4 @@
-"""What a checkpoint's folder must hold: the size and the checksum of each file, in a manifest that is written last."""
+"""The manifest of a checkpoint's folder: the size and the checksum of each file; it is written last."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ MANIFEST = "manifest.json"
 
 
 def entries(folder: Path, rank: int, ranks: int) -> dict[str, dict[str, Any]]:
-    """Size and checksum of the files of ``folder``, by name; of ``ranks`` that share them, those of ``rank``."""
+    """Return size and checksum of the files of ``folder``, by name; of ``ranks`` that share them, those of ``rank``."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "crc32": checksum(path)}
@@ -19,7 +19,7 @@ def entries(folder: Path, rank: int, ranks: int) -> dict[str, dict[str, Any]]:
 
 
 def damage(folder: Path, rank: int = 0, ranks: int = 1) -> str:
-    """What is wrong with a checkpoint, or with the share of ``rank`` of it; empty if nothing is."""
+    """Describe the damage of a checkpoint, or of ``rank``'s share of it; return "" if there is none."""
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
         expected = {name: (entry["bytes"], entry["crc32"]) for name, entry in files.items()}

@@ -1,8 +1,8 @@
-"""A model folder: what transformers computes from it, with a place in its files for every weight.
+"""A model folder: the config as transformers computes with it, and the place of every weight in the files.
 
-Every command reads full-precision models, students and integer exports through ``ModelFolder``. It looks at the headers
-of the weight files alone, before anything heavy is loaded, and compares them with the model that ``config.json``
-describes: transformers would put random numbers in the place of a weight that is missing.
+Every command reads full-precision models, students and integer exports through ``ModelFolder``. It reads only the
+headers of the weight files, before anything heavy is loaded, and compares them with the model that ``config.json``
+describes: transformers would put random numbers in the place of a missing weight.
 """
 
 import copy
@@ -34,18 +34,18 @@ from qat.store import compressed_tensors
 from qat.store.weight_files import BIN_INDEX, FLOATS, INDEX, Stored, read, stored_tensors
 
 PTQ_RECORD = "ptq.json"
-"""Says which post-training method made a folder, from what."""
+"""Name of the file that records the post-training method and the model that a folder was made from."""
 
 BASE_MODEL = "base_model"
-"""In that record: what the model was called that it was made from."""
+"""Key in that record: the name of the original model."""
 
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
 _OF_THE_WEIGHTS = (INDEX, BIN_INDEX, PTQ_RECORD, CONFIG_FILE)
 
 
 def read_config(name: str) -> PreTrainedConfig:
-    """The config of a Hugging Face directory or hub name; raises UserError if it is of an unsupported architecture, or
-    asks for what transformers cannot compute."""
+    """Read the config of a Hugging Face directory or hub name; raise UserError if its architecture is unsupported, or
+    it asks for something that transformers cannot compute."""
     try:
         config = AutoConfig.from_pretrained(name)
         if config.model_type not in ARCHITECTURES:
@@ -64,8 +64,8 @@ def read_config(name: str) -> PreTrainedConfig:
 
 
 def _check_computable(config: PreTrainedConfig, name: str) -> None:
-    """Raise UserError for what transformers reads without complaint, and then fails at or computes without the causal
-    mask."""
+    """Raise UserError for settings that transformers reads without complaint, and then fails at or computes without the
+    causal mask."""
     rope, window = config.rope_parameters, getattr(config, "sliding_window", None)
     by_layer = architecture_of(config).sliding_window == "layer_types"
     layers = set(config.layer_types) if by_layer else set()
@@ -98,7 +98,7 @@ def _check_computable(config: PreTrainedConfig, name: str) -> None:
 
 
 def quantization_of(directory: Path) -> dict[str, Any] | None:
-    """What ``config.json`` says of how the weights are stored quantized; None if they are not."""
+    """Return ``config.json``'s description of how the weights are stored quantized; None if they are not."""
     return read_json(directory / "config.json").get("quantization_config") or None
 
 
@@ -119,8 +119,9 @@ class ModelFolder:
 
     @classmethod
     def read(cls, directory: Path) -> "ModelFolder":
-        """Raises UserError if a weight is missing, there twice, of another shape or no number format of ours, if the
-        config has no place for one, or if a file is missing or damaged."""
+        """Read a model's config and the headers of its files. Raises UserError if a weight is missing, present twice,
+        of another shape or of an unsupported number format, if the config has no place for one, or if a file is missing
+        or damaged."""
         config = read_config(str(directory))
         if hasattr(config, "quantization_config"):
             del config.quantization_config
@@ -145,15 +146,16 @@ class ModelFolder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which the model computes, by its config; fp32 if that does not say."""
+        """Return the dtype in which the model computes, by its config; fp32 if that states none."""
         return self.config.dtype if isinstance(self.config.dtype, torch.dtype) else torch.float32
 
     def skeleton(self) -> PreTrainedModel:
-        """The model in full precision, in eval mode and without memory for its weights."""
+        """Build the model in full precision, in eval mode and without memory for its weights."""
         return without_weights(self.config, self.directory)
 
     def tensors(self, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, Tensor]]:
-        """Name and tensor of each weight, or of those that are ``wanted``, one at a time in the order of the files.
+        """Yield name and tensor of each weight, or of those that are ``wanted``, one at a time in the order of the
+        files.
 
         Raises UserError for one that is not finite.
         """
@@ -163,7 +165,7 @@ class ModelFolder:
             yield name, tensor
 
     def companions(self) -> dict[str, bytes]:
-        """What a model that is made from this one takes over, by the files' names: config, generation config and
+        """Return the files that a model made from this one takes over, by name: config, generation config and
         tokenizer."""
         files = {file for pattern in _COMPANIONS for file in self.directory.glob(pattern)}
         own = [file for file in sorted(files) if file.is_file() and file.name not in _OF_THE_WEIGHTS]
@@ -175,7 +177,7 @@ class ModelFolder:
 
 
 def skeleton(directory: Path) -> PreTrainedModel:
-    """``ModelFolder.skeleton`` of the folder ``directory``."""
+    """Build ``ModelFolder.skeleton`` of the folder ``directory``."""
     return ModelFolder.read(directory).skeleton()
 
 
@@ -190,20 +192,20 @@ def write_companions(companions: Mapping[str, bytes], directory: Path, **changes
 
 
 def shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
-    """The shape of each weight, by name."""
+    """Return the shape of each weight, by name."""
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A tensor's shape, and the safetensors names of its dtype, or of those that it may have."""
+    """A tensor's shape, and the safetensors names of its dtype, or of its allowed dtypes."""
 
     shape: torch.Size
     dtypes: frozenset[str] | set[str] = FLOATS
 
 
 def kinds(model: PreTrainedModel) -> dict[str, Kind]:
-    """What is expected of each weight of a full-precision model, by name."""
+    """Return the expected shape and dtypes of each weight of a full-precision model, by name."""
     return {name: Kind(shape) for name, shape in shapes(model).items()}
 
 
@@ -241,19 +243,19 @@ def check_finite(name: str, tensor: Tensor, where: Path | str) -> None:
 
 
 def _some(names: Iterable[str]) -> str:
-    """The first name, and how many more there are."""
+    """Return the first name, and the number of the others."""
     first, *others = sorted(names)
     return first + (f" and {len(others)} more" if others else "")
 
 
 def head_weight(config: PreTrainedConfig) -> str:
-    """The name of the output layer's weight, which may be the embedding's."""
+    """Return the name of the output layer's weight, which may be the embedding's."""
     return f"{architecture_of(config).head}.weight"
 
 
 def _is_untied(stored: Mapping[str, Stored], head: str, embedding: str) -> bool:
-    """Whether the files hold a head other than the embedding: then transformers does not tie them, whatever the config
-    says."""
+    """Return whether the files hold a head other than the embedding: then transformers does not tie them, whatever the
+    config states."""
     if head not in stored or embedding not in stored:
         return False
     if stored[head].shape != stored[embedding].shape or stored[head].dtype != stored[embedding].dtype:
@@ -263,8 +265,8 @@ def _is_untied(stored: Mapping[str, Stored], head: str, embedding: str) -> bool:
 
 
 def without_weights(config: PreTrainedConfig, directory: Path) -> PreTrainedModel:
-    """The model that ``config``, of ``directory``, describes, without memory for its weights; raises UserError if it
-    describes none."""
+    """Build the model that ``config``, of ``directory``, describes, without memory for its weights; raise UserError if
+    it describes none."""
     model_class: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # type: ignore[assignment]
     try:
         with torch.device("meta"):
@@ -276,13 +278,13 @@ def without_weights(config: PreTrainedConfig, directory: Path) -> PreTrainedMode
 
 
 def check_runs(model: PreTrainedModel, directory: Path) -> None:
-    """Raise UserError if a model without weights, of ``directory``, cannot compute: shapes that do not fit, or settings
-    that transformers stumbles over where it uses them."""
+    """Raise UserError if a model without weights, of ``directory``, cannot compute: its shapes do not fit, or
+    transformers fails on its settings when it uses them."""
     rope: Any = rotation(model)
     config = model.config
     layers = config.num_hidden_layers
     try:
-        # What RoPE does may depend on the positions, which meta tensors do not have.
+        # RoPE may depend on the values of the positions, which meta tensors do not have.
         cos, sin = new_rotation(model)(torch.ones(1), torch.arange(2)[None])
         rope.forward = lambda x, position_ids: (cos.to("meta"), sin.to("meta"))
         config.num_hidden_layers = 1  # the others have the same shapes
@@ -295,7 +297,8 @@ def check_runs(model: PreTrainedModel, directory: Path) -> None:
 
 
 def _encoded(expected: dict[str, Kind], model: PreTrainedModel, quantization: dict[str, Any]) -> dict[str, Kind]:
-    """What an integer export holds of the weights that are ``expected`` of a full-precision model."""
+    """Return the shape and dtypes of the tensors in which an integer export holds the ``expected`` weights of a
+    full-precision model."""
     linears = quantizable_linears(model)
     encoded: dict[str, Kind] = {}
     for name, kind in expected.items():

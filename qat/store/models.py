@@ -27,11 +27,11 @@ from qat.store.smollm2 import EMBEDDED, extract_embedded
 from qat.store.weight_files import NO_WEIGHTS, weight_files
 
 _PATTERNS = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"]
-"""What is fetched of a model on the hub."""
+"""The files that are downloaded of a model on the hub."""
 
 
 def resolve(name: str) -> str:
-    """The directory of the model ``name``: a Hugging Face directory, a hub name, or EMBEDDED.
+    """Return the directory of the model ``name``: a Hugging Face directory, a hub name, or EMBEDDED.
 
     Raises UserError, before anything heavy is loaded, if it is not there, of an unsupported architecture, damaged, or
     if its weights are not those of its config.
@@ -49,7 +49,7 @@ def resolve(name: str) -> str:
 
 
 def resolve_full_precision(name: str) -> str:
-    """``resolve`` for what is going to be quantized: raises UserError if it is so already."""
+    """Resolve a model that is going to be quantized; raise UserError if it already is."""
     directory = resolve(name)
     if quantization_of(Path(directory)) or (Path(directory) / CONFIG_FILE).is_file():
         raise UserError(f"{name} is quantized already: give the full-precision model that it was made from.")
@@ -57,7 +57,8 @@ def resolve_full_precision(name: str) -> str:
 
 
 def check_length(config: PreTrainedConfig, tokens: int, setting: str) -> None:
-    """Raise UserError if a model cannot attend over ``tokens`` positions; ``setting`` names what asks for them."""
+    """Raise UserError if a model cannot attend over ``tokens`` positions; ``setting`` names the setting that asks for
+    them."""
     longest = config.max_position_embeddings
     if tokens > longest:
         raise UserError(
@@ -66,7 +67,8 @@ def check_length(config: PreTrainedConfig, tokens: int, setting: str) -> None:
 
 
 def check_ids(config: PreTrainedConfig, largest: int, whose: str) -> None:
-    """Raise UserError if a model has no embedding of the token id ``largest``; ``whose`` names the text it is from."""
+    """Raise UserError if a model has no embedding of the token id ``largest``; ``whose`` names the text that it occurs
+    in."""
     if largest >= config.vocab_size:
         raise UserError(
             f"{whose} has the token id {largest}, and the model knows {config.vocab_size} tokens, from 0: its "
@@ -75,7 +77,7 @@ def check_ids(config: PreTrainedConfig, largest: int, whose: str) -> None:
 
 
 def positions(name: str) -> int:
-    """The longest sequence that the model at ``name`` can attend over."""
+    """Return the longest sequence that the model at ``name`` can attend over."""
     return read_config(name).max_position_embeddings
 
 
@@ -85,7 +87,7 @@ def _download(name: str) -> str:
         if not any(Path(found).glob("*.safetensors")):  # older models have PyTorch's format alone, others both
             found = snapshot_download(name, allow_patterns=[*_PATTERNS, "pytorch_model*.bin"])
         return found
-    except (OSError, ValueError) as error:  # no such name, no such model, or no way to the hub
+    except (OSError, ValueError) as error:  # invalid name, no such model, or the hub cannot be reached
         raise UserError(
             f"There is no model at {name!r}, and the hub gives none: give a Hugging Face directory, a hub name "
             f"(owner/model) or {EMBEDDED!r}, which needs no download."
@@ -93,7 +95,8 @@ def _download(name: str) -> str:
 
 
 def load(name: str, dtype: torch.dtype | str, **how: Any) -> PreTrainedModel:
-    """The full-precision causal LM in the folder ``name`` in eval mode, on the CPU; dtype "auto" is that of the file.
+    """Load the full-precision causal LM in the folder ``name`` in eval mode, on the CPU; dtype "auto" is that of the
+    file.
 
     ``how`` goes to ``from_pretrained``. Raises UserError if its weights are not those of its config, or not finite.
     """
@@ -112,32 +115,33 @@ def load(name: str, dtype: torch.dtype | str, **how: Any) -> PreTrainedModel:
 
 
 def _of_others(directory: Path) -> bool:
-    """Whether the weights are stored as integers in a way that is not ours."""
+    """Return whether the weights are stored as integers in a format that we do not write."""
     quantization = quantization_of(directory)
     return quantization is not None and quantization.get("format") not in compressed_tensors.LAYOUTS
 
 
 def _held(parameter: Tensor) -> Tensor:
-    """What this rank holds of a parameter: under ZeRO-3 and tensor parallelism a part."""
+    """Return this rank's part of a parameter: under ZeRO-3 and tensor parallelism it is not all of it."""
     held = getattr(parameter, "ds_tensor", parameter).detach()
     return held.to_local() if isinstance(held, DTensor) else held
 
 
 def renew_rope(model: PreTrainedModel) -> None:
-    """Give ``model`` the RoPE frequencies that its config says, in fp32, computed on the CPU as everywhere: no file
-    holds them, and a model made on the meta device or under ``zero.Init`` has lost or rounded them."""
+    """Give ``model`` the RoPE frequencies of its config, in fp32, computed on the CPU as everywhere: no file holds
+    them, and a model made on the meta device or under ``zero.Init`` has lost or rounded them."""
     model.set_submodule(architecture_of(model.config).rotation, new_rotation(model))
 
 
 def load_tokenizer(name: str) -> Tokenizer:
     try:
         return AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # damaged files fail wherever transformers first uses what they say
+    except Exception as error:  # damaged files fail wherever transformers first uses their content
         raise UserError(f"The tokenizer of {name} cannot be read: {in_one_line(error)}") from error
 
 
 def load_generation_config(directory: str) -> GenerationConfig:
-    """How the model in ``directory`` wants to generate: its generation_config.json, or else what its config says.
+    """Return the generation config of the model in ``directory``: its generation_config.json, or else one from its
+    config.
 
     Raises UserError if that cannot be read, or names ends of text that are no token ids.
     """
@@ -155,7 +159,7 @@ def load_generation_config(directory: str) -> GenerationConfig:
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """Equal for tokenizers that map the same tokens to the same ids."""
+    """Return a hash that is equal for tokenizers that map the same tokens to the same ids."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
 
@@ -163,7 +167,7 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
 def check_same_tokens(ours: Tokenizer, theirs: Tokenizer, whose: str) -> None:
     """Raise UserError if a token of both tokenizers has two ids, or an id two tokens; either may have more tokens.
 
-    ``whose`` says whose they are.
+    ``whose`` names their owners.
     """
     a, b = ours.get_vocab(), theirs.get_vocab()
     by_id = {number: token for token, number in b.items()}
@@ -181,7 +185,8 @@ def check_same_tokens(ours: Tokenizer, theirs: Tokenizer, whose: str) -> None:
 
 
 def weights_fingerprint(directory: str) -> str:
-    """Names the weights at ``directory`` without reading them all: config, and size and ends of each file.
+    """Return an identifier of the weights at ``directory`` without reading them all: config, and size and ends of each
+    file.
 
     Learned steps and grids count as weights; files that the index does not name do not.
     """

@@ -1,4 +1,4 @@
-"""Checkpoints are read as data: DeepSpeed's are pickles, and a pickle can name any function to be called on reading."""
+"""Reading checkpoints as data: DeepSpeed's are pickles, and a pickle can name any function to be called on reading."""
 
 import os
 import pickle
@@ -16,12 +16,12 @@ _FORCED, _FORBIDDEN = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_O
 
 @contextmanager
 def as_data(folder: Path) -> Iterator[None]:
-    """Within it, ``torch.load`` makes tensors, plain values and the two classes that DeepSpeed's checkpoints hold
-    besides, and calls nothing else, also where DeepSpeed asks for ``weights_only=False``.
+    """In this context, let ``torch.load`` make tensors, plain values and the two classes that DeepSpeed's checkpoints
+    also hold, and call nothing else, even where DeepSpeed asks for ``weights_only=False``.
 
     Raises UserError, which names ``folder``, for a file that asks for more.
     """
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler  # slow to import, seldom needed
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler  # slow to import, rarely needed
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
     before = {name: os.environ.pop(name, None) for name in (_FORCED, _FORBIDDEN)}
@@ -42,6 +42,6 @@ def as_data(folder: Path) -> Iterator[None]:
 
 
 def would_run(error: Exception) -> str:
-    """The function that the file asked for which ``torch.load`` has refused; empty if it failed for another reason."""
+    """Return the function that the file asked for and ``torch.load`` refused; empty if it failed for another reason."""
     named = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
     return named[1] if named else ""

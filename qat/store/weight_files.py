@@ -21,7 +21,7 @@ INDEX = "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 NO_WEIGHTS = (STEPS_FILE, GRIDS_FILE)
-"""Safetensors files of a student beside its weights."""
+"""Names of the safetensors files that a student has beside its weights."""
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 """Safetensors' names of the number formats that a full-precision weight may have."""
@@ -42,9 +42,9 @@ class Stored:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files that are the model, by transformers' rule: what ``transformers_weights`` in the config names, or the
-    first that there is of ``model.safetensors``, its index, ``pytorch_model.bin`` and its index. Others are not:
-    Mistral's directories hold a second copy under other names.
+    """Return the files that form the model, by transformers' rule: those that ``transformers_weights`` in the config
+    names, or the first that exists of ``model.safetensors``, its index, ``pytorch_model.bin`` and its index. Other
+    files are ignored: Mistral's directories hold a second copy under other names.
 
     Raises UserError if any is missing.
     """
@@ -61,7 +61,7 @@ def weight_files(directory: Path) -> list[Path]:
         return [opened]
     index = read_json(opened)
     with using(opened):
-        dict(index["metadata"])  # transformers adds to it
+        dict(index["metadata"])  # transformers adds entries to it
         names = sorted(set(index["weight_map"].values()))
         missing = [name for name in names if not (directory / name).is_file()]
     if missing:
@@ -70,7 +70,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def stored_tensors(directory: Path) -> dict[str, Stored]:
-    """What the weight files of a model hold, by the names there; only their headers are read.
+    """Return the tensors in a model's weight files, by the names there; only their headers are read.
 
     Raises UserError for a damaged file, and for a name that is there twice.
     """
@@ -85,7 +85,7 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
 
 
 def read(places: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors at ``places``, by the names given there, one at a time, file by file."""
+    """Yield the tensors at ``places``, by the names given there, one at a time, file by file."""
     in_order = sorted(places.items(), key=lambda item: item[1].file)
     for file, items in groupby(in_order, key=lambda item: item[1].file):
         if file.suffix == ".bin":
@@ -99,7 +99,7 @@ def read(places: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
 
 
 def write(directory: Path, tensors: Iterable[tuple[str, Tensor]], file_bytes: int = FILE_BYTES) -> None:
-    """Write weight files of at most ``file_bytes`` (one tensor at least), and their index.
+    """Write weight files of at most ``file_bytes`` (but of at least one tensor each), and their index.
 
     One file is in memory at a time, and the tensor that comes next.
     """
@@ -126,7 +126,7 @@ def write(directory: Path, tensors: Iterable[tuple[str, Tensor]], file_bytes: in
 
 
 def _headers(file: Path) -> Iterator[Stored]:
-    """What ``file`` holds, without the numbers."""
+    """Yield the tensors in ``file``, without their data."""
     if file.suffix == ".bin":
         for name, tensor in _unpickled(file).items():
             yield Stored(file, name, tuple(tensor.shape), _FLOATS.get(tensor.dtype, str(tensor.dtype)))
@@ -143,14 +143,15 @@ def _opened(file: Path) -> safe_open:
 
 
 def _unpickled(file: Path) -> dict[str, Tensor]:
-    """The tensors of PyTorch's own format, which stay on disk until they are used, if that is not the oldest one.
+    """Load the tensors of PyTorch's own format, which stay on disk until they are used, unless it is the oldest
+    version.
 
     Raises UserError for a file that is damaged, or asks for code to be run.
     """
     with using(file):
         try:
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-        except Exception as error:  # of many kinds: the bytes say what is called with what
+        except Exception as error:  # of many kinds: the file's bytes determine which function is called, and with what
             if code := would_run(error):
                 raise UserError(f"{file} is refused: it would run code ({code}). Give one that you trust.") from error
             raise ValueError(error) from error
@@ -164,5 +165,5 @@ def _file_name(number: int, files: int) -> str:
 
 
 def weights_size(directory: Path) -> int:
-    """Bytes of the weight files of a model directory."""
+    """Return the bytes of the weight files of a model directory."""
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))

@@ -1,1 +1,1 @@
-"""Distillation on DeepSpeed: engines, losses, the loop, checkpoints, and what a run needs."""
+"""Distillation on DeepSpeed: engines, losses, the loop, checkpoints, and the plan of a run's needs."""

@@ -1,12 +1,12 @@
-"""Everything that must survive a preemption: DeepSpeed's checkpoint and one TrainState.
+"""The state that must survive a preemption: DeepSpeed's checkpoint and one TrainState.
 
-A checkpoint is a folder ``step-N``. It is whole when its manifest is: that is written last, after all ranks have
-written their files, and holds the size and the checksum of each. Then ``latest`` moves, by an atomic rename, and only
-then older checkpoints are deleted: a rank killed while saving costs nothing. Folders that are half-written or damaged
-are passed over when a run goes on.
+A checkpoint is a folder ``step-N``. It is complete when its manifest is: that is written last, after all ranks have
+written their files, and holds the size and the checksum of each. Then ``latest`` is moved, by an atomic rename, and
+only then are older checkpoints deleted: a rank killed while saving costs nothing. When a run resumes, folders that are
+half-written or damaged are skipped.
 
-A checkpoint belongs to a number of ranks. Another number gets it by DeepSpeed's universal checkpoints. Whatever its
-files hold, reading them runs no code.
+A checkpoint is for a fixed number of ranks. Another number loads it by way of DeepSpeed's universal checkpoints.
+Whatever its files hold, reading them runs no code.
 """
 
 import json
@@ -45,7 +45,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class TrainState:
-    """Where a run is.
+    """The progress of a run.
 
     Args:
         step: optimizer steps taken
@@ -73,7 +73,7 @@ def save(engine: deepspeed.DeepSpeedEngine, directory: Path, state: TrainState, 
     folder = directory / f"step-{state.step:06d}"
     if dist.get_rank() == 0:
         with ranks.doing("deleting a broken checkpoint"):
-            shutil.rmtree(folder, ignore_errors=True)  # an earlier start's, half-written or damaged
+            shutil.rmtree(folder, ignore_errors=True)  # left by an earlier start, half-written or damaged
     ranks.meet("a broken checkpoint is deleted")
     writer = Writer()
     deepspeed_internals.write_with(engine, writer)
@@ -105,9 +105,9 @@ def save(engine: deepspeed.DeepSpeedEngine, directory: Path, state: TrainState, 
 
 
 def resume(engine: deepspeed.DeepSpeedEngine, directory: Path) -> TrainState:
-    """Load the newest whole checkpoint into ``engine``; without one, the state of a new run.
+    """Load the newest complete checkpoint into ``engine``; without one, return the state of a new run.
 
-    Raises UserError if there was a whole one, and none is left.
+    Raises UserError if there was a complete one, and none is left.
     """
     (names,) = _broadcast([path.name for path in reversed(checkpoints(directory))])
     for name in names:
@@ -126,12 +126,13 @@ def resume(engine: deepspeed.DeepSpeedEngine, directory: Path) -> TrainState:
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """The run's checkpoints, whole or not, oldest first. Other files and folders among them are the user's."""
+    """Return the run's checkpoints, complete or not, oldest first. Other files and folders among them are the
+    user's."""
     return _folders(directory, _NAME)
 
 
 def delete_all(directory: Path) -> None:
-    """Delete a run's checkpoints, and their folder, unless there is something else in it."""
+    """Delete a run's checkpoints, and their folder, unless it contains something else."""
     for folder in [*checkpoints(directory), *_folders(directory, _CONVERTED)]:
         _delete(folder)
     (directory / LATEST).unlink(missing_ok=True)
@@ -140,13 +141,13 @@ def delete_all(directory: Path) -> None:
 
 
 def _folders(directory: Path, name: re.Pattern[str]) -> list[Path]:
-    """The folders with such a name, in order."""
+    """Return the folders whose names match, in order."""
     found = directory.iterdir() if directory.is_dir() else ()
     return sorted(path for path in found if name.fullmatch(path.name) and path.is_dir())
 
 
 def latest(directory: Path) -> str:
-    """The checkpoint that ``latest`` names, in words."""
+    """Return the path of the checkpoint that ``latest`` names; "none" without one."""
     pointer = directory / LATEST
     return str(directory / pointer.read_text()) if pointer.is_file() else "none"
 
@@ -177,7 +178,7 @@ def _load(engine: deepspeed.DeepSpeedEngine, folder: Path) -> TrainState:
 
 
 def _converted(folder: Path, writers: int) -> Path:
-    """The checkpoint as DeepSpeed's universal one, made by the first rank."""
+    """Return the checkpoint as DeepSpeed's universal one, made by the first rank."""
     universal = folder.with_name(_UNIVERSAL + folder.name)
     if dist.get_rank() == 0 and not universal.exists():
         with ranks.doing(f"converting {folder.name}"):
@@ -192,8 +193,7 @@ def _convert(folder: Path, universal: Path, writers: int) -> None:
     with appearing_folder(universal) as partial:
         places = ["--input_folder", str(folder), "--output_folder", str(partial)]
         command = [sys.executable, "-m", "qat.train.universal", *places, *workers]
-        # The converter forks: a child of a process that has computed with OpenMP's threads would wait for them for
-        # ever.
+        # The converter forks: a child of a process that has computed with OpenMP's threads would wait for them forever.
         done = subprocess.run(command, text=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         if done.returncode:
             reason = (done.stderr.strip() or "killed").splitlines()[-1]
@@ -206,12 +206,12 @@ def _convert(folder: Path, universal: Path, writers: int) -> None:
 
 
 def _meeting(engine: deepspeed.DeepSpeedEngine, what: str) -> AbstractContextManager[None]:
-    """Within it, no rank goes on to gather weights before all have come so far."""
+    """In this context, make every rank wait for all others before weights are gathered."""
     return deepspeed_internals.before_the_gathering(engine, lambda: ranks.meet(what))
 
 
 def _gather(value: Any) -> list[Any]:
-    """Every rank's value, on all ranks."""
+    """Return every rank's value, on all ranks."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
@@ -224,7 +224,7 @@ def _broadcast(value: Any) -> list[Any]:
 
 
 def _agree(failure: str, folder: Path) -> None:
-    """Raise UserError on all ranks if one has a failure, and delete what there is of the checkpoint."""
+    """Raise UserError on all ranks if one has a failure, and delete the incomplete checkpoint."""
     failures = [failure for failure in _gather(failure) if failure]
     if not failures:
         return
@@ -237,13 +237,15 @@ def _agree(failure: str, folder: Path) -> None:
 
 
 def _superseded(checkpoints: list[Path], newest: Path, keep: int) -> list[Path]:
-    """All but the last ``keep`` up to ``newest``; what is later was left broken by a killed run."""
+    """Return the checkpoints to delete: all but the last ``keep`` up to ``newest``, and later ones, left broken by a
+    killed run."""
     whole = [path for path in checkpoints if path <= newest]
     return [path for path in checkpoints if path > newest] + whole[:-keep]
 
 
 def _delete(checkpoint: Path) -> None:
-    """The manifest first: what is half deleted must not pass for damaged. What a user's link leads to is kept."""
+    """Delete a checkpoint, manifest first: a half-deleted one must not be taken for damaged. The target of a user's
+    link is kept."""
     if checkpoint.is_symlink():
         return
     (checkpoint / MANIFEST).unlink(missing_ok=True)

@@ -1,6 +1,7 @@
-"""Everything of ours that reaches into DeepSpeed's private parts, with the reason for each.
+"""All of our code that uses DeepSpeed's private parts, with the reason for each.
 
-tests/test_upstream.py holds that the parts are still there, so that a new version fails with a sentence.
+tests/test_upstream.py checks that the parts still exist, so that an incompatible new version fails with a clear
+message.
 """
 
 import copy
@@ -17,20 +18,21 @@ from transformers.integrations import HfDeepSpeedConfig
 
 
 def without_shared_memory() -> None:
-    """Switch off DeepSpeed's shared-memory collectives, which want a compiler at the start and fail under torchrun."""
+    """Switch off DeepSpeed's shared-memory collectives, which need a compiler at the start and fail under torchrun."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 @contextmanager
 def partitioned_reading(ds_config: dict[str, Any]) -> Iterator[None]:
-    """Within it, ``from_pretrained`` partitions under ZeRO-3. transformers holds the object weakly: keep it."""
+    """In this context, make ``from_pretrained`` partition under ZeRO-3. transformers holds the object weakly: keep
+    it."""
     keep = HfDeepSpeedConfig(copy.deepcopy(ds_config))
     yield
     del keep
 
 
 def gathered_weights(engine: DeepSpeedEngine) -> Mapping[str, Tensor]:
-    """All weights in full, on the first rank, in the dtype that the engine computes in."""
+    """Return all weights, gathered, on the first rank, in the dtype that the engine computes in."""
     return engine._consolidated_16bit_state_dict()
 
 
@@ -50,15 +52,15 @@ class Writer(TorchCheckpointEngine):
 
 
 def write_with(engine: DeepSpeedEngine, writer: Writer) -> None:
-    """Let ``engine`` write its checkpoints by ``writer``, and nothing else: copying DeepSpeed's recovery script would
-    fail on one rank alone, and the package has it."""
+    """Make ``engine`` write its checkpoints by ``writer``, and nothing else: copying DeepSpeed's recovery script would
+    fail on one rank alone, and the package contains it."""
     engine.checkpoint_engine = writer
     engine._copy_recovery_script = lambda directory: None
 
 
 @contextmanager
 def before_the_gathering(engine: DeepSpeedEngine, meet: Callable[[], None]) -> Iterator[None]:
-    """Within it, DeepSpeed writes or reads each rank's files, calls ``meet``, and then gathers small weights."""
+    """In this context, make DeepSpeed write or read each rank's files, call ``meet``, and then gather small weights."""
     optimizer = engine.optimizer
     gather_weights = optimizer.checkpoint_event_epilogue
 
@@ -68,15 +70,15 @@ def before_the_gathering(engine: DeepSpeedEngine, meet: Callable[[], None]) -> I
 
     optimizer.checkpoint_event_epilogue = meet_first
     yield
-    del optimizer.checkpoint_event_epilogue  # of this object: its class's is there again
+    del optimizer.checkpoint_event_epilogue  # the attribute of this object: the class's method applies again
 
 
 @contextmanager
 def universal_loading(engine: DeepSpeedEngine, universal: bool) -> Iterator[None]:
-    """Within it, ``engine`` reads universal checkpoints, if ``universal``.
+    """In this context, make ``engine`` read universal checkpoints, if ``universal``.
 
-    Afterwards Adam's count of steps is where it belongs. DeepSpeed gives all groups of Parameters one tensor for it, on
-    the CPU; each group counts it up, and on a GPU a fused Adam wants it there.
+    Afterwards Adam's step counts are on the right devices. DeepSpeed gives all groups of Parameters one tensor for the
+    count, on the CPU; each group increments it, and on a GPU a fused Adam needs it there.
     """
     engine._config.load_universal_checkpoint = universal
     yield
@@ -88,7 +90,7 @@ def universal_loading(engine: DeepSpeedEngine, universal: bool) -> Iterator[None
 
 
 def resume_adam_on_nvme(engine: DeepSpeedEngine, step: int) -> None:
-    """Let Adam resume with the moments that lie on the disk.
+    """Make Adam resume with the moments that are on the disk.
 
     DeepSpeed copies their files back and loads nothing else: Adam would begin with moments of 0, at step 1, with the
     learning rate of the first step.
@@ -105,8 +107,8 @@ def resume_adam_on_nvme(engine: DeepSpeedEngine, step: int) -> None:
 
 
 def part_that_nvme_does_not_take(engine: DeepSpeedEngine) -> float | None:
-    """MiB that each part of the optimizer must have to be kept on NVMe, if one has less: DeepSpeed keeps that one in
-    memory, and in no checkpoint."""
+    """Return the MiB that each part of the optimizer must have to be kept on NVMe, if one has less, else None:
+    DeepSpeed keeps a smaller part in memory, and in no checkpoint."""
     parts = range(len(engine.optimizer.fp32_partitioned_groups_flat))
     if all(engine.optimizer._swappable_optimizer_subgroup(part) for part in parts):
         return None

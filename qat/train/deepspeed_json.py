@@ -1,4 +1,5 @@
-"""DeepSpeed's JSON files: how to run. The flags say what is learned, and the two must not contradict each other."""
+"""DeepSpeed's JSON files, which determine how a run computes. The flags determine what it learns, and the two must not
+contradict each other."""
 
 import copy
 import json
@@ -10,8 +11,8 @@ import torch
 from qat.runtime.errors import UserError
 
 _FP32_BUFFERS = "inv_freq"
-"""RoPE's frequencies. ``zero.Init`` and the engine cast all floating tensors to bf16, which would put a phase of
-thousands of radians off by whole ones; DeepSpeed leaves alone the buffers that it is told."""
+"""RoPE's frequencies. ``zero.Init`` and the engine cast all floating tensors to bf16, which would shift a phase of
+thousands of radians by whole radians; DeepSpeed leaves the buffers in this list alone."""
 
 _REFUSED = {
     "fp16.enabled": "the student computes in bf16 on GPUs and in fp32 on CPUs",
@@ -32,7 +33,7 @@ _REFUSED = {
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The DeepSpeed JSON at ``path``; raises UserError if nothing can be trained so."""
+    """Read the DeepSpeed JSON at ``path``; raise UserError if it is not suitable for training."""
     try:
         ds_config = json.loads(path.read_text())
     except OSError as error:
@@ -50,7 +51,8 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def read_for_here(path: Path) -> dict[str, Any]:
-    """``read``; raises UserError, too, if it names an NVMe folder that this machine has not."""
+    """Read the JSON as ``read`` does; raise UserError also if it names an NVMe folder that does not exist on this
+    machine."""
     ds_config = read(path)
     for part in ("offload_optimizer", "offload_param"):
         nvme = _get(ds_config, f"zero_optimization.{part}.nvme_path")
@@ -60,9 +62,9 @@ def read_for_here(path: Path) -> dict[str, Any]:
 
 
 def resolve(path: Path, learning: dict[str, Any]) -> dict[str, Any]:
-    """The JSON at ``path``, for this machine, with the flags filled in.
+    """Read the JSON at ``path``, for this machine, and fill in the flags.
 
-    ``learning`` maps dotted keys of the JSON to the flags' values. A key that the JSON leaves out, or calls "auto",
+    ``learning`` maps dotted keys of the JSON to the flags' values. A key that the JSON leaves out, or sets to "auto",
     takes the flag's value; raises UserError if it holds another one.
     """
     ds_config = read_for_here(path)
@@ -79,20 +81,20 @@ def resolve(path: Path, learning: dict[str, Any]) -> dict[str, Any]:
 
 
 def for_teacher(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """This way of running, without anything that learns: the teacher is sharded like the student."""
+    """Return the configuration without anything that learns: the teacher is sharded like the student."""
     config = copy.deepcopy(ds_config)
     for key in ("optimizer", "gradient_clipping", "gradient_accumulation_steps", "tensorboard", "wandb"):
         config.pop(key, None)
     zero = config["zero_optimization"]
     zero.pop("offload_optimizer", None)
     if nvme := _get(zero, "offload_param.nvme_path"):
-        # An engine empties its folder of parameters when it is made: the student's must not be the teacher's.
+        # An engine empties its parameter folder when it is made: student and teacher must not share one.
         zero["offload_param"]["nvme_path"] = str(Path(nvme) / "teacher")
     return config
 
 
 def dtype(ds_config: dict[str, Any]) -> torch.dtype:
-    """What is computed in."""
+    """Return the dtype of the computation: bf16 if that is enabled, else fp32."""
     return torch.bfloat16 if _get(ds_config, "bf16.enabled") else torch.float32
 
 
@@ -104,7 +106,7 @@ def _get(config: dict[str, Any], dotted: str) -> Any:
 
 
 def _autos(config: dict[str, Any], prefix: str = "") -> list[str]:
-    """The dotted keys that are still "auto"."""
+    """Return the dotted keys that are still "auto"."""
     found = []
     for key, value in config.items():
         if isinstance(value, dict):

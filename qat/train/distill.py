@@ -1,11 +1,11 @@
-"""What the student learns from, fused with its output layer.
+"""The student's targets, and the loss, fused with its output layer.
 
-A [tokens, vocabulary] tensor exists only for a chunk of tokens at a time: the loss (qat/train/losses) puts the gradient
-of a chunk's logits in their place, in the forward pass, and it is contracted at once with the output weight and the
+A [tokens, vocabulary] tensor exists only for a chunk of tokens at a time: the loss (qat/train/losses) overwrites a
+chunk's logits by their gradient, in the forward pass, and it is contracted at once with the output weight and the
 hidden states.
 
-``Targets`` say what is to be predicted of a sequence, and by which loss: the teacher's logits (``TeacherTargets``), the
-teacher's most likely tokens (``TopKTargets``), or the next token (``LabelTargets``).
+``Targets`` define what is to be predicted of a sequence, and by which loss: the teacher's logits (``TeacherTargets``),
+the teacher's most likely tokens (``TopKTargets``), or the next token (``LabelTargets``).
 """
 
 from abc import ABC, abstractmethod
@@ -25,14 +25,15 @@ from qat.train.losses import LOSSES, ChunkLoss, Loss, Records
 from qat.train.losses.base import at_least_fp32
 
 CHUNK_TOKENS = {"cpu": 128, "cuda": 1024}
-"""Tokens whose logits exist at one time: few keep the memory small, a GPU needs many to keep its GEMMs large."""
+"""Number of tokens whose logits exist at one time: few keep the memory small, a GPU needs many to keep its GEMMs
+large."""
 
 VOCABULARY_BLOCK = 8192
-"""Rows of the output weight whose gradient is added at one time."""
+"""Number of rows of the output weight whose gradient is added at one time."""
 
 
 class Targets(ABC):
-    """What the student shall predict of one sequence.
+    """The predictions that the student should make on one sequence.
 
     Attributes:
         loss: how far the student is from it
@@ -44,11 +45,11 @@ class Targets(ABC):
 
     @abstractmethod
     def chunks(self, tokens: int) -> Iterator[ChunkLoss]:
-        """The loss of each chunk of up to ``tokens`` tokens, in order."""
+        """Yield the loss of each chunk of up to ``tokens`` tokens, in order."""
 
 
 class TeacherTargets(Targets):
-    """What the teacher says of one sequence: its final hidden states, and its output layer when needed.
+    """The teacher's predictions on one sequence: its final hidden states, and its output layer when needed.
 
     Args:
         hidden: the teacher's final hidden states [tokens, hidden]
@@ -70,12 +71,13 @@ class TeacherTargets(Targets):
     @classmethod
     @torch.no_grad()
     def of(cls, teacher: PreTrainedModel, input_ids: Tensor, loss: Loss = LOSSES["logits"]) -> "TeacherTargets":
-        """What ``teacher``, which is not sharded, predicts after each token but the last of input_ids [1, tokens]."""
+        """Compute the predictions of ``teacher``, which is not sharded, after each token but the last of input_ids [1,
+        tokens]."""
         hidden, records = loss.run(teacher, input_ids)
         return cls(hidden, lambda: nullcontext(output_layer(teacher).weight), loss, records)
 
     def logits(self, tokens: int) -> Iterator[Tensor]:
-        """The teacher's logits [up to ``tokens``, vocabulary], chunk by chunk."""
+        """Yield the teacher's logits [up to ``tokens``, vocabulary], chunk by chunk."""
         with self.head() as weight:
             for hidden in self.hidden.split(tokens):
                 yield matmul(hidden, weight.t())
@@ -109,15 +111,15 @@ class TopKTargets(Targets):
 
 
 class DistillationHead(nn.Linear):
-    """The student's output layer: logits as ever, or, given targets, the loss.
+    """The student's output layer: it computes logits as usual, or, given targets, the loss.
 
-    The loss is computed here because under ZeRO-3 the weight is whole only inside its module's forward.
+    The loss is computed here because under ZeRO-3 the complete weight exists only inside its module's forward.
     """
 
     @classmethod
     def convert(cls, linear: nn.Linear) -> "DistillationHead":
-        """Turn ``linear`` into a DistillationHead in place; raises UserError if it adds a bias, which the loss has no
-        place for."""
+        """Turn ``linear`` into a DistillationHead in place; raise UserError if it has a bias, which the loss does not
+        support."""
         if linear.bias is not None:
             raise UserError(
                 "The model's lm_head has a bias, and the distillation loss is computed without one: give a model whose "
@@ -128,16 +130,16 @@ class DistillationHead(nn.Linear):
         return linear
 
     def forward(self, hidden: Tensor, targets: Targets | None = None) -> Any:
-        """hidden [tokens, hidden] and targets -> (loss, KL), both scalars; without targets: logits."""
+        """Compute (loss, KL), both scalars, of hidden [tokens, hidden] and targets; without targets, compute logits."""
         if targets is None:
             return super().forward(hidden)
-        # Without a gradient to come, no time or memory for it: autograd alone would not tell the function.
+        # Without a gradient to come, spend no time or memory on it: autograd alone would not tell the function.
         weight = self.weight if torch.is_grad_enabled() else self.weight.detach()
         return _DistillationLoss.apply(hidden, weight, targets)
 
 
 class Distiller(nn.Module):
-    """The student as the engine sees it: token ids and targets in, the loss out.
+    """The student as the engine uses it: token ids and targets in, the loss out.
 
     Args:
         student: a causal LM
@@ -151,7 +153,7 @@ class Distiller(nn.Module):
         LOSSES[loss].make_recordable(student)
 
     def forward(self, input_ids: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
-        """input_ids [1, tokens] -> (loss, KL), each the mean over the predicted tokens."""
+        """Compute (loss, KL), each the mean over the predicted tokens, of input_ids [1, tokens]."""
         hidden, records = targets.loss.run(self.student, input_ids)
         loss, kl = output_layer(self.student)(hidden, targets=targets)
         return loss + targets.loss.extra(records, targets.records), kl
@@ -179,7 +181,7 @@ class _DistillationLoss(torch.autograd.Function):
                 ):
                     grad += matmul(some.t(), hidden[rows])
             del logits  # before the next ones are made
-        ctx.grads = grad_hidden, grad_weight  # not saved_tensors: backward must be able to let go of them
+        ctx.grads = grad_hidden, grad_weight  # not saved_tensors: backward must be able to release them
         total /= len(hidden)
         kl /= len(hidden)
         ctx.mark_non_differentiable(kl)
@@ -187,8 +189,8 @@ class _DistillationLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Scales the gradients in place and gives them away: one as large as the output weight must not live on until
-        the next loss has taken the place of this one, nor be copied where it is accumulated."""
+        """Scale the gradients in place and give them away: one as large as the output weight must not stay alive until
+        the next loss has replaced this one, nor be copied where it is accumulated."""
         if ctx.grads is None:
             raise RuntimeError("backward through a distillation loss works once: compute the loss again.")
         grads, ctx.grads = ctx.grads, None

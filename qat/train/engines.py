@@ -34,8 +34,8 @@ from qat.train.losses import LOSSES, Loss, Records
 def init_distributed() -> None:
     """Join the other ranks that the launcher started, and watch them; without a launcher, be the only one.
 
-    DeepSpeed's shared-memory op is switched off: on CPU it wants a compiler at start-up and breaks under
-    torchrun. Without a GPU the ranks share the cores.
+    DeepSpeed's shared-memory op is switched off: on CPUs it needs a compiler at start-up and fails under torchrun.
+    Without a GPU the ranks divide the cores among them.
     """
     if "RANK" not in os.environ:
         with socket.socket() as free:
@@ -55,7 +55,7 @@ def init_distributed() -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks()))
     ranks.join(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     deepspeed.init_distributed(timeout=ranks.TIMEOUT)
-    with ranks.doing("the first collective", patience=300):  # ranks whose network is not set up right hang in it
+    with ranks.doing("the first collective", patience=300):  # ranks with a misconfigured network hang in it
         dist.barrier()
 
 
@@ -68,7 +68,7 @@ def student_engine(
     loss: str,
     initial_steps: dict[str, Tensor] | None = None,
 ) -> deepspeed.DeepSpeedEngine:
-    """The quantized student, with its optimizer: ``engine(input_ids, targets)`` gives (loss, KL).
+    """Build the quantized student, with its optimizer: ``engine(input_ids, targets)`` returns (loss, KL).
 
     Args:
         lr_factor: what the learning rate is multiplied with at each step
@@ -123,13 +123,14 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, sample: Sample) -> TeacherTargets:
-        """What the teacher predicts after each of the sample's tokens but the last."""
+        """Compute the teacher's predictions after each of the sample's tokens but the last."""
         hidden, records = self._engine(sample.input_ids)
         return TeacherTargets(hidden, self.head, self._loss, records)
 
     @torch.no_grad()
     def initial_steps(self, sample: Sample, quant: QuantConfig) -> dict[str, Tensor]:
-        """What a learned quantizer of the activations starts with, by layer: the mean over all ranks' samples."""
+        """Compute the initial steps of a learned quantizer of the activations, by layer: the mean over all ranks'
+        samples."""
         found: dict[str, Tensor] = {}
         language_model = self._engine.module.language_model
         inputs = {name: own.activations for name, own in prepare.layer_settings(language_model, quant).items()}
@@ -151,14 +152,14 @@ class Teacher:
 
     @contextmanager
     def head(self) -> Iterator[Tensor]:
-        """The output weight [vocabulary, hidden], whole; all ranks must ask for it together."""
+        """Yield the complete output weight [vocabulary, hidden]; all ranks must call this together."""
         weight = architecture.output_layer(self._engine.module.language_model).weight
         with deepspeed.zero.GatheredParameters([weight]):
             yield weight
 
 
 def labels(loss: str) -> Callable[[Sample], LabelTargets]:
-    """In a teacher's place, for a loss that needs none: a sample in, its own next tokens out."""
+    """Return a replacement for the teacher, for a loss that needs none: a sample in, its own next tokens out."""
     return lambda sample: LabelTargets(sample.input_ids[0, 1:], LOSSES[loss])
 
 
@@ -167,8 +168,8 @@ def save_student(
 ) -> None:
     """Write the student as a Hugging Face directory, gathered from all ranks' shards.
 
-    Its weights are the trained ones, not yet rounded, in the dtype that the student computes in;
-    ``quant_config.json`` beside them says how to round. The directory appears whole.
+    Its weights are the trained ones, not yet rounded, in the dtype that the student computes in; ``quant_config.json``
+    beside them specifies the rounding. The directory appears complete.
 
     Args:
         companions: ModelFolder.companions of the model that the student began with, read when the run started: its
@@ -184,7 +185,7 @@ def save_student(
 
 
 def _read_partitioned(model: str, ds_config: dict[str, Any]) -> PreTrainedModel:
-    """The model at ``model`` for an engine, each rank with its part of the weights."""
+    """Load the model at ``model`` for an engine, each rank with its part of the weights."""
     with partitioned_reading(ds_config):
         language_model = models.load(model, deepspeed_json.dtype(ds_config))
     models.renew_rope(language_model)
@@ -193,7 +194,8 @@ def _read_partitioned(model: str, ds_config: dict[str, Any]) -> PreTrainedModel:
 
 
 def _check_rope(model: PreTrainedModel) -> None:
-    """Raise UserError if the engine has changed RoPE's frequencies: what is trained would not be what is served."""
+    """Raise UserError if the engine has changed RoPE's frequencies: the trained model would differ from the served
+    one."""
     for name, expected in architecture.new_rotation(model).named_buffers():
         found = architecture.rotation(model).get_buffer(name)
         if found.dtype != expected.dtype or not torch.equal(found.cpu(), expected):

@@ -1,4 +1,4 @@
-"""What a run says: one JSON line a step in ``log.jsonl``, a progress bar, and DeepSpeed's monitors."""
+"""The output of a run: one JSON line per step in ``log.jsonl``, a progress bar, and DeepSpeed's monitors."""
 
 import json
 import logging
@@ -14,14 +14,14 @@ from qat.runtime.files import read_lines, write_atomically, writing
 from qat.train.checkpoint import TrainState
 
 PERPLEXITY = "ppl_"
-"""Begins the names of the figures that were measured on held-out texts; the text's follows."""
+"""Prefix of the names of the figures that were measured on held-out texts; the text's name follows."""
 
 _log = logging.getLogger(__name__)
 
 
 class RunLog:
-    """The first rank's log, a context that ends it. Once begun it never ends a run: what cannot be written (a full
-    disk, a lost network) is warned of once, and tried again with the next step.
+    """The first rank's log, a context manager. Once started it never ends a run: a failure to write (a full disk, a
+    lost network) causes one warning, and is retried with the next step.
 
     Args:
         path: the file; what it holds of steps after ``state.step``, which are taken again, is dropped
@@ -59,7 +59,7 @@ class RunLog:
             "memory_gb": round(memory.peak() / 1e9, 3),
         }
         self._try(str(self._path), self._file.write, json.dumps(record) + "\n")
-        # By samples, as DeepSpeed's own events are: Weights & Biases ignores what comes under a lower number.
+        # By samples, as DeepSpeed's own events are: Weights & Biases ignores events with a lower number than before.
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
         events = [(f"train/{name}", value, state.samples) for name, value in numbers.items()]
         for monitor in self._monitors:

@@ -29,16 +29,16 @@ from qat.train.losses import LOSSES
 from qat.train.validation import Texts, perplexities
 
 SETTINGS, CHECKPOINTS, LOG, TENSORBOARD, FINAL = "settings.json", "checkpoints", "log.jsonl", "tensorboard", "final"
-"""A run's folder: what it is, its checkpoints, one JSON line a step, the same for TensorBoard, and the trained
-student."""
+"""Names in a run's folder: its settings, its checkpoints, one JSON line per step, the same for TensorBoard, and the
+trained student."""
 
 _STEPS_BEFORE_JUDGING = 20
-"""Steps that the average loss is over, and that must have been taken before a loss is called exploding."""
+"""Number of steps that the loss is averaged over, and that must have been taken before a loss is called exploding."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How the student learns: AdamW without weight decay, by single sequences. The defaults are the paper's.
+    """The student's training: AdamW without weight decay, by single sequences. The defaults are the paper's.
 
     Args:
         loss: what the student minimises
@@ -55,7 +55,7 @@ class TrainConfig:
         eval_every: steps between measurements of the perplexity on held-out sequences, where some are given
         max_loss_ratio: stop if a step's loss is so many times its average; 0 never does
         peak_flops: FLOP/s that one device can do (989e12 for bf16 on an H100): logs the model FLOP utilisation
-        deterministic: on GPUs, a resumed run goes on bit for bit; slower (docs/gpu/). CPUs always do so
+        deterministic: on GPUs, a resumed run continues bit for bit; slower (docs/gpu/). CPUs always do so
         seed: of the order of the data
     """
 
@@ -83,14 +83,14 @@ class TrainConfig:
             raise UserError(f"lr={self.lr} is invalid: choose a learning rate above 0 and below 1, say 2e-5.")
 
     def lr_factor(self, step: int) -> float:
-        """Learning rate of optimizer step ``step`` (from 0) over ``lr``: linear warm-up, then a cosine."""
+        """Return the learning rate of optimizer step ``step`` (from 0) over ``lr``: linear warm-up, then a cosine."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         return self.min_lr_ratio + (1 - self.min_lr_ratio) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
 
     def ds_settings(self, world_size: int) -> dict[str, object]:
-        """What a DeepSpeed JSON must not contradict, by its dotted keys.
+        """Return the settings that a DeepSpeed JSON must not contradict, by its dotted keys.
 
         Raises UserError for a batch that ``world_size`` ranks cannot share.
         """
@@ -119,7 +119,7 @@ def train(
     stop: StopSignal,
     held_out: Texts,
 ) -> bool:
-    """Train to ``config.steps`` from the run's last whole checkpoint; False if a signal stopped it before."""
+    """Train to ``config.steps`` from the run's last complete checkpoint; return False if a signal stopped it before."""
     state = checkpoint.resume(student, run / CHECKPOINTS)
     stopped = False
     with RunLog(run / LOG, student, state, config.steps) if dist.get_rank() == 0 else nullcontext() as log:
@@ -129,7 +129,7 @@ def train(
             update_average(state, figures["loss"])
             last = state.step == config.steps
             due = state.step // config.eval_every > state.measured // config.eval_every
-            if held_out and (last or (due and not stopped)):  # who is told to stop saves first, and measures later
+            if held_out and (last or (due and not stopped)):  # a stopped run saves first, and measures later
                 figures |= {PERPLEXITY + name: ppl for name, ppl in perplexities(student, held_out, device()).items()}
                 state.measured = state.step
             if log is not None:
@@ -140,10 +140,10 @@ def train(
 
 
 def arithmetic_of(settings: dict[str, Any], run: Path) -> str:
-    """How the run in folder ``run``, begun with ``settings``, computes.
+    """Return the arithmetic of the run in folder ``run``, begun with ``settings``.
 
-    The first version wrote into the folder, not into the settings, whether it multiplied codes or floats; in bf16 it
-    rounded the frequencies of RoPE too.
+    The first version recorded in the folder, not in the settings, whether it multiplied codes or floats; in bf16 it
+    also rounded the frequencies of RoPE.
     """
     if "arithmetic" in settings:
         return settings["arithmetic"]
@@ -163,7 +163,8 @@ def take_step(
     state: TrainState,
     stop: StopSignal,
 ) -> tuple[dict[str, float], bool]:
-    """One optimizer step on the next ``config.batch_size`` samples; its figures, and whether any rank must stop."""
+    """Take one optimizer step on the next ``config.batch_size`` samples; return its figures, and whether any rank must
+    stop."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     began, lr = time.monotonic(), student.get_lr()[0]
     learned = torch.zeros(2, dtype=torch.float64, device=device())  # loss, KL
@@ -194,7 +195,7 @@ def take_step(
     state.seconds += seconds
     figures = {
         "loss": loss_sum / config.batch_size,
-        **({} if config.loss == "label" else {"kl": kl_sum / config.batch_size}),  # which needs a teacher
+        **({} if config.loss == "label" else {"kl": kl_sum / config.batch_size}),  # KL needs a teacher
         "lr": lr,
         "grad_norm": float(student.get_global_grad_norm()),
         "tokens_per_second": round(token_sum / seconds, 1),
@@ -219,6 +220,6 @@ def check_sane(figures: dict[str, float], config: TrainConfig, state: TrainState
 
 
 def update_average(state: TrainState, loss: float) -> None:
-    """Take the loss of the step that was just taken into the running average that ``check_sane`` compares with."""
+    """Update the running average that ``check_sane`` compares with by the loss of the step just taken."""
     weight = max(1 / state.step, 1 / _STEPS_BEFORE_JUDGING)
     state.average_loss += weight * (loss - state.average_loss)

@@ -1,4 +1,4 @@
-"""What training a model will need of each GPU, of the host and of NVMe, and how long a step will take: the formulas.
+"""The needs of training a model: memory of each GPU, of the host and of NVMe, and the time of a step: the formulas.
 
 docs/training.md explains them, with what they were checked against. Nothing is loaded: the model is built on the meta
 device from its config.
@@ -17,22 +17,22 @@ from qat.train import flops
 from qat.train.distill import CHUNK_TOKENS
 
 _KEPT_ON_CPU = {"alone": 0.55, "with others": 1.0}
-"""Part of what comes and goes that a CPU rank holds besides: freed memory that the C library keeps in pieces
+"""Fraction of the temporary memory that a CPU rank holds in addition: freed memory that the C library keeps in pieces
 (qat/runtime/malloc.py), and gloo's copies of what ranks exchange. Fitted to two models; docs/training.md checks it on a
 third."""
 
 _ADAM_TRAFFIC = 28
-"""Bytes that Adam reads and writes for a parameter: weight and moments (both ways), and gradient, in fp32."""
+"""Bytes that Adam reads and writes per parameter: weight and moments (both ways), and gradient, in fp32."""
 
 _GPU_OPTIMIZER_TRAFFIC = _ADAM_TRAFFIC + 42
-"""Bytes that a GPU's optimizer step reads and writes for a parameter. DeepSpeed adds to Adam's: the norm of the fp32
-gradient in fp64 (read 4, write 8, read 8), the gradients laid side by side (4 + 4), clipped (4 + 4), and the weights
+"""Bytes that a GPU's optimizer step reads and writes per parameter. DeepSpeed adds to Adam's: the norm of the fp32
+gradient in fp64 (read 4, write 8, read 8), the gradients copied side by side (4 + 4), clipped (4 + 4), and the weights
 rounded to bf16 (4 + 2)."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What it is to be trained on. The defaults are a node of 8 H100.
+    """The machine to train on. The defaults are a node of 8 H100.
 
     Args:
         gpus: GPUs, one rank each
@@ -72,7 +72,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes, per rank unless said, by what they are for; and the seconds of a step.
+    """Bytes, per rank unless stated otherwise, by purpose; and the seconds of a step.
 
     Attributes:
         device: what stays on the rank's GPU; without GPUs, in its process
@@ -92,7 +92,7 @@ class Plan:
 
     @property
     def needs(self) -> Mapping[str, float]:
-        """What a rank holds at most."""
+        """Return the most bytes that a rank holds, by purpose."""
         return {**self.device, "at times": at_once(self.passing)}
 
     @property
@@ -101,11 +101,11 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        """Traffic between GPUs hides behind the computation; the optimizer does not."""
+        """Return the seconds of a step. Traffic between GPUs hides behind the computation; the optimizer does not."""
         return max(self.seconds["compute"], self.seconds["link"], self.seconds["bus"]) + self.seconds["optimizer"]
 
     def missing(self, machine: Machine) -> str:
-        """Why the machine is too small; empty if it is not."""
+        """Return the needs that the machine is too small for; empty if there are none."""
         needs = {
             f"{self.peak / 1e9:.0f} GB on each GPU": self.peak > machine.gpu_memory * 1e9,
             f"{self.host / 1e9:.0f} GB of host memory": self.host > machine.host_memory * 1e9,
@@ -115,7 +115,8 @@ class Plan:
 
 
 def at_once(passing: Mapping[str, float]) -> float:
-    """Gathered weights and buckets stay during the optimizer's step; activations and logits are gone by then."""
+    """Return the largest sum of temporary bytes. Gathered weights and buckets stay during the optimizer's step;
+    activations and logits are gone by then."""
     return sum(passing.values()) - min(passing["activations"] + passing["logits"], passing["optimizer step"])
 
 
@@ -128,7 +129,7 @@ def training(
     device: str = "cuda",
     checkpointing: bool = True,
 ) -> Plan:
-    """The needs of training ``config``'s model with loss=logits, one sequence at a time on each rank.
+    """Plan the training of ``config``'s model with loss=logits, one sequence at a time on each rank.
 
     Args:
         student: its DeepSpeed JSON
@@ -144,7 +145,7 @@ def training(
     ranks, zero = machine.gpus, student["zero_optimization"]
     own = parameters / ranks
     bf16 = student.get("bf16", {}).get("enabled", False)
-    width = 2 if bf16 else 4  # bytes of a number that is computed with
+    width = 2 if bf16 else 4  # bytes of a number in the computation
 
     parameters_on = zero.get("offload_param", {}).get("device", "gpu")
     optimizer_on = zero.get("offload_optimizer", {}).get("device", "gpu")
@@ -184,7 +185,7 @@ def training(
     moved = (2 * width * own * (parameters_on != "gpu")) + (4 + width) * own * (optimizer_on != "gpu")
     if teacher:
         moved += width * own * (teacher_on != "gpu")
-    passes = 3 + checkpointing + bool(teacher)  # backward takes two
+    passes = 3 + checkpointing + bool(teacher)  # backward counts twice
     seconds = {
         "compute": passes * flops.forward(config, tokens) / (machine.flops * machine.efficiency),
         "link": received / machine.link,
@@ -199,15 +200,15 @@ def training(
 
 
 def _live(ds_config: dict[str, Any], parameters: int) -> float:
-    """Parameters that DeepSpeed keeps gathered at most."""
+    """Return the most parameters that DeepSpeed keeps gathered."""
     zero = ds_config["zero_optimization"]
     return min(parameters, zero.get("stage3_max_live_parameters", 1e9))
 
 
 def _activations(config: PretrainedConfig, tokens: int, width: int, checkpointing: bool) -> float:
-    """With gradient checkpointing, which computes the student's forward pass twice: each block's input, and one block's
-    own; without it, all blocks' own. Those are, for each token, the codes of the linear layers' inputs, their outputs,
-    and what norms and SwiGLU compute between them."""
+    """Return the bytes of the activations. With gradient checkpointing, which computes the student's forward pass
+    twice: each block's input, and one block's own; without it, all blocks' own. A block's own are, for each token, the
+    codes of the linear layers' inputs, their outputs, and what norms and SwiGLU compute between them."""
     inputs = config.num_hidden_layers * config.hidden_size * width
     block = width * (8 * config.hidden_size + 5 * config.intermediate_size)
     return tokens * (inputs + block * (1 if checkpointing else config.num_hidden_layers))
@@ -221,10 +222,11 @@ def _received(
     ranks: int,
     width: int,
 ) -> float:
-    """Weights for the student's forward and backward and the teacher's forward, and the gradients' parts.
+    """Return the bytes that a rank receives per step: weights for the student's forward and backward and the teacher's
+    forward, and the gradients' parts.
 
-    What is used again soon enough stays gathered between the student's two passes: the last blocks, but neither the
-    embedding nor the output layer.
+    Weights that are used again soon enough stay gathered between the student's two passes: the last blocks, but neither
+    the embedding nor the output layer.
     """
     reuse = student["zero_optimization"].get("stage3_max_reuse_distance", 1e9)
     kept = min(_live(student, parameters), reuse / 2, parameters - 2 * output_layer)

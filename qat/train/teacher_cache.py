@@ -1,14 +1,14 @@
-"""What the teacher predicts, on disk: training then runs without a teacher.
+"""The teacher's predictions on disk: training then runs without a teacher.
 
 A folder of ``targets-*.safetensors``, each for some consecutive sequences of a shard folder, in one of two forms:
 
 * the k most likely tokens of every position: ``ids`` int32 [tokens, k] and ``log_probabilities`` fp16 [tokens, k],
-  6 k bytes a token; ``Loss.top_k`` says what becomes of the rest;
+  6 k bytes per token; ``Loss.top_k`` defines the treatment of the rest;
 * the final hidden states: ``hidden`` [tokens, hidden] in the dtype that the teacher computes in, and its output weight
   once, in ``head.safetensors``. Nothing is lost.
 
-``offsets`` int64 says where each sequence begins. A file appears whole, with a checksum beside it, and
-``manifest.json`` says what made it.
+``offsets`` int64 gives the start of each sequence. A file appears complete, with a checksum beside it, and
+``manifest.json`` records what made it.
 """
 
 import json
@@ -32,7 +32,7 @@ _HEAD = "head.safetensors"
 
 
 class TeacherCache:
-    """The folder. ``settings`` are what its content depends on: the teacher, the data, and ``top_k``.
+    """The folder of a cache. Its content depends only on ``settings``: the teacher, the data, and ``top_k``.
 
     Args:
         loss: the name in LOSSES of what is computed from the targets that are read
@@ -44,7 +44,7 @@ class TeacherCache:
 
     def claim(self, settings: dict[str, object]) -> None:
         """Create the folder for ``settings``, or check that it was made with the same, and keep other processes out
-        until this one ends; raises UserError if another one is in it, or it is that of other settings."""
+        until this one ends; raise UserError if another one is in it, or it was made with other settings."""
         lock(self.directory)
         path = self.directory / "manifest.json"
         if not path.exists():
@@ -64,7 +64,7 @@ class TeacherCache:
             raise UserError(f"{self.directory} was made with other settings ({listed}): make a cache for these.")
 
     def check_loss(self) -> None:
-        """Raise UserError if the folder keeps only the most likely tokens, and the loss needs them all."""
+        """Raise UserError if the folder keeps only the most likely tokens, and the loss needs all of them."""
         if (top_k := self.fingerprint()["top_k"]) and not LOSSES[self.loss].takes_top_k:
             raise UserError(
                 f"loss={self.loss} needs the teacher's whole distribution, and {self.directory} has its {top_k} most "
@@ -72,15 +72,15 @@ class TeacherCache:
             )
 
     def fingerprint(self) -> dict[str, object]:
-        """The settings that the folder was made with."""
+        """Return the settings that the folder was made with."""
         return read_json(self.directory / "manifest.json")
 
     def path(self, number: int) -> Path:
-        """The file of sequences ``number * SEQUENCES_PER_FILE`` and on."""
+        """Return the path of the file with sequences ``number * SEQUENCES_PER_FILE`` and following."""
         return self.directory / f"targets-{number:05d}.safetensors"
 
     def missing(self, sequences: int) -> list[int]:
-        """The numbers of the files that a folder of ``sequences`` sequences still lacks, damaged ones among them."""
+        """Return the numbers of the files that are missing or damaged in a folder of ``sequences`` sequences."""
         return [number for number in range(_files(sequences)) if _fault(self.path(number))]
 
     def check_complete(self, sequences: int, rank: int = 0, ranks: int = 1) -> None:
@@ -108,7 +108,7 @@ class TeacherCache:
         self._save({"weight": weight.detach().cpu().contiguous()}, self.directory / _HEAD)
 
     def __call__(self, sample: Sample) -> TeacherTargets | TopKTargets:
-        """The teacher's targets for a sample of the data, on the sample's device."""
+        """Load the teacher's targets for a sample of the data, onto the sample's device."""
         number, position = divmod(sample.sequence, SEQUENCES_PER_FILE)
         path, device = self.path(number), sample.input_ids.device
         with safe_open(path, framework="pt") as file:
@@ -128,17 +128,18 @@ class TeacherCache:
 
 
 def _files(sequences: int) -> int:
-    """How many files hold the targets of so many sequences."""
+    """Return the number of files that hold the targets of ``sequences`` sequences."""
     return -(-sequences // SEQUENCES_PER_FILE)
 
 
 def _fault(file: Path) -> str:
-    """What is wrong with a file; empty if nothing is."""
+    """Describe the fault of a file; return "" if there is none."""
     return damage(file) if file.is_file() else "it is missing"
 
 
 def entry_of(targets: TeacherTargets, top_k: int) -> dict[str, Tensor]:
-    """What a cache keeps of one sequence: the ``top_k`` most likely tokens, or, for 0, the final hidden states."""
+    """Return what a cache keeps of one sequence: the ``top_k`` most likely tokens, or, for 0, the final hidden
+    states."""
     if top_k == 0:
         return {"hidden": targets.hidden.cpu().clone()}
     ids, log_probabilities = [], []

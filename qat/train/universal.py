@@ -12,7 +12,7 @@ from qat.runtime.errors import UserError
 from qat.store.pickles import as_data
 
 REFUSED = 2
-"""Exit code: the last line on standard error says why the checkpoint is not read."""
+"""Exit code: the last line on standard error explains why the checkpoint cannot be read."""
 
 
 def main() -> int:

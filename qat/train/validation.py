@@ -12,12 +12,12 @@ from qat.runtime import ranks
 from qat.train.distill import LabelTargets
 
 Texts = Mapping[str, list[Tensor]]
-"""Held-out sequences [1, tokens], by the name of what they come from."""
+"""Held-out sequences [1, tokens], by the name of their source."""
 
 
 @torch.no_grad()
 def perplexities(student: deepspeed.DeepSpeedEngine, texts: Texts, device: torch.device) -> dict[str, float]:
-    """The student's perplexity on each of the texts, shared out over all ranks."""
+    """Measure the student's perplexity on each of the texts, shared out over all ranks."""
     student.eval()
     found = {name: _perplexity(student, sequences, device) for name, sequences in texts.items()}
     student.train()
@@ -29,7 +29,7 @@ def _perplexity(student: deepspeed.DeepSpeedEngine, sequences: list[Tensor], dev
     ranks.announce("measuring perplexity")
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats, tokens
     for first in range(0, len(sequences), world_size):
-        # Under ZeRO-3 all ranks run together: one that has no sequence left repeats the last, and counts nothing.
+        # Under ZeRO-3 all ranks run together: one that has no sequence left repeats the last one, without counting it.
         ids = sequences[min(first + rank, len(sequences) - 1)].to(device)
         nll, _ = student(ids, LabelTargets(ids[0, 1:]))
         if first + rank < len(sequences):

@@ -1,4 +1,4 @@
-"""Distillation losses: one file for each, and the table of them."""
+"""Distillation losses: one file for each, and the table of losses."""
 
 from qat.runtime.table import Table
 from qat.train.losses.attention import Attention

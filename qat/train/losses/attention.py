@@ -1,4 +1,4 @@
-"""The paper's comparison: the attention maps of every layer are matched too."""
+"""The paper's comparison: matches the attention maps of every layer, too."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ class Attention(Logits):
     needs_attention = True
 
     def extra(self, student: Records, teacher: Records) -> Tensor:
-        """KL(teacher || student) of the attention distributions: mean over layers, heads and query tokens."""
+        """Compute KL(teacher || student) of the attention distributions: mean over layers, heads and query tokens."""
         assert student.attention is not None
         assert teacher.attention is not None
         losses = []
@@ -23,7 +23,7 @@ class Attention(Logits):
 
 
 def _log_attention(query: Tensor, key: Tensor, scaling: float, window: int | None) -> Tensor:
-    """Causal log-probabilities [batch, heads, tokens, tokens]; the lowest number where a token sees nothing."""
+    """Compute causal log-probabilities [batch, heads, tokens, tokens]; the lowest number where a token sees nothing."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
     scores = (query.float() @ key.float().transpose(-1, -2)) * scaling
     everything = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)

@@ -1,9 +1,9 @@
-"""What a loss is.
+"""The interface of a loss.
 
-The student's logits [tokens, vocabulary] exist only for a chunk of tokens at a time. A loss is given them, and what
-they are compared with, and puts their gradient in their place: qat/train/distill.py contracts it at once with the
-output weight and the hidden states. What a loss compares besides, in between the embedding and the output layer, is an
-``extra`` term, which autograd differentiates.
+The student's logits [tokens, vocabulary] exist only for a chunk of tokens at a time. A loss gets them, and the targets
+that they are compared with, and overwrites them by their gradient: qat/train/distill.py contracts it at once with the
+output weight and the hidden states. A comparison of anything between the embedding and the output layer is an ``extra``
+term, which autograd differentiates.
 """
 
 from abc import ABC, abstractmethod
@@ -23,7 +23,7 @@ ChunkLoss = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Records:
-    """What was recorded of a model's forward pass for ``Loss.extra``.
+    """The records of a model's forward pass for ``Loss.extra``.
 
     Args:
         hidden_states: [1, tokens, hidden] in front of every layer and behind the last; empty unless the loss needs them
@@ -35,7 +35,7 @@ class Records:
 
 
 class Loss(ABC):
-    """What the student minimises, the mean over the predicted tokens of a sequence. A subclass says:
+    """The loss that the student minimises, the mean over the predicted tokens of a sequence. A subclass defines:
 
     Attributes:
         meaning: half a sentence for ``--help``
@@ -67,35 +67,35 @@ class Loss(ABC):
     def top_k(
         self, ids: Tensor, log_probabilities: Tensor, tokens: int, student_logits: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """``chunk``, where only the teacher's k most likely tokens [chunk, k] are known, with their
+        """Compute ``chunk`` when only the teacher's k most likely tokens [chunk, k] are known, with their
         log-probabilities [chunk, k]."""
         raise NotImplementedError
 
     def extra(self, student: Records, teacher: Records) -> Tensor | float:
-        """Compute what is added to the loss, from what both models recorded: a scalar with a graph to the student."""
+        """Compute the term added to the loss, from the records of both models: a scalar with a graph to the student."""
         return 0.0
 
     @property
     def needs_records(self) -> bool:
-        """Whether there is an extra term: no teacher cache holds what it is made from."""
+        """Return whether there is an extra term: no teacher cache holds the records that it needs."""
         return self.needs_hidden_states or self.needs_attention
 
     def make_recordable(self, model: PreTrainedModel) -> None:
-        """Let ``model`` attend by qat's attention function, which records, if the loss needs that."""
+        """Make ``model`` attend by qat's attention function, which records, if the loss needs that."""
         if self.needs_attention:
             attend(model)
 
     def run(self, model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, Records]:
-        """Run ``model`` over one sequence [1, tokens]: the final hidden states [tokens - 1, hidden] that predict a
-        token of it, and what the loss needs recorded."""
+        """Run ``model`` over one sequence [1, tokens]; return the final hidden states [tokens - 1, hidden] that predict
+        a token of it, and the records that the loss needs."""
         attention = AttentionRecord() if self.needs_attention else None
         hidden, hidden_states = run(model, input_ids, attention, self.needs_hidden_states)
         return hidden, Records(hidden_states, attention)
 
 
 def log_softmax(logits: Tensor) -> Tensor:
-    """Compute log-probabilities in fp32 at least, by their definition: fused, only the sums need a pass of their own,
-    and nothing large is stored."""
+    """Compute log-probabilities in fp32 at least, by their definition: when fused, only the sums need a pass of their
+    own, and nothing large is stored."""
     logits = logits.to(at_least_fp32(logits.dtype))
     return logits - torch.logsumexp(logits, -1, keepdim=True)
 

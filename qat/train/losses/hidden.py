@@ -1,4 +1,4 @@
-"""The paper's comparison: the hidden states of every layer are matched too."""
+"""The paper's comparison: matches the hidden states of every layer, too."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ class Hidden(Logits):
     needs_hidden_states = True
 
     def extra(self, student: Records, teacher: Records) -> Tensor:
-        """Mean over the layers of |student - teacher|^2 / |teacher|^2: a few huge channels must not decide it all."""
+        """Compute the mean over the layers of |student - teacher|^2 / |teacher|^2: a few huge channels must not
+        dominate it."""
         pairs = zip(student.hidden_states, teacher.hidden_states, strict=True)
         losses = [(s.float() - t.float()).square().sum() / t.float().square().sum() for s, t in pairs]
         return torch.stack(losses).mean()

@@ -1,4 +1,4 @@
-"""Cross-entropy with the text's own next token: no teacher is asked, and KL is the cross-entropy."""
+"""Cross-entropy with the text's own next token: no teacher is needed, and KL is the cross-entropy."""
 
 import torch
 from torch import Tensor

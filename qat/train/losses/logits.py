@@ -1,9 +1,9 @@
-"""The paper's loss: cross-entropy with the teacher's whole distribution (LLM-QAT, section 2.3).
+"""The paper's loss: cross-entropy with the teacher's complete distribution (LLM-QAT, section 2.3).
 
     loss = -(1/N) sum_tokens sum_v p_teacher(v) log p_student(v)
 
-KL(teacher || student), which reaches 0, is the same less the teacher's entropy. Gradient of the logits:
-(p_student - p_teacher) / N.
+KL(teacher || student), which reaches 0, is the same minus the teacher's entropy. Gradient of the logits: (p_student -
+p_teacher) / N.
 """
 
 import torch
@@ -23,7 +23,7 @@ class Logits(Loss):
     def top_k(
         self, ids: Tensor, log_probabilities: Tensor, tokens: int, student_logits: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The remaining mass counts as one more token: the student learns how much is left, and keeps its own
+        """Count the remaining mass as one more token: the student learns how much is left, and keeps its own
         proportions there. Cross-entropy and KL are those of the k + 1 tokens: lower bounds of the full ones.
 
         With r the mass that the teacher leaves to the rest and s what the student leaves to it, the gradient is

@@ -42,7 +42,7 @@ class Attention:
     """The KV cache of one layer, [slots, kv_heads, max_length, head_dim] each, and attention over it.
 
     Args:
-        window: a token attends to the last so many, itself included; None for all
+        window: a token attends to this many of the last tokens, itself included; None for all
     """
 
     def __init__(

@@ -66,7 +66,7 @@ class Corpus:
     def rows(self, tokenizer: Tokenizer, prefix: list[int], count: int, length: int) -> np.ndarray:
         """Return the token ids [count, length] of the first sequences; raise UserError if the corpus has fewer.
 
-        They lie in a file without a name, 4 bytes a token, so that the memory does not grow with ``count``.
+        They are in an unnamed file, 4 bytes per token, so that the memory does not grow with ``count``.
         """
         rows = islice(_cut(_tokens(self.pieces(), tokenizer), prefix, length), count)
         with tempfile.TemporaryFile() as file:

@@ -88,7 +88,7 @@ class Vocabulary:
     """The tokens of a tokenizer that decoding treats specially.
 
     Args:
-        start: ids that may start a sequence: all that the model knows but the special tokens
+        start: ids that may start a sequence: all of the model's tokens but the special ones
         prefix: what comes before the start token: [BOS] or nothing
         stop: ids that end a sequence; none if the tokenizer has none: then its length ends it
     """

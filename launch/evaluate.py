@@ -1,7 +1,7 @@
 """Measure a model directory: full precision, trained student, PTQ result or export.
 
 python launch/evaluate.py --model DIR; with --method rtn, a full-precision model is rounded first. Under a launcher
-(torchrun, deepspeed) the ranks share the windows; each holds a whole model.
+(torchrun, deepspeed) the ranks share the windows; each holds a complete model.
 """
 
 import hashlib
@@ -50,7 +50,7 @@ class Evaluation:
             wikitext2 or c4 (from the hub), or text files; none for no text
         window: tokens per window; windows do not overlap. Models with fewer positions get as many as they have
             (with vllm one less)
-        windows: how many windows of each text; 0 for the whole text
+        windows: how many windows of each text; 0 for the complete text
         teacher: full-precision model; where it is given, mean KL(teacher || model) is measured on the same tokens
         tasks: for accuracy; one or more, with commas between: boolq, piqa, social_iqa, hellaswag, winogrande, arc_easy,
             arc_challenge, openbookqa (zero-shot), mmlu, triviaqa (5-shot), or paper for all of these

@@ -29,7 +29,7 @@ class Quantization:
         output: folder of the quantized model
         method: the post-training method
         data: folder of calibration shards, made by launch/generate.py or from a corpus, for methods that need text
-        sequences: calibrate on its first so many sequences; 0 for all
+        sequences: calibrate on this many of its first sequences; 0 for all
     """
 
     model: str

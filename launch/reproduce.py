@@ -60,7 +60,7 @@ class Reproduction:
         tables: tables, with commas between: main, recipes, kv, distillation, quantizers, data
         cells: only cells whose name matches one of these patterns, with commas between, say qat_4-8-4*; a cell's
             accuracy is called qat_4-8-4.tasks
-        minutes: stop cleanly after so many; 0 for no limit
+        minutes: stop cleanly after this many; 0 for no limit
         output: folder of the results
         work: folder of everything else: training data, runs
         ranks: how many train; their sequences are shared out, so it must divide 2. 0 for one per GPU, or 2 on a CPU

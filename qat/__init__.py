@@ -5,8 +5,8 @@
     qat.save(student, "student", source=name)
     model = qat.load("student")
 
-examples/own_loop.py is a whole training. Importing this package imports nothing else: a name's module is imported when
-the name is first used.
+examples/own_loop.py is a complete training. Importing this package imports nothing else: a name's module is imported
+when the name is first used.
 """
 
 import importlib

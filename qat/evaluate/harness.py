@@ -64,7 +64,7 @@ def run_task(
     Args:
         limit: documents, spread evenly over the parts; 0 for all
         parts: the harness's tasks that it consists of (MMLU: one for each subject), each with changes to its
-            definition, which say where its data come from
+            definition, which determine where its data come from
 
     Raises UserError if ``limit`` leaves a rank without a document of some part.
     """

@@ -25,7 +25,7 @@ Weights = Iterator[tuple[str, Tensor | Quantized]]
 def load(directory: str, dtype: torch.dtype) -> PreTrainedModel:
     """Load the model at ``directory``, ready for inference: full precision, a student, or an integer export.
 
-    Weights are quantized once, here; activations and KV cache as ``quant_config.json`` says.
+    Weights are quantized once, here; activations and KV cache as ``quant_config.json`` specifies.
     """
     path = Path(directory)
     if not (path / CONFIG_FILE).is_file():
@@ -43,7 +43,7 @@ def simulate(
 
     Args:
         config: folder with config.json, and the learned steps if there are any
-        trained_dtype: the dtype in which quantized weights lie on their grid: another one rounds differently
+        trained_dtype: the dtype in which weights were rounded to their grid: another one rounds differently
     """
     values: dict[str, Tensor] = {}
     integers: dict[str, Quantized] = {}

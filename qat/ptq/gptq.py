@@ -168,7 +168,7 @@ def gptq(weight: Tensor, hessian: Tensor, form: Format, config: GPTQConfig) -> Q
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """Compute the upper triangular U with U^T U = (H + d)^-1, where d is ``damping`` times H's mean diagonal.
 
-    Where H is zero, as no input says anything, d is 1: weights are then rounded to nearest.
+    Where H is zero, as all inputs are, d is 1: weights are then rounded to nearest.
 
     Cholesky from the last row up gives H = R R^T with R upper triangular, and U = R^-1: H is never inverted.
     """

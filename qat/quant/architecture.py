@@ -63,7 +63,7 @@ class Architecture:
         block: if the layers compute LLaMA's formula: its modules, for the decoder that computes it itself
         gguf: llama.cpp's name of the architecture, which computes ``block`` too; empty if it is not mapped
         sliding_window: which layers attend to the last ``config.sliding_window`` tokens alone: none, all of them if the
-            config has one, or those that its ``layer_types`` say
+            config has one, or those that its ``layer_types`` name
         layers, attention: the list of decoder layers, and in each the module that attends
         embedding, rotation, norm, head: modules outside the layers; head is a Linear, rotation is made from a config
     """

@@ -38,7 +38,7 @@ _ROTATIONS = {"none": "the paper", "hadamard": "rotates Q, K and V over head_dim
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """What is quantized, and how. Embedding, norms and lm_head stay in full precision (the paper's choice).
+    """The quantization of a model. Embedding, norms and lm_head stay in full precision (the paper's choice).
 
     Args:
         w_bits: weights: 2 to 8, or 16 for full precision
@@ -47,7 +47,7 @@ class QuantConfig:
         w_quantizer: quantizer of the weights
         a_quantizer: quantizer of the activations, with one scale per token
         kv_quantizer: quantizer of the KV cache
-        w_group_size: weights share a scale in groups of so many input channels; 0 for one scale per output channel
+        w_group_size: weights share a scale in groups of this many input channels; 0 for one scale per output channel
         kv_site: where keys and values are quantized
         kv_granularity: what shares a scale in the KV cache
         kv_rotation: rotation of the keys and values before they are quantized

@@ -88,7 +88,7 @@ def quantized_attention(
     attention_record: AttentionRecord | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention over quantized keys and values, in transformers' attention signature.
+    """Compute scaled dot-product attention over quantized keys and values, with transformers' signature.
 
     A layer without ``kv_quantizer`` attends in full precision. Keys and values that come out of an IntegerCache
     are rotated and on their grid already.

@@ -1,4 +1,4 @@
-"""Number formats: so many bits, by a quantizer, over groups of so many consecutive elements.
+"""Number formats: a number of bits, a quantizer, and groups of consecutive elements that share a grid.
 
 A group is the last dimension of the tensor given here, or ``group_size`` consecutive elements of it: a weight row (per
 channel), the features of one token (per token), the ``head_dim`` of one token and KV head. The quantizer lays a grid

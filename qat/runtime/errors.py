@@ -40,7 +40,7 @@ def check_least(settings: object, **least: float) -> None:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """ "lr was 0.1, now 0.2, quant.w_bits was ..." for the settings that differ; empty if none does."""
+    """Return "lr was 0.1, now 0.2, quant.w_bits was ..." for the settings that differ; empty if none does."""
     before, now = _dotted(before), _dotted(now)
     differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     return ", ".join(f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in differing)

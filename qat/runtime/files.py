@@ -112,7 +112,7 @@ def check_partial(folder: Path, mark: str = _UNFINISHED) -> None:
 def appearing_folder(folder: Path, record: str = "") -> Iterator[Path]:
     """Yield a folder beside ``folder`` to write, locked against other processes; at the end, rename it to ``folder``.
 
-    Raises UserError if another process is at work in it, or something else lies in its place.
+    Raises UserError if another process is working in it, or something else is in its place.
 
     Args:
         record: the file that the caller writes first into a folder that a later start can resume. Without one,

@@ -1,18 +1,18 @@
-"""Who has died, who hangs: the ranks' daemon threads, and how they judge.
+"""Finds ranks that have died or hang: the ranks' daemon threads, and their criteria.
 
-Every rank's thread tells the first rank's, once a second over a connection of its own, what its main thread has
-announced last (qat.runtime.ranks), and hears the same of the first rank. The first rank judges the others, they judge
+Every rank's thread sends the first rank's, once a second over a connection of its own, the latest announcement of its
+main thread (qat.runtime.ranks), and receives the first rank's in return. The first rank judges the others, they judge
 it:
 
-* a connection that closes without a goodbye is a rank that died. The kernel closes it, also after SIGKILL; of a host
-  that is gone it finds out within 75 s.
-* a rank that has not spoken for longer than what it does may take is stopped, or stuck outside of Python.
-* a rank that speaks, but has not got on for that long, hangs, unless it waits for another one that is to blame.
+* a connection that closes without a goodbye is a rank that died. The kernel closes it, even after SIGKILL; it detects
+  the loss of a host within 75 s.
+* a rank that has not reported for longer than its work may take is stopped, or stuck outside of Python.
+* a rank that reports, but has made no progress for that long, hangs, unless it waits for another one that is to blame.
 
-Then all ranks end with a nonzero code, also out of the middle of a collective, and the last line names who is to blame.
+Then all ranks end with a nonzero code, even in the middle of a collective, and the last line names the rank to blame.
 
 Time is the judging thread's own: no two hosts' clocks are compared, and it stands still while the process does, so that
-Ctrl-Z stops nobody for good. Nothing here calls torch.
+a run survives Ctrl-Z. Nothing here calls torch.
 """
 
 import json
@@ -45,11 +45,11 @@ class Sign:
     Args:
         rank: its number among all that the launcher started
         host: where it runs
-        what: what it does, in words
+        what: its work, in words
         place: how many announcements, which all ranks make alike, it has come to
-        beat: another number whenever it has got on
-        patience: seconds that it may go without another beat, or without speaking
-        waits: whether it waits for other ranks: then it may go without another beat for ever
+        beat: another number whenever it has made progress
+        patience: seconds that it may go without another beat, or without a report
+        waits: whether it waits for other ranks: then it may go without another beat forever
         at: the line of our code that its main thread is in
         in_collective: whether its main thread waits in a collective
     """
@@ -201,7 +201,7 @@ class FirstRank(Watch):
     """The first rank's thread, to which all the others connect at ``port``, with ``token``.
 
     Args:
-        others: the other ranks, as they are before they have said anything; the first rank's number is one less
+        others: the other ranks, in their state before their first report; the first rank's number is one less
     """
 
     def __init__(self, own_sign: Callable[[], Sign], tick: float, others: list[Sign]):
@@ -301,7 +301,7 @@ class OtherRank(Watch):
 
     Args:
         address: host and port of the first rank
-        first: the first rank, as it is before it has said anything
+        first: the first rank, in its state before its first report
     """
 
     def __init__(self, own_sign: Callable[[], Sign], tick: float, address: tuple[str, int], token: str, first: Sign):

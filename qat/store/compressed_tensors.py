@@ -1,8 +1,8 @@
 """Integer weights in the compressed-tensors layouts, which transformers and vLLM read.
 
-``pack-quantized``   several codes in an int32: what vLLM wants on GPUs. ``weight_packed`` [out, in * bits / 32],
+``pack-quantized``   several codes in an int32, for vLLM on GPUs. ``weight_packed`` [out, in * bits / 32],
                      ``weight_shape`` [2], ``weight_scale`` [out, groups]
-``int-quantized``    a code in an int8: what vLLM wants on CPUs. ``weight`` [out, in], ``weight_scale`` [out, 1]
+``int-quantized``    a code in an int8, for vLLM on CPUs. ``weight`` [out, in], ``weight_scale`` [out, 1]
 
 Codes and scales are those that training simulated, scales in fp32 as there; no library derives them again.
 """

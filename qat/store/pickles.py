@@ -16,7 +16,7 @@ _FORCED, _FORBIDDEN = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_O
 
 @contextmanager
 def as_data(folder: Path) -> Iterator[None]:
-    """In this context, let ``torch.load`` make tensors, plain values and the two classes that DeepSpeed's checkpoints
+    """Let ``torch.load``, in this context, make tensors, plain values and the two classes that DeepSpeed's checkpoints
     also hold, and call nothing else, even where DeepSpeed asks for ``weights_only=False``.
 
     Raises UserError, which names ``folder``, for a file that asks for more.

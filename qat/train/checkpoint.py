@@ -206,7 +206,7 @@ def _convert(folder: Path, universal: Path, writers: int) -> None:
 
 
 def _meeting(engine: deepspeed.DeepSpeedEngine, what: str) -> AbstractContextManager[None]:
-    """In this context, make every rank wait for all others before weights are gathered."""
+    """Make every rank wait, in this context, for all others before weights are gathered."""
     return deepspeed_internals.before_the_gathering(engine, lambda: ranks.meet(what))
 
 

@@ -24,7 +24,7 @@ def without_shared_memory() -> None:
 
 @contextmanager
 def partitioned_reading(ds_config: dict[str, Any]) -> Iterator[None]:
-    """In this context, make ``from_pretrained`` partition under ZeRO-3. transformers holds the object weakly: keep
+    """Make ``from_pretrained``, in this context, partition under ZeRO-3. transformers holds the object weakly: keep
     it."""
     keep = HfDeepSpeedConfig(copy.deepcopy(ds_config))
     yield
@@ -60,7 +60,7 @@ def write_with(engine: DeepSpeedEngine, writer: Writer) -> None:
 
 @contextmanager
 def before_the_gathering(engine: DeepSpeedEngine, meet: Callable[[], None]) -> Iterator[None]:
-    """In this context, make DeepSpeed write or read each rank's files, call ``meet``, and then gather small weights."""
+    """Make DeepSpeed, in this context, write or read each rank's files, call ``meet``, then gather small weights."""
     optimizer = engine.optimizer
     gather_weights = optimizer.checkpoint_event_epilogue
 
@@ -75,7 +75,7 @@ def before_the_gathering(engine: DeepSpeedEngine, meet: Callable[[], None]) -> I
 
 @contextmanager
 def universal_loading(engine: DeepSpeedEngine, universal: bool) -> Iterator[None]:
-    """In this context, make ``engine`` read universal checkpoints, if ``universal``.
+    """Make ``engine``, in this context, read universal checkpoints, if ``universal``.
 
     Afterwards Adam's step counts are on the right devices. DeepSpeed gives all groups of Parameters one tensor for the
     count, on the CPU; each group increments it, and on a GPU a fused Adam needs it there.

@@ -109,7 +109,7 @@ class Teacher:
     """The full-precision teacher in an engine without an optimizer: a sample in, targets out.
 
     Args:
-        loss: its name in LOSSES; it says what the targets hold
+        loss: its name in LOSSES; it determines the content of the targets
     """
 
     def __init__(self, model: str, ds_config: dict[str, Any], loss: str = "logits"):

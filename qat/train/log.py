@@ -25,7 +25,7 @@ class RunLog:
 
     Args:
         path: the file; what it holds of steps after ``state.step``, which are taken again, is dropped
-        student: its monitors (TensorBoard, Weights & Biases, as the DeepSpeed JSON says) get the same figures
+        student: its monitors (TensorBoard, Weights & Biases, by the DeepSpeed JSON) get the same figures
 
     Raises UserError if the file cannot be written when the run starts.
     """

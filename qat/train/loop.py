@@ -53,7 +53,7 @@ class TrainConfig:
         save_every: steps between checkpoints
         keep: how many checkpoints to keep
         eval_every: steps between measurements of the perplexity on held-out sequences, where some are given
-        max_loss_ratio: stop if a step's loss is so many times its average; 0 never does
+        max_loss_ratio: stop if a step's loss is more than this many times its average; 0 never does
         peak_flops: FLOP/s that one device can do (989e12 for bf16 on an H100): logs the model FLOP utilisation
         deterministic: on GPUs, a resumed run continues bit for bit; slower (docs/gpu/). CPUs always do so
         seed: of the order of the data

@@ -76,7 +76,7 @@ class Plan:
 
     Attributes:
         device: what stays on the rank's GPU; without GPUs, in its process
-        passing: the most that forward and backward, or the optimizer step, hold besides
+        passing: the most that forward and backward, or the optimizer step, hold in addition
         host: of a node's memory, by all of its ranks
         nvme: of a node's disks
         received_per_step: what a rank receives from the others

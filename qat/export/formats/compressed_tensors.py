@@ -29,7 +29,7 @@ class CompressedTensors(ExportFormat):
     """The base of both formats.
 
     Attributes:
-        layout: how the codes lie in the file
+        layout: the layout of the codes in the file
         vllm: what follows the folder in vLLM's command
     """
 

@@ -38,7 +38,7 @@ class Quantizer:
         symmetric: whether the zero point is 0 everywhere: sums of products of codes need only be scaled
         clips: whether values beyond the last codes are cut off; they get no gradient
         is_exact: whether ``grid`` has only exact operations (min, max, abs, round) and elementwise ones, so that
-            compiled code gives the same bits as eager code. A sum has not: it is added up in another order
+            compiled code gives the same bits as eager code. A sum is not exact: compiled code adds in another order
         learned: whether the grid is that of Parameters, see LearnedQuantizer
     """
 

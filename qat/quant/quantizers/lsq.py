@@ -1,4 +1,4 @@
-"""LSQ: the scale is a learned step, one for a whole tensor; larger values are clipped (arXiv 1902.08153).
+"""LSQ: the scale is a learned step, one per tensor; larger values are clipped (arXiv 1902.08153).
 
 The paper compares it with MinMax, for activations.
 """

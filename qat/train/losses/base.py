@@ -57,7 +57,7 @@ class Loss(ABC):
 
         Args:
             target: the teacher's logits [chunk, vocabulary]; without a teacher the next tokens [chunk]
-            tokens: N, of the whole sequence
+            tokens: N, of the complete sequence
             student_logits: [chunk, vocabulary]; no other tensor of their size needs to live on
 
         Returns:

@@ -2,8 +2,8 @@
 
     loss = -(1/N) sum_tokens sum_v p_teacher(v) log p_student(v)
 
-KL(teacher || student), which reaches 0, is the same minus the teacher's entropy. Gradient of the logits: (p_student -
-p_teacher) / N.
+KL(teacher || student), which reaches 0, is the same minus the teacher's entropy. Gradient of the logits:
+(p_student - p_teacher) / N.
 """
 
 import torch

@@ -65,6 +65,7 @@ def test_a_lost_terminal_stops_a_run_which_saves(tmp_path):
     """As a lost ssh connection does: the terminal hangs up, and printing to it has become an error."""
     process, terminal = pty.fork()
     if process == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
         os.execve(sys.executable, [sys.executable, "-c", RUN, str(tmp_path / "file")], environment())
     assert b"ready" in os.read(terminal, 100)
     os.close(terminal)

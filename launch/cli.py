@@ -147,7 +147,6 @@ def parse(description: str, *configs: type) -> list[Any]:
         said = " ".join(str(error).split())
         names = ["config", "plugin", *(field.name for config in configs for field in fields(config))]
         raise UserError(f"{said}{_meant(said, names)}\n{parser.format_usage().strip()}") from error
-    import_plugins(values.plugin)  # named in a recipe
     return [
         config(**{field.name: _at_home(field, values[field.name]) for field in fields(config)}) for config in configs
     ]

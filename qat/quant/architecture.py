@@ -85,9 +85,10 @@ class Architecture:
         """Return the prefix of the names of decoder layer ``number``'s weights."""
         return f"{self.layers}.{number}."
 
-    def pattern(self, name: str) -> str:
-        """Return the full name of a decoder layer's module ``name``, with "{}" in place of the layer's number."""
-        return f"{self.layers}.{{}}.{name}"
+    def names(self, number: int, layers: int, name: str) -> tuple[str, str]:
+        """Return the full names of module ``name`` in decoder layer ``number`` of ``layers``: counted from 0, and from
+        -1 backwards."""
+        return self.prefix(number) + name, self.prefix(number - layers) + name
 
     def in_full(self, name: str) -> str:
         """Return the model's name for the weight that its base model, when saved alone, calls ``name``."""

@@ -1,7 +1,7 @@
 """QuantConfig: bits, quantizers and granularities of weights, activations and KV cache."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -96,15 +96,11 @@ class QuantConfig:
                 "a_quantizer=minmax, or all the learned one."
             )
 
-    def of_layer(self, number: int, layers: int, module: str) -> "QuantConfig":
-        """Return the settings of a module in decoder layer ``number`` of ``layers``, with its overrides.
-
-        Args:
-            module: its full name, with "{}" in the place of the layer's number
-        """
+    def of_layer(self, names: Iterable[str]) -> "QuantConfig":
+        """Return the settings of a module, with the overrides that match one of its full names."""
         changes: dict[str, Any] = {}
         for pattern, override in self.overrides.items():
-            if matches(pattern, number, layers, module):
+            if matches(pattern, names):
                 changes |= override
         return replace(self, overrides={}, **changes) if self.overrides else self
 
@@ -180,7 +176,6 @@ class QuantConfig:
         return cls(**values)
 
 
-def matches(pattern: str, number: int, layers: int, module: str) -> bool:
-    """Return whether an override's pattern matches a module of decoder layer ``number``; see
-    ``QuantConfig.of_layer``."""
-    return any(fnmatchcase(module.format(place), pattern) for place in (number, number - layers))
+def matches(pattern: str, names: Iterable[str]) -> bool:
+    """Return whether an override's pattern matches one of a module's full names; see ``Architecture.names``."""
+    return any(fnmatchcase(name, pattern) for name in names)

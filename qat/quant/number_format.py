@@ -8,6 +8,7 @@ The gradient is straight-through, and 0 where a value was clipped. ``round_to_gr
 without the integers in between: training simulates exactly what is exported.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -73,14 +74,7 @@ def grid_of(x: Tensor, form: Format) -> Grid:
 
 def quantize(x: Tensor, form: Format, grid: Grid | None = None) -> Quantized:
     """Quantize x [..., n] to int8 codes and their grid; on ``grid``, if it is given."""
-    rows = _rows(x, form)
-    if grid is None and form.by.is_exact:
-        codes, scale, zero_point = _fused_quantize(rows, form.by, form.qmax)
-        found = Grid(scale, zero_point)
-    else:
-        found = _rowed(grid) if grid is not None else form.by.grid(rows, form.qmax)
-        codes = _fused_quantize_on(rows, *found, form.by, form.qmax)
-    return Quantized(codes.view(x.shape), _unrow(found, x, form))
+    return Quantized(*_on_grid(x, form, grid, _fused_quantize, _fused_quantize_on))
 
 
 def dequantize(quantized: Quantized, dtype: torch.dtype) -> Tensor:
@@ -93,14 +87,7 @@ def dequantize(quantized: Quantized, dtype: torch.dtype) -> Tensor:
 def round_to_grid(x: Tensor, form: Format, grid: Grid | None = None) -> tuple[Tensor, Grid]:
     """Compute ``dequantize(quantize(x))`` in one pass and without a gradient: values of x's dtype [..., n], and their
     grid."""
-    rows = _rows(x, form)
-    if grid is None and form.by.is_exact:
-        values, scale, zero_point = _fused_round(rows, form.by, form.qmax)
-        found = Grid(scale, zero_point)
-    else:
-        found = _rowed(grid) if grid is not None else form.by.grid(rows, form.qmax)
-        values = _fused_round_on(rows, *found, form.by, form.qmax)
-    return values.view(x.shape), _unrow(found, x, form)
+    return _on_grid(x, form, grid, _fused_round, _fused_round_on)
 
 
 def fake_quantize(x: Tensor, form: Format) -> Tensor:
@@ -117,6 +104,21 @@ def inside(x: Tensor, form: Format, grid: Grid) -> Tensor:
 
 # All arithmetic is done on rows: [groups of x, elements of a group]. Only exact operations and elementwise ones are
 # fused, so that the compiled functions and the eager ones give the same bits.
+
+
+def _on_grid(
+    x: Tensor, form: Format, grid: Grid | None, find: Callable[..., Any], use: Callable[..., Tensor]
+) -> tuple[Tensor, Grid]:
+    """Return the result of ``use`` on ``grid``, shaped like x, and the grid; without one, of ``find``, which finds the
+    grid in the same pass if the quantizer allows it."""
+    rows = _rows(x, form)
+    if grid is None and form.by.is_exact:
+        result, scale, zero_point = find(rows, form.by, form.qmax)
+        found = Grid(scale, zero_point)
+    else:
+        found = _rowed(grid) if grid is not None else form.by.grid(rows, form.qmax)
+        result = use(rows, *found, form.by, form.qmax)
+    return result.view(x.shape), _unrow(found, x, form)
 
 
 def _rows(x: Tensor, form: Format) -> Tensor:

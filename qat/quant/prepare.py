@@ -33,9 +33,9 @@ def prepare(model: PreTrainedModel, config: QuantConfig) -> PreTrainedModel:
     settings, cached = layer_settings(model, config), False
     for number, layer in enumerate(layers):
         for names in architecture.shared_inputs:
-            own = [settings[architecture.pattern(name).format(number)] for name in names]
+            own = [settings[architecture.prefix(number) + name] for name in names]
             _quantize_linears({name: linear_in(layer, name) for name in names}, own)
-        kv = config.of_layer(number, len(layers), architecture.pattern(architecture.attention))
+        kv = config.of_layer(architecture.names(number, len(layers), architecture.attention))
         if kv.kv.quantizes:
             _quantize_kv(layer, model, kv)
             cached = True
@@ -56,7 +56,7 @@ def layer_settings(model: PreTrainedModel, config: QuantConfig) -> dict[str, Qua
     """Return the settings, with overrides, of each Linear layer that ``prepare`` quantizes, by its name."""
     architecture, layers = architecture_of(model.config), len(decoder_layers(model))
     return {
-        architecture.pattern(name).format(number): config.of_layer(number, layers, architecture.pattern(name))
+        architecture.prefix(number) + name: config.of_layer(architecture.names(number, layers, name))
         for number in range(layers)
         for names in architecture.shared_inputs
         for name in names
@@ -95,10 +95,9 @@ def _warn_of_idle_patterns(model: PreTrainedModel, config: QuantConfig) -> None:
     """Warn about overrides that match nothing."""
     architecture, layers = architecture_of(model.config), len(decoder_layers(model))
     modules = [architecture.attention, *(name for names in architecture.shared_inputs for name in names)]
+    known = [architecture.names(number, layers, name) for number in range(layers) for name in modules]
     for pattern in config.overrides:
-        if not any(
-            matches(pattern, number, layers, architecture.pattern(name)) for number in range(layers) for name in modules
-        ):
+        if not any(matches(pattern, names) for names in known):
             _log.warning("warning: overrides: %r matches no layer of the model", pattern)
 
 

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from qat.runtime.files import appearing
 
@@ -20,7 +21,7 @@ def appearing_with_checksum(path: Path) -> Iterator[Path]:
     """Write a file as ``files.appearing`` does, and its checksum."""
     with appearing(path) as partial:
         yield partial
-        entry = {"file": path.name, "bytes": partial.stat().st_size, "crc32": checksum(partial)}
+        entry = {"file": path.name, **entry_of(partial)}
         with appearing(_beside(path)) as beside:
             beside.write_text(json.dumps(entry) + "\n")
 
@@ -36,10 +37,20 @@ def damage(path: Path) -> str:
         return f"{_beside(path).name} is damaged"
     if name != path.name:
         return f"{_beside(path).name} is that of {name}"
+    return f"it {fault}" if (fault := mismatch(path, size, expected)) else ""
+
+
+def entry_of(path: Path) -> dict[str, Any]:
+    """Return what is recorded of a file: its size and checksum."""
+    return {"bytes": path.stat().st_size, "crc32": checksum(path)}
+
+
+def mismatch(path: Path, size: int, crc: str) -> str:
+    """Describe how a file differs from its record, as the end of a sentence; return "" if it does not."""
     if path.stat().st_size != size:
-        return f"it has {path.stat().st_size} bytes, not {size}"
-    if checksum(path) != expected:
-        return "it has another checksum than when it was written"
+        return f"has {path.stat().st_size} bytes, not {size}"
+    if checksum(path) != crc:
+        return "has another checksum than when it was written"
     return ""
 
 

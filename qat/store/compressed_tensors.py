@@ -18,11 +18,9 @@ from torch import Tensor
 from qat.quant.config import QuantConfig
 from qat.quant.number_format import FULL_PRECISION, Quantized
 from qat.quant.quantizers.base import Grid
+from qat.store.weight_files import FLOATS
 
 PACKED, INTEGERS = "pack-quantized", "int-quantized"
-
-FLOATS = frozenset({"F32", "F16", "BF16", "F64"})
-"""Dtypes of weights that are not quantized."""
 
 Shapes = dict[str, tuple[tuple[int, ...], frozenset[str]]]
 """Shape of each tensor, and safetensors' names of its possible dtypes, by the tensor's name."""

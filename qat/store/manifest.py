@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qat.runtime.checksums import checksum
+from qat.runtime.checksums import entry_of, mismatch
 
 MANIFEST = "manifest.json"
 
@@ -12,10 +12,7 @@ MANIFEST = "manifest.json"
 def entries(folder: Path, rank: int, ranks: int) -> dict[str, dict[str, Any]]:
     """Return size and checksum of the files of ``folder``, by name; of ``ranks`` that share them, those of ``rank``."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "crc32": checksum(path)}
-        for path in files[rank::ranks]
-    }
+    return {str(path.relative_to(folder)): entry_of(path) for path in files[rank::ranks]}
 
 
 def damage(folder: Path, rank: int = 0, ranks: int = 1) -> str:
@@ -31,8 +28,6 @@ def damage(folder: Path, rank: int = 0, ranks: int = 1) -> str:
         path, (size, crc) = folder / name, expected[name]
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, not {size}"
-        if checksum(path) != crc:
-            return f"{name} has another checksum than when it was written"
+        if fault := mismatch(path, size, crc):
+            return f"{name} {fault}"
     return ""

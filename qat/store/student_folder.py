@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,7 @@ class Student:
             layer = name.removesuffix(".weight")
             yield name, quantize(tensor, forms[layer], grids.get(layer)) if layer in forms else tensor
 
+    @cached_property
     def layer_settings(self) -> dict[str, QuantConfig]:
         """Return the settings, with overrides, of each Linear layer that is quantized, by its name."""
         return layer_settings(skeleton(self.directory), self.quant)

@@ -75,7 +75,7 @@ class ExportFormat(ABC):
 
     def all_differences(self, student: Student) -> list[str]:
         """Return the ``differences`` of the settings of all layers."""
-        settings = dict.fromkeys([student.quant, *student.layer_settings().values()])
+        settings = dict.fromkeys([student.quant, *student.layer_settings.values()])
         return list(dict.fromkeys(sentence for own in settings for sentence in self.differences(own)))
 
     @abstractmethod

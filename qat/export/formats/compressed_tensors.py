@@ -39,7 +39,7 @@ class CompressedTensors(ExportFormat):
     front_matter = ("library_name: transformers", "tags:", "- compressed-tensors", "- llm-qat")
 
     def check(self, student: Student) -> None:
-        for own in student.layer_settings().values():
+        for own in student.layer_settings.values():
             if own.weights.quantizes and not own.weights.symmetric:
                 raise UserError(
                     f"w_quantizer={own.w_quantizer} has zero points, and the kernels that {self.layout.name} is for "
@@ -47,14 +47,14 @@ class CompressedTensors(ExportFormat):
                 )
 
     def write(self, student: Student, output: Path, file_bytes: int) -> None:
-        described = self.layout.quantization_config(student.layer_settings(), kept_linears(skeleton(student.directory)))
+        described = self.layout.quantization_config(student.layer_settings, kept_linears(skeleton(student.directory)))
         student.quant.save(output)
         if student.quant.activations.learned:
             save_tensors(load_tensors(student.directory / STEPS_FILE), output / STEPS_FILE)
         write_folder(student, output, self._encoded(student), file_bytes, quantization_config=described)
 
     def _encoded(self, student: Student) -> Iterator[tuple[str, Tensor]]:
-        settings = student.layer_settings()
+        settings = student.layer_settings
         for name, weight in student.progress():
             if isinstance(weight, Quantized):
                 layer = name.removesuffix(".weight")
@@ -129,7 +129,7 @@ class IntQuantized(CompressedTensors):
 
     def check(self, student: Student) -> None:
         super().check(student)
-        for own in student.layer_settings().values():
+        for own in student.layer_settings.values():
             if own.a_bits == FULL_PRECISION:
                 raise UserError(f"a_bits=16: {INTEGERS} is for quantized activations. Give --format {PACKED}.")
             if own.w_group_size:

@@ -316,7 +316,7 @@ def test_keys_and_values(bits, method, rotation, granularity, dtype, gpu):
     cache = IntegerCache(model)
     for count in (9, 1):
         check(model(tokens_on_gpu(count, 2), past_key_values=cache).logits, dtype)
-    for layer in cache.integer_layers:
+    for layer in cache.layers:
         for stored in (layer.keys, layer.values):
             check(stored, torch.uint8)
             assert stored.shape[-2] == 10

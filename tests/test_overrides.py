@@ -118,6 +118,19 @@ def test_an_export_equals_the_student(form, tmp_path):
     assert (form in (FAKE, GGUF)) or quant is not OWN or any("trained with 6 bits" in sentence for sentence in said)
 
 
+@pytest.mark.parametrize(("all_layers", "first"), [(4, 16), (16, 4)])
+def test_the_integer_cache_of_some_layers(all_layers, first, tmp_path):
+    quant = QuantConfig(kv_bits=all_layers, overrides={"model.layers.0.*": {"kv_bits": first}})
+    write_student(tmp_path, quant)
+    model, simulation = qat.load(str(tmp_path)), simulated.load(str(tmp_path), torch.float32)
+    tokens, how = ids(model)[:, :8], {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    expected = simulation.generate(tokens, use_cache=False, **how)
+    assert torch.equal(model.generate(tokens, **how), expected)
+    cache = model.new_cache()
+    model.generate(tokens, past_key_values=cache, **how)
+    assert [layer.keys.dtype == torch.uint8 for layer in cache.layers] == [first == 4, all_layers == 4]
+
+
 def test_gptq_rounds_each_layer_by_its_own_format(tiny_directory):
     quant = QuantConfig(overrides={"model.layers.0.mlp.*": {"w_bits": 16}, "*.o_proj": {"w_bits": 2}})
     stream = Stream(tiny_directory, quant, [torch.arange(2, 26)[None]])

@@ -24,25 +24,23 @@ class IntegerCache(Cache):
     """A cache with one IntegerLayer for each decoder layer of ``model``, which must be prepared with a quantized KV
     cache.
 
-    Raises UserError if its KV cache is not quantized, or quantized where a cache cannot store it (before RoPE).
+    Layers with kv_bits=16 among others keep transformers' own cache. Raises UserError if no layer's KV cache is
+    quantized, or all are where a cache cannot store it (before RoPE).
     """
 
     def __init__(self, model: PreTrainedModel):
-        layers: list[IntegerLayer] = []
-        for attention in attentions(model):
-            quantizer = getattr(attention, "kv_quantizer", None)
-            if quantizer is None:
-                raise UserError(
-                    "An integer KV cache needs a model with kv_bits below 16 and kv_site=post_rope: a cache stores the "
-                    "keys after RoPE."
-                )
-            layers.append(IntegerLayer(quantizer))
-        self.integer_layers = layers
-        super().__init__(layers=list(layers))
+        quantizers = [getattr(attention, "kv_quantizer", None) for attention in attentions(model)]
+        if not any(quantizers):
+            raise UserError(
+                "An integer KV cache needs a model with kv_bits below 16 and kv_site=post_rope: a cache stores the "
+                "keys after RoPE."
+            )
+        super().__init__(layers=[IntegerLayer(own) if own else DynamicLayer() for own in quantizers])
 
     def nbytes(self) -> int:
         """Return the bytes of the cache in memory, scales included."""
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.integer_layers if layer.is_initialized)
+        held = [part for layer in self.layers for part in (layer.keys, layer.values)]  # type: ignore[union-attr]
+        return sum(part.nbytes for part in held if part is not None)
 
 
 class IntegerLayer(DynamicLayer):

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicCache
 from qat.infer import simulated
 from qat.infer.integer_cache import IntegerCache, pack, unpack
 from qat.quant import products
+from qat.quant.architecture import attentions
 from qat.quant.config import CONFIG_FILE
 from qat.quant.linear import QuantLinear, quant_linears
 from qat.quant.number_format import Quantized, dequantize
@@ -75,7 +76,7 @@ def load(directory: str) -> PreTrainedModel:
     model.generation_config.cache_implementation = None
     machine.place(model)
     products.speed_up(model)
-    if quant.kv.quantizes and quant.kv_site == "post_rope":
+    if any(hasattr(attention, "kv_quantizer") for attention in attentions(model)):
         model.__class__ = _caching_integers(type(model))
     return model.eval().requires_grad_(False)
 

@@ -84,11 +84,6 @@ def _check_cache(model: PreTrainedModel, config: QuantConfig) -> None:
             f"kv_rotation=hadamard needs a head_dim that is a power of two; this model's is {size}: "
             "give kv_rotation=none."
         )
-    if config.kv.quantizes and config.kv_site == "pre_rope" and not architecture_of(model.config).key_values:
-        raise UserError(
-            f"kv_site=pre_rope rounds what the layers for keys and values put out, and {model.config.model_type} has "
-            "no such layers: give kv_site=post_rope."
-        )
 
 
 def _warn_of_idle_patterns(model: PreTrainedModel, config: QuantConfig) -> None:
@@ -127,5 +122,10 @@ def _quantize_kv(layer: nn.Module, model: PreTrainedModel, config: QuantConfig) 
     if config.kv_site == "post_rope":
         layer.get_submodule(architecture.attention).kv_quantizer = quantizer  # type: ignore[assignment]
         return
+    if not architecture.key_values:
+        raise UserError(
+            f"kv_site=pre_rope rounds what the layers for keys and values put out, and {model.config.model_type} has "
+            "no such layers: give kv_site=post_rope."
+        )
     for name in architecture.key_values:
         linear_in(layer, name).register_forward_hook(lambda module, inputs, output: quantizer.projection(output, size))

@@ -41,8 +41,9 @@ def test_fake_equals_integer_bit_for_bit(x, form):
     values, grid = round_to_grid(x, form)
     assert values.dtype == x.dtype
     same(values, dequantize(quantized, x.dtype))
-    same(values, round_to_grid(x, form, grid)[0])  # on the grid that was found: what backward does
-    same(quantized.codes, quantize(x, form, grid).codes)
+    if form.by.grid_gives_codes:  # what backward relies on
+        same(values, round_to_grid(x, form, grid)[0])
+        same(quantized.codes, quantize(x, form, grid).codes)
     same(values, fake_quantize(x, form))
 
 

@@ -88,7 +88,7 @@ def origin_of(name: str) -> Origin:
 def _made(student: Student, base: str, form: str) -> str:
     quant = student.quant
     method = "LLM-QAT (arXiv 2305.17888)" if student.run else student.ptq_method or "a method that is not recorded"
-    group = f"one per {quant.w_group_size} input channels" if quant.w_group_size else "one per output channel"
+    group = f"one per {quant.weights.group_size} input channels" if quant.w_group_size else "one per output channel"
     inputs = "one per layer, learned" if quant.activations.learned else "one per token, dynamic"
     return "\n".join(
         [

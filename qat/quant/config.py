@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qat.quant.number_format import FULL_PRECISION, Format
-from qat.quant.quantizers import quantizers_of
+from qat.quant.quantizers import QUANTIZERS, quantizers_of
 from qat.runtime.errors import UserError
 from qat.runtime.files import read_json, write_atomically, writing
 from qat.runtime.table import check_choices, choice
@@ -27,6 +27,10 @@ GRIDS_FILE = "weight_grids.safetensors"
 
 _GRIDS = "weight_grids"
 """The entry of ``quant_config.json`` that names the grids' file."""
+
+_LATER = ("overrides",)
+"""Settings that earlier versions did not have: they are recorded only where they are not the default, and missing in a
+record they are the default."""
 
 _PER_LAYER = ("w_bits", "a_bits", "kv_bits", "w_quantizer", "a_quantizer", "kv_quantizer", "w_group_size")
 """The settings that an override can change."""
@@ -74,6 +78,8 @@ class QuantConfig:
             if bits not in (2, 3, 4, 5, 6, 7, 8, FULL_PRECISION):
                 raise UserError(f"{name}={bits!r} is invalid: choose 2 to 8, or 16 for full precision.")
         check_choices(self)
+        for bits, name in (("w_bits", "w_quantizer"), ("a_bits", "a_quantizer"), ("kv_bits", "kv_quantizer")):
+            self._check_bits(bits, name)
         if (
             not isinstance(self.w_group_size, int) or self.w_group_size < 0 or self.w_group_size % 2
         ):  # two 4-bit codes share a byte
@@ -85,6 +91,15 @@ class QuantConfig:
             )
         for pattern, changes in self.overrides.items():
             self._check_override(pattern, changes)
+
+    def _check_bits(self, bits: str, name: str) -> None:
+        """Raise UserError if the quantizer named by the setting ``name`` has not the bits of the setting ``bits``."""
+        given, quantizer = getattr(self, bits), QUANTIZERS[getattr(self, name)]
+        if given not in (*quantizer.bits, FULL_PRECISION):
+            raise UserError(
+                f"{bits}={given} is invalid with {name}={getattr(self, name)}: give {bits}="
+                f"{' or '.join(map(str, quantizer.bits))}."
+            )
 
     def _check_override(self, pattern: str, changes: Mapping[str, Any]) -> None:
         if not isinstance(changes, Mapping) or not changes.keys() <= set(_PER_LAYER):
@@ -110,15 +125,15 @@ class QuantConfig:
 
     @property
     def weights(self) -> Format:
-        return Format(self.w_bits, self.w_quantizer, self.w_group_size)
+        return Format(self.w_bits, self.w_quantizer, QUANTIZERS[self.w_quantizer].group_size or self.w_group_size)
 
     @property
     def activations(self) -> Format:
-        return Format(self.a_bits, self.a_quantizer)
+        return Format(self.a_bits, self.a_quantizer, QUANTIZERS[self.a_quantizer].group_size)
 
     @property
     def kv(self) -> Format:
-        return Format(self.kv_bits, self.kv_quantizer)
+        return Format(self.kv_bits, self.kv_quantizer, QUANTIZERS[self.kv_quantizer].group_size)
 
     def everywhere(self, **changes: Any) -> "QuantConfig":
         """Return these settings with ``changes`` in all layers, whatever their overrides."""
@@ -129,8 +144,11 @@ class QuantConfig:
         return replace(self, **changes, overrides={pattern: override for pattern, override in kept.items() if override})
 
     def record(self) -> dict[str, Any]:
-        """Return the settings to record: ``overrides`` only if there are any, as earlier versions had none."""
-        return {name: value for name, value in asdict(self).items() if name != "overrides" or value}
+        """Return the settings to record: the later ones only if they are not the default."""
+        default = QuantConfig()
+        return {
+            name: value for name, value in asdict(self).items() if name not in _LATER or value != getattr(default, name)
+        }
 
     @staticmethod
     def among(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,7 +156,7 @@ class QuantConfig:
         return {
             one.name: settings[one.name]
             for one in fields(QuantConfig)
-            if one.name != "overrides" or one.name in settings
+            if one.name not in _LATER or one.name in settings
         }
 
     def save(self, directory: Path) -> None:

@@ -205,7 +205,8 @@ class _QuantLinear(torch.autograd.Function):
         grad_x = grad_weight = None
         rows = grad.flatten(0, -2)
         if needs_x:
-            values = round_to_grid(weight, form, grid)[0] if rounds else weight
+            on = grid if form.by.grid_gives_codes else None
+            values = round_to_grid(weight, form, on)[0] if rounds else weight
             grad_x = matmul(rows, values).view(*grad.shape[:-1], -1)
             if ctx.passes is not None:
                 grad_x *= ctx.passes

@@ -61,7 +61,8 @@ class Format:
 
 
 class Quantized(NamedTuple):
-    """A tensor as integers: int8 codes [..., n], and the grid [..., groups] that gives them their values."""
+    """A tensor as codes [..., n], int8 but for formats of floats, and the grid [..., groups] that gives them their
+    values."""
 
     codes: Tensor
     grid: Grid
@@ -73,7 +74,7 @@ def grid_of(x: Tensor, form: Format) -> Grid:
 
 
 def quantize(x: Tensor, form: Format, grid: Grid | None = None) -> Quantized:
-    """Quantize x [..., n] to int8 codes and their grid; on ``grid``, if it is given."""
+    """Quantize x [..., n] to codes and their grid; on ``grid``, if it is given."""
     return Quantized(*_on_grid(x, form, grid, _fused_quantize, _fused_quantize_on))
 
 
@@ -138,19 +139,19 @@ def _rowed(grid: Grid) -> Grid:
 
 @fused
 def _fused_quantize(rows: Tensor, by: Quantizer, qmax: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    grid = by.grid(rows, qmax)
-    return by.codes(rows, grid, qmax).to(torch.int8), *grid
+    codes, grid = by.encode(rows, qmax)
+    return codes.to(by.code_dtype), *grid
 
 
 @fused
 def _fused_quantize_on(rows: Tensor, scale: Tensor, zero_point: Tensor | None, by: Quantizer, qmax: int) -> Tensor:
-    return by.codes(rows, Grid(scale, zero_point), qmax).to(torch.int8)
+    return by.codes(rows, Grid(scale, zero_point), qmax).to(by.code_dtype)
 
 
 @fused
 def _fused_round(rows: Tensor, by: Quantizer, qmax: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    grid = by.grid(rows, qmax)
-    return values_of(by.codes(rows, grid, qmax), grid, rows.dtype), *grid
+    codes, grid = by.encode(rows, qmax)
+    return values_of(codes, grid, rows.dtype), *grid
 
 
 @fused

@@ -108,9 +108,9 @@ def _quantize_linears(linears: dict[str, nn.Linear], settings: list[QuantConfig]
     for linear, own in zip(linears.values(), settings, strict=True):
         if not own.weights.quantizes and not inputs.quantizes:
             continue
-        if own.w_group_size and linear.in_features % own.w_group_size:
+        if (group := own.weights.group_size) and linear.in_features % group:
             raise UserError(
-                f"w_group_size={own.w_group_size} does not divide the model's {linear.in_features} input channels: "
+                f"w_group_size={group} does not divide the model's {linear.in_features} input channels: "
                 "give a divisor of all its layers' widths, say 32 or 64."
             )
         QuantLinear.convert(linear, own.weights, inputs, shared)

@@ -74,13 +74,13 @@ class Layout(ABC):
         }
 
     def _group(self, quant: QuantConfig) -> dict[str, Any]:
-        grouped = {"strategy": "group", "group_size": quant.w_group_size}
+        grouped = {"strategy": "group", "group_size": quant.weights.group_size}
         weights = {
             "num_bits": self.stored_bits[quant.w_bits],
             "type": "int",
             "symmetric": True,
             "dynamic": False,
-            **(grouped if quant.w_group_size else {"strategy": "channel"}),
+            **(grouped if quant.weights.group_size else {"strategy": "channel"}),
         }
         activations = {
             "num_bits": self.served_a_bits(quant),

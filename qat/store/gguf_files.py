@@ -88,10 +88,10 @@ def check(student: Student) -> None:
                 f"w_quantizer={own.w_quantizer} has integer zero points, and no GGUF type has: Q4_1 and its like add "
                 "an fp16 minimum instead. Give --format hf-fake."
             )
-        if own.w_group_size % _BLOCK:
+        if own.weights.group_size % _BLOCK:
             raise UserError(
-                f"w_group_size={own.w_group_size}: GGUF has one scale for {_BLOCK} codes, so groups must be multiples "
-                f"of {_BLOCK}. Give --format hf-fake."
+                f"w_group_size={own.weights.group_size}: GGUF has one scale for {_BLOCK} codes, so groups must be "
+                f"multiples of {_BLOCK}. Give --format hf-fake."
             )
     config = AutoConfig.from_pretrained(student.directory)
     _check_computed(config)

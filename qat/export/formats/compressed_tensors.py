@@ -132,8 +132,8 @@ class IntQuantized(CompressedTensors):
         for own in student.layer_settings.values():
             if own.a_bits == FULL_PRECISION:
                 raise UserError(f"a_bits=16: {INTEGERS} is for quantized activations. Give --format {PACKED}.")
-            if own.w_group_size:
+            if own.weights.group_size:
                 raise UserError(
-                    f"w_group_size={own.w_group_size}: engines read {INTEGERS} with one scale per output channel. Give "
-                    f"--format {PACKED}."
+                    f"w_group_size={own.weights.group_size}: engines read {INTEGERS} with a scale per output channel; "
+                    f"give --format {PACKED}."
                 )

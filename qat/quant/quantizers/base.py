@@ -8,7 +8,7 @@ A group is a row here: quantizers get [groups, elements of a group], see qat.qua
 2**(bits-1) - 1: 7 for 4 bits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -37,8 +37,13 @@ class Quantizer:
         parts: what can be quantized so: weights, activations, kv
         symmetric: whether the zero point is 0 everywhere: sums of products of codes need only be scaled
         clips: whether values beyond the last codes are cut off; they get no gradient
+        bits: the numbers of bits that it has
+        code_dtype: a code is a number of this dtype: its value over the scale, plus the zero point
+        group_size: the number of elements that share a scale, where the quantizer determines it; 0 if it does not
         is_exact: whether ``grid`` has only exact operations (min, max, abs, round) and elementwise ones, so that
             compiled code gives the same bits as eager code. A sum is not exact: compiled code adds in another order
+        grid_gives_codes: whether ``codes`` on the grid of ``encode`` are the codes of ``encode``; not where codes are
+            made before the scale is rounded, as ggml makes them
         learned: whether the grid is that of Parameters, see LearnedQuantizer
     """
 
@@ -46,12 +51,21 @@ class Quantizer:
     parts: ClassVar[tuple[str, ...]] = ("weights", "activations", "kv")
     symmetric: ClassVar[bool] = True
     clips: ClassVar[bool] = False
+    bits: ClassVar[Sequence[int]] = range(2, 9)
+    code_dtype: ClassVar[torch.dtype] = torch.int8
+    group_size: ClassVar[int] = 0
     is_exact: ClassVar[bool] = True
+    grid_gives_codes: ClassVar[bool] = True
     learned: ClassVar[bool] = False
 
     def grid(self, rows: Tensor, qmax: int) -> Grid:
         """Compute the grid [groups, 1] of rows [groups, n]."""
         raise NotImplementedError
+
+    def encode(self, rows: Tensor, qmax: int) -> tuple[Tensor, Grid]:
+        """Compute codes [groups, n] in fp32 and their grid [groups, 1] of rows [groups, n]."""
+        grid = self.grid(rows, qmax)
+        return self.codes(rows, grid, qmax), grid
 
     def codes(self, rows: Tensor, grid: Grid, qmax: int) -> Tensor:
         """Compute codes [groups, n] in fp32. Where nothing is clipped, clamping changes nothing: the largest element
@@ -70,7 +84,8 @@ class Quantizer:
 
 
 def values_of(codes: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
-    """Return the values [groups, n], of ``dtype``, of codes, which are integers or fp32."""
+    """Return the values [groups, n], of ``dtype``, of codes, which are of a quantizer's ``code_dtype`` or fp32."""
+    codes = codes.float()
     if grid.zero_point is not None:
         codes = codes - grid.zero_point
     return (codes * grid.scale).to(dtype)

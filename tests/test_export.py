@@ -74,7 +74,7 @@ def exported(tmp_path) -> Path:
 def test_reloaded_equals_what_was_trained(form, quant, dtype, tmp_path):
     student = write_student(tmp_path / "final", quant, dtype)
     if form == INTEGERS and (quant.w_group_size or quant.a_bits == 16):
-        with pytest.raises(UserError, match="[Gg]ive --format pack-quantized"):
+        with pytest.raises(UserError, match=r"[Gg]ive --format pack-quantized"):
             export.check(student, form)
         return
     export.export(student, tmp_path / "export", form)

@@ -147,6 +147,10 @@ def test_shards_of_another_tokenizer(monkeypatch, tiny_directory, tiny_data, tmp
             {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/nowhere"}}},
             "puts offload_optimizer on /nowhere",
         ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "~/nowhere"}}},
+            f"puts offload_param on {Path.home() / 'nowhere'}",
+        ),
     ],
 )
 def test_deepspeed_json_that_contradicts_the_flags(change, named, monkeypatch, tiny_directory, tiny_data, tmp_path):

@@ -59,6 +59,18 @@ def test_a_rank_ends_with_its_launchers_and_outlives_what_started_them(victim, s
     assert gone([rank], 3) == (victim != "a shell")
 
 
+@pytest.mark.parametrize("variable", ["CROSS_SIZE", "TORCHELASTIC_RUN_ID"])
+def test_a_rank_whose_launcher_ended_while_it_was_importing_ends(variable, tmp_path):
+    rank = f"{sys.executable} -c '{RANK}'; echo $? > {tmp_path / 'code'}"
+    orphan = ["sh", "-c", f"({rank}) > {tmp_path / 'said'} 2>&1 &"]  # its parent ends at once
+    subprocess.run(orphan, cwd=ROOT, env=environment() | {variable: "1"}, check=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "code").exists() or not (tmp_path / "code").read_text():
+        assert time.monotonic() < deadline, (tmp_path / "said").read_text()
+        time.sleep(0.05)
+    assert int((tmp_path / "code").read_text()) == 128 + signal.SIGTERM
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "number"),

@@ -21,10 +21,17 @@ _PROGRAMS = {
     "torch.distributed.launch",
 }
 
+_STARTED_BY = ("CROSS_SIZE", "TORCHELASTIC_RUN_ID")
+"""Variables that deepspeed.launcher.launch and torchrun set for their ranks."""
+
 
 def stop_without_it() -> None:
-    """Send this process a SIGTERM once one of the launchers above it has ended; without a launcher, do nothing."""
-    if started_by := above():
+    """Send this process a SIGTERM once one of the launchers above it has ended, even if that was before this call;
+    without a launcher, do nothing."""
+    started_by = above()
+    if not started_by and _is_orphan():
+        os.kill(os.getpid(), signal.SIGTERM)
+    elif started_by:
         threading.Thread(target=_wait, args=(started_by,), name="watch of the launcher", daemon=True).start()
 
 
@@ -34,6 +41,15 @@ def above() -> list[int]:
         return [process.pid for process in psutil.Process().parents() if _is_launcher(process.cmdline())]
     except psutil.NoSuchProcess:  # one has just ended: the processes above it are no longer above this one
         return []
+
+
+def _is_orphan() -> bool:
+    """Return whether a launcher started this process, and ended while it was importing. Other programs than those above
+    can start ranks with the same variables; they too run in Python."""
+    if not any(name in os.environ for name in _STARTED_BY):
+        return False
+    commands = [process.cmdline() for process in psutil.Process().parents()]
+    return not any("python" in Path(command[0]).name for command in commands if command)
 
 
 def _is_launcher(command: list[str]) -> bool:

@@ -40,6 +40,7 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"There is no DeepSpeed configuration at {path}: see ds_configs/.") from error
     except ValueError as error:  # not JSON, or not UTF-8
         raise UserError(f"{path} is not JSON: {error}.") from error
+    ds_config = _with_homes(ds_config)
     if _get(ds_config, "zero_optimization.stage") != 3:
         raise UserError(f"{path} must set zero_optimization.stage to 3: teacher and student are sharded.")
     for key, reason in _REFUSED.items():
@@ -48,6 +49,15 @@ def read(path: Path) -> dict[str, Any]:
     kept = _get(ds_config, "data_types.keep_in_fp32_modules")
     _set(ds_config, "data_types.keep_in_fp32_modules", [*(kept if isinstance(kept, list) else []), _FP32_BUFFERS])
     return ds_config
+
+
+def _with_homes(value: Any) -> Any:
+    """Return the content of a JSON with "~" expanded in its paths, which DeepSpeed takes literally."""
+    if isinstance(value, dict):
+        return {key: _with_homes(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_homes(inner) for inner in value]
+    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def read_for_here(path: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from launch import cli
 from launch.stages import free_port
-from qat.data.sequences import Sample
+from qat.data.sequences import Row, Sample
 from qat.quant.config import QuantConfig
 from qat.runtime import memory
 from qat.runtime.machine import device
@@ -50,6 +50,7 @@ class ScalingBenchmark:
         hidden: its width
         vocabulary: its tokens
         tokens: length of a sequence
+        micro_batch_size: sequences in one row of a forward pass
         repeats: steps of each kind, of which the median counts
         deepspeed: how to run
         json: file for the figures
@@ -60,6 +61,7 @@ class ScalingBenchmark:
     hidden: int = 576
     vocabulary: int = 49152
     tokens: int = 256
+    micro_batch_size: int = 1
     repeats: int = 5
     deepspeed: Path = Path("ds_configs/zero3_cpu.json")
     json: Path | None = None
@@ -77,8 +79,8 @@ def main() -> None:
         measured = {ranks: start(config, model, ranks) for ranks in (1, 2)}
     one, two = measured[1], measured[2]
     figures = {
-        "tokens_per_second_1_rank": config.tokens / one["ours"],
-        "tokens_per_second_2_ranks": 2 * config.tokens / two["ours"],
+        "tokens_per_second_1_rank": config.micro_batch_size * config.tokens / one["ours"],
+        "tokens_per_second_2_ranks": 2 * config.micro_batch_size * config.tokens / two["ours"],
         "speedup_of_2_ranks": 2 * one["ours"] / two["ours"],
         "loop_over_bare_engine": two["ours"] / two["bare"],
         "checkpoint_gb": two["saved"] / 1e9,
@@ -108,7 +110,7 @@ def write_model(config: ScalingBenchmark, directory: Path) -> None:
 
 def start(config: ScalingBenchmark, model: Path, ranks: int) -> dict[str, float]:
     """The figures of ``ranks`` ranks, from a process for each."""
-    flags = [f"--{name}={getattr(config, name)}" for name in ("tokens", "repeats", "deepspeed")]
+    flags = [f"--{name}={getattr(config, name)}" for name in ("tokens", "micro_batch_size", "repeats", "deepspeed")]
     launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", ranks, "--master_port", free_port()]
     command = [str(part) for part in (*launcher, __file__, *flags, f"--worker={model}")]
     subprocess.run(command, check=True)
@@ -118,13 +120,14 @@ def start(config: ScalingBenchmark, model: Path, ranks: int) -> dict[str, float]
 def rank(config: ScalingBenchmark, model: Path) -> None:
     """One rank's part: the two kinds of steps take turns."""
     stop, ranks = StopSignal(), cli.ranks()
-    settings = TrainConfig(steps=1000, batch_size=ranks)
+    size = config.micro_batch_size
+    settings = TrainConfig(steps=1000, batch_size=ranks * size, micro_batch_size=size)
     ds_config = deepspeed_json.resolve(config.deepspeed, settings.ds_settings(ranks))
     engines.init_distributed()
     data = RandomSequences(config.tokens, LlamaConfig.from_pretrained(model).vocab_size)
     teacher = engines.Teacher(str(model), deepspeed_json.for_teacher(ds_config))
     student = engines.student_engine(
-        str(model), QuantConfig(), ds_config, settings.lr_factor, settings.gradient_checkpointing, settings.loss
+        str(model), QuantConfig(), ds_config, settings.lr_factor, settings.gradient_checkpointing
     )
     state = checkpoint.TrainState()
     log = RunLog(model / "log.jsonl", student, state, settings.steps) if cli.is_first_rank() else None
@@ -137,8 +140,9 @@ def rank(config: ScalingBenchmark, model: Path) -> None:
             log.step(state, figures)
 
     def bare() -> None:
-        sample = data.sample(cli.rank()).to(device())
-        loss, _ = student(sample.input_ids, teacher(sample))
+        rows = [data.sample(cli.rank() + number * ranks) for number in range(settings.micro_batch_size)]
+        row = Row.of(*rows).to(device())
+        loss, _ = student(row.input_ids, teacher(row))
         student.backward(loss)
         student.step()
 
@@ -153,7 +157,9 @@ def rank(config: ScalingBenchmark, model: Path) -> None:
     checkpoint.save(student, model / "checkpoints", state, keep=1)
     if cli.is_first_rank():
         shape, machine = LlamaConfig.from_pretrained(model), plan.Machine(gpus=ranks)
-        planned = plan.training(shape, ds_config, ds_config, machine, config.tokens, device().type)
+        planned = plan.training(
+            shape, ds_config, ds_config, machine, config.tokens, device().type, sequences=config.micro_batch_size
+        )
         figures = {name: statistics.median(values) for name, values in seconds.items()}
         figures |= {"received": statistics.median(received), "peak": memory.peak()}
         figures |= {"formula": planned.received_per_step, "planned": memory.planned_peak(planned.needs)}

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from launch import cli
-from qat.data.sequences import Sample, TrainingData
+from qat.data.sequences import Row, Sample, TrainingData
 from qat.runtime import memory, progress, ranks
 from qat.runtime.errors import UserError, check_least
 from qat.runtime.machine import device
@@ -86,7 +86,7 @@ def main() -> None:
                 ranks.announce("the teacher's forward pass")
                 busy = place < len(sequences)
                 sample = data.sequence(sequences[place]) if busy else Sample(-1, torch.zeros(1, 2, dtype=torch.long))
-                entry = entry_of(teacher(sample.to(device())), config.top_k)
+                entry = entry_of(teacher(Row.of(sample).to(device())), config.top_k)
                 if busy:
                     entries.append(entry)
                 bar.update()

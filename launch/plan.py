@@ -14,7 +14,7 @@ from rich.table import Table
 from transformers import LlamaConfig, PretrainedConfig
 
 from launch import cli
-from qat.runtime.errors import UserError
+from qat.runtime.errors import UserError, check_least
 from qat.store import models, smollm2
 from qat.store.model_folder import check_runs, read_config, without_weights
 from qat.train import deepspeed_json, plan
@@ -46,6 +46,7 @@ class Question:
         teacher_deepspeed: DeepSpeed configuration of the teacher, beside deepspeed; by default the same
         tokens: length of the sequences
         sequences: how many sequences are trained on
+        micro_batch_size: sequences that a rank packs into one forward pass
         gradient_checkpointing: recompute activations in backward, as launch/train.py does by default
     """
 
@@ -54,9 +55,11 @@ class Question:
     teacher_deepspeed: Path | None = None
     tokens: int = 1024
     sequences: int = 100_000
+    micro_batch_size: int = 1
     gradient_checkpointing: bool = True
 
     def __post_init__(self) -> None:
+        check_least(self, tokens=1, sequences=1, micro_batch_size=1)
         if self.teacher_deepspeed and not self.deepspeed:
             raise UserError(
                 f"teacher_deepspeed={self.teacher_deepspeed} without deepspeed: give both, or neither to try all ways."
@@ -72,15 +75,17 @@ def main() -> None:
     for student, teacher in ways:
         student_json, teacher_json = deepspeed_json.read(student), deepspeed_json.read(teacher)
         device = "cuda" if deepspeed_json.dtype(student_json) == torch.bfloat16 else "cpu"
+        checkpointing, packed = question.gradient_checkpointing, question.micro_batch_size
         plans[student.name] = plan.training(
-            config, student_json, teacher_json, machine, question.tokens, device, question.gradient_checkpointing
+            config, student_json, teacher_json, machine, question.tokens, device, checkpointing, packed
         )
     Console(width=140).print(table(question, machine, plans))
     fitting = [name for name, found in plans.items() if not found.missing(machine)]
     if not fitting:
         print("None fits: " + "; ".join(f"{name} needs {found.missing(machine)}" for name, found in plans.items()))
         return
-    hours = plans[fitting[0]].step_seconds * question.sequences / machine.gpus / 3600
+    per_step = machine.gpus * question.micro_batch_size
+    hours = plans[fitting[0]].step_seconds * question.sequences / per_step / 3600
     print(f"{fitting[0]} fits: about {hours:.1f} hours for {question.sequences} sequences of {question.tokens} tokens.")
 
 

@@ -14,7 +14,7 @@ import torch
 from transformers import PretrainedConfig
 
 from launch import cli
-from qat.data.sequences import Sample, TrainingData
+from qat.data.sequences import Row, TrainingData
 from qat.evaluate import heldout
 from qat.evaluate.perplexity import text_windows
 from qat.quant.config import QuantConfig
@@ -160,16 +160,16 @@ def main() -> int:
         warn_if_short(planned)
     steps = None
     if without_teacher:
-        targets: Callable[[Sample], Targets] = cache or engines.labels(config.loss)
+        targets: Callable[[Row], Targets] = cache or engines.labels(config.loss)
     else:
         with ranks.doing("loading the teacher"):
             targets = teacher = engines.Teacher(model, deepspeed_json.for_teacher(teacher_json), config.loss)
         if quant.activations.learned:
             ranks.announce("measuring activations")
-            steps = teacher.initial_steps(data.sample(cli.rank()).to(device()), quant)
+            steps = teacher.initial_steps(Row.of(data.sample(cli.rank())).to(device()), quant)
     with ranks.doing("loading the student"):
         student = engines.student_engine(
-            begin, quant, student_json, config.lr_factor, config.gradient_checkpointing, config.loss, steps
+            begin, quant, student_json, config.lr_factor, config.gradient_checkpointing, steps
         )
     if cli.is_first_rank():
         claim(paths.output, identity, student_json, {"model": paths.model, "data": str(paths.data)})
@@ -190,7 +190,8 @@ def plan_of(
     """Plan this run by the DeepSpeed JSONs of the student and of the teacher, if one is loaded."""
     nodes = cli.ranks() // local_ranks()
     ranks = Machine(gpus=cli.ranks(), nodes=nodes if nodes and cli.ranks() % nodes == 0 else 1)
-    return plan.training(model, student, teacher, ranks, tokens, device().type, config.gradient_checkpointing)
+    kind, checkpointing = device().type, config.gradient_checkpointing
+    return plan.training(model, student, teacher, ranks, tokens, kind, checkpointing, config.micro_batch_size)
 
 
 def warn_if_short(planned: Plan) -> None:
@@ -227,6 +228,11 @@ def check_teacher(cache: Path | None, quant: QuantConfig, config: TrainConfig) -
         raise UserError(
             f"loss={config.loss} cannot use --teacher_cache, as it matches more of the teacher than its predictions: "
             "leave it out."
+        )
+    if quant.activations.learned and config.micro_batch_size > 1:
+        raise UserError(
+            "a_quantizer=lsq scales a step's gradient by the tokens of a forward pass, so that packed sequences would "
+            "learn otherwise than single ones: give --micro_batch_size 1."
         )
     if quant.activations.learned and (cache or not loss.needs_teacher):
         raise UserError(

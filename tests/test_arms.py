@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from test_launch import error_of
 from test_train import log_of, losses
 
-from qat.data.sequences import Sample, TrainingData
+from qat.data.sequences import Row, Sample, TrainingData
 from qat.infer import simulated
 from qat.quant.config import QuantConfig
 from qat.quant.forward import predicting
@@ -129,9 +129,9 @@ def test_a_cache_of_several_files_is_gone_on_with(tiny_directory, tokenizer, tmp
     for number in (0, 1, 255, 256, 269):
         sample = data.sequence(number)
         with torch.no_grad():
-            torch.testing.assert_close(cache(sample).hidden, predicting(teacher, sample.input_ids))
+            torch.testing.assert_close(cache(Row.of(sample)).hidden, predicting(teacher, sample.input_ids))
     with pytest.raises(models.UserError, match="has another length there"):
-        cache(Sample(3, torch.zeros(1, 30, dtype=torch.long)))
+        cache(Row.of(Sample(3, torch.zeros(1, 30, dtype=torch.long))))
 
 
 def test_a_cache_of_other_data_is_refused(monkeypatch, tiny_directory, tiny_data, tmp_path):

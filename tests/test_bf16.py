@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from launch.stages import free_port
-from qat.data.sequences import Sample
+from qat.data.sequences import Row, Sample
 from qat.quant import fused
 from qat.quant.config import QuantConfig
 from qat.quant.forward import predicting
@@ -97,7 +97,7 @@ def _rank(rank: int, folder: Path, port: str) -> None:
 def _check_model(model: str, ds_config: dict, ids: Tensor, quants: tuple[QuantConfig, ...]) -> None:
     plain = models.load(model, torch.bfloat16)
     teacher = engines.Teacher(model, deepspeed_json.for_teacher(ds_config))
-    found = teacher(Sample(0, ids))
+    found = teacher(Row.of(Sample(0, ids)))
     assert torch.equal(found.hidden, predicting(plain, ids)), model
     with teacher.head() as weight:
         assert torch.equal(weight, plain.lm_head.weight)
@@ -106,7 +106,7 @@ def _check_model(model: str, ds_config: dict, ids: Tensor, quants: tuple[QuantCo
         expected, found = Logits(), Logits()
         student = Distiller(prepare(models.load(model, torch.bfloat16), quant))
         student(ids, expected)
-        engine = engines.student_engine(model, quant, ds_config, lambda step: 1.0, False, "logits")
+        engine = engines.student_engine(model, quant, ds_config, lambda step: 1.0, False)
         engine.eval()
         engine(ids, found)
         assert torch.equal(torch.cat(found.found), torch.cat(expected.found)), (model, quant)

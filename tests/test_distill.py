@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_prepare import ids
 from transformers import LlamaConfig, MistralConfig
 
-from qat.data.sequences import Sample
+from qat.data.sequences import Row, Sample
 from qat.quant.config import QuantConfig
 from qat.quant.forward import predicting
 from qat.quant.prepare import prepare
@@ -23,7 +23,6 @@ from qat.train.teacher_cache import TeacherCache
 
 
 def targets(teacher, tokens, loss=LOSSES["logits"]):
-    loss.make_recordable(teacher)
     with torch.no_grad():
         hidden, records = loss.run(teacher, tokens)
     return TeacherTargets(hidden, lambda: nullcontext(teacher.lm_head.weight), loss, records)
@@ -187,8 +186,6 @@ def test_hidden_state_and_attention_losses_and_gradients_equal_the_naive_formula
 
     def extra(name):
         loss = LOSSES[name]
-        loss.make_recordable(student)
-        loss.make_recordable(teacher)
         return loss.extra(*(loss.run(model, tokens)[1] for model in (student, teacher)))
 
     # Both are summed in fp32, whatever the model computes in.
@@ -208,7 +205,7 @@ def test_what_else_is_matched_adds_to_the_loss_and_reaches_zero(loss):
     tokens = ids(teacher)
     plain, matched = targets(teacher, tokens), targets(teacher, tokens, LOSSES[loss])
     for student, adds in ((same, False), (other, True)):
-        distiller = Distiller(student, loss)
+        distiller = Distiller(student)
         more, least = distiller(tokens, matched)[0], distiller(tokens, plain)[0]
         assert (more > least + 1e-3) if adds else torch.isclose(more, least, rtol=1e-6)
 
@@ -248,7 +245,7 @@ def test_a_loss_of_a_plug_in_trains(reverse, chunk, monkeypatch):
             parameter.mul_(1.1)
     tokens = ids(teacher)
     assert TrainConfig(loss=reverse).loss == reverse
-    learned_from, distiller = targets(teacher, tokens, LOSSES[reverse]), Distiller(student, reverse)
+    learned_from, distiller = targets(teacher, tokens, LOSSES[reverse]), Distiller(student)
     loss, kl = distiller(tokens, learned_from)
     loss.backward()
 
@@ -269,7 +266,7 @@ def test_a_loss_that_there_is_not_is_refused(reverse):
     with pytest.raises(UserError, match=r"loss='mse' is invalid: choose logits or .* or reverse"):
         TrainConfig(loss="mse")
     with pytest.raises(UserError, match=r"The loss 'mse' is unknown: choose logits or .* with --plugin"):
-        Distiller(tiny_model(), "mse")
+        LOSSES["mse"]
 
 
 @pytest.mark.parametrize(("top_k", "refused"), [(0, []), (8, ["reverse"])])
@@ -289,6 +286,6 @@ def test_a_cache_serves_the_losses_that_can_use_it(top_k, refused, reverse, tmp_
     TeacherCache(tmp_path).write(0, [{"ids": top.indices, "log_probabilities": top.values} if top_k else hidden])
     for name in {"logits", reverse}.difference(refused):
         cache = TeacherCache(tmp_path, name)
-        loss, kl = Distiller(tiny_model(), name)(sample.input_ids, cache(sample))
+        loss, kl = Distiller(tiny_model())(sample.input_ids, cache(Row.of(sample)))
         assert kl.abs() < 1e-6, "the student is its teacher"
         assert (loss == kl) == (name == reverse)

@@ -290,8 +290,7 @@ def targets(loss: str, kind: str, teacher, tokens):
 def test_distillation(loss, kind, dtype, gpu, monkeypatch):
     monkeypatch.setitem(distill.CHUNK_TOKENS, "cuda", 10)
     teacher = model_on_gpu(dtype, MistralConfig, sliding_window=6)
-    LOSSES[loss].make_recordable(teacher)
-    student = Distiller(prepare(model_on_gpu(dtype, MistralConfig, sliding_window=6), QuantConfig()), loss)
+    student = Distiller(prepare(model_on_gpu(dtype, MistralConfig, sliding_window=6), QuantConfig()))
     for learned in student(tokens_on_gpu(), targets(loss, kind, teacher, tokens_on_gpu())):
         check(learned, torch.float32, ())
     with torch.no_grad():

@@ -86,5 +86,5 @@ def test_without_its_plugin_it_is_refused_in_a_sentence(trained, monkeypatch):
 def test_a_loss_of_ones_own_in_a_loop_of_ones_own():
     teacher, student = tiny_model(), qat.prepare(tiny_model(), qat.QuantConfig())
     tokens = torch.arange(5, 25)[None]
-    loss, kl = Distiller(student, "squared")(tokens, TeacherTargets.of(teacher, tokens, Squared()))
+    loss, kl = Distiller(student)(tokens, TeacherTargets.of(teacher, tokens, Squared()))
     assert 0 < loss < kl

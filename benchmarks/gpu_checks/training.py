@@ -49,7 +49,7 @@ class _Run:
         self.ds_config = deepspeed_json.resolve(_JSON, _CONFIG.ds_settings(1))
         self.ds_config["zero_optimization"] |= zero or {}
         self.teacher = engines.Teacher(str(model), deepspeed_json.for_teacher(self.ds_config))
-        settings = (_CONFIG.lr_factor, _CONFIG.gradient_checkpointing, _CONFIG.loss)
+        settings = (_CONFIG.lr_factor, _CONFIG.gradient_checkpointing)
         self.student = engines.student_engine(str(model), _QUANT, self.ds_config, *settings)
         self.state = TrainState()
         self._stop: Any = SimpleNamespace(received=False)

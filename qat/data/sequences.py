@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +22,36 @@ class Sample(NamedTuple):
     sequence: int
     input_ids: Tensor
 
-    def to(self, device: torch.device) -> "Sample":
-        return Sample(self.sequence, self.input_ids.to(device))
+
+@dataclass(frozen=True)
+class Row:
+    """One or more samples, packed into one row without padding; each attends to itself alone.
+
+    Args:
+        samples: the samples, in order
+        input_ids: their token ids [1, tokens of all]
+    """
+
+    samples: tuple[Sample, ...]
+    input_ids: Tensor
+
+    @classmethod
+    def of(cls, *samples: Sample) -> "Row":
+        """Pack the samples."""
+        return cls(samples, torch.cat([sample.input_ids for sample in samples], 1))
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Return the number of tokens of each sample."""
+        return tuple(sample.input_ids.shape[1] for sample in self.samples)
+
+    @property
+    def predicted(self) -> tuple[int, ...]:
+        """Return the number of predicted tokens of each sample: all but the first."""
+        return tuple(length - 1 for length in self.lengths)
+
+    def to(self, device: torch.device) -> "Row":
+        return replace(self, input_ids=self.input_ids.to(device))
 
 
 class TrainingData:

@@ -69,10 +69,21 @@ class AttentionRecord:
     def __init__(self) -> None:
         self.layers: dict[int, tuple[Tensor, Tensor, float, int | None]] = {}
 
+    def split(self, lengths: tuple[int, ...]) -> "list[AttentionRecord]":
+        """Return a record for each of the packed sequences of ``lengths`` tokens."""
+        records = [AttentionRecord() for _ in lengths]
+        for layer, (query, key, scaling, window) in self.layers.items():
+            parts = zip(records, query.split(lengths, 2), key.split(lengths, 2), strict=True)
+            for record, own_query, own_key in parts:
+                record.layers[layer] = own_query, own_key, scaling, window
+        return records
+
 
 def attend(model: PreTrainedModel) -> None:
-    """Make ``model`` attend by ``quantized_attention``. The mask function is registered under the same name, or the
-    mask would be dropped."""
+    """Make ``model`` attend by ``quantized_attention``, if it does not yet. The mask function is registered under the
+    same name, or the mask would be dropped."""
+    if model.config._attn_implementation == ATTENTION:
+        return
     AttentionInterface.register(ATTENTION, quantized_attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     model.set_attn_implementation(ATTENTION)
@@ -86,12 +97,14 @@ def quantized_attention(
     attention_mask: Tensor | None,
     scaling: float,
     attention_record: AttentionRecord | None = None,
+    sequence_lengths: tuple[int, ...] = (),
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute scaled dot-product attention over quantized keys and values, with transformers' signature.
 
     A layer without ``kv_quantizer`` attends in full precision. Keys and values that come out of an IntegerCache
-    are rotated and on their grid already.
+    are rotated and on their grid already. Of the packed sequences of ``sequence_lengths`` tokens each attends to itself
+    alone; no scores of one with another are computed.
     """
     kv: KVQuantizer | None = getattr(module, "kv_quantizer", None)
     if kv is not None:
@@ -100,8 +113,27 @@ def quantized_attention(
             key, value = kv.heads(kv.rotate(key)), kv.heads(kv.rotate(value))
     if attention_record is not None:
         attention_record.layers[module.layer_idx] = query, key, scaling, kwargs.get("sliding_window")  # type: ignore[index]
-    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if sequence_lengths:
+        window = kwargs.get("sliding_window")
+        parts = zip(*(x.split(sequence_lengths, 2) for x in (query, key, value)), strict=True)
+        outputs = [
+            sdpa_attention_forward(module, q, k, v, _window_mask(q, window), scaling=scaling, **kwargs)[0]
+            for q, k, v in parts
+        ]
+        output = torch.cat(outputs, 1)
+    else:
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     return output if kv is None else kv.rotate(output), None
+
+
+def _window_mask(query: Tensor, window: int | None) -> Tensor | None:
+    """Return the mask [1, 1, tokens, tokens] by which each token of one sequence sees the last ``window``, itself
+    included; None where that is all before it, which needs no mask."""
+    tokens = query.shape[2]
+    if window is None or tokens <= window:
+        return None
+    seen = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device)
+    return seen.tril().triu(1 - window)[None, None]
 
 
 def mark_stored(x: Tensor) -> Tensor:

@@ -93,8 +93,10 @@ def resolve(path: Path, learning: dict[str, Any]) -> dict[str, Any]:
 def for_teacher(ds_config: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration without anything that learns: the teacher is sharded like the student."""
     config = copy.deepcopy(ds_config)
-    for key in ("optimizer", "gradient_clipping", "gradient_accumulation_steps", "tensorboard", "wandb"):
+    learning = ("optimizer", "gradient_clipping", "gradient_accumulation_steps", "train_batch_size")
+    for key in (*learning, "tensorboard", "wandb"):
         config.pop(key, None)
+    config["train_micro_batch_size_per_gpu"] = 1  # DeepSpeed wants to know a batch, which means nothing here
     zero = config["zero_optimization"]
     zero.pop("offload_optimizer", None)
     if nvme := _get(zero, "offload_param.nvme_path"):

@@ -33,19 +33,33 @@ VOCABULARY_BLOCK = 8192
 
 
 class Targets(ABC):
-    """The predictions that the student should make on one sequence.
+    """The predictions that the student should make on one sequence, or on several that are packed into one row.
 
     Attributes:
+        lengths: the number of predicted tokens of each sequence
         loss: how far the student is from it
         records: what the loss needs recorded of the teacher
     """
 
+    lengths: tuple[int, ...]
     loss: Loss = LOSSES["logits"]
     records: Records = Records()
 
     @abstractmethod
     def chunks(self, tokens: int) -> Iterator[ChunkLoss]:
-        """Yield the loss of each chunk of up to ``tokens`` tokens, in order."""
+        """Yield the loss of each chunk of up to ``tokens`` tokens, in order; see ``split``."""
+
+    def split(self, tokens: int) -> list[tuple[int, int]]:
+        """Return the chunks: the number of the sequence that each belongs to, and its number of tokens."""
+        return [
+            (sequence, min(tokens, length - first))
+            for sequence, length in enumerate(self.lengths)
+            for first in range(0, length, tokens)
+        ]
+
+    def _split(self, of_tokens: Tensor, tokens: int) -> tuple[Tensor, ...]:
+        """Split a tensor [all predicted tokens, ...] into the chunks."""
+        return of_tokens.split([rows for _, rows in self.split(tokens)])
 
 
 class TeacherTargets(Targets):
@@ -56,6 +70,7 @@ class TeacherTargets(Targets):
         head: opens the teacher's output weight [vocabulary, hidden] (under ZeRO-3: gathers it)
         loss: one that needs a teacher
         records: what ``loss.run`` recorded of the teacher
+        lengths: the number of predicted tokens of each sequence; by default there is one
     """
 
     def __init__(
@@ -64,9 +79,11 @@ class TeacherTargets(Targets):
         head: Callable[[], AbstractContextManager[Tensor]],
         loss: Loss = LOSSES["logits"],
         records: Records = Targets.records,
+        lengths: tuple[int, ...] = (),
     ):
         self.hidden, self.head = hidden, head
         self.loss, self.records = loss, records
+        self.lengths = lengths or (len(hidden),)
 
     @classmethod
     @torch.no_grad()
@@ -79,7 +96,7 @@ class TeacherTargets(Targets):
     def logits(self, tokens: int) -> Iterator[Tensor]:
         """Yield the teacher's logits [up to ``tokens``, vocabulary], chunk by chunk."""
         with self.head() as weight:
-            for hidden in self.hidden.split(tokens):
+            for hidden in self._split(self.hidden, tokens):
                 yield matmul(hidden, weight.t())
 
     def chunks(self, tokens: int) -> Iterator[ChunkLoss]:
@@ -90,11 +107,12 @@ class TeacherTargets(Targets):
 class LabelTargets(Targets):
     """The next token of each token [tokens], for a loss that needs no teacher."""
 
-    def __init__(self, labels: Tensor, loss: Loss = LOSSES["label"]):
+    def __init__(self, labels: Tensor, loss: Loss = LOSSES["label"], lengths: tuple[int, ...] = ()):
         self.labels, self.loss = labels, loss
+        self.lengths = lengths or (len(labels),)
 
     def chunks(self, tokens: int) -> Iterator[ChunkLoss]:
-        for labels in self.labels.split(tokens):
+        for labels in self._split(self.labels, tokens):
             yield partial(self.loss.chunk, labels)
 
 
@@ -102,11 +120,19 @@ class TopKTargets(Targets):
     """The teacher's k most likely tokens [tokens, k], and their log-probabilities [tokens, k], for a loss that takes
     them."""
 
-    def __init__(self, ids: Tensor, log_probabilities: Tensor, loss: Loss = LOSSES["logits"]):
+    def __init__(
+        self,
+        ids: Tensor,
+        log_probabilities: Tensor,
+        loss: Loss = LOSSES["logits"],
+        lengths: tuple[int, ...] = (),
+    ):
         self.ids, self.log_probabilities, self.loss = ids, log_probabilities, loss
+        self.lengths = lengths or (len(ids),)
 
     def chunks(self, tokens: int) -> Iterator[ChunkLoss]:
-        for ids, log_p in zip(self.ids.split(tokens), self.log_probabilities.split(tokens), strict=True):
+        both = self._split(self.ids, tokens), self._split(self.log_probabilities, tokens)
+        for ids, log_p in zip(*both, strict=True):
             yield partial(self.loss.top_k, ids, log_p)
 
 
@@ -143,20 +169,22 @@ class Distiller(nn.Module):
 
     Args:
         student: a causal LM
-        loss: its name in LOSSES; the targets to learn from bring the same
     """
 
-    def __init__(self, student: PreTrainedModel, loss: str = "logits"):
+    def __init__(self, student: PreTrainedModel):
         super().__init__()
         self.student = student
         DistillationHead.convert(output_layer(student))
-        LOSSES[loss].make_recordable(student)
 
     def forward(self, input_ids: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
-        """Compute (loss, KL), each the mean over the predicted tokens, of input_ids [1, tokens]."""
-        hidden, records = targets.loss.run(self.student, input_ids)
+        """Compute (loss, KL), each the mean over the predicted tokens, of input_ids [1, tokens]; of several packed
+        sequences, the mean over the sequences."""
+        lengths = tuple(length + 1 for length in targets.lengths)
+        hidden, records = targets.loss.run(self.student, input_ids, lengths)
         loss, kl = output_layer(self.student)(hidden, targets=targets)
-        return loss + targets.loss.extra(records, targets.records), kl
+        pairs = zip(records.split(lengths), targets.records.split(lengths), strict=True)
+        extra = sum(targets.loss.extra(student, teacher) for student, teacher in pairs)
+        return loss + extra / len(lengths), kl
 
 
 class _DistillationLoss(torch.autograd.Function):
@@ -165,15 +193,15 @@ class _DistillationLoss(torch.autograd.Function):
         needs_grad = any(ctx.needs_input_grad)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight) if needs_grad else None
-        total = torch.zeros((), dtype=at_least_fp32(hidden.dtype), device=hidden.device)
-        kl = torch.zeros_like(total)
-        chunk = CHUNK_TOKENS[hidden.device.type]
-        for number, chunk_loss in enumerate(targets.chunks(chunk)):
-            rows = slice(number * chunk, (number + 1) * chunk)
+        lengths, chunk, first = targets.lengths, CHUNK_TOKENS[hidden.device.type], 0
+        sums = torch.zeros(2, len(lengths), dtype=at_least_fp32(hidden.dtype), device=hidden.device)  # loss, KL
+        for (sequence, tokens), chunk_loss in zip(targets.split(chunk), targets.chunks(chunk), strict=True):
+            rows = slice(first, first := first + tokens)
             logits = matmul(hidden[rows], weight.t())
-            loss, chunk_kl = chunk_loss(len(hidden), logits)
-            total += loss
-            kl += chunk_kl
+            # Divided by the tokens of its sequence, and by the sequences: the gradient of the mean of their means.
+            loss, chunk_kl = chunk_loss(lengths[sequence] * len(lengths), logits)
+            sums[0, sequence] += loss
+            sums[1, sequence] += chunk_kl
             if grad_hidden is not None and grad_weight is not None:
                 grad_hidden[rows] = matmul(logits, weight)
                 for some, grad in zip(
@@ -182,8 +210,8 @@ class _DistillationLoss(torch.autograd.Function):
                     grad += matmul(some.t(), hidden[rows])
             del logits  # before the next ones are made
         ctx.grads = grad_hidden, grad_weight  # not saved_tensors: backward must be able to release them
-        total /= len(hidden)
-        kl /= len(hidden)
+        means = [sums[:, sequence] / length for sequence, length in enumerate(lengths)]
+        total, kl = torch.stack(means).mean(0).unbind()
         ctx.mark_non_differentiable(kl)
         return total, kl
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
-from qat.data.sequences import Sample
+from qat.data.sequences import Row
 from qat.quant import architecture, prepare
 from qat.quant.config import QuantConfig
 from qat.quant.products import speed_up
@@ -65,14 +65,12 @@ def student_engine(
     ds_config: dict[str, Any],
     lr_factor: Callable[[int], float],
     gradient_checkpointing: bool,
-    loss: str,
     initial_steps: dict[str, Tensor] | None = None,
 ) -> deepspeed.DeepSpeedEngine:
     """Build the quantized student, with its optimizer: ``engine(input_ids, targets)`` returns (loss, KL).
 
     Args:
         lr_factor: what the learning rate is multiplied with at each step
-        loss: its name in LOSSES
         initial_steps: ``Teacher.initial_steps``, where the quantizer of the activations is learned
     """
     student = _read_partitioned(model, ds_config)
@@ -82,7 +80,7 @@ def student_engine(
     student.train()
     if gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
-    distiller = Distiller(student, loss)
+    distiller = Distiller(student)
     engine, *_ = deepspeed.initialize(
         model=distiller,
         model_parameters=distiller.parameters(),
@@ -106,7 +104,7 @@ def _check_nvme_parts(engine: deepspeed.DeepSpeedEngine) -> None:
 
 
 class Teacher:
-    """The full-precision teacher in an engine without an optimizer: a sample in, targets out.
+    """The full-precision teacher in an engine without an optimizer: samples in, targets out.
 
     Args:
         loss: its name in LOSSES; it determines the content of the targets
@@ -116,19 +114,18 @@ class Teacher:
         language_model = _read_partitioned(model, ds_config).requires_grad_(False)
         speed_up(language_model)
         self._loss = LOSSES[loss]
-        self._loss.make_recordable(language_model)
         self._engine, *_ = deepspeed.initialize(model=_HiddenStates(language_model, self._loss), config=ds_config)
         self._engine.eval()
         _check_rope(language_model)
 
     @torch.no_grad()
-    def __call__(self, sample: Sample) -> TeacherTargets:
-        """Compute the teacher's predictions after each of the sample's tokens but the last."""
-        hidden, records = self._engine(sample.input_ids)
-        return TeacherTargets(hidden, self.head, self._loss, records)
+    def __call__(self, row: Row) -> TeacherTargets:
+        """Compute the teacher's predictions after each of the samples' tokens but the last."""
+        hidden, records = self._engine(row.input_ids, row.lengths)
+        return TeacherTargets(hidden, self.head, self._loss, records, row.predicted)
 
     @torch.no_grad()
-    def initial_steps(self, sample: Sample, quant: QuantConfig) -> dict[str, Tensor]:
+    def initial_steps(self, row: Row, quant: QuantConfig) -> dict[str, Tensor]:
         """Compute the initial steps of a learned quantizer of the activations, by layer: the mean over all ranks'
         samples."""
         found: dict[str, Tensor] = {}
@@ -143,7 +140,7 @@ class Teacher:
             linear.register_forward_pre_hook(lambda _, x, name=name: note(name, x[0]))
             for name, linear in architecture.quantizable_linears(language_model).items()
         ]
-        self(sample)
+        self(row)
         for hook in hooks:
             hook.remove()
         together = torch.stack([found[name] for name in sorted(found)])
@@ -158,9 +155,14 @@ class Teacher:
             yield weight
 
 
-def labels(loss: str) -> Callable[[Sample], LabelTargets]:
-    """Return a replacement for the teacher, for a loss that needs none: a sample in, its own next tokens out."""
-    return lambda sample: LabelTargets(sample.input_ids[0, 1:], LOSSES[loss])
+def labels(loss: str) -> Callable[[Row], LabelTargets]:
+    """Return a replacement for the teacher, for a loss that needs none: samples in, their own next tokens out."""
+
+    def targets(row: Row) -> LabelTargets:
+        next_tokens = [ids[1:] for ids in row.input_ids[0].split(row.lengths)]
+        return LabelTargets(torch.cat(next_tokens), LOSSES[loss], row.predicted)
+
+    return targets
 
 
 def save_student(
@@ -210,5 +212,5 @@ class _HiddenStates(nn.Module):
         super().__init__()
         self.language_model, self._loss = language_model, loss
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Records]:
-        return self._loss.run(self.language_model, input_ids)
+    def forward(self, input_ids: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Records]:
+        return self._loss.run(self.language_model, input_ids, lengths)

@@ -12,7 +12,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from qat.data.sequences import Sample, TrainingData
+from qat.data.sequences import Row, TrainingData
 from qat.quant.config import QuantConfig
 from qat.quant.linear import ARITHMETIC, can_multiply_codes
 from qat.runtime import ranks
@@ -46,8 +46,10 @@ class TrainConfig:
         lr: peak learning rate
         warmup_steps: steps of linear warm-up before the cosine
         min_lr_ratio: the cosine ends at this fraction of lr
-        batch_size: sequences per optimizer step, over all ranks, however many there are: each rank takes its share one
-            by one (the paper: one on each of 8 GPUs)
+        batch_size: sequences per optimizer step, over all ranks, however many there are (the paper: one on each of 8
+            GPUs)
+        micro_batch_size: sequences that a rank packs into one row of a forward pass, without padding; each attends to
+            itself alone, and the result is that of one by one
         gradient_clipping: largest global gradient norm; 0 clips nothing
         gradient_checkpointing: recompute activations in backward: less memory, a third more time
         save_every: steps between checkpoints
@@ -65,6 +67,7 @@ class TrainConfig:
     warmup_steps: int = 0
     min_lr_ratio: float = 0.0
     batch_size: int = 8
+    micro_batch_size: int = 1
     gradient_clipping: float = 1.0
     gradient_checkpointing: bool = True
     save_every: int = 500
@@ -78,7 +81,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         check_least(self, steps=0, warmup_steps=0, min_lr_ratio=0, gradient_clipping=0, max_loss_ratio=0, peak_flops=0)
-        check_least(self, batch_size=1, save_every=1, keep=1, eval_every=1)
+        check_least(self, batch_size=1, micro_batch_size=1, save_every=1, keep=1, eval_every=1)
         if not 0 < self.lr < 1:
             raise UserError(f"lr={self.lr} is invalid: choose a learning rate above 0 and below 1, say 2e-5.")
 
@@ -99,10 +102,16 @@ class TrainConfig:
                 f"batch_size={self.batch_size} cannot be shared by {world_size} ranks: give a multiple of "
                 f"{world_size}, or start a number of ranks that divides {self.batch_size}."
             )
+        share = self.batch_size // world_size
+        if share % self.micro_batch_size:
+            raise UserError(
+                f"micro_batch_size={self.micro_batch_size} does not divide a rank's share of {share} sequences per "
+                f"step: give a divisor of {share}, or another --batch_size."
+            )
         return {
             "train_batch_size": self.batch_size,
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": self.batch_size // world_size,
+            "train_micro_batch_size_per_gpu": self.micro_batch_size,
+            "gradient_accumulation_steps": share // self.micro_batch_size,
             "gradient_clipping": self.gradient_clipping,
             "optimizer.type": "AdamW",
             "optimizer.params.lr": self.lr,
@@ -112,7 +121,7 @@ class TrainConfig:
 
 def train(
     student: deepspeed.DeepSpeedEngine,
-    teacher: Callable[[Sample], Targets],
+    teacher: Callable[[Row], Targets],
     data: TrainingData,
     config: TrainConfig,
     run: Path,
@@ -157,7 +166,7 @@ def arithmetic_of(settings: dict[str, Any], run: Path) -> str:
 
 def take_step(
     student: deepspeed.DeepSpeedEngine,
-    teacher: Callable[[Sample], Targets],
+    teacher: Callable[[Row], Targets],
     data: TrainingData,
     config: TrainConfig,
     state: TrainState,
@@ -169,23 +178,24 @@ def take_step(
     began, lr = time.monotonic(), student.get_lr()[0]
     learned = torch.zeros(2, dtype=torch.float64, device=device())  # loss, KL
     done = [0.0, 0.0]  # tokens, FLOPs
-    for _ in range(config.batch_size // world_size):
+    size = config.micro_batch_size
+    for _ in range(config.batch_size // world_size // size):
         ranks.announce("reading a sample", state.step + 1)
-        number = state.samples + rank
-        sample = data.sample(number).to(device())
-        torch.manual_seed(config.seed + number)  # dropout, where a model has it, belongs to the sample
+        numbers = range(state.samples + rank, state.samples + size * world_size, world_size)
+        row = Row.of(*map(data.sample, numbers)).to(device())
+        torch.manual_seed(config.seed + numbers[0])  # dropout, where a model has it, belongs to the sample
         ranks.announce("forward and backward")
-        loss, kl = student(sample.input_ids, teacher(sample))
+        loss, kl = student(row.input_ids, teacher(row))
         student.backward(loss)
         if student.is_gradient_accumulation_boundary():
             ranks.announce("optimizer step")
         student.step()
-        tokens = sample.input_ids.shape[1] - 1
-        learned += torch.stack([loss.detach(), kl])
+        learned += size * torch.stack([loss.detach(), kl])
         del loss  # and its graph, before the next one is made
-        done[0] += tokens
-        done[1] += flops.distillation(student.module.student.config, tokens, isinstance(teacher, Teacher))
-        state.samples += world_size
+        for tokens in row.predicted:
+            done[0] += tokens
+            done[1] += flops.distillation(student.module.student.config, tokens, isinstance(teacher, Teacher))
+        state.samples += size * world_size
     sums = torch.cat([learned, learned.new_tensor([*done, stop.received])])
     dist.all_reduce(sums)
     loss_sum, kl_sum, token_sum, flops_sum, told_to_stop = sums.tolist()

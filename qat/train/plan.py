@@ -128,8 +128,9 @@ def training(
     tokens: int,
     device: str = "cuda",
     checkpointing: bool = True,
+    sequences: int = 1,
 ) -> Plan:
-    """Plan the training of ``config``'s model with loss=logits, one sequence at a time on each rank.
+    """Plan the training of ``config``'s model with loss=logits.
 
     Args:
         student: its DeepSpeed JSON
@@ -137,6 +138,7 @@ def training(
         tokens: length of the longest sequence
         device: type of the ranks' devices: cuda or cpu
         checkpointing: whether gradient checkpointing is on
+        sequences: how many a rank packs into one forward pass
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -175,7 +177,7 @@ def training(
         "gathered student": width * _live(student, parameters),
         "gathered teacher": width * _live(teacher, parameters) if teacher else 0.0,
         "gradients in flight": width * (2 * bucket + output_layer),
-        "activations": _activations(config, tokens, width, checkpointing),
+        "activations": _activations(config, sequences * tokens, width, checkpointing),
         "logits": chunk * config.vocab_size * (2 * width + 3 * 4),
         "optimizer step": 4.0 * group if optimizer_on == "gpu" else 0.0,
     }
@@ -187,7 +189,7 @@ def training(
         moved += width * own * (teacher_on != "gpu")
     passes = 3 + checkpointing + bool(teacher)  # backward counts twice
     seconds = {
-        "compute": passes * flops.forward(config, tokens) / (machine.flops * machine.efficiency),
+        "compute": passes * sequences * flops.forward(config, tokens) / (machine.flops * machine.efficiency),
         "link": received / machine.link,
         "bus": moved / machine.bus,
         "optimizer": {

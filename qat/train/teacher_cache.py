@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from qat.data.sequences import Sample
+from qat.data.sequences import Row, Sample
 from qat.runtime.checksums import appearing_with_checksum, damage
 from qat.runtime.errors import UserError, differences
 from qat.runtime.files import load_tensors, lock, read_json, save_tensors, write_atomically, writing
@@ -107,20 +107,28 @@ class TeacherCache:
         """Write the teacher's output weight [vocabulary, hidden], which hidden states need."""
         self._save({"weight": weight.detach().cpu().contiguous()}, self.directory / _HEAD)
 
-    def __call__(self, sample: Sample) -> TeacherTargets | TopKTargets:
-        """Load the teacher's targets for a sample of the data, onto the sample's device."""
-        number, position = divmod(sample.sequence, SEQUENCES_PER_FILE)
-        path, device = self.path(number), sample.input_ids.device
-        with safe_open(path, framework="pt") as file:
-            first, last = file.get_slice("offsets")[position : position + 2].tolist()
-            entry = {name: file.get_slice(name)[first:last].to(device) for name in file.keys() if name != "offsets"}  # noqa: SIM118
-        if last - first != sample.input_ids.shape[1] - 1:
-            raise UserError(f"{path} does not belong to the data: sequence {sample.sequence} has another length there.")
-        if "ids" in entry:
-            return TopKTargets(entry["ids"], entry["log_probabilities"], LOSSES[self.loss])
+    def __call__(self, row: Row) -> TeacherTargets | TopKTargets:
+        """Load the teacher's targets for samples of the data, onto their device."""
+        entries, device = [self._entry(sample) for sample in row.samples], row.input_ids.device
+        joined = {name: torch.cat([entry[name] for entry in entries]).to(device) for name in entries[0]}
+        loss, lengths = LOSSES[self.loss], row.predicted
+        if "ids" in joined:
+            return TopKTargets(joined["ids"], joined["log_probabilities"], loss, lengths)
         if self._head is None:
             self._head = load_tensors(self.directory / _HEAD)["weight"].to(device)
-        return TeacherTargets(entry["hidden"], lambda: nullcontext(self._head), LOSSES[self.loss])  # type: ignore[arg-type]
+        head = self._head
+        return TeacherTargets(joined["hidden"], lambda: nullcontext(head), loss, lengths=lengths)
+
+    def _entry(self, sample: Sample) -> dict[str, Tensor]:
+        """Load what the cache has of a sample."""
+        number, position = divmod(sample.sequence, SEQUENCES_PER_FILE)
+        path = self.path(number)
+        with safe_open(path, framework="pt") as file:
+            first, last = file.get_slice("offsets")[position : position + 2].tolist()
+            entry = {name: file.get_slice(name)[first:last] for name in file.keys() if name != "offsets"}  # noqa: SIM118
+        if last - first != sample.input_ids.shape[1] - 1:
+            raise UserError(f"{path} does not belong to the data: sequence {sample.sequence} has another length there.")
+        return entry
 
     def _save(self, tensors: dict[str, Tensor], path: Path) -> None:
         with writing(self.directory), appearing_with_checksum(path) as partial:

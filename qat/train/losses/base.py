@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qat.quant.forward import run
-from qat.quant.kv_cache import AttentionRecord, attend
+from qat.quant.kv_cache import AttentionRecord
 
 ChunkLoss = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 """``Loss.chunk`` or ``Loss.top_k`` without its first arguments: N, and the student's logits of a chunk."""
@@ -32,6 +32,12 @@ class Records:
 
     hidden_states: tuple[Tensor, ...] = ()
     attention: AttentionRecord | None = None
+
+    def split(self, lengths: tuple[int, ...]) -> "list[Records]":
+        """Return the records of each of the packed sequences of ``lengths`` tokens."""
+        states = [layer.split(lengths, 1) for layer in self.hidden_states]
+        attention = self.attention.split(lengths) if self.attention else [None] * len(lengths)
+        return [Records(tuple(layer[i] for layer in states), attention[i]) for i in range(len(lengths))]
 
 
 class Loss(ABC):
@@ -80,16 +86,11 @@ class Loss(ABC):
         """Return whether there is an extra term: no teacher cache holds the records that it needs."""
         return self.needs_hidden_states or self.needs_attention
 
-    def make_recordable(self, model: PreTrainedModel) -> None:
-        """Make ``model`` attend by qat's attention function, which records, if the loss needs that."""
-        if self.needs_attention:
-            attend(model)
-
-    def run(self, model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, Records]:
-        """Run ``model`` over one sequence [1, tokens]; return the final hidden states [tokens - 1, hidden] that predict
-        a token of it, and the records that the loss needs."""
+    def run(self, model: PreTrainedModel, input_ids: Tensor, lengths: tuple[int, ...] = ()) -> tuple[Tensor, Records]:
+        """Run ``model`` over one sequence [1, tokens], or several of ``lengths`` tokens; return the final hidden states
+        [tokens - 1 of each, hidden] that predict a token of it, and the records that the loss needs."""
         attention = AttentionRecord() if self.needs_attention else None
-        hidden, hidden_states = run(model, input_ids, attention, self.needs_hidden_states)
+        hidden, hidden_states = run(model, input_ids, attention, self.needs_hidden_states, lengths)
         return hidden, Records(hidden_states, attention)
 
 

@@ -28,6 +28,7 @@ from qat.quant.architecture import (
     rotation,
     windowed_layers,
 )
+from qat.quant.rotated import check_plain
 from qat.runtime.errors import UserError
 from qat.runtime.machine import has_onednn
 
@@ -43,6 +44,7 @@ def check(config: PreTrainedConfig, max_length: int) -> None:
             f"engine=torch computes the layers of LLaMA's formula itself, and those of {config.model_type} are other "
             "ones: give --engine vllm."
         )
+    check_plain(config, "engine=torch")
     rope = config.rope_parameters
     unchanged = {
         "dynamic": config.max_position_embeddings,

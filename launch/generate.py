@@ -17,6 +17,7 @@ from datagen.generate import GenerateConfig, Vocabulary, write_sequences
 from datagen.parallel import Group, ranks_from_slurm
 from launch import cli
 from qat.data.shards import Sequence, ShardFolder
+from qat.quant.rotated import check_plain
 from qat.runtime import machine, memory, progress, ranks
 from qat.runtime.errors import UserError
 from qat.runtime.preemption import RESUMABLE_EXIT, StopSignal
@@ -193,6 +194,8 @@ def check(directory: str, tokenizer: models.Tokenizer, config: GenerateConfig, t
     models.check_ids(model, max(Vocabulary.of(tokenizer, directory).prefix, default=0), "The beginning of a text")
     if config.engine == "torch":
         decoder.check(model, config.max_length)
+    else:
+        check_plain(model, f"engine={config.engine}")
     parts = {"key-value heads": model.num_key_value_heads, "vocabulary": model.vocab_size}
     for part, size in parts.items():
         if size % tensor_parallel:

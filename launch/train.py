@@ -17,16 +17,17 @@ from launch import cli
 from qat.data.sequences import Row, TrainingData
 from qat.evaluate import heldout
 from qat.evaluate.perplexity import text_windows
-from qat.quant.config import QuantConfig
+from qat.quant.config import CONFIG_FILE, QuantConfig
 from qat.quant.linear import ARITHMETIC
 from qat.quant.prepare import prepare
+from qat.quant.rotated import head_map_weight, rotation_of
 from qat.runtime import memory, ranks
 from qat.runtime.errors import UserError, check_least, differences
 from qat.runtime.files import check_partial, lock, using, write_atomically, writing
 from qat.runtime.machine import be_deterministic, device, local_ranks
 from qat.runtime.preemption import RESUMABLE_EXIT, StopSignal
 from qat.store import models, student_folder
-from qat.store.model_folder import ModelFolder, read_config, shapes, skeleton
+from qat.store.model_folder import ModelFolder, head_weight, read_config, shapes, skeleton
 from qat.train import deepspeed_json, engines, plan
 from qat.train.checkpoint import checkpoints
 from qat.train.distill import Targets
@@ -46,7 +47,8 @@ class Paths:
 
     Args:
         model: the pretrained model, teacher and starting point: a Hugging Face directory or hub name
-        student: another starting point: what launch/quantize.py wrote, or the final/ of an earlier run
+        student: another starting point: what launch/rotate.py or launch/quantize.py wrote, or the final/ of an earlier
+            run
         data: folder of training shards, made by launch/generate.py
         output: folder of this run: checkpoints, log.jsonl, and the trained student in final/
         deepspeed: DeepSpeed configuration of the student
@@ -119,6 +121,12 @@ def main() -> int:
     begin = starting_point(paths.student, model, quant) if paths.student else model
     folder = ModelFolder.read(Path(begin))
     prepare(folder.skeleton(), quant)  # raises UserError for settings that do not fit the model
+    is_rotated = rotation_of(folder.config) != rotation_of(config_of_model)
+    if is_rotated and LOSSES[config.loss].needs_hidden_states:
+        raise UserError(
+            f"loss={config.loss} compares hidden states with the teacher's, and the student's are rotated: give "
+            f"another loss, or --model {begin}."
+        )
     cache = None
     if paths.teacher_cache:
         cache = TeacherCache(paths.teacher_cache, config.loss)
@@ -172,7 +180,8 @@ def main() -> int:
             begin, quant, student_json, config.lr_factor, config.gradient_checkpointing, steps
         )
     if cli.is_first_rank():
-        claim(paths.output, identity, student_json, {"model": paths.model, "data": str(paths.data)})
+        places = {"model": paths.model, "data": str(paths.data)} | ({"student": begin} if is_rotated else {})
+        claim(paths.output, identity, student_json, places)
     stop = StopSignal()  # before this, a signal ends the process at once: there is nothing to save
     complete = train(student, targets, data, config, paths.output, stop, texts)
     if planned:
@@ -203,20 +212,33 @@ def warn_if_short(planned: Plan) -> None:
 
 def starting_point(student: Path, model: str, quant: QuantConfig) -> str:
     """Return the directory of the student's initial weights; raise UserError if ``model`` cannot teach them."""
-    found = student_folder.find(student)
-    if found.is_checkpoint:
-        raise UserError(f"{student} is a checkpoint: give the final/ of a run, or what launch/quantize.py wrote.")
-    if shapes(skeleton(found.directory)) != shapes(skeleton(Path(model))):
+    found = None if is_rotated_model(student) else student_folder.find(student)
+    if found and found.is_checkpoint:
+        raise UserError(
+            f"{student} is a checkpoint: give the final/ of a run, or what launch/rotate.py or launch/quantize.py "
+            "wrote."
+        )
+    directory = found.directory if found else Path(models.resolve_full_precision(str(student)))
+    theirs, ours = shapes(skeleton(Path(model))), shapes(skeleton(directory))
+    config = read_config(str(directory))
+    more = {head_weight(config), head_map_weight(config)} if rotation_of(config) else set()
+    if not theirs.items() <= ours.items() or not ours.keys() <= theirs.keys() | more:
         raise UserError(f"{student} is not made from {model}: its weights have other names or shapes.")
     if quant.activations.learned:
         raise UserError("a_quantizer=lsq takes its first steps from the teacher's activations: leave out --student.")
-    if found.has_grids and quant.weights.quantizes and found.quant.weights != quant.weights:
+    if found and found.has_grids and quant.weights.quantizes and found.quant.weights != quant.weights:
         raise UserError(
             f"{student} has weights that {found.ptq_method} rounded; with other settings they would be rounded again: "
             f"give its w_bits={found.quant.w_bits}, w_quantizer={found.quant.w_quantizer}, "
             f"w_group_size={found.quant.weights.group_size}."
         )
-    return str(found.directory)
+    return str(directory)
+
+
+def is_rotated_model(student: Path) -> bool:
+    """Return whether a folder is a full-precision model that launch/rotate.py wrote."""
+    is_model = (student / "config.json").is_file() and not (student / CONFIG_FILE).is_file()
+    return is_model and rotation_of(read_config(str(student))) is not None
 
 
 def check_teacher(cache: Path | None, quant: QuantConfig, config: TrainConfig) -> None:

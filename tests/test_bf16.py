@@ -24,7 +24,8 @@ from qat.quant.config import QuantConfig
 from qat.quant.forward import predicting
 from qat.quant.prepare import prepare
 from qat.runtime.errors import UserError
-from qat.store import models
+from qat.store import models, rotate
+from qat.store.model_folder import ModelFolder
 from qat.train import deepspeed_json, engines
 from qat.train.distill import ChunkLoss, Distiller, Targets
 from qat.train.loop import TrainConfig
@@ -68,6 +69,8 @@ def test_bf16_under_zero3_equals_plain_bf16(tmp_path):
         rope = {"rope_parameters": {"rope_theta": 10000.0, **changes}} if "rope_type" in changes else changes
         model = tiny_model(config, **SHAPE, **rope, tie_word_embeddings=name == "qwen2")
         model.bfloat16().save_pretrained(tmp_path / name)
+    folder = ModelFolder.read(tmp_path / "qwen2")
+    rotate.write(folder, tmp_path / "rotated", "hadamard", rotate.draw(folder.config, "hadamard", 0), untie=False)
     port = free_port()
     ranks = [processes().Process(target=_rank, args=(rank, tmp_path, port)) for rank in range(2)]
     for rank in ranks:
@@ -89,7 +92,7 @@ def _rank(rank: int, folder: Path, port: str) -> None:
     engines.init_distributed()
     ids = torch.randint(2, 300, (1, POSITIONS + 1), generator=torch.Generator().manual_seed(rank))
     resolved = deepspeed_json.resolve(path, TrainConfig(batch_size=2).ds_settings(2))
-    for name in MODELS:
+    for name in (*MODELS, "rotated"):
         _check_model(str(folder / name), resolved, ids, QUANTS if name == "llama" else QUANTS[:1])
 
 

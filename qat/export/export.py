@@ -11,9 +11,11 @@ from qat.evaluate.perplexity import perplexity
 from qat.export.formats import FORMATS, ExportFormat
 from qat.infer import simulated
 from qat.quant.number_format import Quantized
+from qat.quant.rotated import rotation_of
 from qat.runtime.errors import UserError
 from qat.runtime.files import writing
 from qat.store import weight_files
+from qat.store.model_folder import read_config
 from qat.store.student_folder import Student
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -28,7 +30,23 @@ def check(student: Student, form: str) -> None:
             f"{student.directory} has no tokenizer ({', '.join(_TOKENIZERS)}): copy that of the model it began with "
             "there."
         )
+    _check_rotation(student, form)
     FORMATS[form].check(student)
+
+
+def _check_rotation(student: Student, form: str) -> None:
+    """Raise UserError for a student that computes more online than the format can state."""
+    rotation = rotation_of(read_config(str(student.directory)))
+    if rotation and rotation.head_map:
+        raise UserError(
+            f"{student.path} has a map in front of its tied output layer, which no engine computes: make it from a "
+            "model that was rotated with --untie true."
+        )
+    if rotation and rotation.is_online and not FORMATS[form].states_rotation:
+        raise UserError(
+            f"{student.path} rotates the input of each MLP's last layer (R4), for which {form} has no place: make it "
+            "from a model that was rotated with --down none."
+        )
 
 
 def export(student: Student, output: Path, form: str, file_bytes: int = weight_files.FILE_BYTES) -> None:

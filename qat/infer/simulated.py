@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qat.quant.config import CONFIG_FILE, QuantConfig
 from qat.quant.linear import quant_linears
 from qat.quant.number_format import Quantized, dequantize
 from qat.quant.prepare import prepare
 from qat.quant.products import speed_up
+from qat.quant.rotated import causal_lm_class
 from qat.runtime.errors import UserError
 from qat.store import compressed_tensors, models, student_folder
 from qat.store.model_folder import ModelFolder, quantization_of, shapes
@@ -53,8 +54,7 @@ def simulate(
             weight = dequantize(weight, trained_dtype)
         values[name] = weight.to(dtype)
     settings = ModelFolder.read(config).config
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)]
-    model = model_class.from_pretrained(  # type: ignore[attr-defined]
+    model = causal_lm_class(settings).from_pretrained(
         None, config=settings, state_dict=values, dtype=dtype, attn_implementation="sdpa"
     )
     linears = quant_linears(prepare(model, quant))

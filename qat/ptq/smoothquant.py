@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from qat.ptq.method import LayerByLayer
 from qat.ptq.stream import Stream, Weights, fill
-from qat.quant.architecture import Smoothed, architecture_of, decoder_layers, head_dim
+from qat.quant.architecture import Smoothed, decoder_layers, head_dim
 from qat.quant.quantizers.base import Grid
+from qat.quant.rotated import smoothed
 from qat.runtime.errors import UserError
 from qat.store.model_folder import ModelFolder
 
@@ -57,7 +58,7 @@ class SmoothQuant(LayerByLayer):
         super().__init__(source, settings)
         model = ModelFolder.read(source).skeleton()
         self._layers, self._head_dim = decoder_layers(model), head_dim(model.config)
-        self._groups = architecture_of(model.config).smoothed
+        self._groups = smoothed(model.config)
         if not self._groups:
             raise UserError(
                 f"method=smoothquant scales inputs of the linear layers, and which of {model.config.model_type}'s can "

@@ -12,7 +12,6 @@ The keys and values that a cache would store are rounded per token before they a
 ``qat.infer.integer_cache`` stores for real what is simulated here.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from qat.quant.hadamard import hadamard_matrix
 from qat.quant.number_format import Format, fake_quantize
 
 ATTENTION = "qat_sdpa"
@@ -144,14 +144,3 @@ def mark_stored(x: Tensor) -> Tensor:
 
 def is_stored(x: Tensor) -> bool:
     return getattr(x, "stored_on_grid", False)
-
-
-@cache
-@torch.inference_mode(False)  # it is cached: a matrix built in evaluation must serve training too
-def hadamard_matrix(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return Sylvester's Hadamard matrix over sqrt(size): symmetric and orthogonal; size is a power of two."""
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while len(matrix) < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    assert len(matrix) == size, f"{size} is not a power of two"
-    return (matrix / size**0.5).to(device, dtype)

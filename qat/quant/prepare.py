@@ -10,6 +10,7 @@ from qat.quant import kv_cache
 from qat.quant.architecture import architecture_of, check_supported, decoder_layers, head_dim, linear_in
 from qat.quant.config import QuantConfig, matches
 from qat.quant.linear import InputQuantizer, QuantLinear, quant_linears
+from qat.quant.rotated import check_rotates
 from qat.runtime.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ def prepare(model: PreTrainedModel, config: QuantConfig) -> PreTrainedModel:
     check_supported(model)
     if hasattr(model, _PREPARED):
         raise UserError("The model is prepared already: load it again to quantize it otherwise.")
+    check_rotates(model)
     _check_cache(model, config)
     _warn_of_idle_patterns(model, config)
     architecture, layers = architecture_of(model.config), decoder_layers(model)

@@ -160,6 +160,17 @@ class _Integers(Layout):
         return Quantized(parts["weight"], Grid(parts["weight_scale"]))
 
 
+def transform_config(layers: list[str], width: int, block: int) -> dict[str, Any]:
+    """Return the ``transform_config`` of R4: these layers' inputs, of ``width``, are to be multiplied by Sylvester's
+    Hadamard matrix over sqrt(block) in blocks of ``block``. Its inverse is in their weights."""
+    apply = [{"targets": layers, "location": "input", "inverse": False}]
+    return {
+        "config_groups": {
+            "R4": {"type": "hadamard", "head_dim": None if block == width else block, "apply": apply},
+        }
+    }
+
+
 LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in (_Packed(), _Integers())}
 
 

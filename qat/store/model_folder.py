@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -28,6 +28,7 @@ from qat.quant.architecture import (
     windowed_layers,
 )
 from qat.quant.config import CONFIG_FILE
+from qat.quant.rotated import causal_lm_class
 from qat.runtime.errors import UserError, first_line, in_one_line
 from qat.runtime.files import read_json, using, writing
 from qat.store import compressed_tensors
@@ -267,7 +268,7 @@ def _is_untied(stored: Mapping[str, Stored], head: str, embedding: str) -> bool:
 def without_weights(config: PreTrainedConfig, directory: Path) -> PreTrainedModel:
     """Build the model that ``config``, of ``directory``, describes, without memory for its weights; raise UserError if
     it describes none."""
-    model_class: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # type: ignore[assignment]
+    model_class = causal_lm_class(config)
     try:
         with torch.device("meta"):
             model = model_class(copy.deepcopy(config))  # AutoModel.from_config would partition it where ZeRO-3 reads

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qat.quant.architecture import architecture_of, new_rotation
 from qat.quant.config import CONFIG_FILE
+from qat.quant.rotated import causal_lm_class
 from qat.runtime.errors import UserError, in_one_line
 from qat.store import compressed_tensors
 from qat.store.model_folder import ModelFolder, check_finite, quantization_of, read_config
@@ -103,8 +104,9 @@ def load(name: str, dtype: torch.dtype | str, **how: Any) -> PreTrainedModel:
     foreign = _of_others(Path(name))
     if not foreign:
         how["config"] = ModelFolder.read(Path(name)).config
+    model_class = AutoModelForCausalLM if foreign else causal_lm_class(how["config"])
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa", **how).eval()
+        model = model_class.from_pretrained(name, dtype=dtype, attn_implementation="sdpa", **how).eval()
     except Exception as error:
         if not foreign:
             raise

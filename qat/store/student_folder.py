@@ -207,13 +207,14 @@ def _of_checkpoint(path: Path, model: str | None) -> Student:
     if not run:
         raise UserError(f"{path} is a checkpoint without its run: {path.parent.parent / _RUN_SETTINGS} is missing.")
     record = path.parent.parent / _RUN_SETTINGS
-    began_with = model or run.get("model")
+    began_with = model or run.get("student") or run.get("model")
     if not began_with:
         raise UserError(f"{path} does not say which model it began with: give it with --model.")
     directory = models.resolve(began_with)
     settings = run["settings"]
     with using(record):
-        if models.weights_fingerprint(directory) != settings["model"]:
+        expected = settings["student"] if "student" in run else settings["model"]
+        if models.weights_fingerprint(directory) != expected:
             raise UserError(f"{began_with} is not the model that the run of {path} began with: give that with --model.")
         quant = QuantConfig.of(QuantConfig.among(settings), record)
         in_bf16 = (settings.get("bf16") or {}).get("enabled", False)

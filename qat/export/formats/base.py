@@ -25,12 +25,14 @@ class ExportFormat(ABC):
         front_matter: lines of the model card's YAML, beside base model and licence
         runs_as_trained: whether qat.load and launch/chat.py run an export, with the activations and the KV cache that
             were trained
+        states_rotation: whether it can state R4, the online rotation in front of the MLP's last layer
     """
 
     meaning: str
     weight_files: str = "*.safetensors"
     front_matter: tuple[str, ...] = ()
     runs_as_trained: bool = False
+    states_rotation: bool = False
 
     def check(self, student: Student) -> None:  # noqa: B027
         """Raise UserError for what the format, or every engine that reads it, cannot hold."""

@@ -16,10 +16,12 @@ from qat.export.formats.base import ExportFormat, trained_activations, trained_c
 from qat.infer import simulated
 from qat.quant.architecture import kept_linears
 from qat.quant.config import QuantConfig
+from qat.quant.hadamard import largest_power_of_two
 from qat.quant.number_format import FULL_PRECISION, Quantized
+from qat.quant.rotated import online_widths
 from qat.runtime.errors import UserError
 from qat.runtime.files import load_tensors, save_tensors
-from qat.store.compressed_tensors import INTEGERS, LAYOUTS, PACKED, Layout
+from qat.store.compressed_tensors import INTEGERS, LAYOUTS, PACKED, Layout, transform_config
 from qat.store.model_folder import skeleton
 from qat.store.sidecars import STEPS_FILE
 from qat.store.student_folder import Student
@@ -36,6 +38,7 @@ class CompressedTensors(ExportFormat):
     layout: Layout
     vllm: str
     runs_as_trained = True
+    states_rotation = True
     front_matter = ("library_name: transformers", "tags:", "- compressed-tensors", "- llm-qat")
 
     def check(self, student: Student) -> None:
@@ -45,9 +48,18 @@ class CompressedTensors(ExportFormat):
                     f"w_quantizer={own.w_quantizer} has zero points, and the kernels that {self.layout.name} is for "
                     "have none: give --format hf-fake."
                 )
+        for width, block in _online(student).values():
+            if block != largest_power_of_two(block):
+                raise UserError(
+                    f"R4 rotates the MLP's width of {width} in blocks of {block}, and engines have kernels for powers "
+                    "of two: make the student from a model that was rotated with --down blocks, or none."
+                )
 
     def write(self, student: Student, output: Path, file_bytes: int) -> None:
         described = self.layout.quantization_config(student.layer_settings, kept_linears(skeleton(student.directory)))
+        if online := _online(student):
+            ((width, block),) = set(online.values())
+            described["transform_config"] = transform_config(list(online), width, block)
         student.quant.save(output)
         if student.quant.activations.learned:
             save_tensors(load_tensors(student.directory / STEPS_FILE), output / STEPS_FILE)
@@ -107,6 +119,11 @@ class CompressedTensors(ExportFormat):
 
     def serve(self, name: str) -> list[str]:
         return [f"vllm serve {name}{self.vllm}"]
+
+
+def _online(student: Student) -> dict[str, tuple[int, int]]:
+    """Return ``online_widths`` of a student."""
+    return online_widths(skeleton(student.directory))
 
 
 class PackQuantized(CompressedTensors):

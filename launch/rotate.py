@@ -1,19 +1,22 @@
 """Rotate a model's weights, so that activations without outliers are left to quantize.
 
 python launch/rotate.py --model DIR --output DIR. The output computes the same function, and every command takes it as
---model; launch/train.py as --student too, with the original as --model.
+--model; launch/train.py as --student too, with the original as --model. With --data, R1 and R2 are learned first.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from launch import cli
+from qat.data.sequences import TrainingData
+from qat.quant.config import QuantConfig
 from qat.quant.rotated import DOWN
 from qat.runtime.errors import UserError
 from qat.runtime.files import check_partial
 from qat.runtime.table import check_choices, choice
 from qat.store import models, rotate
 from qat.store.model_folder import ModelFolder
+from qat.train.rotations import LearnConfig, learn
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class Settings:
         down: the online Hadamard transform in front of the MLP's last layer (R4)
         untie: give a model with tied embeddings an output layer of its own, which engines need; else it gets a matrix
             [hidden, hidden] in front of the tied one
-        seed: of the random signs or matrices
+        seed: of the random signs or matrices, and of the order of the data
+        data: shards of launch/generate.py, to learn R1 and R2 on, for the quantization given by the flags below
     """
 
     model: str
@@ -36,6 +40,7 @@ class Settings:
     down: str = choice("hadamard", lambda: DOWN)
     untie: bool = False
     seed: int = 0
+    data: Path | None = None
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -45,12 +50,20 @@ class Settings:
 
 
 def main() -> None:
-    (settings,) = cli.parse(__doc__, Settings)
+    settings, config, quant = cli.parse(__doc__, Settings, LearnConfig, QuantConfig)
+    if not settings.data and (config, quant) != (LearnConfig(), QuantConfig()):
+        raise UserError("Without --data nothing is learned: leave out the flags of learning and of the quantization.")
     folder = ModelFolder.read(Path(models.resolve_full_precision(settings.model)))
-    rotate.check_rotatable(folder.config)
+    rotation = rotate.rotation_for(folder.config, settings.down, settings.untie)
     matrices = rotate.draw(folder.config, settings.kind, settings.seed)
-    rotate.write(folder, settings.output, settings.down, matrices, settings.untie)
-    print(f"{settings.output}: rotated, R4 {settings.down}")
+    if settings.data:
+        data = TrainingData(settings.data, models.load_tokenizer(str(folder.directory)), settings.seed)
+        models.check_length(folder.config, data.longest, "The longest sequence of data")
+        models.check_ids(folder.config, data.largest, f"The text in {settings.data}")
+        matrices = learn(folder, rotation, quant, matrices, data, config)
+    rotate.write(folder, settings.output, rotation, matrices)
+    learned = f", learned in {config.steps} steps for {quant}" if settings.data else ""
+    print(f"{settings.output}: rotated{learned}; computed online: {rotation}")
 
 
 if __name__ == "__main__":

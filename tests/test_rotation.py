@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 import qat
 from datagen import decoder
+from qat.data.sequences import TrainingData
 from qat.export import export
 from qat.export.formats import FAKE, FORMATS, GGUF
 from qat.infer import simulated
@@ -27,6 +28,7 @@ from qat.runtime.errors import UserError
 from qat.store import models, rotate, student_folder
 from qat.store.compressed_tensors import PACKED
 from qat.store.model_folder import ModelFolder, read_config
+from qat.train.rotations import LearnConfig, Rotating, learn
 
 CPU = torch.device("cpu")
 JSON = f"--deepspeed={ROOT / 'ds_configs' / 'zero3_cpu.json'}"
@@ -118,7 +120,8 @@ def test_the_function_stays(config_class, changes, down, untie, tmp_path):
     model.save_pretrained(tmp_path / "plain")
     folder = ModelFolder.read(tmp_path / "plain")
     kind = "random" if untie else "hadamard"
-    rotate.write(folder, tmp_path / "rotated", down, rotate.draw(folder.config, kind, 0), untie)
+    rotation = rotate.rotation_for(folder.config, down, untie)
+    rotate.write(folder, tmp_path / "rotated", rotation, rotate.draw(folder.config, kind, 0))
     found = models.load(str(tmp_path / "rotated"), torch.float64)
     assert found.config.tie_word_embeddings == (folder.config.tie_word_embeddings and not untie)
     with torch.inference_mode():
@@ -278,3 +281,53 @@ def test_engines_run_what_is_all_in_the_weights(plain, tmp_path):
     student = student_folder.find(tmp_path / "rtn")
     for form in (FAKE, GGUF):
         export.check(student, form)
+
+
+def tangent(matrix, gradient):
+    """The part of a gradient along which a matrix stays orthogonal."""
+    product = gradient.double() @ matrix.mT
+    return (product - product.mT) / 2
+
+
+@pytest.mark.parametrize("untie", [False, True])
+def test_in_full_precision_no_rotation_is_better_than_another(plain, untie):
+    """The gradient of the loss has no part along the orthogonal matrices, until something is rounded."""
+    folder = ModelFolder.read(plain)
+    rotation = rotate.rotation_for(folder.config, "hadamard", untie)
+    matrices = rotate.draw(folder.config, "random", 0)
+    sizes = []
+    for quant in (QuantConfig(16, 16, 16), QuantConfig(16, 4, 4)):
+        rotating = Rotating(folder, rotation, quant)
+        kl, gradient = rotating.gradient(matrices, [ids(), ids(12)])
+        parts = [(getattr(matrices, name), getattr(gradient, name)) for name in ("residual", "values")]
+        sizes.append([tangent(*part).norm().item() for part in parts])
+        assert (kl < 1e-4) == (quant.a_bits == 16)
+    assert sizes[0][0] < 1e-3 * sizes[1][0]
+    assert sizes[0][1] < 1e-3 * sizes[1][1]
+
+
+def test_learned_rotations_are_orthogonal_and_lower_the_kl(plain, tiny_data):
+    folder, data = ModelFolder.read(plain), TrainingData(tiny_data, models.load_tokenizer(str(plain)), 0)
+    rotation, quant = rotate.rotation_for(folder.config, "hadamard", untie=False), QuantConfig(16, 4, 16)
+    start = rotate.draw(folder.config, "hadamard", 0)
+    found = learn(folder, rotation, quant, start, data, LearnConfig(steps=12, batch_size=4))
+    for matrices in (found.residual, found.values):
+        identity = torch.eye(matrices.shape[-1], dtype=torch.float64)
+        torch.testing.assert_close(matrices @ matrices.mT, identity.expand_as(matrices), rtol=0, atol=1e-12)
+    rotating = Rotating(folder, rotation, quant)
+    samples = [data.sequence(number).input_ids for number in range(len(data))]
+    before, after = (rotating.gradient(matrices, samples)[0] for matrices in (start, found))
+    assert after < before
+
+
+def test_launch_rotate_learns(plain, tiny_data, tmp_path):
+    """And what it writes computes the same function still."""
+    more = [f"--data={tiny_data}", "--steps=2", "--batch_size=2", *FLAGS]
+    run_python("rotate", f"--model={plain}", f"--output={tmp_path / 'learned'}", *more)
+    found, expected = (models.load(str(folder), torch.float32) for folder in (tmp_path / "learned", plain))
+    torch.testing.assert_close(found(ids()).logits, expected(ids()).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_flags_that_say_nothing_are_refused(monkeypatch, plain, tmp_path):
+    given = [f"--model={plain}", f"--output={tmp_path / 'rotated'}", "--a_bits=4"]
+    assert "nothing is learned" in error_of(monkeypatch, "rotate", *given)

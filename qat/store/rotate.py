@@ -14,7 +14,7 @@ Query and key layers keep their outputs, and so do RoPE, head norms, and attenti
 computed in fp64 and rounded once, to the dtype of the file.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,9 @@ from qat.store.model_folder import ModelFolder, head_weight, write_companions
 
 Fold = Callable[[Tensor], Tensor]
 """Maps a tensor of the model to that of the rotated model, in the same dtype."""
+
+Norms = Mapping[str, Tensor]
+"""Weights of the norms that are folded, by their names: those of ``norms_of``."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +88,9 @@ def norms_of(config: PreTrainedConfig) -> set[str]:
     return inner | {f"{architecture.norm}.weight"}
 
 
-def folds(
-    config: PreTrainedConfig, rotation: Rotation, matrices: Matrices, norms: Mapping[str, Tensor]
-) -> dict[str, Fold]:
-    """Return what happens to each tensor, by name; those without an entry stay. The matrices, ``norms`` (weights, by
-    ``norms_of``) and the tensors are of one dtype, on one device. Differentiable."""
+def folds(config: PreTrainedConfig, rotation: Rotation, matrices: Matrices, norms: Norms) -> dict[str, Fold]:
+    """Return what happens to each tensor, by name; those without an entry stay. Matrices, norms and tensors are of one
+    dtype, on one device."""
     architecture, block = architecture_of(config), llama_block(config)
     residual = matrices.residual
     size = head_dim(config)
@@ -139,7 +140,7 @@ def folds(
     return found
 
 
-def head_map(config: PreTrainedConfig, matrices: Matrices, norms: Mapping[str, Tensor]) -> Tensor:
+def head_map(config: PreTrainedConfig, matrices: Matrices, norms: Norms) -> Tensor:
     """Return the symmetric map [hidden, hidden] in front of the tied output layer: arguments as of ``folds``."""
     last = norms[f"{architecture_of(config).norm}.weight"]
     return matrices.residual.t() @ (last[:, None] * matrices.residual)
@@ -152,38 +153,50 @@ def check_rotatable(config: PreTrainedConfig) -> None:
         raise UserError("The model is rotated already: give the one that it was made from.")
 
 
-def write(folder: ModelFolder, output: Path, down: str, matrices: Matrices, untie: bool) -> None:
+def rotated(
+    tensors: Iterable[tuple[str, Tensor]],
+    config: PreTrainedConfig,
+    rotation: Rotation,
+    matrices: Matrices,
+    norms: Norms,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and tensor of each weight of the rotated model, given those of the model of ``config``.
+
+    They are computed where the matrices are, in their dtype, and rounded to that of the given tensor. Differentiable in
+    the matrices.
+    """
+    fold = folds(config, rotation, matrices, norms)
+    embedding, head = f"{architecture_of(config).embedding}.weight", head_weight(config)
+    for name, tensor in tensors:
+        wide = tensor.to(matrices.residual)
+        yield name, fold[name](wide).to(tensor.dtype) if name in fold else tensor
+        if name == embedding and rotation.head_map:
+            yield head_map_weight(config), head_map(config, matrices, norms).to(tensor.dtype)
+        elif name == embedding and config.tie_word_embeddings:
+            yield head, fold[head](wide).to(tensor.dtype)
+
+
+def rotation_for(config: PreTrainedConfig, down: str, untie: bool) -> Rotation:
+    """Return the rotation of a model: with one of qat.quant.rotated.DOWN, and with an output layer of its own, in place
+    of a map in front of the tied one, if ``untie``. Raises UserError for a model that is rotated already, or does not
+    compute LLaMA's formula."""
+    llama_block(config)
+    if rotation_of(config):
+        raise UserError("The model is rotated already: give the one that it was made from.")
+    return Rotation(down, head_map=config.tie_word_embeddings and not untie)
+
+
+def write(folder: ModelFolder, output: Path, rotation: Rotation, matrices: Matrices) -> None:
     """Write the rotated model as a folder like ``folder``, which appears complete or not at all.
 
     One weight file, and one tensor in fp64, are in memory at a time.
-
-    Args:
-        down: one of qat.quant.rotated.DOWN
-        untie: write an output layer beside the embedding of a model that ties them, in place of a map in front of it
     """
-    tied = folder.config.tie_word_embeddings
-    rotation = Rotation(down, head_map=tied and not untie)
+    config, place = folder.config, device()
+    matrices = matrices.to(place).to(torch.float64)
+    norms = {name: norm.to(matrices.residual) for name, norm in folder.tensors(norms_of(config).__contains__)}
+    tensors = progress.bar(folder.tensors(), desc="rotate", total=len(folder.places), unit="tensor")
     with appearing_folder(output) as partial_output:
-        weight_files.write(partial_output, _rotated(folder, rotation, matrices))
+        made = rotated(tensors, config, rotation, matrices, norms)
+        weight_files.write(partial_output, ((name, tensor.cpu()) for name, tensor in made))
         changes = {RECORD: rotation.record(), "tie_word_embeddings": rotation.head_map}
         write_companions(folder.companions(), partial_output, **changes)
-
-
-def _rotated(folder: ModelFolder, rotation: Rotation, matrices: Matrices) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of the rotated model."""
-    config, place = folder.config, device()
-    norms = {name: norm.to(place, torch.float64) for name, norm in folder.tensors(norms_of(config).__contains__)}
-    matrices = matrices.to(place).to(torch.float64)
-    fold = folds(config, rotation, matrices, norms)
-
-    def folded(name: str, tensor: Tensor) -> Tensor:
-        return fold[name](tensor.to(place, torch.float64)).to(tensor.dtype).cpu() if name in fold else tensor
-
-    embedding, head = f"{architecture_of(config).embedding}.weight", head_weight(config)
-    for name, tensor in progress.bar(folder.tensors(), desc="rotate", total=len(folder.places), unit="tensor"):
-        yield name, folded(name, tensor)
-        if name == embedding and config.tie_word_embeddings:
-            if rotation.head_map:
-                yield head_map_weight(config), head_map(config, matrices, norms).to(tensor.dtype).cpu()
-            else:
-                yield head, folded(head, tensor)

@@ -16,7 +16,7 @@ from qat.quant.config import QuantConfig
 from qat.quant.prepare import prepare
 from qat.runtime.errors import UserError, check_least
 from qat.runtime.table import check_choices, choice
-from qat.store import models
+from qat.store import models, rotate
 from qat.store.model_folder import ModelFolder
 
 
@@ -72,7 +72,7 @@ def main() -> None:
         models.check_length(model.config, ids.shape[1], "The length of a calibration sequence")
     if data:
         models.check_ids(model.config, data.largest, f"The text in {settings.data}")
-    with writer.appearing(folder, settings.output, quant, record, settings.model) as output:
+    with writer.appearing(folder, settings.output, quant, record, rotate.base_model(source, settings.model)) as output:
         method.write(output, quant, sequences)
     print(f"{settings.output}: {settings.method}, {quant}")
 

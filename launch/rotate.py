@@ -4,8 +4,9 @@ python launch/rotate.py --model DIR --output DIR. The output computes the same f
 --model; launch/train.py as --student too, with the original as --model. With --data, R1 and R2 are learned first.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from launch import cli
 from qat.data.sequences import TrainingData
@@ -15,7 +16,7 @@ from qat.runtime.errors import UserError
 from qat.runtime.files import check_partial
 from qat.runtime.table import check_choices, choice
 from qat.store import models, rotate
-from qat.store.model_folder import ModelFolder
+from qat.store.model_folder import BASE_MODEL, ModelFolder
 from qat.train.rotations import LearnConfig, learn
 
 
@@ -56,12 +57,19 @@ def main() -> None:
     folder = ModelFolder.read(Path(models.resolve_full_precision(settings.model)))
     rotation = rotate.rotation_for(folder.config, settings.down, settings.untie)
     matrices = rotate.draw(folder.config, settings.kind, settings.seed)
+    origin: dict[str, Any] = {
+        BASE_MODEL: settings.model,
+        "weights": models.weights_fingerprint(str(folder.directory)),
+        "kind": settings.kind,
+        "seed": settings.seed,
+    }
     if settings.data:
         data = TrainingData(settings.data, models.load_tokenizer(str(folder.directory)), settings.seed)
         models.check_length(folder.config, data.longest, "The longest sequence of data")
         models.check_ids(folder.config, data.largest, f"The text in {settings.data}")
+        origin |= {"learned": asdict(config), "data": data.fingerprint, "quant": quant.record()}
         matrices = learn(folder, rotation, quant, matrices, data, config)
-    rotate.write(folder, settings.output, rotation, matrices)
+    rotate.write(folder, settings.output, rotation, matrices, origin)
     learned = f", learned in {config.steps} steps for {quant}" if settings.data else ""
     print(f"{settings.output}: rotated{learned}; computed online: {rotation}")
 

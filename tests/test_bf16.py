@@ -71,7 +71,7 @@ def test_bf16_under_zero3_equals_plain_bf16(tmp_path):
         model.bfloat16().save_pretrained(tmp_path / name)
     folder = ModelFolder.read(tmp_path / "qwen2")
     rotation = rotate.rotation_for(folder.config, "hadamard", untie=False)
-    rotate.write(folder, tmp_path / "rotated", rotation, rotate.draw(folder.config, "hadamard", 0))
+    rotate.write(folder, tmp_path / "rotated", rotation, rotate.draw(folder.config, "hadamard", 0), {})
     port = free_port()
     ranks = [processes().Process(target=_rank, args=(rank, tmp_path, port)) for rank in range(2)]
     for rank in ranks:

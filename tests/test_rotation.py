@@ -121,7 +121,7 @@ def test_the_function_stays(config_class, changes, down, untie, tmp_path):
     folder = ModelFolder.read(tmp_path / "plain")
     kind = "random" if untie else "hadamard"
     rotation = rotate.rotation_for(folder.config, down, untie)
-    rotate.write(folder, tmp_path / "rotated", rotation, rotate.draw(folder.config, kind, 0))
+    rotate.write(folder, tmp_path / "rotated", rotation, rotate.draw(folder.config, kind, 0), {})
     found = models.load(str(tmp_path / "rotated"), torch.float64)
     assert found.config.tie_word_embeddings == (folder.config.tie_word_embeddings and not untie)
     with torch.inference_mode():
@@ -245,11 +245,13 @@ def served(plain):
     return student_folder.find(plain.with_name("served-rtn"))
 
 
-def test_an_export_states_r4_as_engines_read_it(served, tmp_path):
+def test_an_export_states_r4_as_engines_read_it(plain, served, tmp_path):
+    assert served.base_model == str(plain), "what the model card says"
     export.export(served, tmp_path / "export", PACKED)
     windows = ids(40).view(2, 20)
     verified = export.verify(served, tmp_path / "export", PACKED, windows)
     assert verified.exported == verified.trained
+    assert "transformers' own loader leaves it out" in FORMATS[PACKED].all_differences(served)[-1]
     stated = json.loads((tmp_path / "export" / "config.json").read_text())["quantization_config"]["transform_config"]
     layer = torch.nn.Module()
     layer.down = torch.nn.Linear(96, 8, bias=False, dtype=torch.float64)
@@ -267,7 +269,7 @@ def test_formats_refuse_what_they_cannot_state(served, rotated, run):
     for form in FORMATS:
         with pytest.raises(UserError, match="--untie true"):
             export.check(student_folder.find(run / "final"), form)
-    for form in (FAKE, GGUF):
+    for form in FORMATS.keys() - {PACKED}:
         with pytest.raises(UserError, match="--down none"):
             export.check(served, form)
 
@@ -331,3 +333,11 @@ def test_launch_rotate_learns(plain, tiny_data, tmp_path):
 def test_flags_that_say_nothing_are_refused(monkeypatch, plain, tmp_path):
     given = [f"--model={plain}", f"--output={tmp_path / 'rotated'}", "--a_bits=4"]
     assert "nothing is learned" in error_of(monkeypatch, "rotate", *given)
+
+
+def test_a_student_is_saved_with_its_own_rotation(plain, rotated, tmp_path):
+    student = prepare(models.load(str(rotated), torch.float32), W4A4KV4)
+    with pytest.raises(UserError, match="rotated otherwise"):
+        qat.save(student, tmp_path / "student", source=plain)
+    qat.save(student, tmp_path / "student", source=rotated)
+    assert torch.equal(qat.load(str(tmp_path / "student"))(ids()).logits, rounded(rotated)(ids()).logits)

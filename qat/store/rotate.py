@@ -14,10 +14,12 @@ Query and key layers keep their outputs, and so do RoPE, head norms, and attenti
 computed in fp64 and rounded once, to the dtype of the file.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,10 +30,13 @@ from qat.quant.hadamard import hadamard_matrix, transform
 from qat.quant.rotated import RECORD, Rotation, head_map_weight, llama_block, rotation_of
 from qat.runtime import progress
 from qat.runtime.errors import UserError
-from qat.runtime.files import appearing_folder
+from qat.runtime.files import appearing_folder, read_json, write_atomically
 from qat.runtime.machine import device
 from qat.store import weight_files
-from qat.store.model_folder import ModelFolder, head_weight, write_companions
+from qat.store.model_folder import BASE_MODEL, ModelFolder, head_weight, write_companions
+
+ORIGIN = "rotation.json"
+"""Name of the file that records what a rotated model was made from, and how. What is made from it keeps a copy."""
 
 Fold = Callable[[Tensor], Tensor]
 """Maps a tensor of the model to that of the rotated model, in the same dtype."""
@@ -67,15 +72,23 @@ def _orthogonal(size: int, generator: torch.Generator) -> Tensor:
     return q * r.diagonal().sign()
 
 
-KINDS = {"hadamard": "a Hadamard matrix with random signs", "random": "a random orthogonal matrix"}
+class Kind(NamedTuple):
+    """A kind of orthogonal matrices: half a sentence for ``--help``, and a function that draws one of a size."""
 
-_DRAWN: Mapping[str, Callable[[int, torch.Generator], Tensor]] = {"hadamard": _hadamard, "random": _orthogonal}
+    meaning: str
+    draw: Callable[[int, torch.Generator], Tensor]
+
+
+KINDS: Mapping[str, Kind] = {
+    "hadamard": Kind("a Hadamard matrix with random signs", _hadamard),
+    "random": Kind("a random orthogonal matrix", _orthogonal),
+}
 
 
 def draw(config: PreTrainedConfig, kind: str, seed: int) -> Matrices:
     """Return matrices for the model of ``config``, of one of KINDS, in fp64 on the CPU."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = _DRAWN[kind]
+    drawn = KINDS[kind].draw
     values = [drawn(head_dim(config), generator) for _ in range(config.num_hidden_layers)]
     return Matrices(drawn(config.hidden_size, generator), torch.stack(values))
 
@@ -186,10 +199,11 @@ def rotation_for(config: PreTrainedConfig, down: str, untie: bool) -> Rotation:
     return Rotation(down, head_map=config.tie_word_embeddings and not untie)
 
 
-def write(folder: ModelFolder, output: Path, rotation: Rotation, matrices: Matrices) -> None:
+def write(folder: ModelFolder, output: Path, rotation: Rotation, matrices: Matrices, origin: Mapping[str, Any]) -> None:
     """Write the rotated model as a folder like ``folder``, which appears complete or not at all.
 
-    One weight file, and one tensor in fp64, are in memory at a time.
+    One weight file, and one tensor in fp64, are in memory at a time. ``origin`` says how it was made, with the
+    original model's name under BASE_MODEL.
     """
     config, place = folder.config, device()
     matrices = matrices.to(place).to(torch.float64)
@@ -200,3 +214,9 @@ def write(folder: ModelFolder, output: Path, rotation: Rotation, matrices: Matri
         weight_files.write(partial_output, ((name, tensor.cpu()) for name, tensor in made))
         changes = {RECORD: rotation.record(), "tie_word_embeddings": rotation.head_map}
         write_companions(folder.companions(), partial_output, **changes)
+        write_atomically(partial_output / ORIGIN, json.dumps(origin, indent=2) + "\n")
+
+
+def base_model(directory: Path, name: str) -> str:
+    """Return the original model's name for a rotated folder and what was made from it; for others ``name``."""
+    return read_json(directory / ORIGIN)[BASE_MODEL] if (directory / ORIGIN).is_file() else name

@@ -23,6 +23,7 @@ from qat.quant.config import CONFIG_FILE, QuantConfig
 from qat.quant.number_format import Format, Quantized, quantize
 from qat.quant.prepare import layer_settings, prepared_with
 from qat.quant.quantizers.base import Grid
+from qat.quant.rotated import rotation_of
 from qat.runtime import progress
 from qat.runtime.errors import UserError
 from qat.runtime.files import appearing_folder, read_json, read_lines, using
@@ -64,8 +65,10 @@ def save(model: PreTrainedModel, directory: str | Path, source: str | Path) -> N
     """
     if Path(directory).exists():
         raise UserError(f"{directory} exists already: choose another folder.")
-    quant = prepared_with(model)
-    write(Path(directory), model, model.state_dict(), quant, ModelFolder.read(Path(source)).companions())
+    quant, folder = prepared_with(model), ModelFolder.read(Path(source))
+    if rotation_of(folder.config) != rotation_of(model.config):
+        raise UserError(f"{source} is rotated otherwise than the model: give the folder that the model was made from.")
+    write(Path(directory), model, model.state_dict(), quant, folder.companions())
 
 
 def write(

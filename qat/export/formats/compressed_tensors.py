@@ -38,7 +38,6 @@ class CompressedTensors(ExportFormat):
     layout: Layout
     vllm: str
     runs_as_trained = True
-    states_rotation = True
     front_matter = ("library_name: transformers", "tags:", "- compressed-tensors", "- llm-qat")
 
     def check(self, student: Student) -> None:
@@ -130,6 +129,16 @@ class PackQuantized(CompressedTensors):
     meaning = "compressed-tensors, codes packed in int32, for engines on GPUs"
     layout = LAYOUTS[PACKED]
     vllm = "                        # GPU"
+    states_rotation = True
+
+    def all_differences(self, student: Student) -> list[str]:
+        said = super().all_differences(student)
+        if _online(student):
+            said.append(
+                "Rotation in front of the MLP's last layer: stated for vLLM on GPUs, which computes it in its own "
+                "dtype. transformers' own loader leaves it out, and gives nonsense: use qat.load."
+            )
+        return said
 
     def _weights(self, quant: QuantConfig) -> list[str]:
         return [

@@ -53,6 +53,7 @@ class Logits(Targets):
 
     def __init__(self) -> None:
         self.found: list[Tensor] = []
+        self.lengths = (POSITIONS,)
 
     def chunks(self, tokens: int) -> Iterator[ChunkLoss]:
         yield from [self._keep] * -(-POSITIONS // tokens)

@@ -144,7 +144,9 @@ def test_the_formats_keep_codes_and_scales(form, bits, rows, columns):
     quant = QuantConfig(w_bits=bits)
     stored = quantize(torch.randn(rows, columns), quant.weights)
     parts = LAYOUTS[form].encode("layer", stored, quant)
-    ((name, read),) = compressed_tensors.decode(parts.items(), LAYOUTS[form].quantization_config({"layer": quant}, []))
+    ((name, read),) = compressed_tensors.decode(
+        parts.items(), LAYOUTS[form].quantization_config({"layer": quant}, [], {})
+    )
     assert name == "layer.weight"
     assert isinstance(read, Quantized)
     assert torch.equal(read.codes, stored.codes)

@@ -9,9 +9,11 @@ from typing import Any
 
 from qat.export.formats import FORMATS
 from qat.export.formats.base import ExportFormat
+from qat.quant.architecture import architecture_of
 from qat.runtime.errors import UserError
 from qat.runtime.files import utf8, writing
 from qat.store import smollm2
+from qat.store.model_folder import read_config
 from qat.store.student_folder import Student
 
 _IN_PYTHON = """```python
@@ -102,9 +104,18 @@ def _made(student: Student, base: str, form: str) -> str:
             f"one per {quant.kv_granularity.replace('_', ' and ')} |",
             "",
             *(f"Layers that match `{name}`: {_listed(own)}.\n" for name, own in quant.overrides.items()),
-            f"Embedding, norms and lm_head are in {str(student.dtype).removeprefix('torch.')}. Format: {form}.",
+            f"{_unquantized(student)} are in {str(student.dtype).removeprefix('torch.')}. Format: {form}.",
         ]
     )
+
+
+def _unquantized(student: Student) -> str:
+    """Name the parts whose weights are floats, at the beginning of a sentence."""
+    described = architecture_of(read_config(str(student.directory)))
+    quantized = {name for name, own in student.vocabulary_settings.items() if own.weights.quantizes}
+    parts = {described.embedding: "embedding", "": "norms", described.head: described.head}
+    *first, last = [part for name, part in parts.items() if name not in quantized]
+    return f"{', '.join(first)} and {last}".capitalize() if first else last.capitalize()
 
 
 def _listed(changes: Mapping[str, Any]) -> str:

@@ -20,11 +20,12 @@ from transformers.cache_utils import DynamicCache
 from qat.infer import simulated
 from qat.infer.integer_cache import IntegerCache, pack, unpack
 from qat.quant import products
-from qat.quant.architecture import attentions
+from qat.quant.architecture import attentions, output_layer
 from qat.quant.config import CONFIG_FILE
-from qat.quant.linear import QuantLinear, quant_linears
-from qat.quant.number_format import Quantized, dequantize
-from qat.quant.prepare import prepare
+from qat.quant.embedding import QuantEmbedding
+from qat.quant.linear import QuantLinear
+from qat.quant.number_format import Format, Quantized, dequantize
+from qat.quant.prepare import prepare, weight_holders
 from qat.quant.products import matmul, matmul_codes
 from qat.runtime import machine
 from qat.runtime.errors import UserError
@@ -59,15 +60,21 @@ def load(directory: str) -> PreTrainedModel:
     quant, trained_dtype, weights = simulated.read(path)
     dtype = machine.inference_dtype()
     model = prepare(skeleton(path), quant)
-    linears = quant_linears(model)
+    holders = weight_holders(model)
     rest: dict[str, Tensor] = {}
     for name, weight in weights:
         if isinstance(weight, Quantized):
-            PackedLinear.pack(linears[name.removesuffix(".weight")], weight, trained_dtype)
+            packed = _packed(weight, holders[name][0].weight_format)
+            for layer in holders[name]:
+                if isinstance(layer, QuantEmbedding):
+                    PackedEmbedding.convert_packed(layer, packed, trained_dtype, dtype)
+                else:
+                    PackedLinear.convert_packed(layer, packed, trained_dtype)
         else:
             rest[name] = weight.to(dtype)
     model.load_state_dict(rest, strict=False, assign=True)
-    model.tie_weights()
+    if hasattr(output_layer(model), "weight"):  # a packed one is shared already
+        model.tie_weights()
     models.renew_rope(model)
     load_steps(model, path)
     model.generation_config = models.load_generation_config(directory)
@@ -75,6 +82,9 @@ def load(directory: str) -> PreTrainedModel:
     model.config.use_cache = model.generation_config.use_cache = True
     model.generation_config.cache_implementation = None
     machine.place(model)
+    for first, *others in holders.values():
+        for other in others:
+            other.packed = first.packed  # moving a model copies what two of its modules share
     products.speed_up(model)
     if any(hasattr(attention, "kv_quantizer") for attention in attentions(model)):
         model.__class__ = _caching_integers(type(model))
@@ -96,7 +106,7 @@ class PackedLinear(QuantLinear):
     """A QuantLinear that holds its weight as bytes: codes, two per byte up to 4 bits, and scales.
 
     Attributes:
-        packed: uint8 [out * groups, bytes], see integer_cache.pack
+        packed: uint8 [out, groups, bytes], see integer_cache.pack
         trained_dtype: the dtype in which the weight's values were rounded to their grid
     """
 
@@ -104,21 +114,17 @@ class PackedLinear(QuantLinear):
     trained_dtype: torch.dtype
 
     @classmethod
-    def pack(cls, linear: QuantLinear, weight: Quantized, trained_dtype: torch.dtype) -> None:
+    def convert_packed(cls, linear: QuantLinear, packed: Tensor, trained_dtype: torch.dtype) -> None:
         """Turn ``linear`` into a PackedLinear in place; its own weight is dropped."""
         linear.__class__ = cls
         assert isinstance(linear, cls)
         del linear.weight
-        grid = weight.grid.map(lambda part: part.reshape(-1, 1))
-        rows = Quantized(weight.codes.reshape(len(grid.scale), -1), grid)
-        linear.register_buffer("packed", pack(rows, linear.weight_format), persistent=False)
+        linear.register_buffer("packed", packed, persistent=False)
         linear.trained_dtype = trained_dtype
 
     def integers(self) -> Quantized:
         """Return codes [out, in] and grid [out, groups]."""
-        codes, grid = unpack(self.packed, self.weight_format)
-        rows = self.out_features
-        return Quantized(codes.reshape(rows, -1), grid.map(lambda part: part.view(rows, -1)))
+        return _unpacked(self.packed, self.weight_format)
 
     def forward(self, x: Tensor) -> Tensor:
         x, shared = self.quantize_input(x)
@@ -130,6 +136,49 @@ class PackedLinear(QuantLinear):
             inputs = x if shared is None else shared.values()
             y = matmul(inputs.flatten(0, -2), values.t()).view(*x.shape[:-1], -1)
         return y if self.bias is None else y.add_(self.bias)
+
+
+class PackedEmbedding(QuantEmbedding):
+    """A QuantEmbedding that holds its weight as bytes, those of the output layer where both are one weight.
+
+    Attributes:
+        packed: uint8 [vocabulary, groups, bytes], see integer_cache.pack
+        trained_dtype: the dtype in which the weight's values were rounded to their grid
+        values: an empty tensor of the dtype of the rows that are returned: casting the model casts it
+    """
+
+    packed: Tensor
+    trained_dtype: torch.dtype
+    values: Tensor
+
+    @classmethod
+    def convert_packed(
+        cls, embedding: QuantEmbedding, packed: Tensor, trained_dtype: torch.dtype, dtype: torch.dtype
+    ) -> None:
+        """Turn ``embedding`` into a PackedEmbedding in place; its own weight is dropped."""
+        embedding.__class__ = cls
+        assert isinstance(embedding, cls)
+        del embedding.weight
+        embedding.register_buffer("packed", packed, persistent=False)
+        embedding.register_buffer("values", torch.empty(0, dtype=dtype), persistent=False)
+        embedding.trained_dtype = trained_dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = _unpacked(self.packed[ids], self.weight_format)
+        return dequantize(rows, self.trained_dtype).to(self.values.dtype)
+
+
+def _packed(weight: Quantized, form: Format) -> Tensor:
+    """Pack a weight [out, in] into uint8 [out, groups, bytes]."""
+    groups = weight.grid.scale.shape[-1]
+    grouped = Quantized(weight.codes.unflatten(-1, (groups, -1)), weight.grid.map(lambda part: part.unsqueeze(-1)))
+    return pack(grouped, form)
+
+
+def _unpacked(packed: Tensor, form: Format) -> Quantized:
+    """Return codes [..., in] and grid [..., groups] of weight rows uint8 [..., groups, bytes]."""
+    codes, grid = unpack(packed, form)
+    return Quantized(codes.flatten(-2), grid.map(lambda part: part.squeeze(-1)))
 
 
 class _CachesIntegers:

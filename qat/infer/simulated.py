@@ -9,9 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qat.quant.config import CONFIG_FILE, QuantConfig
-from qat.quant.linear import quant_linears
 from qat.quant.number_format import Quantized, dequantize
-from qat.quant.prepare import prepare
+from qat.quant.prepare import prepare, weight_holders
 from qat.quant.products import speed_up
 from qat.quant.rotated import causal_lm_class
 from qat.runtime.errors import UserError
@@ -50,16 +49,17 @@ def simulate(
     integers: dict[str, Quantized] = {}
     for name, weight in weights:
         if isinstance(weight, Quantized):
-            integers[name.removesuffix(".weight")] = weight
+            integers[name] = weight
             weight = dequantize(weight, trained_dtype)
         values[name] = weight.to(dtype)
     settings = ModelFolder.read(config).config
     model = causal_lm_class(settings).from_pretrained(
         None, config=settings, state_dict=values, dtype=dtype, attn_implementation="sdpa"
     )
-    linears = quant_linears(prepare(model, quant))
+    holders = weight_holders(prepare(model, quant))
     for name, quantized in integers.items():
-        linears[name].hold(quantized)
+        for layer in holders[name]:
+            layer.hold(quantized)
     load_steps(model, config)
     speed_up(model)
     return model.eval()

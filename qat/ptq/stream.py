@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qat.data.sequences import TrainingData
 from qat.quant.architecture import architecture_of, decoder_layers, input_embedding
 from qat.quant.config import QuantConfig
+from qat.quant.embedding import QuantEmbedding
 from qat.quant.linear import quant_linears
 from qat.quant.prepare import prepare
 from qat.quant.quantizers.base import Grid
@@ -135,6 +136,8 @@ class Stream:
         for prefix in (f"{architecture.embedding}.", f"{architecture.norm}."):
             module = self.model.get_submodule(prefix.removesuffix("."))
             fill(module, {key.removeprefix(prefix): w for key, w in rest.items() if key.startswith(prefix)}, "cpu")
+            if isinstance(module, QuantEmbedding):
+                module.freeze()
             module.to(self.dtype)
         models.renew_rope(self.model)
         noted: list[dict[str, Any]] = []

@@ -156,6 +156,11 @@ def output_layer(model: PreTrainedModel) -> nn.Linear:
     return head
 
 
+def is_tied(model: PreTrainedModel) -> bool:
+    """Return whether the embedding and the output layer of a model have one weight."""
+    return input_embedding(model).weight is output_layer(model).weight
+
+
 def rotation(model: PreTrainedModel) -> nn.Module:
     """Return the module that holds the RoPE frequencies, and computes each position's cosines and sines."""
     return model.get_submodule(architecture_of(model.config).rotation)
@@ -167,7 +172,7 @@ def new_rotation(model: PreTrainedModel) -> nn.Module:
 
 
 def quantizable_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """Return the layers of a model that ``prepare`` quantizes, by name."""
+    """Return the layers in the decoder of a model that ``prepare`` quantizes, by name."""
     architecture = architecture_of(model.config)
     names = [
         architecture.prefix(number) + name
@@ -179,7 +184,8 @@ def quantizable_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
 
 
 def kept_linears(model: PreTrainedModel) -> list[str]:
-    """Return the names of the Linear layers that stay in full precision, whatever the settings."""
+    """Return the names of the Linear layers outside the decoder: the output layer, which stays in full precision unless
+    an override names it."""
     quantizable = quantizable_linears(model)
     return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in quantizable]
 

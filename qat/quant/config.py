@@ -42,7 +42,8 @@ _ROTATIONS = {"none": "the paper", "hadamard": "rotates Q, K and V over head_dim
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """The quantization of a model. Embedding, norms and lm_head stay in full precision (the paper's choice).
+    """The quantization of a model. Norms stay in full precision; so do the embedding and the output layer (the paper's
+    choice), unless ``overrides`` names them.
 
     Args:
         w_bits: weights: 2 to 8, or 16 for full precision
@@ -57,7 +58,9 @@ class QuantConfig:
         kv_rotation: rotation of the keys and values before they are quantized
         overrides: other bits, quantizers or w_group_size for layers whose names match a pattern, say
             {"*.down_proj": {"a_bits": 8}, "model.layers.-1.*": {"w_bits": 8}}; layers count from 0, or from -1
-            backwards, and a later pattern wins
+            backwards, and a later pattern wins. Embedding and output layer are quantized if their full names, no
+            pattern, have bits: {"model.embed_tokens": {"w_bits": 8}, "lm_head": {"w_bits": 8, "a_bits": 8}}; where
+            they are one weight, either name gives its format
     """
 
     w_bits: int = 4
@@ -118,6 +121,16 @@ class QuantConfig:
             if matches(pattern, names):
                 changes |= override
         return replace(self, overrides={}, **changes) if self.overrides else self
+
+    def of_vocabulary(self, name: str) -> "QuantConfig":
+        """Return the settings of the embedding or the output layer ``name``: 16 bits, but for the overrides of this
+        very name. Patterns reach neither: what ``*`` quantizes is the decoder."""
+        bits = dict.fromkeys(("w_bits", "a_bits", "kv_bits"), FULL_PRECISION)
+        return replace(self, overrides={}, **{**bits, **self.overrides.get(name, {})})
+
+    def with_weights_of(self, other: "QuantConfig") -> "QuantConfig":
+        """Return these settings with the number format of ``other``'s weights."""
+        return replace(self, **{name: getattr(other, name) for name in _PER_LAYER if name.startswith("w_")})
 
     def __str__(self) -> str:
         """Return the field's short form, W-A-KV: 4-8-4."""

@@ -136,12 +136,15 @@ class QuantLinear(nn.Linear):
         return can_multiply_codes(self.weight_format, self.input_format)
 
     @torch.no_grad()
-    def freeze(self, grid: Grid | None = None) -> None:
-        """Quantize the weight permanently, for evaluation; on ``grid``, if one is given."""
-        if self.weight_format.quantizes:
-            quantized = quantize(self.weight, self.weight_format, grid)
-            self.weight.copy_(dequantize(quantized, self.weight.dtype))
-            self.hold(quantized)
+    def freeze(self, grid: Grid | None = None) -> Quantized | None:
+        """Quantize the weight permanently, for evaluation; on ``grid``, if one is given. Return it, if it is
+        quantized."""
+        if not self.weight_format.quantizes:
+            return None
+        quantized = quantize(self.weight, self.weight_format, grid)
+        self.weight.copy_(dequantize(quantized, self.weight.dtype))
+        self.hold(quantized)
+        return quantized
 
     def hold(self, weight: Quantized) -> None:
         """Use these integers as the weight from now on; the Parameter has their values."""

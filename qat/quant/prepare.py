@@ -1,14 +1,27 @@
-"""``prepare`` turns the Linear layers and the attention of a model into quantized ones, in place."""
+"""``prepare`` turns the Linear layers and the attention of a model, and its embedding where that is asked for, into
+quantized ones, in place."""
 
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qat.quant import kv_cache
-from qat.quant.architecture import architecture_of, check_supported, decoder_layers, head_dim, linear_in
+from qat.quant.architecture import (
+    architecture_of,
+    check_supported,
+    decoder_layers,
+    head_dim,
+    input_embedding,
+    is_tied,
+    linear_in,
+    output_layer,
+)
 from qat.quant.config import QuantConfig, matches
+from qat.quant.embedding import QuantEmbedding
 from qat.quant.linear import InputQuantizer, QuantLinear, quant_linears
 from qat.quant.rotated import check_rotates
 from qat.runtime.errors import UserError
@@ -43,6 +56,7 @@ def prepare(model: PreTrainedModel, config: QuantConfig) -> PreTrainedModel:
             cached = True
     if cached and config.kv_site == "post_rope":
         kv_cache.attend(model)
+    _quantize_vocabulary(model, config)
     setattr(model, _PREPARED, config)
     return model
 
@@ -55,7 +69,8 @@ def prepared_with(model: PreTrainedModel) -> QuantConfig:
 
 
 def layer_settings(model: PreTrainedModel, config: QuantConfig) -> dict[str, QuantConfig]:
-    """Return the settings, with overrides, of each Linear layer that ``prepare`` quantizes, by its name."""
+    """Return the settings, with overrides, of each Linear layer of the decoder that ``prepare`` quantizes, by its
+    name."""
     architecture, layers = architecture_of(model.config), len(decoder_layers(model))
     return {
         architecture.prefix(number) + name: config.of_layer(architecture.names(number, layers, name))
@@ -63,6 +78,56 @@ def layer_settings(model: PreTrainedModel, config: QuantConfig) -> dict[str, Qua
         for names in architecture.shared_inputs
         for name in names
     }
+
+
+def vocabulary_settings(model: PreTrainedModel, config: QuantConfig) -> dict[str, QuantConfig]:
+    """Return the settings of the layers with a row for each token, the embedding and the output layer, by name; only of
+    those that are quantized.
+
+    Where both are one weight, the format that overrides give to either is both's. Raises UserError for settings that
+    such a layer does not have, and for two formats of one weight.
+    """
+    embedding, head = architecture_of(model.config).embedding, architecture_of(model.config).head
+    parts: dict[str, tuple[str, ...]] = {embedding: ("w_",), head: ("w_", "a_")}
+    given = {name: config.overrides[name] for name in parts if name in config.overrides}
+    for name, changes in given.items():
+        if strange := [setting for setting in changes if not setting.startswith(parts[name])]:
+            raise UserError(
+                f"overrides: {name} has {'a weight and an input' if name == head else 'a weight'} to quantize, and no "
+                f"{strange[0]}: leave it out there."
+            )
+        if changes.keys().isdisjoint(("w_bits", "a_bits")):
+            raise UserError(f"overrides: {name} stays in 16 bits until it is given its own: set w_bits, too.")
+    if not given:
+        return {}
+    own = {name: config.of_vocabulary(name) for name in parts}
+    if own[head].activations.learned:
+        raise UserError(f"overrides: the input of {head} cannot have a learned step: leave out its a_bits.")
+    if is_tied(model):
+        formats = {own[name].weights: own[name] for name, changes in given.items() if _sets_weights(changes)}
+        if len(formats) > 1:
+            raise UserError(
+                f"overrides: {embedding} and {head} of this model are one weight, which cannot have two formats: give "
+                "both the same w_bits, w_quantizer and w_group_size, or give them to one of the two."
+            )
+        for shared in formats.values():
+            own = {name: settings.with_weights_of(shared) for name, settings in own.items()}
+    return {name: one for name, one in own.items() if one.weights.quantizes or one.activations.quantizes}
+
+
+def _sets_weights(changes: Mapping[str, Any]) -> bool:
+    return any(setting.startswith("w_") for setting in changes)
+
+
+def weight_holders(model: nn.Module) -> dict[str, list[QuantLinear | QuantEmbedding]]:
+    """Return the quantized layers of a prepared model by the name of their weight: one for each, but two where the
+    embedding and the output layer are one weight."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    holders: dict[str, list[QuantLinear | QuantEmbedding]] = {}
+    for module in model.modules():
+        if isinstance(module, QuantLinear | QuantEmbedding):
+            holders.setdefault(names[id(module.weight)], []).append(module)
+    return holders
 
 
 @torch.no_grad()
@@ -75,8 +140,11 @@ def initialise_steps(model: nn.Module, steps: dict[str, Tensor]) -> None:
 
 def freeze(model: nn.Module) -> None:
     """Quantize every weight permanently: for evaluation, never for training."""
-    for linear in quant_linears(model).values():
-        linear.freeze()
+    for first, *others in weight_holders(model).values():
+        quantized = first.freeze()
+        for other in others:
+            assert quantized is not None
+            other.hold(quantized)
 
 
 def _check_cache(model: PreTrainedModel, config: QuantConfig) -> None:
@@ -94,7 +162,8 @@ def _warn_of_idle_patterns(model: PreTrainedModel, config: QuantConfig) -> None:
     modules = [architecture.attention, *(name for names in architecture.shared_inputs for name in names)]
     known = [architecture.names(number, layers, name) for number in range(layers) for name in modules]
     for pattern in config.overrides:
-        if not any(matches(pattern, names) for names in known):
+        named = pattern in (architecture.embedding, architecture.head)
+        if not named and not any(matches(pattern, names) for names in known):
             _log.warning("warning: overrides: %r matches no layer of the model", pattern)
 
 
@@ -110,12 +179,27 @@ def _quantize_linears(linears: dict[str, nn.Linear], settings: list[QuantConfig]
     for linear, own in zip(linears.values(), settings, strict=True):
         if not own.weights.quantizes and not inputs.quantizes:
             continue
-        if (group := own.weights.group_size) and linear.in_features % group:
-            raise UserError(
-                f"w_group_size={group} does not divide the model's {linear.in_features} input channels: "
-                "give a divisor of all its layers' widths, say 32 or 64."
-            )
+        _check_groups(own, linear.in_features)
         QuantLinear.convert(linear, own.weights, inputs, shared)
+
+
+def _quantize_vocabulary(model: PreTrainedModel, config: QuantConfig) -> None:
+    head = architecture_of(model.config).head
+    for name, own in vocabulary_settings(model, config).items():
+        if name == head:
+            _quantize_linears({name: output_layer(model)}, [own])
+        elif own.weights.quantizes:
+            embedding = input_embedding(model)
+            _check_groups(own, embedding.embedding_dim)  # type: ignore[arg-type]
+            QuantEmbedding.convert(embedding, own.weights)
+
+
+def _check_groups(own: QuantConfig, channels: int) -> None:
+    if (group := own.weights.group_size) and channels % group:
+        raise UserError(
+            f"w_group_size={group} does not divide the model's {channels} input channels: "
+            "give a divisor of all its layers' widths, say 32 or 64."
+        )
 
 
 def _quantize_kv(layer: nn.Module, model: PreTrainedModel, config: QuantConfig) -> None:

@@ -46,32 +46,39 @@ class Layout(ABC):
         """Return the bits to which an engine rounds activations: those that were trained, or else 8."""
         return quant.a_bits if quant.a_bits in (FULL_PRECISION, *self.engine_a_bits) else 8
 
-    def quantization_config(self, settings: Mapping[str, QuantConfig], kept: Sequence[str]) -> dict[str, Any]:
+    def quantization_config(
+        self, settings: Mapping[str, QuantConfig], kept: Sequence[str], vocabulary: Mapping[str, QuantConfig]
+    ) -> dict[str, Any]:
         """Return the ``quantization_config`` that compressed-tensors, hence transformers and vLLM, read in
         ``config.json``.
 
         Args:
-            settings: of each layer, by its name
-            kept: the Linear layers that are not quantized
+            settings: of each Linear layer of the decoder, by its name
+            kept: the Linear layers outside the decoder
+            vocabulary: the settings of the embedding and the output layer, where they are stored quantized
         """
-        layers: dict[str, list[str]] = {}
-        described: dict[str, dict[str, Any]] = {}
-        for name, own in settings.items():
-            if not own.weights.quantizes:
-                kept = [*kept, name]
-                continue
-            group = self._group(own)
-            layers.setdefault(key := json.dumps(group), []).append(name)
-            described[key] = group
-        alike = len(described) == 1 and len(settings) == sum(map(len, layers.values()))
-        groups = [group | {"targets": ["Linear"] if alike else layers[key]} for key, group in described.items()]
+        groups = self._groups(settings)
+        if len(groups) == 1 and len(groups[0]["targets"]) == len(settings):
+            groups[0]["targets"] = ["Linear"]
+        groups += self._groups(vocabulary)
+        quantized = {name for group in groups for name in group["targets"]}
+        unquantized = [name for name, own in settings.items() if not own.weights.quantizes]
         return {
             "quant_method": "compressed-tensors",
             "format": self.name,
             "quantization_status": "compressed",
             "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
-            "ignore": list(kept),
+            "ignore": [*(name for name in kept if name not in quantized), *unquantized],
         }
+
+    def _groups(self, settings: Mapping[str, QuantConfig]) -> list[dict[str, Any]]:
+        """Return one group for all layers with the same settings, which names them."""
+        groups: dict[str, dict[str, Any]] = {}
+        for name, own in settings.items():
+            if own.weights.quantizes:
+                group = self._group(own)
+                groups.setdefault(json.dumps(group), group)["targets"].append(name)
+        return list(groups.values())
 
     def _group(self, quant: QuantConfig) -> dict[str, Any]:
         grouped = {"strategy": "group", "group_size": quant.weights.group_size}
@@ -185,9 +192,16 @@ def layout(name: str, shape: Sequence[int], config: dict[str, Any]) -> Shapes:
 
 
 def _weights_of(layer: str, config: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the settings in ``config`` of a layer's weight; None if it is not quantized."""
+    """Return the settings in ``config`` of a layer's weight; None if it is not quantized. As for compressed-tensors, a
+    group with the layer's name goes before one for all that is Linear."""
     groups = config["config_groups"].values()
-    return next((group["weights"] for group in groups if {"Linear", layer} & set(group["targets"])), None)
+    by = next((target for target in (layer, "Linear") if any(target in group["targets"] for group in groups)), None)
+    return next((group["weights"] for group in groups if by in group["targets"]), None)
+
+
+def names(layer: str, config: dict[str, Any]) -> bool:
+    """Return whether ``config``, the result of ``quantization_config``, describes a layer by its name."""
+    return any(layer in group["targets"] for group in config["config_groups"].values())
 
 
 def decode(stored: Iterable[tuple[str, Tensor]], config: dict[str, Any]) -> Iterator[tuple[str, Tensor | Quantized]]:

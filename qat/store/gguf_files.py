@@ -82,7 +82,7 @@ _SPLITS = {"{1,3}".join(_SPLIT): "llama-bpe", "".join(_SPLIT): "qwen2"}
 
 def check(student: Student) -> None:
     """Raise UserError for weights that no GGUF type can hold, and for models that are not mapped here."""
-    for own in student.layer_settings.values():
+    for own in student.settings.values():
         if own.weights.quantizes and not own.weights.symmetric:
             raise UserError(
                 f"w_quantizer={own.w_quantizer} has integer zero points, and no GGUF type has: Q4_1 and its like add "
@@ -139,7 +139,7 @@ def write(student: Student, output: Path) -> None:
     config = AutoConfig.from_pretrained(student.directory)
     architecture = _ARCHITECTURES[architecture_of(config).gguf]
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    settings = student.layer_settings
+    settings = student.settings
     writer = gguf.GGUFWriter(output / FILE, gguf.MODEL_ARCH_NAMES[architecture], use_temp_file=True)
     _add_config(writer, config, _FILE_TYPES[_TYPES[student.quant.w_bits]])
     for key, value in _tokenizer(student.directory).items():

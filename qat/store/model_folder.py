@@ -306,7 +306,7 @@ def _encoded(expected: dict[str, Kind], model: PreTrainedModel, quantization: di
         layer = name.removesuffix(".weight")
         parts = (
             compressed_tensors.layout(layer, kind.shape, quantization)
-            if layer in linears
+            if layer in linears or compressed_tensors.names(layer, quantization)
             else {name: (kind.shape, FLOATS)}
         )
         encoded |= {part: Kind(torch.Size(shape), dtypes) for part, (shape, dtypes) in parts.items()}

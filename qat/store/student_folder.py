@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qat.quant.architecture import quantizable_linears
+from qat.quant.architecture import architecture_of, is_tied, quantizable_linears
 from qat.quant.config import CONFIG_FILE, QuantConfig
 from qat.quant.number_format import Format, Quantized, quantize
-from qat.quant.prepare import layer_settings, prepared_with
+from qat.quant.prepare import layer_settings, prepared_with, vocabulary_settings
 from qat.quant.quantizers.base import Grid
 from qat.quant.rotated import rotation_of
 from qat.runtime import progress
@@ -148,7 +148,7 @@ class Student:
         """
         folder = ModelFolder.read(self.directory)
         model = folder.skeleton()
-        settings = layer_settings(model, self.quant)
+        settings = layer_settings(model, self.quant) | vocabulary_settings(model, self.quant)
         forms = {layer: own.weights for layer, own in settings.items() if own.weights.quantizes}
         quantized = {name: linear for name, linear in quantizable_linears(model).items() if name in forms}
         grids = load_grids(self.path)
@@ -163,8 +163,28 @@ class Student:
 
     @cached_property
     def layer_settings(self) -> dict[str, QuantConfig]:
-        """Return the settings, with overrides, of each Linear layer that is quantized, by its name."""
+        """Return the settings, with overrides, of each Linear layer of the decoder, by its name."""
         return layer_settings(skeleton(self.directory), self.quant)
+
+    @cached_property
+    def vocabulary_settings(self) -> dict[str, QuantConfig]:
+        """Return the settings of the embedding and the output layer, by name, where they are quantized."""
+        return vocabulary_settings(skeleton(self.directory), self.quant)
+
+    @property
+    def output_settings(self) -> QuantConfig | None:
+        """Return the settings of the output layer; None if it is not quantized."""
+        return self.vocabulary_settings.get(architecture_of(read_config(str(self.directory))).head)
+
+    @cached_property
+    def is_tied(self) -> bool:
+        """Return whether the embedding and the output layer are one weight."""
+        return is_tied(skeleton(self.directory))
+
+    @property
+    def settings(self) -> dict[str, QuantConfig]:
+        """Return the settings of all layers that may be quantized, by name."""
+        return self.layer_settings | self.vocabulary_settings
 
     def progress(self) -> Iterator[tuple[str, Tensor | Quantized]]:
         """Yield ``weights``, with a progress bar."""

@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qat.quant.architecture import output_layer
-from qat.quant.products import matmul
+from qat.quant.linear import QuantLinear
+from qat.quant.number_format import Quantized, dequantize, inside, quantize
+from qat.quant.products import matmul, matmul_codes
+from qat.quant.quantizers.base import Grid
 from qat.runtime.errors import UserError
 from qat.train.losses import LOSSES, ChunkLoss, Loss, Records
 from qat.train.losses.base import at_least_fp32
@@ -29,7 +32,8 @@ CHUNK_TOKENS = {"cpu": 128, "cuda": 1024}
 large."""
 
 VOCABULARY_BLOCK = 8192
-"""Number of rows of the output weight whose gradient is added at one time."""
+"""Number of rows of the output weight whose gradient is added at one time, and whose rounded values exist at one
+time."""
 
 
 class Targets(ABC):
@@ -144,14 +148,14 @@ class DistillationHead(nn.Linear):
 
     @classmethod
     def convert(cls, linear: nn.Linear) -> "DistillationHead":
-        """Turn ``linear`` into a DistillationHead in place; raise UserError if it has a bias, which the loss does not
-        support."""
+        """Turn ``linear``, quantized or not, into a DistillationHead in place; raise UserError if it has a bias, which
+        the loss does not support."""
         if linear.bias is not None:
             raise UserError(
                 "The model's lm_head has a bias, and the distillation loss is computed without one: give a model whose "
                 "output layer is a matrix alone, as those of transformers' Llama, Mistral, Qwen2 and Qwen3 are."
             )
-        linear.__class__ = cls
+        linear.__class__ = _QuantDistillationHead if isinstance(linear, QuantLinear) else cls
         assert isinstance(linear, cls)
         return linear
 
@@ -161,7 +165,11 @@ class DistillationHead(nn.Linear):
             return super().forward(hidden)
         # Without a gradient to come, spend no time or memory on it: autograd alone would not tell the function.
         weight = self.weight if torch.is_grad_enabled() else self.weight.detach()
-        return _DistillationLoss.apply(hidden, weight, targets)
+        return _DistillationLoss.apply(hidden, weight, targets, self)
+
+
+class _QuantDistillationHead(DistillationHead, QuantLinear):  # type: ignore[misc]  # both have a ``convert``
+    """The output layer where its weight, or its input, is quantized."""
 
 
 class Distiller(nn.Module):
@@ -189,26 +197,31 @@ class Distiller(nn.Module):
 
 class _DistillationLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Targets, head: DistillationHead
+    ) -> tuple[Tensor, Tensor]:
         needs_grad = any(ctx.needs_input_grad)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight) if needs_grad else None
         lengths, chunk, first = targets.lengths, CHUNK_TOKENS[hidden.device.type], 0
         sums = torch.zeros(2, len(lengths), dtype=at_least_fp32(hidden.dtype), device=hidden.device)  # loss, KL
+        product = _QuantProduct(hidden, weight, head) if isinstance(head, QuantLinear) else _Product(hidden, weight)
         for (sequence, tokens), chunk_loss in zip(targets.split(chunk), targets.chunks(chunk), strict=True):
             rows = slice(first, first := first + tokens)
-            logits = matmul(hidden[rows], weight.t())
+            logits = product.logits(rows)
             # Divided by the tokens of its sequence, and by the sequences: the gradient of the mean of their means.
             loss, chunk_kl = chunk_loss(lengths[sequence] * len(lengths), logits)
             sums[0, sequence] += loss
             sums[1, sequence] += chunk_kl
             if grad_hidden is not None and grad_weight is not None:
-                grad_hidden[rows] = matmul(logits, weight)
+                grad_hidden[rows] = product.grad_hidden(logits)
                 for some, grad in zip(
                     logits.split(VOCABULARY_BLOCK, 1), grad_weight.split(VOCABULARY_BLOCK), strict=True
                 ):
-                    grad += matmul(some.t(), hidden[rows])
+                    grad += matmul(some.t(), product.hidden[rows])
             del logits  # before the next ones are made
+        if grad_hidden is not None and grad_weight is not None:
+            product.mask(grad_hidden, grad_weight)
         ctx.grads = grad_hidden, grad_weight  # not saved_tensors: backward must be able to release them
         means = [sums[:, sequence] / length for sequence, length in enumerate(lengths)]
         total, kl = torch.stack(means).mean(0).unbind()
@@ -216,10 +229,75 @@ class _DistillationLoss(torch.autograd.Function):
         return total, kl
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
         """Scale the gradients in place and give them away: one as large as the output weight must not stay alive until
         the next loss has replaced this one, nor be copied where it is accumulated."""
         if ctx.grads is None:
             raise RuntimeError("backward through a distillation loss works once: compute the loss again.")
         grads, ctx.grads = ctx.grads, None
-        return *(part.mul_(grad) for part in grads), None
+        return *(part.mul_(grad) for part in grads), None, None
+
+
+class _Product:
+    """The product of final hidden states [tokens, hidden] and the output weight [vocabulary, hidden]."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor):
+        self.hidden, self.weight = hidden, weight
+
+    def logits(self, rows: slice) -> Tensor:
+        """Compute the logits of some of the tokens."""
+        return matmul(self.hidden[rows], self.weight.t())
+
+    def grad_hidden(self, grad: Tensor) -> Tensor:
+        """Compute the gradient of hidden states from that of their logits."""
+        return matmul(grad, self.weight)
+
+    def mask(self, grad_hidden: Tensor, grad_weight: Tensor) -> None:
+        """Set gradients of what was clipped to 0; here nothing is."""
+
+
+class _QuantProduct(_Product):
+    """The product of a quantized output layer, with the values of QuantLinear's.
+
+    Beside the Parameter there are a byte for each of its elements, its codes, made once; and the values of one block of
+    rows at a time. The gradients are straight-through.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, head: QuantLinear):
+        super().__init__(hidden, weight)
+        self.head, self.unrounded = head, hidden
+        self.input = quantize(hidden, head.input_format) if head.input_format.quantizes else None
+        if self.input is not None:
+            self.hidden = dequantize(self.input, hidden.dtype)
+        rounds = head.weight_format.quantizes and not head.frozen
+        blocks = weight.split(VOCABULARY_BLOCK)
+        self.blocks = [quantize(block, head.weight_format) for block in blocks] if rounds else []
+
+    def logits(self, rows: slice) -> Tensor:
+        if not self.blocks:
+            return super().logits(rows)
+        hidden = self.hidden[rows]
+        logits = hidden.new_empty(len(hidden), len(self.weight))
+        for block, part in zip(self.blocks, logits.split(VOCABULARY_BLOCK, 1), strict=True):
+            if self.input is not None and self.head.multiplies_codes:
+                codes = Quantized(self.input.codes[rows], Grid(self.input.grid.scale[rows]))
+                part.copy_(matmul_codes(codes, block, self.head.weight_format.qmax, hidden.dtype))
+            else:
+                part.copy_(matmul(hidden, dequantize(block, self.weight.dtype).t()))
+        return logits
+
+    def grad_hidden(self, grad: Tensor) -> Tensor:
+        if not self.blocks:
+            return super().grad_hidden(grad)
+        total = grad.new_zeros(len(grad), self.hidden.shape[1], dtype=at_least_fp32(grad.dtype))
+        for block, part in zip(self.blocks, grad.split(VOCABULARY_BLOCK, 1), strict=True):
+            total += matmul(part, dequantize(block, self.weight.dtype))
+        return total
+
+    def mask(self, grad_hidden: Tensor, grad_weight: Tensor) -> None:
+        if self.input is not None and self.head.input_format.clips:
+            grad_hidden *= inside(self.unrounded, self.head.input_format, self.input.grid)
+        if self.blocks and self.head.weight_format.clips:
+            parts = (part.split(VOCABULARY_BLOCK) for part in (self.weight, grad_weight))
+            for block, weight, grad in zip(self.blocks, *parts, strict=True):
+                grad *= inside(weight, self.head.weight_format, block.grid)

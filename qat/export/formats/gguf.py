@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedModel
 
-from qat.export.formats.base import ExportFormat, trained_activations, trained_cache
+from qat.export.formats.base import ExportFormat, trained_activations, trained_cache, trained_output
 from qat.quant.config import QuantConfig
 from qat.quant.number_format import FULL_PRECISION, Quantized
 from qat.store import gguf_files
@@ -50,6 +50,12 @@ class Gguf(ExportFormat):
                 "32)."
             )
         return said
+
+    def vocabulary_differences(self, student: Student) -> list[str]:
+        output = student.output_settings
+        if output is None or not output.weights.quantizes:
+            return super().vocabulary_differences(student)
+        return [f"{trained_output(output)}; llama.cpp rounds it to 8 bits in blocks of 32."]
 
     def serve(self, name: str) -> list[str]:
         return [f"llama-cli -m {name}/{gguf_files.FILE}"]

@@ -164,7 +164,7 @@ def main() -> int:
     planned = None
     if cli.is_first_rank():
         taught_by = None if without_teacher else teacher_json
-        planned = plan_of(config_of_model, student_json, taught_by, data.longest, config)
+        planned = plan_of(config_of_model, student_json, taught_by, data.longest, config, quant)
         warn_if_short(planned)
     steps = None
     if without_teacher:
@@ -194,13 +194,18 @@ def main() -> int:
 
 
 def plan_of(
-    model: PretrainedConfig, student: dict[str, Any], teacher: dict[str, Any] | None, tokens: int, config: TrainConfig
+    model: PretrainedConfig,
+    student: dict[str, Any],
+    teacher: dict[str, Any] | None,
+    tokens: int,
+    config: TrainConfig,
+    quant: QuantConfig,
 ) -> Plan:
     """Plan this run by the DeepSpeed JSONs of the student and of the teacher, if one is loaded."""
     nodes = cli.ranks() // local_ranks()
     ranks = Machine(gpus=cli.ranks(), nodes=nodes if nodes and cli.ranks() % nodes == 0 else 1)
-    kind, checkpointing = device().type, config.gradient_checkpointing
-    return plan.training(model, student, teacher, ranks, tokens, kind, checkpointing, config.micro_batch_size)
+    kind, checkpointing, packed = device().type, config.gradient_checkpointing, config.micro_batch_size
+    return plan.training(model, student, teacher, ranks, tokens, kind, checkpointing, packed, quant)
 
 
 def warn_if_short(planned: Plan) -> None:

@@ -45,7 +45,12 @@ MODELS = {
     "yarn": (LlamaConfig, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}),
     "linear": (LlamaConfig, {"rope_type": "linear", "factor": 4.0}),
 }  # fmt: skip
-QUANTS = (QuantConfig(4, 8, 4), QuantConfig(4, 8, 4, kv_rotation="hadamard", w_group_size=32))
+VOCABULARY = QuantConfig(
+    4, 8, 4, overrides={"model.embed_tokens": {"w_bits": 8}, "lm_head": {"w_bits": 8, "a_bits": 8}}
+)
+QUANTS = (QuantConfig(4, 8, 4), QuantConfig(4, 8, 4, kv_rotation="hadamard", w_group_size=32), VOCABULARY)
+OF_MODEL = {"llama": QUANTS, "qwen2": (QUANTS[0], VOCABULARY)}
+"""The first alone for other models."""
 
 
 class Logits(Targets):
@@ -95,7 +100,7 @@ def _rank(rank: int, folder: Path, port: str) -> None:
     ids = torch.randint(2, 300, (1, POSITIONS + 1), generator=torch.Generator().manual_seed(rank))
     resolved = deepspeed_json.resolve(path, TrainConfig(batch_size=2).ds_settings(2))
     for name in (*MODELS, "rotated"):
-        _check_model(str(folder / name), resolved, ids, QUANTS if name == "llama" else QUANTS[:1])
+        _check_model(str(folder / name), resolved, ids, OF_MODEL.get(name, QUANTS[:1]))
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from datagen.generate import GenerateConfig
 from datagen.sampling import Truncation
 from launch import generate, train
 from launch.plan import config_of
+from qat.quant.config import QuantConfig
 from qat.runtime import memory
 from qat.store import models, smollm2
 from qat.train import deepspeed_json, plan
@@ -43,6 +44,17 @@ def test_a_rank_holds_its_part_of_llama_7b():
     assert device["parameters"] == device["teacher"] == 2 * parameters / 8
     assert device["gradients"] == 4 * parameters / 8
     assert device["optimizer states"] == 12 * parameters / 8
+
+
+def test_a_quantized_output_layer_takes_a_byte_for_each_weight_more():
+    ds_config = deepspeed_json.read(ROOT / "ds_configs" / "zero3.json")
+    given = (config_of("llama-7b"), ds_config, ds_config, Machine(gpus=8), 1024)
+    logits = {
+        name: plan.training(*given, quant=QuantConfig(overrides={name: {"w_bits": 4}})).passing["logits"]
+        for name in ("*", "model.embed_tokens", "lm_head")
+    }
+    assert logits["*"] == logits["model.embed_tokens"] == plan.training(*given).passing["logits"]
+    assert logits["lm_head"] - logits["*"] == 32000 * 4096 + 8192 * 4096 * 2
 
 
 @pytest.mark.parametrize("json_file", JSONS, ids=lambda path: path.name)
@@ -132,13 +144,13 @@ def test_generation_holds_what_sampling_takes(truncation):
 def test_who_needs_more_memory_than_there_is_is_warned(tiny_directory, caplog):
     generate.warn_if_short(generate.planned(str(tiny_directory), GenerateConfig()), GenerateConfig())
     ds_config = deepspeed_json.read(ROOT / "ds_configs" / "zero3_cpu.json")
-    settings = TrainConfig(batch_size=1)
-    train.warn_if_short(train.plan_of(models.read_config(str(tiny_directory)), ds_config, ds_config, 24, settings))
+    settings, tiny = TrainConfig(batch_size=1), models.read_config(str(tiny_directory))
+    train.warn_if_short(train.plan_of(tiny, ds_config, ds_config, 24, settings, QuantConfig()))
     assert not caplog.messages
     vast = LlamaConfig(hidden_size=2**16, intermediate_size=2**18, num_hidden_layers=10)
     many = GenerateConfig(sequences=2**40, sequences_per_shard=2**40, batch_size=2**40)
     generate.warn_if_short(generate.planned(str(tiny_directory), many), many)
-    train.warn_if_short(train.plan_of(vast, ds_config, ds_config, 1024, settings))
+    train.warn_if_short(train.plan_of(vast, ds_config, ds_config, 1024, settings, QuantConfig()))
     of_generation, of_training = caplog.messages
     assert re.search(r"generation may .* needs [\d.]+ GB on each rank \(KV cache [\d.]+, .*, which has", of_generation)
     assert f"give less than --batch_size {2**40} or --max_length 1024" in of_generation

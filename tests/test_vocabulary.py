@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, finish, kill, start_training, tiny_model, tiny_tokenizer
+from conftest import finish, kill, start_training, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file
 from test_export import WINDOWS, write_student
 from test_prepare import ids
-from test_train import CONFIG, flags, log_of, losses
+from test_train import CONFIG, flags, log_of
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
@@ -156,13 +156,13 @@ def test_the_fused_loss_and_its_gradients_are_those_of_explicitly_rounded_weight
 def test_in_bf16_they_are_so_but_for_the_rounding_of_sums(tied):
     teacher, student, plain = (tiny_model(tie_word_embeddings=tied).bfloat16() for _ in range(3))
     tokens = ids(teacher)
-    targets, expected = teacher_loss(unfused(plain, ROWS, tokens).float(), teacher, tokens)
+    targets, expected = label_loss(unfused(plain, ROWS, tokens).float(), teacher, tokens)
     found, _ = Distiller(prepare(student, QuantConfig(16, 16, 16, overrides=ROWS)))(tokens, targets)
     assert found.item() == pytest.approx(expected.item(), rel=1e-2)
     expected.backward()
     found.backward()
     for (name, a), b in zip(student.named_parameters(), plain.parameters(), strict=True):
-        assert (a.grad - b.grad).norm() <= 0.05 * b.grad.norm() + 1e-3, name
+        assert (a.grad - b.grad).norm() <= 0.03 * b.grad.norm(), name
 
 
 @TIED
@@ -285,21 +285,23 @@ def tied_directory(tmp_path_factory) -> Path:
     return directory
 
 
-def test_two_ranks_a_kill_and_a_resumption_equal_one_plain_process(tied_directory, tiny_data, tmp_path):
-    """A shared 4-bit weight under ZeRO-3. Killed and resumed on two ranks, then on one, from which it is exported."""
-    again = [*flags(tied_directory, tiny_data, tmp_path / "run"), f"--overrides={json.dumps(GROUPS)}"]
-    process = start_training(2, *again)
-    while process.poll() is None and not (tmp_path / "run" / "checkpoints" / "latest").exists():
+def test_two_ranks_and_one_that_resumes_equal_one_plain_process(tied_directory, tiny_data, tmp_path):
+    """A shared 4-bit weight under ZeRO-3: killed on two ranks, resumed on one, exported from its checkpoint."""
+    run = tmp_path / "run"
+    command = [*flags(tied_directory, tiny_data, run), f"--overrides={json.dumps(GROUPS)}"]
+    process = start_training(2, *command)
+    while process.poll() is None and not (run / "checkpoints" / "latest").exists():
         time.sleep(0.02)
     assert process.poll() is None, process.communicate()[0]
     kill(process)
-    finish(start_training(2, *again))
+    assert not (run / "final").exists()
+    assert "written by 2 ranks, for 1" in finish(start_training(1, *command))
     teacher = models.load(str(tied_directory), torch.float32)
     quant = QuantConfig(w_bits=3, overrides=GROUPS)
     student = Distiller(prepare(models.load(str(tied_directory), torch.float32), quant).train())
     data = TrainingData(tiny_data, models.load_tokenizer(str(tied_directory)), CONFIG.seed)
     optimizer = torch.optim.AdamW(student.parameters(), CONFIG.lr, weight_decay=0.0, fused=True)
-    for step, record in enumerate(log_of(tmp_path / "run")):
+    for step, record in enumerate(log_of(run)):
         optimizer.param_groups[0]["lr"] = CONFIG.lr * CONFIG.lr_factor(step)
         optimizer.zero_grad()
         total = 0.0
@@ -312,6 +314,11 @@ def test_two_ranks_a_kill_and_a_resumption_equal_one_plain_process(tied_director
         optimizer.step()
         assert record["loss"] == pytest.approx(total, rel=1e-5), f"step {step}"
         assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-3), f"step {step}"
-    found = load_file(tmp_path / "run" / "final" / "model.safetensors")
-    for name, weight in found.items():
+    for name, weight in load_file(run / "final" / "model.safetensors").items():
         torch.testing.assert_close(student.student.get_parameter(name).data, weight, rtol=0, atol=2e-4, msg=name)
+    for place in ("final", "checkpoints"):
+        export.export(student_folder.find(run / place), tmp_path / place, PACKED)
+    expected, got = (load_file(tmp_path / place / "model.safetensors") for place in ("final", "checkpoints"))
+    assert f"{EMBEDDING}.weight_packed" in expected
+    assert f"{HEAD}.weight_packed" not in expected
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())

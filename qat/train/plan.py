@@ -9,12 +9,15 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from qat.quant.architecture import architecture_of
+from qat.quant.config import QuantConfig
+from qat.quant.prepare import vocabulary_settings
 from qat.runtime.errors import UserError
 from qat.runtime.memory import PROCESS
 from qat.train import flops
-from qat.train.distill import CHUNK_TOKENS
+from qat.train.distill import CHUNK_TOKENS, VOCABULARY_BLOCK
 
 _KEPT_ON_CPU = {"alone": 0.55, "with others": 1.0}
 """Fraction of the temporary memory that a CPU rank holds in addition: freed memory that the C library keeps in pieces
@@ -129,6 +132,7 @@ def training(
     device: str = "cuda",
     checkpointing: bool = True,
     sequences: int = 1,
+    quant: QuantConfig | None = None,
 ) -> Plan:
     """Plan the training of ``config``'s model with loss=logits.
 
@@ -139,6 +143,7 @@ def training(
         device: type of the ranks' devices: cuda or cpu
         checkpointing: whether gradient checkpointing is on
         sequences: how many a rank packs into one forward pass
+        quant: the student's quantization, which matters if it is that of the output layer too
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -178,7 +183,7 @@ def training(
         "gathered teacher": width * _live(teacher, parameters) if teacher else 0.0,
         "gradients in flight": width * (2 * bucket + output_layer),
         "activations": _activations(config, sequences * tokens, width, checkpointing),
-        "logits": chunk * config.vocab_size * (2 * width + 3 * 4),
+        "logits": chunk * config.vocab_size * (2 * width + 3 * 4) + _rounded_output(model, quant, width),
         "optimizer step": 4.0 * group if optimizer_on == "gpu" else 0.0,
     }
     if device == "cpu":
@@ -199,6 +204,18 @@ def training(
         }[optimizer_on],
     }
     return Plan(held, passing, host, nvme, received, seconds)
+
+
+def _rounded_output(model: PreTrainedModel, quant: QuantConfig | None, width: int) -> float:
+    """Return the bytes that the loss holds of a quantized output layer: a code for each weight, and the values of a
+    block of rows."""
+    if quant is None or not quant.overrides:
+        return 0.0
+    own = vocabulary_settings(model, quant).get(architecture_of(model.config).head)
+    if own is None or not own.weights.quantizes:
+        return 0.0
+    rows = model.config.vocab_size
+    return model.config.hidden_size * (rows + width * min(rows, VOCABULARY_BLOCK))
 
 
 def _live(ds_config: dict[str, Any], parameters: int) -> float:

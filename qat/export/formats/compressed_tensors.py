@@ -12,13 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qat.export.formats.base import (
-    ExportFormat,
-    trained_activations,
-    trained_cache,
-    trained_output,
-    write_folder,
-)
+from qat.export.formats.base import ExportFormat, trained_activations, trained_cache, write_folder
 from qat.infer import simulated
 from qat.quant.architecture import kept_linears
 from qat.quant.config import QuantConfig
@@ -128,18 +122,20 @@ class CompressedTensors(ExportFormat):
         ]
 
     def vocabulary_differences(self, student: Student) -> list[str]:
-        output, settings = student.output_settings, student.vocabulary_settings.values()
-        said = [sentence for own in settings if own.weights.quantizes for sentence in self._weights(own)]
-        if not student.is_tied:
-            said += self._activations(output) if output else []
-            return said + ([self.embedding] if any(own is not output for own in settings) else [])
-        if output and output.a_bits != FULL_PRECISION:
-            said.append(f"{trained_output(output)}; the format has no place for that beside a shared weight.")
-        if any(own.weights.quantizes for own in settings):
+        output = student.output_settings
+        quantized = [own for own in student.vocabulary_settings.values() if own.weights.quantizes]
+        said = [sentence for own in quantized for sentence in self._weights(own)]
+        if output in quantized and not student.is_tied:
+            said += self._activations(output)
+        else:  # the format describes inputs of quantized weights, and a shared one as the embedding's
+            said += super().vocabulary_differences(student)
+        if quantized and student.is_tied:
             said.append(
                 "Embedding and output layer are one quantized weight, which transformers' own loader does not read; "
                 "vLLM was not tried. qat.load reads it, and llama.cpp after --format gguf."
             )
+        elif any(own is not output for own in quantized):
+            said.append(self.embedding)
         return said
 
     def serve(self, name: str) -> list[str]:

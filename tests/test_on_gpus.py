@@ -223,8 +223,11 @@ def test_quantizers(method, group_size, dtype, gpu):
         check(fake_quantize(x, form), dtype, x.shape)
 
 
+VOCABULARY = QuantConfig(overrides={"model.embed_tokens": {"w_bits": 8}, "lm_head": {"w_bits": 8, "a_bits": 8}})
 QUANTS = [
     QuantConfig(),
+    VOCABULARY,
+    QuantConfig(overrides={"lm_head": {"w_bits": 3, "w_quantizer": "statsq", "w_group_size": 16}}),
     QuantConfig(
         w_quantizer="minmax_asymmetric", a_quantizer="minmax_asymmetric", kv_quantizer="minmax_asymmetric", kv_bits=8
     ),
@@ -245,8 +248,9 @@ def test_a_students_forward_and_backward(quant, dtype, gpu):
     check(model(tokens_on_gpu()).logits, dtype)
 
 
-def test_a_frozen_student(gpu):
-    model = prepared(model_on_gpu(), QuantConfig())
+@pytest.mark.parametrize("quant", [QuantConfig(), VOCABULARY], ids=["decoder", "vocabulary too"])
+def test_a_frozen_student(quant, gpu):
+    model = prepared(model_on_gpu(), quant)
     freeze(model)
     check_layers(model, torch.bfloat16)
     check(model(tokens_on_gpu()).logits, torch.bfloat16)
@@ -275,6 +279,15 @@ def targets(loss: str, kind: str, teacher, tokens):
         return TopKTargets(likely, likely.half())
     hidden, records = LOSSES[loss].run(teacher, tokens)
     return TeacherTargets(hidden, lambda: nullcontext(teacher.lm_head.weight), LOSSES[loss], records)
+
+
+@pytest.mark.parametrize("quant", QUANTS[1:3], ids=["codes", "clipped values"])
+def test_distillation_by_a_quantized_output_layer(quant, gpu, monkeypatch):
+    """Over several chunks and blocks."""
+    monkeypatch.setitem(distill.CHUNK_TOKENS, "cuda", 10)
+    monkeypatch.setattr(distill, "VOCABULARY_BLOCK", 128)
+    student = Distiller(prepare(model_on_gpu(), quant))
+    check(student(tokens_on_gpu(), LabelTargets(tokens_on_gpu()[0, 1:]))[0], torch.float32, ())
 
 
 @pytest.mark.parametrize(

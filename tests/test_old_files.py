@@ -29,7 +29,7 @@ from make_fixtures import (
 from transformers import PreTrainedModel
 
 import qat
-from qat.data.sequences import TrainingData
+from qat.data.sequences import Row, TrainingData
 from qat.quant.products import INTEGER_PRODUCTS
 from qat.store import models
 from qat.train.teacher_cache import TeacherCache
@@ -108,7 +108,7 @@ def test_a_teacher_cache_holds_what_the_teacher_predicts(top_k):
         sample = data.sequence(number)
         with torch.no_grad():
             expected = model(sample.input_ids).logits[0, :-1].log_softmax(-1)
-        targets = cache(sample)
+        targets = cache(Row.of(sample))
         if top_k:
             found, best = targets.log_probabilities.float(), expected.topk(top_k).values
             torch.testing.assert_close(found, best, atol=0.01, rtol=0)

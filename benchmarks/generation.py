@@ -152,7 +152,8 @@ def write_statically(model: PreTrainedModel, vocabulary: Vocabulary, config: Gen
         ended = torch.zeros_like(numbers, dtype=torch.bool)
         while not ended.all() and position[0] < config.max_length - 1:
             draw = uniform(config.seed, numbers, position + 1)
-            tokens, _ = decoder.choose(tokens, position, torch.zeros_like(ended), draw, Truncation())
+            logits = decoder.step(tokens, position)
+            tokens, _ = decoder.choose(logits, torch.zeros_like(ended), draw, Truncation())
             position += 1
             ended |= torch.isin(tokens, stop)
 

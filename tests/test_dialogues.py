@@ -7,33 +7,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, TEXT, finish, run_python, start_training, tiny_model, tiny_tokenizer
+from conftest import ROOT, TEMPLATE, TEXT, finish, run_python, start_training, talking, tiny_model
 from test_launch import error_of
 
-from datagen import card, sampling
+from datagen import card, plan, sampling
 from datagen.dialogues import Dialogues
 from datagen.generate import Beginnings, GenerateConfig, Vocabulary, write_sequences
-from qat.data.sequences import TrainingData
+from qat.data.sequences import Row, TrainingData
 from qat.data.shards import SCHEMA, ShardFolder
 from qat.runtime.errors import UserError
 from qat.store import dialogues, models
-from qat.train.teacher_cache import TeacherCache
+from qat.train.teacher_cache import Observed, TeacherCache
 
 CONFIG = GenerateConfig(sequences=11, max_length=70, batch_size=4, strategy="chat", turns=2)
 STOP = [1, *range(20, 40)]
 VOCABULARY = Vocabulary(start=list(range(40, 300)), prefix=[0], stop=STOP)
 """Many tokens end a turn, so that turns end at different times, also by another token than the template's."""
-
-TEMPLATE = (
-    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
-)
-
-
-def talking(template: str = TEMPLATE):
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 def given(config: GenerateConfig = CONFIG) -> Dialogues:
@@ -241,11 +230,19 @@ def test_what_the_teacher_predicted_while_it_wrote_is_what_it_predicts(taught):
         sample = folder.sequence(number)
         with torch.no_grad():
             expected = teacher(sample.input_ids).logits[0, :-1].log_softmax(-1)
-        targets = cache(sample)
+        targets = cache(Row.of(sample))
         found, best = targets.log_probabilities.float(), expected.topk(8).values
         bound = {"rtol": 2**-10, "atol": 1e-4}
         torch.testing.assert_close(found, best, **bound)
         torch.testing.assert_close(found, expected.gather(1, targets.ids.long()), **bound)
+
+
+def test_what_is_kept_of_the_predictions_is_planned():
+    planned = plan.needs(tiny_model().config, GenerateConfig(sequences=10, max_length=33, teacher_cache=5), "cpu")
+    kept = Observed(10, 33, 5)
+    kept.keep(torch.zeros(10, 300), torch.arange(10), torch.full((10,), 31))
+    held = sum(tensor.nbytes for entry in kept.entries([33] * 10) for tensor in entry.values())
+    assert planned["teacher's predictions"] == held
 
 
 def test_the_card_says_how_much_is_dialogue_and_how_much_of_it_was_given(taught):

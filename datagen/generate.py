@@ -231,46 +231,59 @@ class _Writing:
 
     Attributes:
         until: [sequences], the first position of the present turn, whose token is chosen, not given
-        is_chosen: [sequences, max_length]
     """
 
     def __init__(self, begin: Beginnings, max_length: int, stop: list[int]):
-        count = len(begin.prefix)
-        self.between = [between or [] for between in begin.between]
-        self.tokens = torch.zeros(count, max_length, dtype=torch.int64)
-        for place, given in enumerate(begin.prefix):
-            self.tokens[place, : len(given)] = torch.tensor(given)
-        self.until = torch.tensor([len(given) for given in begin.prefix])
-        self.is_chosen = torch.zeros(count, max_length, dtype=torch.bool)
+        self.tokens = torch.zeros(len(begin.prefix), max_length, dtype=torch.int64)
+        self.until = torch.zeros(len(begin.prefix), dtype=torch.int64)
         self._stop = torch.tensor(stop, dtype=torch.int64)
-        self._turn = [0] * count
-        self._ending = torch.full((count,), -1)  # the token that ends the present turn, besides those of ``stop``
-        for place in range(count):
-            self._expect(place)
+        self._ending = torch.full_like(self.until, -1)  # the token that ends the present turn, besides ``_stop``
+        self._spans: list[list[range]] = [[] for _ in begin.prefix]  # the positions that are given
+        self._between = [between or [] for between in begin.between]
+        self._has_dialogues = any(self._between)
+        for place, prefix in enumerate(begin.prefix):
+            self._give(place, 0, prefix)
 
-    def put(self, row: Tensor, at: Tensor, chosen: Tensor) -> Tensor:
+    def put(self, row: Tensor, at: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Put the chosen tokens of some sequences at their positions, but where tokens are given; where one ends a turn
-        that another follows, put what is given between them in its place. Return which sequences it ends.
+        that another follows, put what is given between them, from its position on.
 
         Args:
             row, at, chosen: [some]; a sequence occurs once
+
+        Returns which sequences end, and where the token is given, each [some].
         """
         is_given = at < self.until[row]
-        self.tokens[row, at] = torch.where(is_given, self.tokens[row, at], chosen)
-        over = ~is_given & (torch.isin(chosen, self._stop) | (chosen == self._ending[row]))
-        goes_on = over & (self._ending[row] >= 0)
-        for place, position in zip(row[goes_on].tolist(), at[goes_on].tolist(), strict=True):
-            given = torch.tensor(self.between[place][self._turn[place]])[: self.tokens.shape[1] - position]
-            self.tokens[place, position : position + len(given)] = given
-            self.until[place] = position + len(given)
-            self._turn[place] += 1
-            self._expect(place)
-        self.is_chosen[row, at] = ~is_given & (self.tokens[row, at] == chosen)
-        return over & ~goes_on
+        chosen = torch.where(is_given, self.tokens[row, at], chosen)
+        self.tokens[row, at] = chosen
+        over = torch.isin(chosen, self._stop)
+        if not self._has_dialogues:
+            return over & ~is_given, is_given
+        over = (over | (chosen == self._ending[row])) & ~is_given
+        for slot in over.nonzero()[:, 0].tolist():
+            place, position = int(row[slot]), int(at[slot])
+            if following := self._between[place][len(self._spans[place]) - 1 :]:
+                by_itself = int(chosen[slot]) == following[0][0]
+                self._give(place, position, following[0], chosen=by_itself)
+                is_given[slot], over[slot] = not by_itself, False
+        return over, is_given
 
-    def _expect(self, place: int) -> None:
-        turn, between = self._turn[place], self.between[place]
-        self._ending[place] = between[turn][0] if turn < len(between) else -1
+    def chosen(self, place: int, length: int) -> list[bool]:
+        """Return which of the first ``length`` tokens of a sequence the model chose."""
+        marks = [True] * length
+        for span in self._spans[place]:
+            marks[span.start : span.stop] = [False] * len(span)
+        return marks[:length]
+
+    def _give(self, place: int, position: int, text: list[int], chosen: bool = False) -> None:
+        """Put given tokens at ``position`` and after it, as far as there is room. The first counts as the model's if it
+        has ``chosen`` it."""
+        text = text[: self.tokens.shape[1] - position]
+        self.tokens[place, position : position + len(text)] = torch.tensor(text)
+        self.until[place] = position + len(text)
+        following = self._between[place][len(self._spans[place]) :]
+        self._ending[place] = following[0][0] if following else -1
+        self._spans[place].append(range(position + chosen, position + len(text)))
 
 
 def write_sequences(
@@ -312,11 +325,13 @@ def write_sequences(
         is_greedy = at - text.until[row] < greedy[row]
         draw = sampling.uniform(config.seed, numbers[row], at)
         logits = decoder.step(text.tokens[row, position], position)
+        active = busy.nonzero()[:, 0]
+        rows = row[active]
         if watch:
-            watch(logits[busy.to(logits.device)], row[busy], position[busy])
+            watch(logits[active.to(logits.device)], rows, position[active])
         chosen, information = decoder.choose(logits, is_greedy, draw, config.truncation)
-        has_ended[row[busy]] = text.put(row[busy], at[busy], chosen[busy])
-        surprisal[row] += torch.where(is_greedy | ~text.is_chosen[row, at] | ~busy, 0.0, information)
+        has_ended[rows], is_given = text.put(rows, at[active], chosen[active])
+        surprisal[rows] += torch.where(is_greedy[active] | is_given, 0.0, information[active])
         ended = busy & (has_ended[row] | (at + 1 == config.max_length))
         lengths[row[ended]] = at[ended] + 1
         progress(int(busy.sum()), int((config.max_length - 1 - at[ended]).sum()))
@@ -331,12 +346,8 @@ def write_sequences(
             decoder.keep(busy.nonzero()[:, 0])
             row, position, busy = row[busy], position[busy], busy[busy]
     return [
-        begin.sequence(
-            place,
-            text.tokens[place, :length].tolist(),
-            surprisal[place].item(),
-            bool(has_ended[place]),
-            text.is_chosen[place, :length].tolist(),
+        begin.sequence(place, ids[:length], information, ended, text.chosen(place, length))
+        for place, (ids, length, information, ended) in enumerate(
+            zip(text.tokens.tolist(), lengths.tolist(), surprisal.tolist(), has_ended.tolist(), strict=True)
         )
-        for place, length in enumerate(lengths.tolist())
     ]

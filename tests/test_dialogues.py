@@ -17,7 +17,8 @@ from qat.data.sequences import Row, TrainingData
 from qat.data.shards import SCHEMA, ShardFolder
 from qat.runtime.errors import UserError
 from qat.store import dialogues, models
-from qat.train.teacher_cache import Observed, TeacherCache
+from qat.train.distill import TeacherTargets
+from qat.train.teacher_cache import Observed, TeacherCache, entry_of
 
 CONFIG = GenerateConfig(sequences=11, max_length=70, batch_size=4, strategy="chat", turns=2)
 STOP = [1, *range(20, 40)]
@@ -259,6 +260,25 @@ def test_the_card_says_how_much_is_dialogue_and_how_much_of_it_was_given(taught)
     )
     assert figures["token entropy"] == pytest.approx(sum(row["surprisal"] for row in drawn) / count)
     assert "260 of them dialogues" in (taught / "data" / card.CARD).read_text()
+
+
+@pytest.mark.parametrize(("dtype", "same", "bound"), [(torch.float32, 0.999, 0.004), (torch.bfloat16, 0.2, 0.1)])
+def test_predictions_kept_differ_from_a_full_forward_by_rounding(dtype, same, bound):
+    """Beside what launch/cache_teacher.py keeps of the same sequence, in the dtype that the model computes in; 0.004 is
+    one step of an fp16 number between 4 and 8."""
+    model, kept = tiny_model().to(dtype), Observed(11, 70, 8)
+    sequences = write_sequences(model, VOCABULARY, CONFIG, range(11), dialogues=given(), watch=kept.keep)
+    entries = kept.entries([len(sequence.input_ids) for sequence in sequences])
+    found = torch.cat([entry["log_probabilities"] for entry in entries])
+    with torch.no_grad():
+        expected = torch.cat([
+            entry_of(TeacherTargets.of(model, torch.tensor([sequence.input_ids])), 8)["log_probabilities"]
+            for sequence in sequences
+        ])  # fmt: skip
+    differences = (found - expected).float().abs()
+    assert differences.max() <= bound
+    assert differences.median() < bound / 10
+    assert (found == expected).float().mean() > same
 
 
 def test_what_is_missing_of_the_predictions_is_made_again_with_its_shard(taught):

@@ -1,5 +1,5 @@
 """Tokens per second of generation: ours, HF generate at batch 1 (the released way) and at our batch size, transformers'
-continuous batching, and vLLM; beside what the machine could do.
+continuous batching, and vLLM; beside what the machine could do. And ours, while the teacher's predictions are kept.
 
 python benchmarks/generation.py; all start from one token, sample from the full softmax, in the model's inference dtype
 (fp32 on a CPU), and never stop before the last token. vLLM takes part where --vllm names the Python that has it.
@@ -28,6 +28,10 @@ from launch import cli
 from qat.quant import products
 from qat.runtime import machine
 from qat.store import models, smollm2
+from qat.train.teacher_cache import Observed
+
+_KEPT = 64
+"""Most likely tokens of each position that are kept, where predictions are (``--teacher_cache``)."""
 
 _STOP_ONE_IN, _LONGEST = 16, 128
 """Slot refill is measured with every 16th token id ending a sequence, and after so many tokens: a geometric spread."""
@@ -73,6 +77,16 @@ def main() -> None:
             config.batch_size * new,
             lambda: write_sequences(model, vocabulary, batch, range(config.batch_size)),
         ),
+        "ours, predictions kept": (
+            config.batch_size * new,
+            lambda: write_sequences(
+                model,
+                vocabulary,
+                batch,
+                range(config.batch_size),
+                watch=Observed(config.batch_size, config.length, _KEPT).keep,
+            ),
+        ),
         "HF generate, batch 1": (new, lambda: hf_generate(model, 1, new)),
         "HF generate, same batch": (config.batch_size * new, lambda: hf_generate(model, config.batch_size, new)),
         "HF continuous batching": (config.batch_size * new, lambda: hf_continuous(model, config.batch_size, new)),
@@ -100,6 +114,7 @@ def main() -> None:
     of_refill = common.median_seconds(refill, 1)
     figures = {
         "tokens_per_second": rates["ours"],
+        "with_predictions_kept": rates["ours, predictions kept"] / rates["ours"],
         "vs_hf_batch1": rates["ours"] / rates["HF generate, batch 1"],
         "vs_hf_same_batch": rates["ours"] / rates["HF generate, same batch"],
         "refill_vs_static": of_refill["static"] / of_refill["refill"],
@@ -152,7 +167,8 @@ def write_statically(model: PreTrainedModel, vocabulary: Vocabulary, config: Gen
         ended = torch.zeros_like(numbers, dtype=torch.bool)
         while not ended.all() and position[0] < config.max_length - 1:
             draw = uniform(config.seed, numbers, position + 1)
-            tokens, _ = decoder.choose(tokens, position, torch.zeros_like(ended), draw, Truncation())
+            logits = decoder.step(tokens, position)
+            tokens, _ = decoder.choose(logits, torch.zeros_like(ended), draw, Truncation())
             position += 1
             ended |= torch.isin(tokens, stop)
 

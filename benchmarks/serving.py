@@ -118,7 +118,7 @@ def _in_vllm(dtype: str) -> Any:
 
 def _serve(name: str, windows: Tensor, config: Serving, dtype: str) -> dict[str, float]:
     llm = vllm.engine(name, config.window + 1, dtype)
-    score = TextScore.of(vllm.score_windows(llm, windows), config.window)
+    score = TextScore.of(vllm.score_windows(llm, windows))
     found = {f"vllm_{dtype}_perplexity": score.perplexity}
     for batch in (1, config.batch):
         prompts = [{"prompt_token_ids": windows[i % len(windows), i : i + 8].tolist()} for i in range(batch)]

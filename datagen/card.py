@@ -46,8 +46,9 @@ def measure(table: pa.Table) -> dict[str, float]:
     """Compute the figures, by name, of sequences in a table with the columns of a shard.
 
     distinct-n is the number of different n-grams over the number of all; "repeated 4-grams" is the share of 4-grams
-    that stood in the same sequence before. "token entropy" is the mean -log p(token) of the tokens that were sampled,
-    which estimates the mean entropy of the distributions that they were drawn from.
+    that stood in the same sequence before. Where there are dialogues, their number is given, their share of the tokens,
+    and the share of their tokens that is the chat template's or a prompt's. "token entropy" is the mean -log p(token)
+    of the tokens that were sampled, which estimates the mean entropy of the distributions that they were drawn from.
     """
     ids = table.column("input_ids").combine_chunks()
     lengths = np.diff(ids.offsets.to_numpy())
@@ -59,6 +60,14 @@ def measure(table: pa.Table) -> dict[str, float]:
         "mean length": tokens / len(lengths),
         "ended by EOS": float((finish == "eos").mean()),
     }
+    marks = table.column("chosen").combine_chunks()
+    is_dialogue = marks.is_valid().to_numpy(zero_copy_only=False)
+    chosen = np.diff(np.append(0, marks.flatten().to_numpy(zero_copy_only=False).cumsum())[marks.offsets.to_numpy()])
+    if is_dialogue.any():
+        of_dialogues = int(lengths[is_dialogue].sum())
+        figures["dialogues"] = int(is_dialogue.sum())
+        figures["tokens in dialogues"] = of_dialogues / tokens
+        figures["of these given"] = 1 - int(chosen[is_dialogue].sum()) / of_dialogues
     flat = ids.flatten().to_numpy()[: int(lengths[:_SAMPLED].sum())]
     sequence = np.repeat(np.arange(min(len(lengths), _SAMPLED)), lengths[:_SAMPLED])
     for n in (1, 2, 3):
@@ -71,8 +80,9 @@ def measure(table: pa.Table) -> dict[str, float]:
     sampled = ~np.isnan(surprisal)
     if sampled.any():
         first = ids.flatten().to_numpy()[ids.offsets.to_numpy()[:-1]]
-        given = 1 + (first != table.column("start_token").to_numpy())  # the start token, with or without BOS
-        count = lengths - given - table.column("greedy_tokens").to_numpy()
+        started = table.column("start_token").to_numpy(zero_copy_only=False)  # None is NaN
+        given = 1 + (first != started)  # the start token, with or without BOS
+        count = np.where(is_dialogue, chosen, lengths - given - table.column("greedy_tokens").to_numpy())
         figures["token entropy"] = float(surprisal[sampled].sum() / count[sampled].sum())
     return figures
 
@@ -116,6 +126,13 @@ def _card(
         "finish": "`eos` or `length`",
         "surprisal": "-log probability of its sampled tokens in nats, added up; empty where none was sampled",
     }
+    if "dialogues" in figures:
+        columns["start_token"] += "; empty for a dialogue"
+        columns["chosen"] = (
+            "of a dialogue, which tokens the model chose; the others are the chat template's, or a prompt's"
+        )
+        begun = f"begun with a prompt from `{manifest['prompts']}`" if "prompts" in manifest else "both sides its own"
+        made += f", {figures['dialogues']:,} of them dialogues, {begun}"
     return "\n".join(
         [
             "---", *header, "---", "",
@@ -141,9 +158,9 @@ def _card(
 
 
 def _number(name: str, value: float) -> str:
-    if name in ("sequences", "tokens"):
+    if name in ("sequences", "tokens", "dialogues"):
         return f"{int(value):,}"
-    if name in ("ended by EOS", f"repeated {_REPEATED}-grams"):
+    if name in ("ended by EOS", f"repeated {_REPEATED}-grams", "tokens in dialogues", "of these given"):
         return f"{value:.1%}"
     return f"{value:.1f}" if name == "mean length" else f"{value:.3f}"
 

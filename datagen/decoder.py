@@ -136,14 +136,14 @@ class Decoder:
         return logits.float()
 
     def choose(
-        self, tokens: Tensor, position: Tensor, greedy: Tensor, draw: Tensor, truncation: sampling.Truncation
+        self, logits: Tensor, greedy: Tensor, draw: Tensor, truncation: sampling.Truncation
     ) -> tuple[Tensor, Tensor]:
-        """Run ``step``, and ``sampling.choose`` on its logits; all ranks that hold the model together choose the same
+        """Apply ``sampling.choose`` to the logits of ``step``; all ranks that hold the model together choose the same
         tokens.
 
-        All tensors are [slots], on the CPU.
+        All other tensors are [slots], on the CPU.
         """
-        chosen, surprisal = sampling.choose(self.step(tokens, position), greedy, draw.to(self.device), truncation)
+        chosen, surprisal = sampling.choose(logits, greedy, draw.to(self.device), truncation)
         both = torch.stack([chosen.double(), surprisal])
         if self.parallel:
             dist.broadcast(both, src=0)

@@ -1,24 +1,41 @@
 """The teacher writes sequences: batched decoding over a static KV cache whose slots are refilled.
 
-Every sequence starts from one token, so there is no prefill: all slots decode one token a step, each at
-its own position, and a slot whose sequence ends takes the next sequence at once.
+A sequence starts from one token, or from the beginning of a dialogue, which is given. There is no prefill: all slots
+decode one token a step, each at its own position, also where the token is given; and a slot whose sequence ends takes
+the next sequence at once.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from datagen import sampling
 from datagen.decoder import Decoder
+from datagen.dialogues import Dialogues
 from qat.data.shards import Sequence
 from qat.runtime.errors import UserError, check_choice, check_least
 from qat.store.model_folder import read_config
-from qat.store.models import load_generation_config
+from qat.store.models import load_generation_config, special_ids
 
 ENGINES = ("torch", "vllm")
+
+_LATER = ("chat_share", "turns", "system", "teacher_cache")
+"""Settings that folders of earlier versions do not record."""
+
+_NOT_OF_TEXT = ("teacher_cache",)
+"""Settings that change nothing in the shards."""
+
+
+Watch = Callable[[Tensor, Tensor, Tensor], None]
+"""Sees what the model predicts: logits [some, vocabulary] of the next tokens of some sequences, the places [some] of
+these among all that are written, and the positions [some] of their last tokens."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +45,11 @@ class GenerateConfig:
     Args:
         sequences: how many sequences in all (the paper: 100,000)
         max_length: longest sequence, in tokens, start token included
-        strategy: hybrid (first 3 to 5 tokens greedy, the rest sampled), sample or top1
+        strategy: hybrid (first 3 to 5 tokens greedy, the rest sampled), sample, top1, or chat (dialogues by the
+            tokenizer's chat template: the model writes the user's turns and the answers, all sampled)
+        chat_share: with chat, the share of the sequences that are dialogues; the others are as hybrid writes them
+        turns: with chat, questions and answers in a dialogue
+        system: with chat, a system prompt; by default the template's own, or none
         temperature: of the sampled tokens; divides the logits
         top_k: sample from the k most likely tokens only; 0 samples from all
         top_p: sample only from the most likely tokens that together have this probability; 1 samples from all
@@ -37,6 +58,8 @@ class GenerateConfig:
         seed: of the start tokens and of the sampling
         engine: torch (ours) or vllm (to be installed beside)
         tensor_parallel: ranks that hold one copy of the model together, for models that do not fit one GPU
+        teacher_cache: how many of the most likely tokens of every position to keep (6 bytes each) in the folder
+            teacher_cache of the output, from which launch/train.py trains without a teacher; 0 for none
     """
 
     sequences: int = 100_000
@@ -50,10 +73,15 @@ class GenerateConfig:
     seed: int = 0
     engine: str = "torch"
     tensor_parallel: int = 1
+    chat_share: float = 1.0
+    turns: int = 1
+    system: str = ""
+    teacher_cache: int = 0
 
     def __post_init__(self) -> None:
         check_choice(self, strategy=sampling.STRATEGIES, engine=ENGINES)
         check_least(self, sequences=1, max_length=8, batch_size=1, sequences_per_shard=1, top_k=0, tensor_parallel=1)
+        check_least(self, turns=1, teacher_cache=0)
         if not 0 <= self.seed < 2**31:
             raise UserError(f"seed={self.seed} is invalid: choose 0 to {2**31 - 1}.")
         if not self.temperature > 0:
@@ -68,10 +96,36 @@ class GenerateConfig:
                 "strategy=top1 draws nothing, so temperature, top_k and top_p mean nothing: leave them out, or give "
                 "strategy=sample or hybrid."
             )
+        if not 0 < self.chat_share <= 1:
+            raise UserError(
+                f"chat_share={self.chat_share} is invalid: choose a share above 0, or 1 for dialogues only."
+            )
+        if self.strategy != "chat" and (self.chat_share, self.turns, self.system) != (1, 1, ""):
+            raise UserError(
+                f"strategy={self.strategy} writes no dialogues, so chat_share, turns and system mean nothing: leave "
+                "them out, or give strategy=chat."
+            )
+        if self.engine == "vllm" and (self.strategy == "chat" or self.teacher_cache):
+            raise UserError(
+                "engine=vllm writes neither dialogues (strategy=chat) nor a teacher_cache: give engine=torch."
+            )
+
+    def record(self) -> dict[str, Any]:
+        """Return the settings that make the shards: the later ones only if they are not the default."""
+        default = asdict(GenerateConfig())
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in _NOT_OF_TEXT and (name not in _LATER or value != default[name])
+        }
 
     @property
     def truncation(self) -> sampling.Truncation:
         return sampling.Truncation(self.temperature, self.top_k, self.top_p)
+
+    def dialogues_before(self, index: int) -> int:
+        """Return how many of the sequences before ``index`` are dialogues; they are spread evenly."""
+        return math.floor(index * self.chat_share) if self.strategy == "chat" else 0
 
     @property
     def shards(self) -> int:
@@ -101,14 +155,13 @@ class Vocabulary:
     def of(cls, tokenizer: Tokenizer, directory: str) -> "Vocabulary":
         """Return the vocabulary of the model in ``directory``, whose configuration names the tokens that end a
         sequence."""
-        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
         stop = load_generation_config(directory).eos_token_id
         if stop is None or stop == []:
             stop = tokenizer.eos_token_id
         known = read_config(directory).vocab_size
         prefix = [i for i in tokenizer("").input_ids if i == tokenizer.bos_token_id]
         return cls(
-            start=sorted(i for i in set(tokenizer.get_vocab().values()) - special if i < known),
+            start=sorted(i for i in set(tokenizer.get_vocab().values()) - special_ids(tokenizer) if i < known),
             prefix=prefix,
             stop=[stop] if isinstance(stop, int) else list(stop or []),
         )
@@ -119,33 +172,118 @@ class Beginnings:
     """The beginnings of the sequences numbered ``indices``, the same for every engine.
 
     Args:
-        prefix: the given tokens of each: BOS, where there is one, and the start token
+        prefix: the given tokens of each: BOS, where there is one, and the start token; or a dialogue's opening
         greedy: how many tokens after them are taken greedily
+        between: what is given after each turn but the last; None for a sequence that is no dialogue
     """
 
     indices: range
     prefix: list[list[int]]
     greedy: list[int]
+    between: list[list[list[int]] | None]
 
     @classmethod
-    def of(cls, vocabulary: Vocabulary, config: GenerateConfig, indices: range) -> "Beginnings":
-        starts = sampling.start_tokens(vocabulary.start, config.seed, indices.start, len(indices))
+    def of(
+        cls, vocabulary: Vocabulary, config: GenerateConfig, indices: range, dialogues: Dialogues | None = None
+    ) -> "Beginnings":
+        """``dialogues`` are needed for strategy=chat. Texts and dialogues are numbered apart."""
+        before = [config.dialogues_before(index) for index in (*indices, indices.stop)]
+        is_dialogue = [after > number for number, after in pairwise(before)]
+        count = before[-1] - before[0]
+        starts = iter(
+            sampling.start_tokens(vocabulary.start, config.seed, indices.start - before[0], len(indices) - count)
+        )
+        openings = iter(dialogues.begin(config.seed, before[0], count) if dialogues else [])
         greedy = sampling.greedy_tokens(
             config.strategy, config.seed, torch.arange(indices.start, indices.stop), config.max_length
         )
-        return cls(indices, [[*vocabulary.prefix, start] for start in starts], greedy.tolist())
+        return cls(
+            indices,
+            prefix=[next(openings) if chats else [*vocabulary.prefix, next(starts)] for chats in is_dialogue],
+            greedy=greedy.where(~torch.tensor(is_dialogue), 0).tolist(),
+            between=[dialogues.between if dialogues and chats else None for chats in is_dialogue],
+        )
 
-    def sequence(self, place: int, input_ids: list[int], surprisal: float, vocabulary: Vocabulary) -> Sequence:
-        """Return the finished sequence at ``place`` among ``indices``."""
-        given = self.prefix[place]
+    def sequence(
+        self, place: int, input_ids: list[int], surprisal: float, ended: bool, chosen: list[bool] | None = None
+    ) -> Sequence:
+        """Return the finished sequence at ``place`` among ``indices``.
+
+        Args:
+            ended: whether a token that ends a text ended it
+            chosen: of a dialogue, which tokens the model chose
+        """
+        given, is_dialogue = self.prefix[place], self.between[place] is not None
         greedy = min(self.greedy[place], len(input_ids) - len(given))
+        sampled = any(chosen or ()) if is_dialogue else len(input_ids) > len(given) + greedy
         return Sequence(
             input_ids=input_ids,
-            start_token=given[-1],
+            start_token=None if is_dialogue else given[-1],
             greedy_tokens=greedy,
-            finish="eos" if input_ids[-1] in vocabulary.stop and len(input_ids) > len(given) else "length",
-            surprisal=surprisal if len(input_ids) > len(given) + greedy else None,
+            finish="eos" if ended else "length",
+            surprisal=surprisal if sampled else None,
+            chosen=chosen if is_dialogue else None,
         )
+
+
+class _Writing:
+    """The tokens of sequences while they are written, [sequences, max_length], and how far each has come.
+
+    Attributes:
+        until: [sequences], the first position of the present turn, whose token is chosen, not given
+    """
+
+    def __init__(self, begin: Beginnings, max_length: int, stop: list[int]):
+        self.tokens = torch.zeros(len(begin.prefix), max_length, dtype=torch.int64)
+        self.until = torch.zeros(len(begin.prefix), dtype=torch.int64)
+        self._stop = torch.tensor(stop, dtype=torch.int64)
+        self._ending = torch.full_like(self.until, -1)  # the token that ends the present turn, besides ``_stop``
+        self._spans: list[list[range]] = [[] for _ in begin.prefix]  # the positions that are given
+        self._between = [between or [] for between in begin.between]
+        self._has_dialogues = any(self._between)
+        for place, prefix in enumerate(begin.prefix):
+            self._give(place, 0, prefix)
+
+    def put(self, row: Tensor, at: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the chosen tokens of some sequences at their positions, but where tokens are given; where one ends a turn
+        that another follows, put what is given between them, from its position on.
+
+        Args:
+            row, at, chosen: [some]; a sequence occurs once
+
+        Returns which sequences end, and where the token is given, each [some].
+        """
+        is_given = at < self.until[row]
+        chosen = torch.where(is_given, self.tokens[row, at], chosen)
+        self.tokens[row, at] = chosen
+        over = torch.isin(chosen, self._stop)
+        if not self._has_dialogues:
+            return over & ~is_given, is_given
+        over = (over | (chosen == self._ending[row])) & ~is_given
+        for slot in over.nonzero()[:, 0].tolist():
+            place, position = int(row[slot]), int(at[slot])
+            if following := self._between[place][len(self._spans[place]) - 1 :]:
+                by_itself = int(chosen[slot]) == following[0][0]
+                self._give(place, position, following[0], chosen=by_itself)
+                is_given[slot], over[slot] = not by_itself, False
+        return over, is_given
+
+    def chosen(self, place: int, length: int) -> list[bool]:
+        """Return which of the first ``length`` tokens of a sequence the model chose."""
+        marks = [True] * length
+        for span in self._spans[place]:
+            marks[span.start : span.stop] = [False] * len(span)
+        return marks[:length]
+
+    def _give(self, place: int, position: int, text: list[int], chosen: bool = False) -> None:
+        """Put given tokens at ``position`` and after it, as far as there is room. The first counts as the model's if it
+        has ``chosen`` it."""
+        text = text[: self.tokens.shape[1] - position]
+        self.tokens[place, position : position + len(text)] = torch.tensor(text)
+        self.until[place] = position + len(text)
+        following = self._between[place][len(self._spans[place]) :]
+        self._ending[place] = following[0][0] if following else -1
+        self._spans[place].append(range(position + chosen, position + len(text)))
 
 
 def write_sequences(
@@ -154,6 +292,8 @@ def write_sequences(
     config: GenerateConfig,
     indices: range,
     progress: Callable[[int, int], None] = lambda tokens, spared: None,
+    dialogues: Dialogues | None = None,
+    watch: Watch | None = None,
 ) -> list[Sequence]:
     """Decode the sequences numbered ``indices``, in order.
 
@@ -163,14 +303,14 @@ def write_sequences(
     Args:
         progress: called once a step with the numbers of tokens decoded in it, and of tokens that sequences
             which ended in it stayed short of max_length
+        dialogues: what is given of them, for strategy=chat
+        watch: called once a step
     """
-    begin = Beginnings.of(vocabulary, config, indices)
+    begin = Beginnings.of(vocabulary, config, indices, dialogues)
     numbers, greedy = torch.arange(indices.start, indices.stop), torch.tensor(begin.greedy)
-    stop = torch.tensor(vocabulary.stop, dtype=torch.int64)
-    first_choice = len(begin.prefix[0])  # the first position whose token is chosen, not given
-    tokens = torch.zeros(len(indices), config.max_length, dtype=torch.int64)
-    tokens[:, :first_choice] = torch.tensor(begin.prefix)
+    text = _Writing(begin, config.max_length, vocabulary.stop)
     lengths, surprisal = torch.zeros_like(numbers), torch.zeros(len(indices), dtype=torch.float64)
+    has_ended = torch.zeros(len(indices), dtype=torch.bool)
 
     # All of this is on the CPU: per step, two numbers per slot go to the device, and two come back.
     slots = min(config.batch_size, len(indices))
@@ -182,14 +322,17 @@ def write_sequences(
 
     while busy.any():
         at = position + 1
-        is_greedy = at - first_choice < greedy[row]
+        is_greedy = at - text.until[row] < greedy[row]
         draw = sampling.uniform(config.seed, numbers[row], at)
-        chosen, information = decoder.choose(tokens[row, position], position, is_greedy, draw, config.truncation)
-        given = at < first_choice
-        chosen = torch.where(given, tokens[row, at], chosen)
-        tokens[row[busy], at[busy]] = chosen[busy]
-        surprisal[row] += torch.where(given | is_greedy | ~busy, 0.0, information)
-        ended = busy & ((torch.isin(chosen, stop) & ~given) | (at + 1 == config.max_length))
+        logits = decoder.step(text.tokens[row, position], position)
+        active = busy.nonzero()[:, 0]
+        rows = row[active]
+        if watch:
+            watch(logits[active.to(logits.device)], rows, position[active])
+        chosen, information = decoder.choose(logits, is_greedy, draw, config.truncation)
+        has_ended[rows], is_given = text.put(rows, at[active], chosen[active])
+        surprisal[rows] += torch.where(is_greedy[active] | is_given, 0.0, information[active])
+        ended = busy & (has_ended[row] | (at + 1 == config.max_length))
         lengths[row[ended]] = at[ended] + 1
         progress(int(busy.sum()), int((config.max_length - 1 - at[ended]).sum()))
 
@@ -203,8 +346,8 @@ def write_sequences(
             decoder.keep(busy.nonzero()[:, 0])
             row, position, busy = row[busy], position[busy], busy[busy]
     return [
-        begin.sequence(place, ids[:length], information, vocabulary)
-        for place, (ids, length, information) in enumerate(
-            zip(tokens.tolist(), lengths.tolist(), surprisal.tolist(), strict=True)
+        begin.sequence(place, ids[:length], information, ended, text.chosen(place, length))
+        for place, (ids, length, information, ended) in enumerate(
+            zip(text.tokens.tolist(), lengths.tolist(), surprisal.tolist(), has_ended.tolist(), strict=True)
         )
     ]

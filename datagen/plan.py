@@ -15,6 +15,9 @@ _CHOOSING, _CHOOSING_TRUNCATED = 9, 43
 """Bytes that ``sampling.choose`` holds at most for each logit, measured; sorting the vocabulary (top_p) takes the
 most."""
 
+_PREDICTION = 6
+"""Bytes of a kept prediction: a token id, and its log-probability in fp16."""
+
 
 def needs(config: PretrainedConfig, settings: GenerateConfig, device: str) -> Mapping[str, float]:
     """Return the bytes that ``config``'s model and its slots take on each of the ranks that hold the model together.
@@ -32,9 +35,12 @@ def needs(config: PretrainedConfig, settings: GenerateConfig, device: str) -> Ma
     cached = 2 * config.num_key_value_heads * head_dim(config) * config.num_hidden_layers  # cached numbers per token
     # Each CUDA graph keeps its own logits.
     graphs = -(-settings.max_length // COLUMNS) if device == "cuda" and ranks == 1 else 1
+    kept = min(settings.sequences_per_shard, settings.sequences) * (settings.max_length - 1) * settings.teacher_cache
     choosing = _CHOOSING if settings.truncation == Truncation() else _CHOOSING_TRUNCATED
     return {
         "KV cache": width * slots * settings.max_length * cached / ranks,
         "weights": width * weights / ranks,
+        # Of a shard, until it is written; on the host, which for a GPU is other memory.
+        **({"teacher's predictions": _PREDICTION * kept} if kept and device == "cpu" else {}),
         "logits and sampling": slots * config.vocab_size * (width + 4 * graphs + choosing),
     }

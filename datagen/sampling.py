@@ -1,7 +1,8 @@
-"""Choosing the next token: the paper's three strategies, each token from its own random number.
+"""Choosing the next token: the paper's three strategies and dialogues, each token from its own random number.
 
 ``top1`` takes the most likely token, ``sample`` draws from the full softmax, ``hybrid`` takes the first 3 to 5 tokens
-greedily and samples the rest (LLM-QAT, section 2.1; its Generated data 1, 2 and 3).
+greedily and samples the rest (LLM-QAT, section 2.1; its Generated data 1, 2 and 3). ``chat`` draws every token of a
+dialogue that is not given.
 
 Random numbers are a function of (seed, sequence, position) only, so what a sequence draws does not depend on the batch
 that it is decoded in.
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-STRATEGIES = ("hybrid", "sample", "top1")
+STRATEGIES = ("hybrid", "sample", "top1", "chat")
 
 _GREEDY_CHOICES = (3, 4, 5)
 _GREEDY, _SEED = 2**32 - 1, 2**32 - 2
@@ -64,7 +65,7 @@ def start_tokens(vocabulary: list[int], seed: int, first: int, count: int) -> li
 
 
 def greedy_tokens(strategy: str, seed: int, sequence: Tensor, max_length: int) -> Tensor:
-    """Return the number of tokens after the start token that each sequence takes greedily."""
+    """Return the number of tokens after the start token that each sequence takes greedily, if it is no dialogue."""
     if strategy == "top1":
         return torch.full_like(sequence, max_length)
     if strategy == "sample":

@@ -68,7 +68,10 @@ class VllmEngine:
             surprisal[place] = -output.cumulative_logprob
         written = sum(len(row) - 1 for row in ids)
         progress(written, len(ids) * (config.max_length - 1) - written)
-        return [begin.sequence(place, *end, vocabulary) for place, end in enumerate(zip(ids, surprisal, strict=True))]
+        ended = [
+            row[-1] in vocabulary.stop and len(row) > len(given) for row, given in zip(ids, begin.prefix, strict=True)
+        ]
+        return [begin.sequence(place, *end) for place, end in enumerate(zip(ids, surprisal, ended, strict=True))]
 
     def _complete(
         self, prompts: list[list[int]], limits: list[int], vocabulary: Vocabulary, options: list[dict]

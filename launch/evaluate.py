@@ -17,12 +17,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from launch import cli
 from qat.evaluate import heldout, vllm
-from qat.evaluate.perplexity import TextScore, WindowScore, score_windows, text_windows
+from qat.evaluate.perplexity import (
+    TextScore,
+    Windows,
+    WindowScore,
+    dialogue_windows,
+    score_windows,
+    text_windows,
+)
 from qat.evaluate.tasks import ZERO_SHOT, task_names, zero_shot_average
 from qat.infer import simulated
 from qat.quant.config import CONFIG_FILE, QuantConfig
@@ -46,11 +52,12 @@ class Evaluation:
     Args:
         model: a Hugging Face directory or hub name, the final/ of a training run, or an export
         method: "as_is", or "rtn" to round a full-precision model to the bits below, untrained
-        text: for perplexity; one or more, with commas between: encyclopedia or howto (built in, need no hub),
-            wikitext2 or c4 (from the hub), or text files; none for no text
+        text: for perplexity; one or more, with commas between: encyclopedia, howto or dialogues (built in, need no
+            hub), wikitext2 or c4 (from the hub), or text files; none for no text. Of dialogues, also of a jsonl file
+            with "messages", the answers are measured
         window: tokens per window; windows do not overlap. Models with fewer positions get as many as they have
             (with vllm one less)
-        windows: how many windows of each text; 0 for the complete text
+        windows: how many windows of each text, or how many dialogues; 0 for all
         teacher: full-precision model; where it is given, mean KL(teacher || model) is measured on the same tokens
         tasks: for accuracy; one or more, with commas between: boolq, piqa, social_iqa, hellaswag, winogrande, arc_easy,
             arc_challenge, openbookqa (zero-shot), mmlu, triviaqa (5-shot), or paper for all of these
@@ -106,14 +113,10 @@ def main() -> None:
     if teacher_name:
         check_teacher(teacher_name, name, tokenizer)
     texts = {
-        text: text_windows(
-            heldout.paragraphs(text), tokenizer, window, evaluation.windows or heldout.most_windows(text, window)
-        )
-        for text in evaluation.text.split(",")
-        if text != NO_TEXT
+        text: windows_of(text, tokenizer, window, evaluation) for text in evaluation.text.split(",") if text != NO_TEXT
     }
     for text, windows in texts.items():
-        models.check_ids(read_config(name), int(windows.max()), f"The text {text}")
+        models.check_ids(read_config(name), max(int(ids.max()) for ids in windows.ids), f"The text {text}")
     tasks = task_names(evaluation.tasks)
     settings = {
         **{key: value for key, value in asdict(evaluation).items() if key not in ("text", "tasks", "output")},
@@ -137,7 +140,7 @@ def main() -> None:
         llm = vllm.engine(name, window + 1)
         for text, windows in new_texts.items():
             with results.timed(text):
-                results.keep_text(text, windows, vllm.score_windows(llm, windows))
+                results.keep_text(text, windows, vllm.score_windows(llm, torch.stack(list(windows.ids))))
     else:
         _meet_ranks()
         model = _load(name, quant if rtn else None)
@@ -146,6 +149,19 @@ def main() -> None:
     results.show_average(tasks)
     if evaluation.output:
         cli.say(f"{evaluation.output}: these results")
+
+
+def windows_of(text: str, tokenizer: models.Tokenizer, window: int, evaluation: Evaluation) -> Windows:
+    """Return what is measured of a text, or of dialogues."""
+    dialogues = heldout.dialogues(text)
+    if dialogues is None:
+        most = evaluation.windows or heldout.most_windows(text, window)
+        return Windows(text_windows(heldout.paragraphs(text), tokenizer, window, most))
+    if evaluation.engine == "vllm":
+        raise UserError(
+            f"engine=vllm measures running text, and {text} is dialogues: leave it out, or give engine=torch."
+        )
+    return dialogue_windows(dialogues, tokenizer, window, evaluation.windows)
 
 
 def check_teacher(teacher: str, model: str, tokenizer: models.Tokenizer) -> None:
@@ -170,7 +186,7 @@ def _load(name: str, rtn: QuantConfig | None) -> PreTrainedModel:
 
 
 def _measure_texts(
-    model: PreTrainedModel, teacher_name: str | None, texts: dict[str, Tensor], results: "_Results"
+    model: PreTrainedModel, teacher_name: str | None, texts: dict[str, Windows], results: "_Results"
 ) -> None:
     teacher = None
     if texts and teacher_name:
@@ -219,11 +235,11 @@ class _Results:
             _check_same(self._content, settings, path)
         self.texts, self.tasks = self._content["texts"], self._content["tasks"]
 
-    def has(self, text: str, windows: Tensor) -> bool:
+    def has(self, text: str, windows: Windows) -> bool:
         return self.texts.get(text, {}).get("digest") == _digest(windows)
 
-    def keep_text(self, text: str, windows: Tensor, scores: list[WindowScore]) -> None:
-        self.texts[text] = {"digest": _digest(windows), **asdict(TextScore.of(scores, windows.shape[1]))}
+    def keep_text(self, text: str, windows: Windows, scores: list[WindowScore]) -> None:
+        self.texts[text] = {"digest": _digest(windows), **asdict(TextScore.of(scores))}
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -266,6 +282,8 @@ class _Results:
     def _text_line(self, text: str) -> str:
         score = self.texts[text]
         kl = "" if score["kl"] is None else f", KL to the teacher {score['kl']:.4f} ± {score['kl_stderr']:.4f} nats"
+        if score.get("top1") is not None:  # files of earlier versions lack it
+            kl += f" (one token in 100 above {score['kl_p99']:.3f}), same top token {100 * score['top1']:.2f}%"
         return f"perplexity {score['perplexity']:.3f} on {score['tokens']} tokens of {text}{kl}"
 
     def _task_line(self, task: str) -> str:
@@ -306,8 +324,11 @@ def _arithmetic_of(content: dict[str, Any]) -> str:
     return "products of floats" if "floats" in content.get("products", {"": "floats"}).values() else ARITHMETIC
 
 
-def _digest(windows: Tensor) -> str:
-    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16]
+def _digest(windows: Windows) -> str:
+    digest = hashlib.sha256()
+    for tensor in (*windows.ids, *(windows.counted or ())):
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _meet_ranks() -> None:
@@ -319,9 +340,11 @@ def _meet_ranks() -> None:
     dist.init_process_group("gloo", timeout=ranks.TIMEOUT)
 
 
-def _score(model: PreTrainedModel, windows: Tensor, teacher: PreTrainedModel | None) -> list[WindowScore]:
+def _score(model: PreTrainedModel, windows: Windows, teacher: PreTrainedModel | None) -> list[WindowScore]:
     """Return the scores of all windows, in order: this rank computes its share, and every rank gets all."""
-    own = score_windows(model, windows[cli.rank() :: cli.ranks()], teacher, progress=cli.is_first_rank())
+    ours = slice(cli.rank(), None, cli.ranks())
+    counted = windows.counted and windows.counted[ours]
+    own = score_windows(model, windows.ids[ours], teacher, progress=cli.is_first_rank(), counted=counted)
     return _interleave(_gather(own))
 
 

@@ -1,19 +1,21 @@
 """Let a model write training sequences into a folder of Parquet shards.
 
 python launch/generate.py --model DIR --output DIR; under deepspeed, torchrun or srun, the ranks share the shards. If
-the output folder exists, the run resumes. --corpus makes the same shards from real text.
+the output folder exists, the run resumes. --strategy chat writes dialogues, --prompts answers yours; --corpus makes the
+same shards from real text.
 """
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from transformers.distributed import DistributedConfig
 
 from datagen import card, decoder, plan
 from datagen.corpus import HUB, Corpus
-from datagen.generate import GenerateConfig, Vocabulary, write_sequences
+from datagen.dialogues import Dialogues
+from datagen.generate import GenerateConfig, Vocabulary, Watch, write_sequences
 from datagen.parallel import Group, ranks_from_slurm
 from launch import cli
 from qat.data.shards import Sequence, ShardFolder
@@ -21,7 +23,14 @@ from qat.quant.rotated import check_plain
 from qat.runtime import machine, memory, progress, ranks
 from qat.runtime.errors import UserError
 from qat.runtime.preemption import RESUMABLE_EXIT, StopSignal
-from qat.store import models
+from qat.store import dialogues, models
+from qat.train.teacher_cache import SEQUENCES_PER_FILE, Observed, TeacherCache
+
+Writer = Callable[[range, Watch | None], list[Sequence]]
+"""Writes the sequences of a range of indices, and shows what the model predicts."""
+
+CACHE = "teacher_cache"
+"""Folder of the teacher's predictions, in that of the shards."""
 
 _OF_TEXT = ("sequences", "max_length", "sequences_per_shard")
 """The settings that apply when the text comes from a corpus."""
@@ -36,11 +45,48 @@ class Paths:
         output: folder of the shards
         corpus: make the shards from this text instead, with the model's tokenizer: a txt, jsonl or parquet file, a
             folder of them, wikitext or c4
+        prompts: with --strategy chat, the dialogues begin with these, and the model answers: a jsonl file of objects
+            with "prompt" or "messages", or a txt file with a prompt per line
     """
 
     model: str
     output: Path
     corpus: str | None = None
+    prompts: Path | None = None
+
+
+class TaughtShards(ShardFolder):
+    """Shards with the teacher's predictions: a shard without them counts as missing."""
+
+    def __init__(self, directory: Path, config: GenerateConfig):
+        """Raise UserError if the files of the predictions are not divided as the shards are."""
+        if config.shards > 1 and config.sequences_per_shard % SEQUENCES_PER_FILE:
+            raise UserError(
+                f"sequences_per_shard={config.sequences_per_shard} does not fit --teacher_cache, whose files hold "
+                f"{SEQUENCES_PER_FILE} sequences each: give a multiple of that."
+            )
+        super().__init__(directory)
+        self.cache, self._config = TeacherCache(directory / CACHE), config
+
+    def missing(self, index: int) -> bool:
+        return super().missing(index) or any(self.cache.lacks(number) for number in self._files(index))
+
+    def observed(self, index: int) -> Observed:
+        """Return where the predictions of shard ``index`` are kept until they are written."""
+        return Observed(len(self._config.shard_range(index)), self._config.max_length, self._config.teacher_cache)
+
+    def write_targets(self, index: int, sequences: list[Sequence], observed: Observed) -> None:
+        """Write the predictions of shard ``index``, which must be claimed and is to be written next. An older one is
+        deleted first: where a shard is, the predictions are those on its sequences."""
+        self.path(index).unlink(missing_ok=True)
+        entries = observed.entries([len(sequence.input_ids) for sequence in sequences])
+        for place, number in enumerate(self._files(index)):
+            first = place * SEQUENCES_PER_FILE
+            self.cache.write(number, entries[first : first + SEQUENCES_PER_FILE])
+
+    def _files(self, index: int) -> range:
+        sequences = self._config.shard_range(index)
+        return range(sequences.start // SEQUENCES_PER_FILE, -(-sequences.stop // SEQUENCES_PER_FILE))
 
 
 class Stopped(Exception):
@@ -51,15 +97,17 @@ def main() -> int:
     paths, config = cli.parse(__doc__, Paths, GenerateConfig)
     directory = models.resolve_full_precision(paths.model)
     tokenizer = models.load_tokenizer(directory)
-    folder = ShardFolder(paths.output)
+    folder = TaughtShards(paths.output, config) if config.teacher_cache else ShardFolder(paths.output)
     if paths.corpus and not cli.is_first_rank():
         return 0  # tokenizing is quick: the first rank does it alone
     was_complete = cli.is_first_rank() and (paths.output / card.CARD).exists()
+    if paths.prompts and (paths.corpus or config.strategy != "chat"):
+        raise UserError("--prompts begin dialogues: give --strategy chat, and no --corpus.")
     try:
         if paths.corpus:
             write_corpus(Corpus(paths.corpus), folder, directory, tokenizer, config)
         else:
-            write_generated(folder, directory, tokenizer, config)
+            write_generated(folder, directory, tokenizer, config, paths.prompts)
     except Stopped:
         cli.say(f"stopped by a signal: the same command resumes {paths.output}")
         return RESUMABLE_EXIT
@@ -67,22 +115,33 @@ def main() -> int:
         name = Path(paths.model).name if Path(paths.model).exists() else paths.model
         if card.write(folder, tokenizer, name) or was_complete:
             print(f"{paths.output} is complete: {config.sequences} sequences; {card.CARD} describes them.", flush=True)
+            if isinstance(folder, TaughtShards):
+                print(f"train with --teacher_cache {folder.cache.directory}, without a teacher", flush=True)
     return 0
 
 
-def write_generated(folder: ShardFolder, directory: str, tokenizer: models.Tokenizer, config: GenerateConfig) -> None:
+def write_generated(
+    folder: ShardFolder, directory: str, tokenizer: models.Tokenizer, config: GenerateConfig, prompts: Path | None
+) -> None:
     vllm = config.engine == "vllm"
     if vllm and cli.ranks() > 1:
         raise UserError("engine=vllm starts its own ranks (--tensor_parallel): start it with plain python.")
     group = Group.of(cli.rank(), cli.ranks(), 1 if vllm else config.tensor_parallel)
-    check(directory, tokenizer, config, group.size)
+    given = dialogues_of(tokenizer, config, prompts)
+    check(directory, tokenizer, config, given, group.size)
+    teacher = models.weights_fingerprint(directory)
     folder.claim(
         {
-            **asdict(config),
-            "teacher": models.weights_fingerprint(directory),
+            **config.record(),
+            "teacher": teacher,
             "tokenizer": models.tokenizer_fingerprint(tokenizer),
+            **({"prompts": prompts.name} if prompts else {}),
+            **({"dialogues": given.fingerprint()} if given else {}),
         }
     )
+    if isinstance(folder, TaughtShards):
+        with folder.alone():
+            folder.cache.record({"teacher": teacher, "data": folder.fingerprint(), "top_k": config.teacher_cache})
     group.init()
     stop = StopSignal()
     missing = [index for index in range(config.shards) if group.agree(folder.missing(index))]
@@ -103,14 +162,18 @@ def write_generated(folder: ShardFolder, directory: str, tokenizer: models.Token
                 raise Stopped
             advance(tokens, spared)
 
-        write: Callable[[range], list[Sequence]] | None = None
+        write: Writer | None = None
         for index in group.shards(folder, missing):
             advance_unless_stopped(0, 0)
             # vLLM writes a shard in one call, and reports progress when it is done: too late to abandon the shard.
-            write = write or writer(directory, tokenizer, config, group, advance if vllm else advance_unless_stopped)
-            sequences = write(config.shard_range(index))
+            on_progress = advance if vllm else advance_unless_stopped
+            write = write or writer(directory, tokenizer, config, given, group, on_progress)
+            observed = folder.observed(index) if isinstance(folder, TaughtShards) and group.leads else None
+            sequences = write(config.shard_range(index), observed.keep if observed else None)
             if group.leads:
                 with ranks.doing("writing a shard"):
+                    if isinstance(folder, TaughtShards) and observed:
+                        folder.write_targets(index, sequences, observed)
                     folder.write(index, sequences)
         bar.total = bar.n  # other ranks may have written more shards than this one
     if write and needs:
@@ -133,13 +196,30 @@ def warn_if_short(needs: Mapping[str, float], config: GenerateConfig) -> None:
     )
 
 
+def dialogues_of(tokenizer: models.Tokenizer, config: GenerateConfig, prompts: Path | None) -> Dialogues | None:
+    """Return what is given of the dialogues, if there are any; raise UserError if that cannot be found out."""
+    if config.strategy != "chat":
+        return None
+    if prompts is None:
+        return Dialogues.of(tokenizer, config.turns, config.system, config.max_length)
+    asked = dialogues.read(prompts)
+    given = Dialogues.of_prompts(tokenizer, asked, config.turns, config.system, config.max_length)
+    if left_out := len(asked) - len(given.openings):
+        cli.say(
+            f"{left_out} of the {len(asked)} prompts are left out: they ask nothing, or leave no room for an answer in "
+            f"max_length={config.max_length} tokens"
+        )
+    return given
+
+
 def writer(
     directory: str,
     tokenizer: models.Tokenizer,
     config: GenerateConfig,
+    given: Dialogues | None,
     group: Group,
     progress: Callable[[int, int], None],
-) -> Callable[[range], list[Sequence]]:
+) -> Writer:
     """Return a function that writes the sequences of a range of indices, with the model loaded into the chosen
     engine."""
     vocabulary = Vocabulary.of(tokenizer, directory)
@@ -147,14 +227,14 @@ def writer(
         from datagen.vllm_engine import VllmEngine
 
         engine = VllmEngine(directory, machine.inference_dtype(), config)
-        return lambda indices: engine.write_sequences(vocabulary, config, indices, progress)
+        return lambda indices, watch: engine.write_sequences(vocabulary, config, indices, progress)
     if group.size > 1:
         each_its_part = DistributedConfig(tp_size=group.size)
         model = models.load(directory, machine.inference_dtype(), distributed_config=each_its_part)
     else:
         model = models.load(directory, machine.inference_dtype())
         machine.place(model)
-    return lambda indices: write_sequences(model, vocabulary, config, indices, progress)
+    return lambda indices, watch: write_sequences(model, vocabulary, config, indices, progress, given, watch)
 
 
 def write_corpus(
@@ -187,11 +267,20 @@ def write_corpus(
         folder.write(index, [Sequence(row, row[len(prefix)], 0, "length", None) for row in sequences])
 
 
-def check(directory: str, tokenizer: models.Tokenizer, config: GenerateConfig, tensor_parallel: int) -> None:
-    """Raise UserError if the model cannot write sequences with these settings."""
+def check(
+    directory: str, tokenizer: models.Tokenizer, config: GenerateConfig, given: Dialogues | None, tensor_parallel: int
+) -> None:
+    """Raise UserError if the model cannot write sequences with these settings, or what is ``given`` of dialogues."""
     model = models.read_config(directory)
     models.check_length(model, config.max_length, "max_length")
     models.check_ids(model, max(Vocabulary.of(tokenizer, directory).prefix, default=0), "The beginning of a text")
+    if given:
+        models.check_ids(model, max(map(max, [*given.openings, *given.between])), "The text of the chat template")
+    if config.teacher_cache > model.vocab_size:
+        raise UserError(
+            f"teacher_cache={config.teacher_cache} is more than the {model.vocab_size} tokens of the vocabulary: give "
+            "64."
+        )
     if config.engine == "torch":
         decoder.check(model, config.max_length)
     else:

@@ -48,6 +48,12 @@ CONFIG = {
     "tie_word_embeddings": True,
 }
 
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+"""A chat template whose turns end with </s>."""
+
 
 def needs_compiler() -> None:
     """Skip a test where there is no C++ compiler; with one, torch.compile must work, or all would run eagerly."""
@@ -77,6 +83,13 @@ def tiny_tokenizer(text: str = TEXT, tokens: int = CONFIG["vocab_size"]) -> PreT
     tokenizer.train_from_iterator([text], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def talking(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    """The tiny tokenizer with a chat template."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -5,15 +5,15 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TEXT, finish, start_training, tiny_model, tiny_tokenizer
+from conftest import ROOT, TEXT, finish, start_training, talking, tiny_model, tiny_tokenizer
 from test_launch import error_of
 from torch.nn.functional import kl_div
 
 import launch.evaluate
 from qat.evaluate import heldout
-from qat.evaluate.perplexity import TextScore, WindowScore, score_windows, text_windows
+from qat.evaluate.perplexity import TextScore, WindowScore, dialogue_windows, score_windows, text_windows
 from qat.runtime.errors import UserError
-from qat.store import models, smollm2
+from qat.store import dialogues, models, smollm2
 from qat.store.sidecars import STEPS_FILE
 from qat.store.weight_files import weight_files
 
@@ -22,7 +22,7 @@ WINDOWS = torch.randint(2, 300, (3, 40), generator=torch.Generator().manual_seed
 
 def test_perplexity_is_that_of_the_models_own_loss():
     model = tiny_model()
-    measured = TextScore.of(score_windows(model, WINDOWS), 40)
+    measured = TextScore.of(score_windows(model, WINDOWS))
     loss = model(WINDOWS, labels=WINDOWS).loss.item()
     assert measured.nll == pytest.approx(loss, rel=1e-5)
     assert measured.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
@@ -34,15 +34,85 @@ def test_kl_is_that_of_the_whole_distributions():
     model, teacher = tiny_model(), tiny_model()
     for parameter in model.parameters():
         parameter.data += 0.01 * torch.randn_like(parameter)
-    measured = TextScore.of(score_windows(model, WINDOWS, teacher), 40)
+    measured = TextScore.of(score_windows(model, WINDOWS, teacher))
     own, other = (m(WINDOWS).logits[:, :-1].double().log_softmax(-1) for m in (model, teacher))
     expected = kl_div(own, other, reduction="sum", log_target=True).item() / own[..., 0].numel()
     assert measured.kl == pytest.approx(expected, rel=1e-3)
-    assert TextScore.of(score_windows(teacher, WINDOWS, teacher), 40).kl == pytest.approx(0, abs=1e-7)
+    assert TextScore.of(score_windows(teacher, WINDOWS, teacher)).kl == pytest.approx(0, abs=1e-7)
+
+
+def test_agreement_and_the_worst_kl_are_those_of_the_tokens():
+    model, teacher = tiny_model(), tiny_model()
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    measured = TextScore.of(score_windows(model, WINDOWS, teacher))
+    own, other = (m(WINDOWS).logits[:, :-1].double().log_softmax(-1) for m in (model, teacher))
+    same = (own.argmax(-1) == other.argmax(-1)).double().mean(1)
+    assert 0 < same.mean() < 1
+    assert measured.window_top1 == pytest.approx(same.tolist(), abs=1e-6)
+    assert measured.top1 == pytest.approx(same.mean().item())
+    token_kl = (other.exp() * (other - own)).sum(-1)
+    assert measured.kl_p99 == pytest.approx(token_kl.flatten().quantile(0.99).item(), rel=1e-3)
+    assert TextScore.of(score_windows(teacher, WINDOWS, teacher)).top1 == 1
+
+
+def test_of_dialogues_the_answers_are_measured_and_each_is_what_the_template_ends_it_with():
+    tokenizer, model, teacher = talking(), tiny_model(), tiny_model()
+    for parameter in model.parameters():
+        parameter.data += 0.01 * torch.randn_like(parameter)
+    said = [["Why?", "So.", "How?", "By itself."], ["A question", "An answer of many words"], ["long " * 99, "cut"]]
+    messages = [
+        [dialogues.message(role, text) for role, text in zip(("user", "assistant") * 2, turns, strict=False)]
+        for turns in said
+    ]
+    windows = dialogue_windows(messages, tokenizer, 64, most=0)
+    assert len(windows.ids) == 2, "nothing is left of an answer beyond the window"
+    for ids, counted, turns, dialogue in zip(windows.ids, windows.counted, said, messages, strict=False):
+        assert tokenizer.decode(ids) == dialogues.rendered(tokenizer, dialogue, answering=False)
+        assert tokenizer.decode(ids[1:][counted]) == "".join(f"{answer}</s>" for answer in turns[1::2])
+    scores = score_windows(model, windows.ids, teacher, counted=windows.counted)
+    for score, ids, counted in zip(scores, windows.ids, windows.counted, strict=True):
+        own, other = (m(ids[None]).logits[0, :-1].log_softmax(-1)[counted] for m in (model, teacher))
+        assert score.tokens == int(counted.sum())
+        assert score.nll == pytest.approx(-own.gather(1, ids[1:][counted][:, None]).mean().item(), rel=1e-4)
+        assert score.kl == pytest.approx(kl_div(own, other, reduction="batchmean", log_target=True).item(), rel=1e-3)
+    assert TextScore.of(scores).tokens == sum(score.tokens for score in scores)
+    with pytest.raises(UserError, match="has an answer"):
+        dialogue_windows([[dialogues.message("user", "Why?")]], tokenizer, 64, 0)
+
+
+def test_the_built_in_dialogues_are_questions_with_answers():
+    found = heldout.dialogues("dialogues")
+    assert len(found) == 1000
+    assert all([turn["role"] for turn in dialogue] == ["user", "assistant"] for dialogue in found)
+    answers = [dialogue[1]["content"] for dialogue in found]
+    assert all("The answer is" in answer and "<<" not in answer and "####" not in answer for answer in answers[::2])
+    assert all(answer.startswith("```python\n") and "\r" not in answer for answer in answers[1::2])
+    assert heldout.dialogues("encyclopedia") is None
+
+
+def test_a_file_of_dialogues_is_evaluated(tmp_path, monkeypatch):
+    """vLLM is asked for running text alone."""
+    talks = tmp_path / "model"
+    tiny_model().save_pretrained(talks)
+    talking().save_pretrained(talks)
+    file = tmp_path / "held_out.jsonl"
+    turns = [dialogues.message("user", "Why?"), dialogues.message("assistant", "For no reason that I know of.")]
+    file.write_text(f"{json.dumps({'messages': turns})}\n" * 3)
+    flags = [f"--model={talks}", f"--text={file}", "--window=64"]
+    assert "leave it out, or give engine=torch" in error_of(monkeypatch, "evaluate", *flags, "--engine=vllm")
+    flags += [f"--teacher={talks}", f"--output={tmp_path / 'out.json'}"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags, "--method=rtn", "--w_bits=2"])
+    launch.evaluate.main()
+    score = json.loads((tmp_path / "out.json").read_text())["texts"][str(file)]
+    assert len(score["window_top1"]) == 3
+    answer = talking()("For no reason that I know of.</s>", add_special_tokens=False).input_ids
+    assert score["tokens"] == 3 * len(answer)
+    assert score["kl_p99"] >= score["kl"] > 0
 
 
 def test_standard_errors_are_those_of_the_windows():
-    score = TextScore.of([WindowScore(1.0, 0.1), WindowScore(3.0, 0.1)], 10)
+    score = TextScore.of([WindowScore(1.0, 0.1, 9), WindowScore(3.0, 0.1, 9)])
     assert score.nll == 2
     assert score.nll_stderr == pytest.approx(1.0)
     assert score.kl_stderr == pytest.approx(0.0)
@@ -122,7 +192,7 @@ def test_perplexity_of_the_real_model():
     """As in README.md, whatever the code that finds it."""
     directory = models.resolve(smollm2.EMBEDDED)
     windows = text_windows(heldout.paragraphs("encyclopedia"), models.load_tokenizer(directory), 512, 32)
-    measured = TextScore.of(score_windows(models.load(directory, torch.float32), windows), 512)
+    measured = TextScore.of(score_windows(models.load(directory, torch.float32), windows))
     assert measured.perplexity == pytest.approx(23.32, abs=0.01)
 
 

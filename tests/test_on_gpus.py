@@ -355,7 +355,9 @@ def test_architectures_as_students_and_in_the_decoder(family, gpu):
         check(decoder.logits(on_host.to(GPU), on_host.to(GPU), 8), torch.float32, (4, 300))
     decoder.keep(torch.tensor([0, 2]))
     two = on_host[:2]
-    chosen, surprisal = decoder.choose(two, two, two == 0, two.double(), sampling.Truncation(0.7, 20, 0.9))
+    chosen, surprisal = decoder.choose(
+        decoder.step(two, two), two == 0, two.double(), sampling.Truncation(0.7, 20, 0.9)
+    )
     assert (chosen.device.type, chosen.dtype) == ("cpu", torch.int64)
     assert (surprisal.device.type, surprisal.dtype) == ("cpu", torch.float64)
 

@@ -80,7 +80,7 @@ def _step(bench: Bench, decoder: Decoder, place: int):
     tokens = bench.ids(decoder.slots)[0]
     position, greedy = torch.full_like(tokens, place), torch.zeros_like(tokens, dtype=torch.bool)
     draw = sampling.uniform(0, tokens, place)
-    return lambda: decoder.choose(tokens, position, greedy, draw, sampling.Truncation())
+    return lambda: decoder.choose(decoder.step(tokens, position), greedy, draw, sampling.Truncation())
 
 
 def _eager(decoder: Decoder, place: int) -> None:

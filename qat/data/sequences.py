@@ -1,7 +1,5 @@
 """Training sequences from shards, in an order that depends on the seed and the sample's number alone."""
 
-import hashlib
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -70,7 +68,7 @@ class TrainingData:
                 f"({ours}): generate the data with the model that is trained, or give the folder made with it."
             )
         self._sequences = folder.sequences()
-        self.fingerprint = hashlib.sha256(json.dumps(folder.manifest(), sort_keys=True).encode()).hexdigest()[:16]
+        self.fingerprint = folder.fingerprint()
         """Equal for folders made from the same settings, teacher and tokenizer."""
         ids, lengths = pc.list_flatten(self._sequences), pc.list_value_length(self._sequences)
         if ids.null_count or lengths.null_count or pc.min(lengths).as_py() < 1 or pc.min(ids).as_py() < 0:

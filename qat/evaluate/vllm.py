@@ -45,7 +45,8 @@ def prompt_logprobs(llm: Any, windows: Tensor) -> Tensor:
 
 def score_windows(llm: Any, windows: Tensor) -> list[WindowScore]:
     """Score the model that vLLM serves, as qat.evaluate.perplexity.score_windows does."""
-    return [WindowScore(-nll, None) for nll in prompt_logprobs(llm, windows).mean(1).tolist()]
+    tokens = windows.shape[1] - 1
+    return [WindowScore(-nll, None, tokens) for nll in prompt_logprobs(llm, windows).mean(1).tolist()]
 
 
 def greedy(tokens: int) -> Any:

@@ -141,6 +141,11 @@ def load_tokenizer(name: str) -> Tokenizer:
         raise UserError(f"The tokenizer of {name} cannot be read: {in_one_line(error)}") from error
 
 
+def special_ids(tokenizer: Tokenizer) -> set[int]:
+    """Return the ids of the tokens that are no text: BOS, the marks of a chat template, and other added ones."""
+    return set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+
+
 def load_generation_config(directory: str) -> GenerationConfig:
     """Return the generation config of the model in ``directory``: its generation_config.json, or else one from its
     config.

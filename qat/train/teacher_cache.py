@@ -46,9 +46,15 @@ class TeacherCache:
         """Create the folder for ``settings``, or check that it was made with the same, and keep other processes out
         until this one ends; raise UserError if another one is in it, or it was made with other settings."""
         lock(self.directory)
+        self.record(settings)
+
+    def record(self, settings: dict[str, object]) -> None:
+        """Create the folder for ``settings``, or check that it was made with the same; raise UserError if it was
+        not."""
         path = self.directory / "manifest.json"
         if not path.exists():
             with writing(self.directory):
+                self.directory.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, json.dumps(settings, indent=2) + "\n")
         self.check(settings)
 
@@ -81,7 +87,11 @@ class TeacherCache:
 
     def missing(self, sequences: int) -> list[int]:
         """Return the numbers of the files that are missing or damaged in a folder of ``sequences`` sequences."""
-        return [number for number in range(_files(sequences)) if _fault(self.path(number))]
+        return [number for number in range(_files(sequences)) if self.lacks(number)]
+
+    def lacks(self, number: int) -> bool:
+        """Return whether file ``number`` is missing or damaged."""
+        return bool(_fault(self.path(number)))
 
     def check_complete(self, sequences: int, rank: int = 0, ranks: int = 1) -> None:
         """Raise UserError if a folder of ``sequences`` sequences lacks a file, or one is damaged.
@@ -150,9 +160,33 @@ def entry_of(targets: TeacherTargets, top_k: int) -> dict[str, Tensor]:
     states."""
     if top_k == 0:
         return {"hidden": targets.hidden.cpu().clone()}
-    ids, log_probabilities = [], []
-    for logits in targets.logits(CHUNK_TOKENS[targets.hidden.device.type]):
-        top = torch.log_softmax(logits, -1, dtype=torch.float32).topk(top_k, -1)
-        ids.append(top.indices.int().cpu())
-        log_probabilities.append(top.values.half().cpu())
-    return {"ids": torch.cat(ids), "log_probabilities": torch.cat(log_probabilities)}
+    chunks = [most_likely(logits, top_k) for logits in targets.logits(CHUNK_TOKENS[targets.hidden.device.type])]
+    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+
+def most_likely(logits: Tensor, top_k: int) -> dict[str, Tensor]:
+    """Return what a cache keeps of the predictions with these logits [tokens, vocabulary], on the CPU."""
+    top = torch.log_softmax(logits, -1, dtype=torch.float32).topk(top_k, -1)
+    return {"ids": top.indices.int().cpu(), "log_probabilities": top.values.half().cpu()}
+
+
+class Observed:
+    """The ``top_k`` most likely tokens at the positions of ``sequences`` sequences, as decoding comes to them."""
+
+    def __init__(self, sequences: int, max_length: int, top_k: int):
+        self._top_k = top_k
+        shape = (sequences, max_length - 1, top_k)  # what no sequence reaches is never touched, and takes no memory
+        self._kept = {"ids": torch.empty(shape, dtype=torch.int32)}
+        self._kept |= {"log_probabilities": torch.empty(shape, dtype=torch.float16)}
+
+    def keep(self, logits: Tensor, sequence: Tensor, position: Tensor) -> None:
+        """Keep the predictions with logits [some, vocabulary] of some sequences [some] at their positions [some]."""
+        for name, values in most_likely(logits, self._top_k).items():
+            self._kept[name][sequence, position] = values
+
+    def entries(self, lengths: list[int]) -> list[dict[str, Tensor]]:
+        """Return what a cache keeps of each sequence; ``lengths`` are their numbers of tokens."""
+        return [
+            {name: values[place, : length - 1] for name, values in self._kept.items()}
+            for place, length in enumerate(lengths)
+        ]

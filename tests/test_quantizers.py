@@ -17,7 +17,7 @@ DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)  # denormals and huge outliers included
 FIXED = [name for name, quantizer in QUANTIZERS.items() if not quantizer.learned]  # the grid: a function of the tensor
 MINMAX, ASYMMETRIC, LSQ = (QUANTIZERS[name] for name in ("minmax", "minmax_asymmetric", "lsq"))
-FORMATS = st.builds(Format, BITS, st.sampled_from(FIXED))
+FORMATS = st.sampled_from([Format(bits, name) for name in FIXED for bits in QUANTIZERS[name].bits])
 
 
 @st.composite
@@ -33,7 +33,7 @@ def same(a, b):
 @given(tensors(), FORMATS)
 def test_fake_equals_integer_bit_for_bit(x, form):
     quantized = quantize(x, form)
-    lowest = -form.qmax - (not form.symmetric)
+    lowest = -form.qmax - (not form.symmetric or not form.by.grid_gives_codes)  # ggml's blocks use the lowest code too
     assert quantized.codes.dtype == torch.int8
     assert lowest <= quantized.codes.min()
     assert quantized.codes.max() <= form.qmax
@@ -47,7 +47,7 @@ def test_fake_equals_integer_bit_for_bit(x, form):
     same(values, fake_quantize(x, form))
 
 
-@given(tensors(), st.sampled_from([f for f in FIXED if f != "statsq"]), BITS)
+@given(tensors(), st.sampled_from(["minmax", "minmax_asymmetric"]), BITS)
 def test_minmax_clips_nothing_and_errs_by_half_a_step(x, method, bits):
     x, form = x.float().clamp(-1e30, 1e30), Format(bits, method)
     quantized = quantize(x, form)

@@ -79,6 +79,11 @@ def test_torchs_options_for_exact_division():
     assert any("division_rounding" in name or "divison_rounding" in name for name in torch._inductor.list_options())
 
 
+def test_torchs_option_for_exact_casts():
+    """Without it compiled quantizers lose the rounding of their scales to fp16 or bf16."""
+    assert "emulate_precision_casts" in torch._inductor.list_options()
+
+
 def test_deepspeeds_internals_are_touched_in_one_file():
     """Private attributes of engines and optimizers, by the names above."""
     private = re.compile(

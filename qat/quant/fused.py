@@ -20,6 +20,9 @@ _DIVISION = ("eager_numerics.division_rounding", "emulate_divison_rounding")
 """Triton's own division is approximate; eager mode's, and ours, is rounded correctly. The option's name from torch 2.11
 on, and in 2.10."""
 
+_CASTS = "emulate_precision_casts"
+"""Without it the compiler drops the rounding of x.half().float(), and on GPUs fuses products with sums."""
+
 _VARIANTS = 64
 
 
@@ -51,7 +54,7 @@ def compiles(device: str) -> bool:
     if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         return False
     try:
-        if device != "cpu" and not options():
+        if device != "cpu" and not options().keys() & set(_DIVISION):
             raise RuntimeError(f"this torch, {torch.__version__}, has no option for exact division")
         x = torch.ones(8, device=device)
         torch.compile(lambda x: (x / (x + 1)).sin(), dynamic=True, options=options())(x)
@@ -66,6 +69,6 @@ def compiles(device: str) -> bool:
 
 @functools.cache
 def options() -> dict[str, str | int | bool | Callable]:
-    """Return the options for ``torch.compile`` that make divisions correctly rounded."""
+    """Return the options for ``torch.compile`` that make it round where eager mode does."""
     known = torch._inductor.list_options()
-    return {name: True for name in _DIVISION if name in known}
+    return {name: True for name in (*_DIVISION, _CASTS) if name in known}

@@ -70,7 +70,7 @@ class Quantized(NamedTuple):
 
 def grid_of(x: Tensor, form: Format) -> Grid:
     """Return the grid that ``form`` lays over x [..., n]; NaN where x has one."""
-    return _unrow(form.by.grid(_rows(x, form), form.qmax), x, form)
+    return _unrow(form.by.stored_grid(_rows(x, form), form.qmax), x, form)
 
 
 def quantize(x: Tensor, form: Format, grid: Grid | None = None) -> Quantized:
@@ -117,7 +117,7 @@ def _on_grid(
         result, scale, zero_point = find(rows, form.by, form.qmax)
         found = Grid(scale, zero_point)
     else:
-        found = _rowed(grid) if grid is not None else form.by.grid(rows, form.qmax)
+        found = _rowed(grid) if grid is not None else form.by.stored_grid(rows, form.qmax)
         result = use(rows, *found, form.by, form.qmax)
     return result.view(x.shape), _unrow(found, x, form)
 

@@ -1,6 +1,9 @@
 """Quantizers: one file each, and one line here."""
 
 from qat.quant.quantizers.base import Quantizer
+from qat.quant.quantizers.ggml_q4_0 import GgmlQ4_0
+from qat.quant.quantizers.ggml_q5_0 import GgmlQ5_0
+from qat.quant.quantizers.ggml_q8_0 import GgmlQ8_0
 from qat.quant.quantizers.lsq import LSQ
 from qat.quant.quantizers.minmax import MinMax
 from qat.quant.quantizers.minmax_asymmetric import MinMaxAsymmetric
@@ -13,6 +16,9 @@ QUANTIZERS: Table[Quantizer] = Table(
     minmax_asymmetric=MinMaxAsymmetric(),
     statsq=StatsQ(),
     lsq=LSQ(),
+    ggml_q4_0=GgmlQ4_0(),
+    ggml_q5_0=GgmlQ5_0(),
+    ggml_q8_0=GgmlQ8_0(),
 )
 
 

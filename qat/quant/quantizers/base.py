@@ -40,6 +40,7 @@ class Quantizer:
         bits: the numbers of bits that it has
         code_dtype: a code is a number of this dtype: its value over the scale, plus the zero point
         group_size: the number of elements that share a scale, where the quantizer determines it; 0 if it does not
+        scale_dtype: the dtype in which scales are stored: they are its values, though the grid holds them in fp32
         is_exact: whether ``grid`` has only exact operations (min, max, abs, round) and elementwise ones, so that
             compiled code gives the same bits as eager code. A sum is not exact: compiled code adds in another order
         grid_gives_codes: whether ``codes`` on the grid of ``encode`` are the codes of ``encode``; not where codes are
@@ -54,17 +55,23 @@ class Quantizer:
     bits: ClassVar[Sequence[int]] = range(2, 9)
     code_dtype: ClassVar[torch.dtype] = torch.int8
     group_size: ClassVar[int] = 0
+    scale_dtype: torch.dtype = torch.float32
     is_exact: ClassVar[bool] = True
     grid_gives_codes: ClassVar[bool] = True
     learned: ClassVar[bool] = False
 
     def grid(self, rows: Tensor, qmax: int) -> Grid:
-        """Compute the grid [groups, 1] of rows [groups, n]."""
+        """Compute the grid [groups, 1] of rows [groups, n], its scale not rounded to ``scale_dtype`` yet."""
         raise NotImplementedError
+
+    def stored_grid(self, rows: Tensor, qmax: int) -> Grid:
+        """Compute ``grid`` with the scale as it is stored."""
+        grid = self.grid(rows, qmax)
+        return grid if self.scale_dtype == torch.float32 else Grid(stored(grid.scale, self.scale_dtype), *grid[1:])
 
     def encode(self, rows: Tensor, qmax: int) -> tuple[Tensor, Grid]:
         """Compute codes [groups, n] in fp32 and their grid [groups, 1] of rows [groups, n]."""
-        grid = self.grid(rows, qmax)
+        grid = self.stored_grid(rows, qmax)
         return self.codes(rows, grid, qmax), grid
 
     def codes(self, rows: Tensor, grid: Grid, qmax: int) -> Tensor:
@@ -112,6 +119,12 @@ def usable(scale: Tensor) -> Tensor:
     """Replace by 1 the scales that would be denormal (above all of groups of zeros), hence zero codes: a denormal scale
     has too few bits left to keep the codes in range. NaN stays NaN."""
     return torch.where(scale < _SMALLEST_SCALE, 1.0, scale)
+
+
+def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round an fp32 scale to ``dtype``; return it in fp32. Where it becomes 0 it is 1, hence zero codes."""
+    rounded = scale.to(dtype).float()
+    return torch.where(rounded == 0, 1.0, rounded)
 
 
 def divided(x: Tensor, number: int) -> Tensor:

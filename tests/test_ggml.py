@@ -8,14 +8,30 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import needs_compiler
+from conftest import needs_compiler, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from test_export import WINDOWS, write_student
+from test_prepare import ids
 from test_quantizers import same
+from torch import nn
+from transformers import Qwen2Config
 
+import qat
+from qat.export import export
+from qat.export.formats import FORMATS as EXPORTS
+from qat.export.formats import GGUF
+from qat.infer import simulated
+from qat.infer.packed import PackedLinear
 from qat.quant import fused, number_format
+from qat.quant.architecture import quantizable_linears
+from qat.quant.config import QuantConfig
+from qat.quant.linear import InputQuantizer, QuantLinear
 from qat.quant.number_format import Format, Quantized, dequantize, inside, quantize, round_to_grid
+from qat.quant.prepare import prepare
+from qat.runtime.errors import UserError
+from qat.store import gguf_files, models
 from qat.store.gguf_files import blocks
 
 Q4_0, Q5_0, Q8_0 = (Format(bits, f"ggml_q{bits}_0", 32) for bits in (4, 5, 8))
@@ -127,3 +143,79 @@ def test_zeros_stay_zeros_and_small_blocks_become_zeros():
             values = dequantize(quantize(x, form), torch.float32)
             assert not values.any()
             assert values.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_a_linear_layer_computes_what_ggmls_kernel_computes(form, dtype):
+    """But for the order in which fp32 numbers are added up; before and after it is frozen, the same bits."""
+    torch.manual_seed(form.bits)
+    layer = nn.Linear(320, 24, bias=False)
+    layer = QuantLinear.convert(layer, form, Q8_0, InputQuantizer(Q8_0, 1)).to(dtype)
+    x = torch.randn(7, 320, dtype=dtype) * torch.logspace(-2, 2, 320, dtype=dtype)
+    weights, inputs, dot = ggmls(layer.weight.detach(), form.bits), ggmls(x, 8), ctypes.c_float()
+    kernel, expected = getattr(GGML, f"ggml_vec_dot_q{form.bits}_0_q8_0"), torch.empty(7, 24)
+    for row, of_x in enumerate(inputs):
+        for out, of_weight in enumerate(weights):
+            kernel(320, ctypes.byref(dot), ctypes.c_size_t(0), pointer(of_weight), ctypes.c_size_t(0), pointer(of_x),
+                   ctypes.c_size_t(0), 1)  # fmt: skip
+            expected[row, out] = dot.value
+    y = layer(x)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6 * expected.abs().max())
+    layer.freeze()
+    same(layer(x), y)
+    PackedLinear.pack(layer, layer.integers(), dtype)
+    same(layer(x), y)
+
+
+EXPORTED = [
+    QuantConfig(4, 8, 16, w_quantizer="ggml_q4_0", a_quantizer="ggml_q8_0"),
+    QuantConfig(5, 8, 16, w_quantizer="ggml_q5_0", a_quantizer="ggml_q8_0"),
+    QuantConfig(8, 8, 16, w_quantizer="ggml_q8_0", a_quantizer="ggml_q8_0"),
+]
+
+
+@pytest.mark.parametrize(
+    ("quant", "dtype"), [*((quant, torch.float32) for quant in EXPORTED), (EXPORTED[0], torch.bfloat16)], ids=str
+)
+def test_an_exported_file_has_the_bytes_that_ggml_makes_of_the_trained_weights(quant, dtype, tmp_path):
+    student = write_student(tmp_path / "final", quant, dtype, config_class=Qwen2Config)  # which permutes no rows
+    export.check(student, GGUF)
+    export.export(student, tmp_path / "export", GGUF)
+    stored = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "export" / gguf_files.FILE).tensors}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, 2)
+    trained = quantizable_linears(tiny_model(Qwen2Config).to(dtype))
+    assert len(trained) == 14
+    for name, linear in trained.items():
+        assert np.array_equal(stored[f"{names.get_name(name)}.weight"], ggmls(linear.weight.detach(), quant.w_bits))
+    verified = export.verify(student, tmp_path / "export", GGUF, WINDOWS)
+    assert "llama.cpp loads it" in verified.engine
+    said = EXPORTS[GGUF].differences(quant)
+    assert len(said) == 1
+    assert "as trained" in said[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_served_student_computes_what_was_trained(dtype, tmp_path):
+    """Packed, simulated and frozen, in fp32: a forward pass of training, bit for bit, whatever its weights' dtype."""
+    write_student(tmp_path, EXPORTED[0], dtype)
+    trained = prepare(models.load(str(tmp_path), torch.float32), EXPORTED[0])
+    expected = trained(ids(trained)).logits
+    for model in (qat.load(str(tmp_path)), simulated.load(str(tmp_path), torch.float32)):
+        same(model(ids(model)).logits, expected)
+
+
+def test_settings_that_contradict_the_blocks_are_refused():
+    def refusal(**settings) -> str:
+        with pytest.raises(UserError) as refused:
+            prepare(tiny_model(intermediate_size=80), QuantConfig(**settings))
+        return str(refused.value)
+
+    assert "w_group_size=64 is invalid with w_quantizer=ggml_q4_0" in refusal(w_quantizer="ggml_q4_0", w_group_size=64)
+    assert "give w_bits=8" in refusal(w_quantizer="ggml_q8_0")
+    assert "give a_bits=8" in refusal(a_bits=4, a_quantizer="ggml_q8_0")
+    assert "whose scales are float16" in refusal(w_quantizer="ggml_q4_0", w_scale_dtype="bfloat16")
+    assert "has zero points" in refusal(w_quantizer="minmax_asymmetric", w_scale_dtype="bfloat16")
+    assert "blocks of 32, which do not divide the model's 80" in refusal(w_quantizer="ggml_q4_0")
+    assert "a_quantizer=ggml_q8_0 has blocks of 32" in refusal(a_quantizer="ggml_q8_0")

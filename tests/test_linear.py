@@ -18,6 +18,11 @@ SETTINGS = [
     (Format(4, group_size=16), A8),
     (Format(4, "minmax_asymmetric"), Format(8, "minmax_asymmetric")),
     (Format(3, "minmax_asymmetric", 24), A8),
+    (Format(4, group_size=16, scale_dtype="bfloat16"), A8),
+    (Format(4, "ggml_q4_0", 16), Format(8, "ggml_q8_0", 16)),
+    (W4, Format(8, "ggml_q8_0", 16)),
+    (FULL, Format(8, "ggml_q8_0", 16)),
+    (Format(4, "ggml_q4_0", 16), FULL),
 ]
 
 
@@ -152,7 +157,7 @@ def test_saves_codes_and_the_parameter_itself():
     assert sum(t.nbytes for t in others) == expected, "int8 codes, and one fp32 scale per token and output channel"
 
 
-@pytest.mark.parametrize("inputs", [A8, FULL])
+@pytest.mark.parametrize("inputs", [A8, FULL, Format(8, "ggml_q8_0", 16)])
 def test_frozen_layer_gives_the_same_bits(inputs):
     layer = make(inputs=inputs)
     x = torch.randn(3, 48)

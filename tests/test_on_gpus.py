@@ -233,6 +233,7 @@ QUANTS = [
     ),
     QuantConfig(w_quantizer="statsq", a_quantizer="lsq", kv_granularity="token"),
     QuantConfig(w_group_size=16, kv_rotation="hadamard"),
+    QuantConfig(w_quantizer="ggml_q4_0", a_quantizer="ggml_q8_0"),
     QuantConfig(kv_site="pre_rope", kv_granularity="token"),
     QuantConfig(kv_site="pre_rope", w_bits=16),
     QuantConfig(a_bits=16, kv_rotation="hadamard", kv_granularity="token"),

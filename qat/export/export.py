@@ -116,4 +116,5 @@ def _in_memory(student: Student, kind: ExportFormat | None = None) -> PreTrained
         for name, weight in student.weights()
     )
     quant = kind.held(student.quant) if kind else student.quant
-    return simulated.simulate(student.directory, weights, student.dtype, quant, torch.float32)
+    dtype = (kind and kind.value_dtype) or student.dtype
+    return simulated.simulate(student.directory, weights, dtype, quant, torch.float32)

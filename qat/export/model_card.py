@@ -90,8 +90,12 @@ def origin_of(name: str) -> Origin:
 def _made(student: Student, base: str, form: str) -> str:
     quant = student.quant
     method = "LLM-QAT (arXiv 2305.17888)" if student.run else student.ptq_method or "a method that is not recorded"
-    group = f"one per {quant.weights.group_size} input channels" if quant.w_group_size else "one per output channel"
-    inputs = "one per layer, learned" if quant.activations.learned else "one per token, dynamic"
+    weights, activations = quant.weights, quant.activations
+    group = f"one per {weights.group_size} input channels" if weights.group_size else "one per output channel"
+    if (dtype := str(weights.by.scale_dtype).removeprefix("torch.")) != "float32":
+        group += f", {dtype}"
+    inputs = f"one per {activations.group_size} channels of a token" if activations.group_size else "one per token"
+    inputs = "one per layer, learned" if activations.learned else f"{inputs}, dynamic"
     return "\n".join(
         [
             f"{base} in low precision, by {method}. W-A-KV {quant}; 16 means not quantized.",

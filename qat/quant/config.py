@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qat.quant.number_format import FULL_PRECISION, Format
 from qat.quant.quantizers import QUANTIZERS, quantizers_of
 from qat.runtime.errors import UserError
@@ -28,13 +30,27 @@ GRIDS_FILE = "weight_grids.safetensors"
 _GRIDS = "weight_grids"
 """The entry of ``quant_config.json`` that names the grids' file."""
 
-_LATER = ("overrides",)
+_LATER = ("overrides", "w_scale_dtype")
 """Settings that earlier versions did not have: they are recorded only where they are not the default, and missing in a
 record they are the default."""
 
-_PER_LAYER = ("w_bits", "a_bits", "kv_bits", "w_quantizer", "a_quantizer", "kv_quantizer", "w_group_size")
+_PER_LAYER = (
+    "w_bits",
+    "a_bits",
+    "kv_bits",
+    "w_quantizer",
+    "a_quantizer",
+    "kv_quantizer",
+    "w_group_size",
+    "w_scale_dtype",
+)
 """The settings that an override can change."""
 
+_SCALE_DTYPES = {
+    "float32": "as they are computed, but where the quantizer determines another",
+    "bfloat16": "as vLLM keeps those of pack-quantized for a bfloat16 model",
+    "float16": "as GGUF stores them, and vLLM keeps them for a float16 model",
+}
 _SITES = {"post_rope": "what a cache stores", "pre_rope": "the paper's released code"}
 _GRANULARITIES = {"token_head": "one scale per token and KV head", "token": "one per token (the paper)"}
 _ROTATIONS = {"none": "the paper", "hadamard": "rotates Q, K and V over head_dim; needs post_rope"}
@@ -50,9 +66,11 @@ class QuantConfig:
         a_bits: inputs of the linear layers: 2 to 8, or 16
         kv_bits: KV cache: 2 to 8, or 16
         w_quantizer: quantizer of the weights
-        a_quantizer: quantizer of the activations, with one scale per token
+        a_quantizer: quantizer of the activations, with one scale per token, or per block of it if the quantizer has
+            blocks
         kv_quantizer: quantizer of the KV cache
         w_group_size: weights share a scale in groups of this many input channels; 0 for one scale per output channel
+        w_scale_dtype: to what the scales of the weights are rounded before codes are made
         kv_site: where keys and values are quantized
         kv_granularity: what shares a scale in the KV cache
         kv_rotation: rotation of the keys and values before they are quantized
@@ -70,6 +88,7 @@ class QuantConfig:
     a_quantizer: str = choice("minmax", partial(quantizers_of, "activations"))
     kv_quantizer: str = choice("minmax", partial(quantizers_of, "kv"))
     w_group_size: int = 0
+    w_scale_dtype: str = choice("float32", lambda: _SCALE_DTYPES)
     kv_site: str = choice("post_rope", lambda: _SITES)
     kv_granularity: str = choice("token_head", lambda: _GRANULARITIES)
     kv_rotation: str = choice("none", lambda: _ROTATIONS)
@@ -87,6 +106,7 @@ class QuantConfig:
             not isinstance(self.w_group_size, int) or self.w_group_size < 0 or self.w_group_size % 2
         ):  # two 4-bit codes share a byte
             raise UserError(f"w_group_size={self.w_group_size!r} is invalid: choose 0, or 32, 64, 128.")
+        self._check_scales()
         if self.kv_rotation == "hadamard" and self.kv_site == "pre_rope":
             raise UserError(
                 "kv_rotation=hadamard needs kv_site=post_rope: a rotation before RoPE would change the "
@@ -102,6 +122,27 @@ class QuantConfig:
             raise UserError(
                 f"{bits}={given} is invalid with {name}={getattr(self, name)}: give {bits}="
                 f"{' or '.join(map(str, quantizer.bits))}."
+            )
+
+    def _check_scales(self) -> None:
+        """Raise UserError for weights' groups and scales that are not those of their quantizer."""
+        quantizer, given = QUANTIZERS[self.w_quantizer], f"w_quantizer={self.w_quantizer}"
+        if quantizer.group_size and self.w_group_size not in (0, quantizer.group_size):
+            raise UserError(
+                f"w_group_size={self.w_group_size} is invalid with {given}, whose scales are for "
+                f"{quantizer.group_size} weights: leave w_group_size out."
+            )
+        if self.weights.by.scale_dtype == quantizer.scale_dtype:
+            return
+        if quantizer.scale_dtype != torch.float32:
+            raise UserError(
+                f"w_scale_dtype={self.w_scale_dtype} is invalid with {given}, whose scales are "
+                f"{str(quantizer.scale_dtype).removeprefix('torch.')}: leave w_scale_dtype out."
+            )
+        if not quantizer.symmetric:
+            raise UserError(
+                f"w_scale_dtype={self.w_scale_dtype} is invalid with {given}, which has zero points: give a symmetric "
+                "quantizer, or leave w_scale_dtype out."
             )
 
     def _check_override(self, pattern: str, changes: Mapping[str, Any]) -> None:
@@ -138,7 +179,8 @@ class QuantConfig:
 
     @property
     def weights(self) -> Format:
-        return Format(self.w_bits, self.w_quantizer, QUANTIZERS[self.w_quantizer].group_size or self.w_group_size)
+        group = QUANTIZERS[self.w_quantizer].group_size or self.w_group_size
+        return Format(self.w_bits, self.w_quantizer, group, self.w_scale_dtype)
 
     @property
     def activations(self) -> Format:

@@ -6,7 +6,9 @@ backward quantizes the Parameter again, on the grid that forward found, which Ze
 saves only its input's int8 codes, and scales.
 
 Where the formats allow it (``multiplies_codes``) forward multiplies the codes and scales their sum, with the same
-result in training, evaluation and serving; elsewhere it multiplies the values, in the dtype of the input.
+result in training, evaluation and serving. Where both are integers and the input's have a scale per block, as in
+llama.cpp, it multiplies their exact values, in fp32 (``multiplies_blocks``); elsewhere the values in the dtype of the
+input.
 """
 
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.quant.number_format import Format, Quantized, dequantize, inside, quantize, round_to_grid
-from qat.quant.products import matmul, matmul_codes
+from qat.quant.products import matmul, matmul_blocks, matmul_codes
 from qat.quant.quantizers.base import Grid
 
 ARITHMETIC = "products of codes"
@@ -25,7 +27,7 @@ would give other numbers."""
 
 
 class InputQuantizer:
-    """Per-token quantization of one activation, done once for all the layers that read it.
+    """Quantization of one activation, per token or in blocks of it, done once for all the layers that read it.
 
     q, k and v share one InputQuantizer, gate and up another. The result is kept until the last of
     them has read it, and only for the very values it came from.
@@ -39,7 +41,7 @@ class InputQuantizer:
     def __call__(self, x: Tensor) -> "SharedInput":
         last = self._last
         if last is None or not last.is_of(x):
-            last = self._last = _LastInput(x.detach(), _version(x), SharedInput(quantize(x, self.form), x.dtype))
+            last = self._last = _LastInput(x.detach(), _version(x), SharedInput(quantize(x, self.form)))
         last.reads += 1
         if last.reads == self.readers:
             self._last = None
@@ -49,14 +51,14 @@ class InputQuantizer:
 class SharedInput:
     """A quantized activation [..., n], and its values for layers that multiply in floats."""
 
-    def __init__(self, quantized: Quantized, dtype: torch.dtype):
-        self.quantized, self.dtype = quantized, dtype
-        self._values: Tensor | None = None
+    def __init__(self, quantized: Quantized):
+        self.quantized = quantized
+        self._values: dict[torch.dtype, Tensor] = {}
 
-    def values(self) -> Tensor:
-        if self._values is None:
-            self._values = dequantize(self.quantized, self.dtype)
-        return self._values
+    def values(self, dtype: torch.dtype) -> Tensor:
+        if dtype not in self._values:
+            self._values[dtype] = dequantize(self.quantized, dtype)
+        return self._values[dtype]
 
 
 @dataclass
@@ -88,12 +90,12 @@ class QuantLinear(nn.Linear):
 
     Attributes:
         weight_format: how the weight is quantized
-        input_quantizer: quantizes x per token; None where x stays as it is, or has a learned step
+        input_quantizer: quantizes x; None where x stays as it is, or has a learned step
         input_format: how x is quantized
         input_step: the Parameter of a learned quantizer, [size]; None for the other ones
         frozen: whether the Parameter holds values that are on their grid already, and stay there
-        codes, scale_bits: the frozen weight's codes [out, in] and fp32 scale [out, 1], where the layer multiplies
-            codes. The scale's bits are kept as integers: what casts a model to bf16 leaves them alone
+        codes, scale_bits: the frozen weight's codes [out, in] and fp32 scale [out, groups], where the layer multiplies
+            codes or blocks. The scale's bits are kept as integers: what casts a model to bf16 leaves them alone
     """
 
     weight_format: Format
@@ -135,6 +137,13 @@ class QuantLinear(nn.Linear):
         point, so that the scales can be factored out of the sum."""
         return can_multiply_codes(self.weight_format, self.input_format)
 
+    @property
+    def multiplies_blocks(self) -> bool:
+        """Return whether forward multiplies exact values: weight and input are integers without zero points, and a
+        token has a scale for each of its blocks. An engine adds up each block's products of codes and scales that sum,
+        in fp32; the sum of the values' products in fp32 differs from it by the order of its terms alone."""
+        return can_multiply_blocks(self.weight_format, self.input_format)
+
     @torch.no_grad()
     def freeze(self, grid: Grid | None = None) -> Quantized | None:
         """Quantize the weight permanently, for evaluation; on ``grid``, if one is given. Return it, if it is
@@ -149,7 +158,7 @@ class QuantLinear(nn.Linear):
     def hold(self, weight: Quantized) -> None:
         """Use these integers as the weight from now on; the Parameter has their values."""
         self.frozen = True
-        if self.multiplies_codes:
+        if self.multiplies_codes or self.multiplies_blocks:
             self.codes, self.scale_bits = weight.codes, weight.grid.scale.view(torch.int32)
 
     def thaw(self) -> None:
@@ -159,7 +168,7 @@ class QuantLinear(nn.Linear):
             self.register_buffer(buffer, None, persistent=False)
 
     def integers(self) -> Quantized:
-        """Return the weight as integers; only for a layer that multiplies codes."""
+        """Return the weight as integers; only for a layer that multiplies codes or blocks."""
         if self.codes is not None and self.scale_bits is not None:
             return Quantized(self.codes, Grid(self.scale_bits.view(torch.float32)))
         return quantize(self.weight, self.weight_format)
@@ -176,6 +185,12 @@ def can_multiply_codes(weight: Format, inputs: Format) -> bool:
     return whole_rows and weight.symmetric and inputs.symmetric and not inputs.learned
 
 
+def can_multiply_blocks(weight: Format, inputs: Format) -> bool:
+    """Return whether a layer with these formats multiplies blocks; see ``QuantLinear.multiplies_blocks``."""
+    integers = all(form.quantizes and form.symmetric and form.by.code_dtype == torch.int8 for form in (weight, inputs))
+    return integers and inputs.group_size > 0
+
+
 class _QuantLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -186,11 +201,15 @@ class _QuantLinear(torch.autograd.Function):
             quantized = layer.integers()
             grid = quantized.grid
             y = matmul_codes(shared.quantized, quantized, layer.weight_format.qmax, x.dtype)
+        elif shared is not None and layer.multiplies_blocks:
+            quantized = layer.integers()
+            grid = quantized.grid
+            y = matmul_blocks(shared.values(torch.float32), quantized, x.dtype)
         else:
             values = weight.detach()
             if _rounds(layer):
                 values, grid = round_to_grid(weight, layer.weight_format)
-            inputs = x if shared is None else shared.values()
+            inputs = x if shared is None else shared.values(x.dtype)
             y = matmul(inputs.flatten(0, -2), values.t()).view(*x.shape[:-1], -1)
         ctx.layer, ctx.input_dtype = layer, x.dtype
         kept = (x,) if shared is None else (shared.quantized.codes, *shared.quantized.grid)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qat.quant.fused import fused
 from qat.quant.quantizers import QUANTIZERS
-from qat.quant.quantizers.base import Grid, LearnedQuantizer, Quantizer, values_of
+from qat.quant.quantizers.base import Grid, LearnedQuantizer, Quantizer, values_of, with_scales
 
 FULL_PRECISION = 16
 """``bits=16`` means "not quantized" everywhere."""
@@ -25,11 +25,13 @@ FULL_PRECISION = 16
 
 @dataclass(frozen=True)
 class Format:
-    """A number format: bits, quantizer (by name), and elements of a group (0: the complete last dimension)."""
+    """A number format: bits, quantizer (by name), elements of a group (0: the complete last dimension), and the dtype
+    to which scales are rounded ("float32": to the quantizer's own)."""
 
     bits: int
     quantizer: str = "minmax"
     group_size: int = 0
+    scale_dtype: str = "float32"
 
     @property
     def quantizes(self) -> bool:
@@ -42,8 +44,9 @@ class Format:
 
     @property
     def by(self) -> Quantizer:
-        """Return the quantizer itself."""
-        return QUANTIZERS[self.quantizer]
+        """Return the quantizer itself, which rounds scales to ``scale_dtype``."""
+        quantizer = QUANTIZERS[self.quantizer]
+        return quantizer if self.scale_dtype == "float32" else with_scales(quantizer, getattr(torch, self.scale_dtype))
 
     @property
     def symmetric(self) -> bool:

@@ -195,11 +195,18 @@ def _quantize_vocabulary(model: PreTrainedModel, config: QuantConfig) -> None:
 
 
 def _check_groups(own: QuantConfig, channels: int) -> None:
-    if (group := own.weights.group_size) and channels % group:
+    """Raise UserError for groups that do not divide a layer's input channels."""
+    if own.w_group_size and own.weights.quantizes and channels % own.w_group_size:
         raise UserError(
-            f"w_group_size={group} does not divide the model's {channels} input channels: "
+            f"w_group_size={own.w_group_size} does not divide the model's {channels} input channels: "
             "give a divisor of all its layers' widths, say 32 or 64."
         )
+    for setting, form in (("w_quantizer", own.weights), ("a_quantizer", own.activations)):
+        if form.quantizes and form.group_size and channels % form.group_size:
+            raise UserError(
+                f"{setting}={form.quantizer} has blocks of {form.group_size}, which do not divide the model's "
+                f"{channels} input channels: give {setting}=minmax, or overrides for the layers that are so wide."
+            )
 
 
 def _quantize_kv(layer: nn.Module, model: PreTrainedModel, config: QuantConfig) -> None:

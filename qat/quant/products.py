@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from qat.quant.fused import fused
-from qat.quant.number_format import Quantized
+from qat.quant.number_format import Quantized, dequantize
 from qat.runtime.machine import has_onednn
 
 _logger = logging.getLogger(__name__)
@@ -85,6 +85,15 @@ def matmul_codes(
     products = product(x.codes.flatten(0, -2), weight.codes)
     y = _scaled(products, x.grid.scale.view(-1, 1), weight.grid.scale.view(1, -1), dtype)
     return y.view(*x.codes.shape[:-1], -1)
+
+
+def matmul_blocks(x: Tensor, weight: Quantized, dtype: torch.dtype) -> Tensor:
+    """Multiply x, the fp32 values [..., in] of integers in blocks, by weight [out, in]; return [..., out] of ``dtype``.
+
+    With fp16 scales, as ggml's, the values are exact: a code of 8 bits times a scale of 11.
+    """
+    values = dequantize(weight, torch.float32)
+    return matmul(x.flatten(0, -2), values.t()).to(dtype).view(*x.shape[:-1], -1)
 
 
 def int_mm(codes: Tensor, weight: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """GGUF: one file that llama.cpp runs.
 
 Its block types store 32 codes and an fp16 scale: Q4_0 holds every symmetric code of 2 to 4 bits, Q5_0 of 5, Q8_0 of 6
-to 8. So the codes are stored without loss, the scale of an output channel repeated in each of its blocks; only the
-scale is rounded to fp16, by at most 1 part in 2048. Types with a finer structure (Q4_K, Q6_K, IQ4_XS: blocks of 256
-with scales of their own) need a rounding of the weights that was not trained.
+to 8. So the codes are stored without loss, the scale of a longer group repeated in each of its blocks. A scale that was
+trained in fp16, as those of ggml_q4_0 are, is stored as it is; others are rounded, by at most 1 part in 2048. Types
+with a finer structure (Q4_K, Q6_K, IQ4_XS: blocks of 256 with scales of their own) need a rounding of the weights that
+was not trained.
 """
 
 import importlib.util
@@ -23,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTraine
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qat.quant.architecture import architecture_of, head_dim, windowed_layers
-from qat.quant.number_format import Quantized
+from qat.quant.number_format import Format, Quantized
 from qat.quant.products import speed_up
 from qat.quant.quantizers.base import Grid
 from qat.runtime.errors import UserError
@@ -34,7 +35,6 @@ from qat.store.student_folder import Student
 FILE = "model.gguf"
 
 _BLOCK = 32
-_TYPES = {2: Type.Q4_0, 3: Type.Q4_0, 4: Type.Q4_0, 5: Type.Q5_0, 6: Type.Q8_0, 7: Type.Q8_0, 8: Type.Q8_0}
 _FILE_TYPES = {
     Type.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
     Type.Q5_0: gguf.LlamaFileType.MOSTLY_Q5_0,
@@ -83,10 +83,10 @@ _SPLITS = {"{1,3}".join(_SPLIT): "llama-bpe", "".join(_SPLIT): "qwen2"}
 def check(student: Student) -> None:
     """Raise UserError for weights that no GGUF type can hold, and for models that are not mapped here."""
     for own in student.settings.values():
-        if own.weights.quantizes and not own.weights.symmetric:
+        if own.weights.quantizes and not (own.weights.symmetric and own.w_bits in own.weights.by.gguf_types):
             raise UserError(
-                f"w_quantizer={own.w_quantizer} has integer zero points, and no GGUF type has: Q4_1 and its like add "
-                "an fp16 minimum instead. Give --format hf-fake."
+                f"w_quantizer={own.w_quantizer} has codes or zero points that no GGUF type has (Q4_1 and its like add "
+                "an fp16 minimum instead): give --format hf-fake."
             )
         if own.weights.group_size % _BLOCK:
             raise UserError(
@@ -141,7 +141,7 @@ def write(student: Student, output: Path) -> None:
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     settings = student.settings
     writer = gguf.GGUFWriter(output / FILE, gguf.MODEL_ARCH_NAMES[architecture], use_temp_file=True)
-    _add_config(writer, config, _FILE_TYPES[_TYPES[student.quant.w_bits]])
+    _add_config(writer, config, _FILE_TYPES[_type(student.quant.weights)])
     for key, value in _tokenizer(student.directory).items():
         getattr(writer, f"add_{key}")(value)
     gguf.SpecialVocab(student.directory, load_merges=True, n_vocab=config.vocab_size).add_to_gguf(writer, quiet=True)
@@ -152,7 +152,7 @@ def write(student: Student, output: Path) -> None:
         assert place is not None, name
         if isinstance(weight, Quantized):
             _check_scale(name, weight.grid.scale)
-            kind = _TYPES[settings[name.removesuffix(".weight")].w_bits]
+            kind = _type(settings[name.removesuffix(".weight")].weights)
             codes, (scale, _) = weight
             scale = scale.repeat_interleave(codes.shape[1] // _BLOCK // scale.shape[1], 1)
             codes, scale = (_as_llama_cpp_rotates(name, part, config) for part in (codes, scale))
@@ -170,6 +170,11 @@ def write(student: Student, output: Path) -> None:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+
+
+def _type(form: Format) -> Type:
+    """Return the type that holds weights of a format."""
+    return Type[form.by.gguf_types[form.bits]]
 
 
 def blocks(codes: Tensor, scale: Tensor, kind: Type) -> np.ndarray:
@@ -237,10 +242,11 @@ def is_loaded(directory: Path) -> bool:
 
 
 def _check_scale(name: str, scale: Tensor) -> None:
-    error = ((scale.half().float() - scale).abs() / scale).max().item()
-    if not error <= _LARGEST_ERROR:
+    errors = (scale.half().float() - scale).abs()
+    wrong = ~(errors <= _LARGEST_ERROR * scale.abs())  # a scale may be 0, or negative
+    if wrong.any():
         raise UserError(
-            f"{name} has a scale that fp16 cannot hold (off by {error:.2g} of it), and GGUF's are fp16: give --format "
+            f"{name} has a scale that fp16 cannot hold ({scale[wrong][0]:.3g}), and GGUF's are fp16: give --format "
             "hf-fake."
         )
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from qat.quant.architecture import output_layer
 from qat.quant.linear import QuantLinear
 from qat.quant.number_format import Quantized, dequantize, inside, quantize
-from qat.quant.products import matmul, matmul_codes
+from qat.quant.products import matmul, matmul_blocks, matmul_codes
 from qat.quant.quantizers.base import Grid
 from qat.runtime.errors import UserError
 from qat.train.losses import LOSSES, ChunkLoss, Loss, Records
@@ -278,10 +278,14 @@ class _QuantProduct(_Product):
             return super().logits(rows)
         hidden = self.hidden[rows]
         logits = hidden.new_empty(len(hidden), len(self.weight))
+        if self.input is not None and self.head.multiplies_blocks:
+            hidden = dequantize(Quantized(self.input.codes[rows], Grid(self.input.grid.scale[rows])), torch.float32)
         for block, part in zip(self.blocks, logits.split(VOCABULARY_BLOCK, 1), strict=True):
             if self.input is not None and self.head.multiplies_codes:
                 codes = Quantized(self.input.codes[rows], Grid(self.input.grid.scale[rows]))
                 part.copy_(matmul_codes(codes, block, self.head.weight_format.qmax, hidden.dtype))
+            elif self.input is not None and self.head.multiplies_blocks:
+                part.copy_(matmul_blocks(hidden, block, part.dtype))
             else:
                 part.copy_(matmul(hidden, dequantize(block, self.weight.dtype).t()))
         return logits

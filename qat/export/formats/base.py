@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,6 +24,7 @@ class ExportFormat(ABC):
         meaning: what it is and for whom, for ``--help``
         weight_files: the pattern of its weight files' names
         front_matter: lines of the model card's YAML, beside base model and licence
+        value_dtype: the dtype to which ``load`` rounds the values of codes and scales; None for the student's
         runs_as_trained: whether qat.load and launch/chat.py run an export, with the activations and the KV cache that
             were trained
         states_rotation: whether it can state R4, the online rotation in front of the MLP's last layer
@@ -31,6 +33,7 @@ class ExportFormat(ABC):
     meaning: str
     weight_files: str = "*.safetensors"
     front_matter: tuple[str, ...] = ()
+    value_dtype: torch.dtype | None = None
     runs_as_trained: bool = False
     states_rotation: bool = False
 
@@ -95,7 +98,8 @@ class ExportFormat(ABC):
 
 def trained_activations(quant: QuantConfig) -> str:
     """Return the beginning of a sentence on quantized activations."""
-    return f"Activations: trained with {quant.a_bits} bits per token"
+    group = quant.activations.group_size
+    return f"Activations: trained with {quant.a_bits} bits {f'in blocks of {group}' if group else 'per token'}"
 
 
 def trained_output(quant: QuantConfig) -> str:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from qat.export.formats.base import ExportFormat, trained_activations, trained_cache, trained_output
@@ -14,6 +15,7 @@ from qat.store.student_folder import Student
 class Gguf(ExportFormat):
     meaning = "one file, for llama.cpp"
     weight_files = "*.gguf"
+    value_dtype = torch.float32
 
     def check(self, student: Student) -> None:
         gguf_files.check(student)
@@ -37,13 +39,9 @@ class Gguf(ExportFormat):
         return "; whether llama.cpp loads it is not known, as xllamacpp is not installed or did not come to an end"
 
     def differences(self, quant: QuantConfig) -> list[str]:
-        blocks = "llama.cpp rounds them to 8 bits in blocks of 32"
-        said = [
-            f"Activations: {blocks}."
-            if quant.a_bits == FULL_PRECISION
-            else f"{trained_activations(quant)}; {blocks}, which is finer than a token.",
-            "Weights: codes are as trained; each scale is rounded to fp16, by at most 1 part in 2048.",
-        ]
+        said = [_activations(quant)]
+        if quant.weights.by.scale_dtype != torch.float16:
+            said.append("Weights: codes are as trained; each scale is rounded to fp16, by at most 1 part in 2048.")
         if quant.kv_bits != FULL_PRECISION:
             said.append(
                 f"{trained_cache(quant)}; llama.cpp keeps fp16 unless told otherwise (its q4_0 and q8_0 have blocks of "
@@ -59,3 +57,13 @@ class Gguf(ExportFormat):
 
     def serve(self, name: str) -> list[str]:
         return [f"llama-cli -m {name}/{gguf_files.FILE}"]
+
+
+def _activations(quant: QuantConfig) -> str:
+    blocks = "llama.cpp rounds them to 8 bits in blocks of 32"
+    if quant.a_bits == FULL_PRECISION:
+        return f"Activations: {blocks}."
+    if quant.a_quantizer == "ggml_q8_0":
+        return "Activations: as trained on CPUs with AVX; elsewhere llama.cpp's rule differs in the last bits."
+    finer = "" if quant.activations.group_size else ", which is finer than a token"
+    return f"{trained_activations(quant)}; {blocks}{finer}."

@@ -8,7 +8,9 @@ A group is a row here: quantizers get [groups, elements of a group], see qat.qua
 2**(bits-1) - 1: 7 for 4 bits.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from functools import cache
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -45,6 +47,7 @@ class Quantizer:
             compiled code gives the same bits as eager code. A sum is not exact: compiled code adds in another order
         grid_gives_codes: whether ``codes`` on the grid of ``encode`` are the codes of ``encode``; not where codes are
             made before the scale is rounded, as ggml makes them
+        gguf_types: the types of GGUF that hold its codes as weights, by bits
         learned: whether the grid is that of Parameters, see LearnedQuantizer
     """
 
@@ -58,6 +61,11 @@ class Quantizer:
     scale_dtype: torch.dtype = torch.float32
     is_exact: ClassVar[bool] = True
     grid_gives_codes: ClassVar[bool] = True
+    gguf_types: ClassVar[Mapping[int, str]] = {
+        **dict.fromkeys((2, 3, 4), "Q4_0"),
+        5: "Q5_0",
+        **dict.fromkeys((6, 7, 8), "Q8_0"),
+    }
     learned: ClassVar[bool] = False
 
     def grid(self, rows: Tensor, qmax: int) -> Grid:
@@ -96,6 +104,14 @@ def values_of(codes: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
     if grid.zero_point is not None:
         codes = codes - grid.zero_point
     return (codes * grid.scale).to(dtype)
+
+
+@cache
+def with_scales(quantizer: Quantizer, dtype: torch.dtype) -> Quantizer:
+    """Return a quantizer that differs from ``quantizer`` by its scales' dtype, always the same object."""
+    changed = copy(quantizer)
+    changed.scale_dtype = dtype
+    return changed
 
 
 class LearnedQuantizer(Quantizer):

@@ -235,7 +235,7 @@ def starting_point(student: Path, model: str, quant: QuantConfig) -> str:
         raise UserError(
             f"{student} has weights that {found.ptq_method} rounded; with other settings they would be rounded again: "
             f"give its w_bits={found.quant.w_bits}, w_quantizer={found.quant.w_quantizer}, "
-            f"w_group_size={found.quant.weights.group_size}."
+            f"w_group_size={found.quant.weights.group_size}, w_scale_dtype={found.quant.w_scale_dtype}."
         )
     return str(directory)
 

@@ -6,6 +6,7 @@ import shutil
 import sys
 import threading
 import time
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -463,6 +464,26 @@ def test_a_student_without_a_tokenizer_is_refused(tmp_path):
         file.unlink()
     with pytest.raises(UserError, match="no tokenizer"):
         export.check(student, PACKED)
+
+
+@pytest.mark.parametrize("scales", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("w_group_size", [0, 32])
+def test_scales_in_the_dtype_of_an_engine_change_nothing_there(scales, w_group_size, tmp_path):
+    """vLLM keeps them in the model's dtype, and GGUF in fp16."""
+    name = str(scales).removeprefix("torch.")
+    quant = QuantConfig(4, 8, 16, w_group_size=w_group_size, w_scale_dtype=name)
+    student = write_student(tmp_path / "final", quant, scales)
+    export.export(student, tmp_path / "export", PACKED)
+    export.verify(student, tmp_path / "export", PACKED, WINDOWS)
+    stored, weights = load_file(tmp_path / "export" / "model.safetensors"), tiny_model().to(scales).state_dict()
+    for layer in quant_linears(prepare(tiny_model(), quant)):
+        scale = stored[f"{layer}.weight_scale"]
+        assert torch.equal(scale.to(scales).float(), scale)
+        assert torch.equal(scale, grid_of(weights[f"{layer}.weight"], quant.weights).scale)
+    assert not any("vLLM keeps these scales" in said for said in FORMATS[PACKED].all_differences(student))
+    other = replace(student, dtype=torch.float32)
+    assert any(f"exact with --dtype {name}" in said for said in FORMATS[PACKED].all_differences(other))
+    assert any("rounded to fp16" in said for said in FORMATS[GGUF].all_differences(student)) == (name != "float16")
 
 
 def test_what_engines_will_do_differently_is_said():

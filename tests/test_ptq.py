@@ -40,8 +40,11 @@ FORMATS = [
     Format(3, "minmax", 32),
     Format(4, "minmax_asymmetric"),
     Format(7, "minmax_asymmetric", 32),
+    Format(4, "ggml_q4_0", 32),
+    Format(8, "minmax", 32, "bfloat16"),
 ]
 QUANT = QuantConfig(4, 8, 4)
+LLAMA_CPP = QuantConfig(4, 8, 16, w_quantizer="ggml_q4_0", a_quantizer="ggml_q8_0")
 GROUPS = ARCHITECTURES["llama"].smoothed
 
 
@@ -91,7 +94,7 @@ def obq(weight, hessian, form, damping, act_order):
 def test_gptq_where_inputs_say_nothing_is_rtn(form, act_order, hessian, layer):
     weight, _ = layer
     codes, grid = gptq.gptq(weight, hessian, form, GPTQConfig(act_order))
-    expected, expected_grid = quantize(weight, form)
+    expected, expected_grid = quantize(weight, form, grid_of(weight, form))  # ggml's own codes need no grid
     assert torch.equal(codes, expected)
     assert torch.equal(grid.scale, expected_grid.scale)
 
@@ -119,7 +122,7 @@ def test_gptq_equals_the_textbook(form, act_order, layer):
 def test_gptq_beats_rtn_on_correlated_inputs(form, act_order, layer):
     weight, inputs = layer
     quantized = gptq.gptq(weight, gptq.hessian_of([inputs]), form, GPTQConfig(act_order))
-    assert quantized.codes.min() >= -form.qmax - (not form.symmetric)
+    assert quantized.codes.min() >= -form.qmax - (not form.symmetric or form.quantizer == "ggml_q4_0")
     assert quantized.codes.max() <= form.qmax
     rtn = round_to_grid(weight, form)[0]
     assert _error(weight, dequantize(quantized, torch.float32), inputs) < 0.6 * _error(weight, rtn, inputs)
@@ -214,7 +217,9 @@ def test_search_takes_the_least_error_or_nothing():
     assert smoothquant.search(GROUPS, error) == best
 
 
-@pytest.mark.parametrize("quant", [QUANT, QuantConfig(3, 16, 16, w_group_size=32)], ids=["4-8-4", "3 bits, groups"])
+@pytest.mark.parametrize(
+    "quant", [QUANT, QuantConfig(3, 16, 16, w_group_size=32), LLAMA_CPP], ids=["4-8-4", "3 bits, groups", "llama.cpp"]
+)
 @pytest.mark.parametrize("method", ["gptq", "smoothquant"])
 def test_stream_sees_what_the_written_model_sees(method, quant, tiny_directory, tmp_path):
     """The hidden states that the last layer was calibrated on are those of the model that was written."""

@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from qat.quant import fused, number_format
-from qat.quant.number_format import Format, dequantize, fake_quantize, grid_of, inside, quantize, round_to_grid
+from qat.quant.number_format import (
+    Format,
+    Quantized,
+    dequantize,
+    fake_quantize,
+    grid_of,
+    inside,
+    quantize,
+    round_to_grid,
+)
 from qat.quant.quantizers import QUANTIZERS, lsq
 from qat.quant.quantizers.base import Grid, divided
 
@@ -79,6 +88,21 @@ def test_a_group_is_quantized_like_a_row_of_its_own(form, groups):
     alone = round_to_grid(x.view(3, 5, groups, -1), form)[0]
     same(values, alone.view_as(x))
     same(dequantize(quantize(x, grouped), x.dtype), values)
+
+
+@given(tensors(), BITS, st.sampled_from(["bfloat16", "float16"]), st.sampled_from(["minmax", "statsq"]))
+def test_codes_are_made_with_the_rounded_scale(x, bits, scales, method):
+    """It is a number of its dtype. Without clipping, no value is off by more than half a step, if the scale is normal
+    in that dtype: rounded down to 8 bits, it leaves the largest element below 127.5 steps."""
+    form = Format(bits, method, scale_dtype=scales)
+    (codes, (scale, _)), exact = quantize(x, form), grid_of(x, Format(bits, method)).scale
+    rounded = exact.to(getattr(torch, scales)).float()
+    same(scale, torch.where(rounded == 0, 1.0, rounded))
+    same(codes, quantize(x, Format(bits, method), Grid(scale)).codes)
+    ordinary = ((exact > 2**-14) & (exact < 2**14)).expand(x.shape)
+    error = (dequantize(Quantized(codes, Grid(scale)), torch.float32) - x.float()).abs()
+    half = (scale / 2).expand(x.shape) * (1 + 2**-16)
+    assert method == "statsq" or (error <= half)[ordinary].all()
 
 
 def test_asymmetric_spends_its_codes_on_the_range_that_is_there():

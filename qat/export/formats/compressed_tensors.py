@@ -26,6 +26,15 @@ from qat.store.model_folder import shapes, skeleton
 from qat.store.sidecars import STEPS_FILE
 from qat.store.student_folder import Student
 
+_SERVED_SCALES = {
+    dtype: f"Weights: vLLM keeps these scales in the dtype that it computes in: exact with --dtype {exact}."
+    for dtype, exact in {
+        torch.float32: "float32, rounded by up to 1 part in 256 with bfloat16, 1 in 2048 with float16",
+        torch.float16: "float16 or float32, rounded by up to 1 part in 256 with bfloat16",
+        torch.bfloat16: "bfloat16 or float32",
+    }.items()
+}
+
 
 class CompressedTensors(ExportFormat):
     """The base of both formats.
@@ -158,7 +167,7 @@ class PackQuantized(CompressedTensors):
     states_rotation = True
 
     def all_differences(self, student: Student) -> list[str]:
-        said = super().all_differences(student)
+        said = super().all_differences(student) + self._scales(student)
         if _online(student):
             said.append(
                 "Rotation in front of the MLP's last layer: stated for vLLM on GPUs, which computes it in its own "
@@ -166,12 +175,12 @@ class PackQuantized(CompressedTensors):
             )
         return said
 
-    def _weights(self, quant: QuantConfig) -> list[str]:
-        return [
-            *super()._weights(quant),
-            "Weights: vLLM keeps these scales in the dtype that it computes in: exact with --dtype float32, rounded "
-            "by up to 1 part in 256 with bfloat16, 1 in 2048 with float16.",
-        ]
+    def _scales(self, student: Student) -> list[str]:
+        """Say what vLLM does to scales, unless they are trained in the 16 bits of the model, in which it serves it."""
+        trained = {own.weights.by.scale_dtype for own in student.layer_settings.values() if own.weights.quantizes}
+        if student.dtype != torch.float32:
+            trained.discard(student.dtype)
+        return [_SERVED_SCALES[dtype] for dtype in sorted(trained, key=str)]
 
 
 class IntQuantized(CompressedTensors):

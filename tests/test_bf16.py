@@ -48,7 +48,10 @@ MODELS = {
 VOCABULARY = QuantConfig(
     4, 8, 4, overrides={"model.embed_tokens": {"w_bits": 8}, "lm_head": {"w_bits": 8, "a_bits": 8}}
 )
-QUANTS = (QuantConfig(4, 8, 4), QuantConfig(4, 8, 4, kv_rotation="hadamard", w_group_size=32), VOCABULARY)
+BLOCKS = QuantConfig(
+    4, 8, 16, w_quantizer="ggml_q4_0", a_quantizer="ggml_q8_0", overrides={"lm_head": {"w_bits": 4, "a_bits": 8}}
+)
+QUANTS = (QuantConfig(4, 8, 4), QuantConfig(4, 8, 4, kv_rotation="hadamard", w_group_size=32), VOCABULARY, BLOCKS)
 OF_MODEL = {"llama": QUANTS, "qwen2": (QUANTS[0], VOCABULARY)}
 """The first alone for other models."""
 

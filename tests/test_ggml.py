@@ -2,13 +2,14 @@
 
 import ctypes
 import importlib.util
+import sys
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import needs_compiler, tiny_model
+from conftest import ROOT, finish, needs_compiler, start_training, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -19,6 +20,8 @@ from torch import nn
 from transformers import Qwen2Config
 
 import qat
+from launch import cli
+from launch.train import TrainConfig
 from qat.export import export
 from qat.export.formats import FORMATS as EXPORTS
 from qat.export.formats import GGUF
@@ -31,7 +34,7 @@ from qat.quant.linear import InputQuantizer, QuantLinear
 from qat.quant.number_format import Format, Quantized, dequantize, inside, quantize, round_to_grid
 from qat.quant.prepare import prepare
 from qat.runtime.errors import UserError
-from qat.store import gguf_files, models
+from qat.store import gguf_files, models, student_folder
 from qat.store.gguf_files import blocks
 
 Q4_0, Q5_0, Q8_0 = (Format(bits, f"ggml_q{bits}_0", 32) for bits in (4, 5, 8))
@@ -204,6 +207,25 @@ def test_a_served_student_computes_what_was_trained(dtype, tmp_path):
     expected = trained(ids(trained)).logits
     for model in (qat.load(str(tmp_path)), simulated.load(str(tmp_path), torch.float32)):
         same(model(ids(model)).logits, expected)
+
+
+def test_the_recipe_trains_what_llama_cpp_runs(tiny_directory, tiny_data, tmp_path):
+    """On two ranks of ZeRO-3, beside a recipe for training; the export says that codes and scales are as trained."""
+    recipes = [f"--config={ROOT / 'launch' / 'recipes' / name}.yaml" for name in ("7b", "llama_cpp")]
+    places = [f"--model={tiny_directory}", f"--data={tiny_data}", f"--output={tmp_path / 'run'}", "--steps=2"]
+    finish(start_training(2, *places, *recipes, f"--deepspeed={ROOT / 'ds_configs' / 'zero3_cpu.json'}"))
+    student = student_folder.find(tmp_path / "run" / "final")
+    assert student.quant == EXPORTED[0]
+    export.export(student, tmp_path / "export", GGUF)
+    assert "llama.cpp loads it" in export.verify(student, tmp_path / "export", GGUF, WINDOWS).engine
+    assert EXPORTS[GGUF].all_differences(student) == EXPORTS[GGUF].differences(EXPORTED[0])
+
+
+def test_the_recipe_for_vllm_trains_scales_that_it_keeps(monkeypatch):
+    recipes = [f"--config={ROOT / 'launch' / 'recipes' / name}.yaml" for name in ("7b", "vllm")]
+    monkeypatch.setattr(sys, "argv", ["train.py", *recipes])
+    quant, _ = cli.parse("", QuantConfig, TrainConfig)
+    assert quant == QuantConfig(4, 8, 16, w_scale_dtype="bfloat16")
 
 
 def test_settings_that_contradict_the_blocks_are_refused():

@@ -287,11 +287,9 @@ def open_folder(output: Path, settings: dict[str, Any]) -> None:
                 f"{output} was begun by a version that computed otherwise ({began_with}; now {ARITHMETIC}), and would "
                 "not resume with the same losses: finish it with that version, or give another --output."
             )
-        kinds = (QuantConfig, TrainConfig)
-        defaults = {
+        defaults = QuantConfig().record() | {
             field.name: field.default
-            for kind in kinds
-            for field in dataclasses.fields(kind)
+            for field in dataclasses.fields(TrainConfig)
             if field.default is not dataclasses.MISSING
         }
         started = defaults | started | {"arithmetic": ARITHMETIC}  # an earlier version may lack some of them

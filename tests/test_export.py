@@ -185,7 +185,7 @@ def test_gguf_blocks_hold_every_code(bits, rows, blocks):
     form = Format(bits)
     weight = torch.randn(rows, 32 * blocks)
     stored = gguf_files.held(quantize(weight, form))
-    kind = gguf_files._type(form)
+    kind = gguf_files.type_of(form)
     packed = gguf_files.blocks(stored.codes, stored.grid.scale.expand(-1, blocks), kind)
     assert torch.equal(torch.from_numpy(gguf.quants.dequantize(packed, kind)), dequantize(stored, torch.float32))
     exact = grid_of(weight, form).scale

@@ -141,7 +141,7 @@ def write(student: Student, output: Path) -> None:
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     settings = student.settings
     writer = gguf.GGUFWriter(output / FILE, gguf.MODEL_ARCH_NAMES[architecture], use_temp_file=True)
-    _add_config(writer, config, _FILE_TYPES[_type(student.quant.weights)])
+    _add_config(writer, config, _FILE_TYPES[type_of(student.quant.weights)])
     for key, value in _tokenizer(student.directory).items():
         getattr(writer, f"add_{key}")(value)
     gguf.SpecialVocab(student.directory, load_merges=True, n_vocab=config.vocab_size).add_to_gguf(writer, quiet=True)
@@ -152,7 +152,7 @@ def write(student: Student, output: Path) -> None:
         assert place is not None, name
         if isinstance(weight, Quantized):
             _check_scale(name, weight.grid.scale)
-            kind = _type(settings[name.removesuffix(".weight")].weights)
+            kind = type_of(settings[name.removesuffix(".weight")].weights)
             codes, (scale, _) = weight
             scale = scale.repeat_interleave(codes.shape[1] // _BLOCK // scale.shape[1], 1)
             codes, scale = (_as_llama_cpp_rotates(name, part, config) for part in (codes, scale))
@@ -172,7 +172,7 @@ def write(student: Student, output: Path) -> None:
         writer.close()
 
 
-def _type(form: Format) -> Type:
+def type_of(form: Format) -> Type:
     """Return the type that holds weights of a format."""
     return Type[form.by.gguf_types[form.bits]]
 

@@ -47,6 +47,7 @@ SETTINGS = [
     QuantConfig(2, 16, 4, kv_site="pre_rope", a_quantizer="minmax_asymmetric"),
     QuantConfig(4, 8, 16, w_group_size=32),
     QuantConfig(4, 8, 4, a_quantizer="lsq"),
+    QuantConfig(4, 8, 16, w_quantizer="ggml_q4_0", a_quantizer="ggml_q8_0"),
 ]
 WINDOWS = torch.randint(2, 300, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -74,7 +75,7 @@ def exported(tmp_path) -> Path:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_reloaded_equals_what_was_trained(form, quant, dtype, tmp_path):
     student = write_student(tmp_path / "final", quant, dtype)
-    if form == INTEGERS and (quant.w_group_size or quant.a_bits == 16):
+    if form == INTEGERS and (quant.weights.group_size or quant.a_bits == 16):
         with pytest.raises(UserError, match=r"[Gg]ive --format pack-quantized"):
             export.check(student, form)
         return

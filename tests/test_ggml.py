@@ -123,6 +123,7 @@ def test_what_is_clipped_gets_no_gradient(form, dtype):
         (Q4_0, torch.float32, number_format._fused_round),
         (Q4_0, torch.bfloat16, number_format._fused_quantize),
         (Q8_0, torch.bfloat16, number_format._fused_round),
+        (Q4_0, torch.float32, number_format._fused_pass),
     ],
     ids=str,
 )
@@ -136,8 +137,22 @@ def test_compiled_equals_eager_bit_for_bit(form, dtype, function):
     eager = function.__wrapped__
     compiled = torch.compile(eager, dynamic=True, options=fused.options())
     arguments = x.to(dtype), form.by, form.qmax
+    if function is number_format._fused_pass:
+        arguments = x.flip(0), x.to(dtype), torch.ones(65, 1), None, form.by, form.qmax
     for one, other in zip(compiled(*arguments), eager(*arguments), strict=True):
         assert one is other is None or same(one, other) is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and QAT_TEST_GPU=1")
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_a_gpu_eager_and_compiled_gives_the_bits_of_the_cpu(form):
+    x = torch.randn(4096, 32, generator=torch.Generator().manual_seed(0)) * torch.logspace(-5, 5, 4096)[:, None]
+    for rows in (x, x.bfloat16()):
+        for function in (number_format._fused_quantize, number_format._fused_round):
+            eager = function.__wrapped__
+            for on_gpu in (eager, torch.compile(eager, dynamic=True, options=fused.options())):
+                found, expected = on_gpu(rows.cuda(), form.by, form.qmax), eager(rows, form.by, form.qmax)
+                assert all(a is b is None or torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
 
 
 def test_zeros_stay_zeros_and_small_blocks_become_zeros():
@@ -207,6 +222,13 @@ def test_a_served_student_computes_what_was_trained(dtype, tmp_path):
     expected = trained(ids(trained)).logits
     for model in (qat.load(str(tmp_path)), simulated.load(str(tmp_path), torch.float32)):
         same(model(ids(model)).logits, expected)
+
+
+def test_only_scales_that_fp16_cannot_hold_are_refused():
+    gguf_files._check_scale("name", torch.tensor([0.0, -0.0, -0.1, 1e-4, 3e4]))
+    for scale in (1e-9, -1e-6, 7e4, torch.inf, torch.nan):
+        with pytest.raises(UserError, match="cannot hold"):
+            gguf_files._check_scale("name", torch.tensor([0.1, scale]))
 
 
 def test_the_recipe_trains_what_llama_cpp_runs(tiny_directory, tiny_data, tmp_path):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.quant.number_format import Format, Quantized, dequantize, inside, quantize, round_to_grid
+from qat.quant.number_format import Format, Quantized, dequantize, inside, passed, quantize, round_to_grid
 from qat.quant.products import matmul, matmul_blocks, matmul_codes
 from qat.quant.quantizers.base import Grid
 
@@ -236,7 +236,7 @@ class _QuantLinear(torch.autograd.Function):
             x = kept[0] if len(kept) == 1 else dequantize(Quantized(kept[0], Grid(*kept[1:])), ctx.input_dtype)
             grad_weight = matmul(rows.t(), x.flatten(0, -2))
             if rounds and form.clips:
-                grad_weight *= inside(weight, form, grid)
+                grad_weight = passed(grad_weight, weight, form, grid)
         grad_bias = rows.sum(0) if needs_bias else None
         return grad_x, grad_weight, grad_bias, None, None
 

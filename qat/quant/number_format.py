@@ -106,6 +106,11 @@ def inside(x: Tensor, form: Format, grid: Grid) -> Tensor:
     return form.by.inside(_rows(x, form), _rowed(grid), form.qmax).view(x.shape)
 
 
+def passed(grad: Tensor, x: Tensor, form: Format, grid: Grid) -> Tensor:
+    """Return the gradient [..., n] of rounded values, 0 where x was clipped."""
+    return _fused_pass(_rows(grad, form), _rows(x, form), *_rowed(grid), form.by, form.qmax).view(grad.shape)
+
+
 # All arithmetic is done on rows: [groups of x, elements of a group]. Only exact operations and elementwise ones are
 # fused, so that the compiled functions and the eager ones give the same bits.
 
@@ -164,6 +169,13 @@ def _fused_round_on(rows: Tensor, scale: Tensor, zero_point: Tensor | None, by: 
 
 
 @fused
+def _fused_pass(
+    grad: Tensor, rows: Tensor, scale: Tensor, zero_point: Tensor | None, by: Quantizer, qmax: int
+) -> Tensor:
+    return grad * by.inside(rows, Grid(scale, zero_point), qmax)
+
+
+@fused
 def _fused_dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
     return values_of(codes, Grid(scale, zero_point), dtype)
 
@@ -182,4 +194,4 @@ class _StraightThrough(torch.autograd.Function):
         if not ctx.form.clips:
             return grad, None
         x, *grid = ctx.saved_tensors
-        return grad * inside(x, ctx.form, Grid(*grid)), None
+        return passed(grad, x, ctx.form, Grid(*grid)), None

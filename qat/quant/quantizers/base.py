@@ -75,7 +75,9 @@ class Quantizer:
     def stored_grid(self, rows: Tensor, qmax: int) -> Grid:
         """Compute ``grid`` with the scale as it is stored."""
         grid = self.grid(rows, qmax)
-        return grid if self.scale_dtype == torch.float32 else Grid(stored(grid.scale, self.scale_dtype), *grid[1:])
+        if self.scale_dtype == torch.float32:
+            return grid
+        return Grid(stored(grid.scale, self.scale_dtype), grid.zero_point)
 
     def encode(self, rows: Tensor, qmax: int) -> tuple[Tensor, Grid]:
         """Compute codes [groups, n] in fp32 and their grid [groups, 1] of rows [groups, n]."""

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from qat.quant.architecture import output_layer
 from qat.quant.linear import QuantLinear
-from qat.quant.number_format import Quantized, dequantize, inside, quantize
+from qat.quant.number_format import Quantized, dequantize, inside, passed, quantize
 from qat.quant.products import matmul, matmul_blocks, matmul_codes
 from qat.quant.quantizers.base import Grid
 from qat.runtime.errors import UserError
@@ -304,4 +304,4 @@ class _QuantProduct(_Product):
         if self.blocks and self.head.weight_format.clips:
             parts = (part.split(VOCABULARY_BLOCK) for part in (self.weight, grad_weight))
             for block, weight, grad in zip(self.blocks, *parts, strict=True):
-                grad *= inside(weight, self.head.weight_format, block.grid)
+                grad.copy_(passed(grad, weight, self.head.weight_format, block.grid))

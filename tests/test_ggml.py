@@ -25,7 +25,7 @@ from launch.train import TrainConfig
 from qat.export import export
 from qat.export.formats import FORMATS as EXPORTS
 from qat.export.formats import GGUF
-from qat.infer import simulated
+from qat.infer import packed, simulated
 from qat.infer.packed import PackedLinear
 from qat.quant import fused, number_format
 from qat.quant.architecture import quantizable_linears
@@ -183,7 +183,7 @@ def test_a_linear_layer_computes_what_ggmls_kernel_computes(form, dtype):
     torch.testing.assert_close(y, expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6 * expected.abs().max())
     layer.freeze()
     same(layer(x), y)
-    PackedLinear.pack(layer, layer.integers(), dtype)
+    PackedLinear.convert_packed(layer, packed._packed(layer.integers(), form), dtype)
     same(layer(x), y)
 
 

@@ -42,8 +42,17 @@ ZERO_POINTS = {
     EMBEDDING: {"w_bits": 4, "w_quantizer": "minmax_asymmetric"},
     HEAD: {"w_bits": 4, "w_quantizer": "minmax_asymmetric", "a_bits": 6, "a_quantizer": "minmax_asymmetric"},
 }
+Q4_0 = {"w_bits": 4, "w_quantizer": "ggml_q4_0"}
+BLOCKS = {EMBEDDING: Q4_0, HEAD: Q4_0 | {"a_bits": 8, "a_quantizer": "ggml_q8_0"}}
 INPUT = {HEAD: {"a_bits": 4}}
-VOCABULARIES = {"rows": ROWS, "groups": GROUPS, "clips": CLIPS, "zero points": ZERO_POINTS, "input alone": INPUT}
+VOCABULARIES = {
+    "rows": ROWS,
+    "groups": GROUPS,
+    "clips": CLIPS,
+    "zero points": ZERO_POINTS,
+    "input alone": INPUT,
+    "blocks": BLOCKS,
+}
 TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 
 

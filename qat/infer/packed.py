@@ -26,7 +26,7 @@ from qat.quant.embedding import QuantEmbedding
 from qat.quant.linear import QuantLinear
 from qat.quant.number_format import Format, Quantized, dequantize
 from qat.quant.prepare import prepare, weight_holders
-from qat.quant.products import matmul, matmul_blocks, matmul_codes
+from qat.quant.products import block_dtype, matmul, matmul_blocks, matmul_codes
 from qat.runtime import machine
 from qat.runtime.errors import UserError
 from qat.store import models
@@ -132,7 +132,7 @@ class PackedLinear(QuantLinear):
         if shared is not None and self.multiplies_codes:
             y = matmul_codes(shared.quantized, weight, self.weight_format.qmax, x.dtype)
         elif shared is not None and self.multiplies_blocks:
-            y = matmul_blocks(shared.values(torch.float32), weight, x.dtype)
+            y = matmul_blocks(shared.values(block_dtype(x.dtype)), weight, x.dtype)
         else:
             values = dequantize(weight, self.trained_dtype).to(x.dtype)
             inputs = x if shared is None else shared.values(x.dtype)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.quant.number_format import Format, Quantized, dequantize, inside, passed, quantize, round_to_grid
-from qat.quant.products import matmul, matmul_blocks, matmul_codes
+from qat.quant.products import block_dtype, matmul, matmul_blocks, matmul_codes
 from qat.quant.quantizers.base import Grid
 
 ARITHMETIC = "products of codes"
@@ -204,7 +204,7 @@ class _QuantLinear(torch.autograd.Function):
         elif shared is not None and layer.multiplies_blocks:
             quantized = layer.integers()
             grid = quantized.grid
-            y = matmul_blocks(shared.values(torch.float32), quantized, x.dtype)
+            y = matmul_blocks(shared.values(block_dtype(x.dtype)), quantized, x.dtype)
         else:
             values = weight.detach()
             if _rounds(layer):

@@ -87,12 +87,18 @@ def matmul_codes(
     return y.view(*x.codes.shape[:-1], -1)
 
 
+def block_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which blocks are multiplied in a model of ``dtype``: fp32, or fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def matmul_blocks(x: Tensor, weight: Quantized, dtype: torch.dtype) -> Tensor:
-    """Multiply x, the fp32 values [..., in] of integers in blocks, by weight [out, in]; return [..., out] of ``dtype``.
+    """Multiply x, the values [..., in] in ``block_dtype`` of integers in blocks, by weight [out, in]; return [..., out]
+    of ``dtype``.
 
     With fp16 scales, as ggml's, the values are exact: a code of 8 bits times a scale of 11.
     """
-    values = dequantize(weight, torch.float32)
+    values = dequantize(weight, x.dtype)
     return matmul(x.flatten(0, -2), values.t()).to(dtype).view(*x.shape[:-1], -1)
 
 

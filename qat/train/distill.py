@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from qat.quant.architecture import output_layer
 from qat.quant.linear import QuantLinear
 from qat.quant.number_format import Quantized, dequantize, inside, passed, quantize
-from qat.quant.products import matmul, matmul_blocks, matmul_codes
+from qat.quant.products import block_dtype, matmul, matmul_blocks, matmul_codes
 from qat.quant.quantizers.base import Grid
 from qat.runtime.errors import UserError
 from qat.train.losses import LOSSES, ChunkLoss, Loss, Records
@@ -279,7 +279,9 @@ class _QuantProduct(_Product):
         hidden = self.hidden[rows]
         logits = hidden.new_empty(len(hidden), len(self.weight))
         if self.input is not None and self.head.multiplies_blocks:
-            hidden = dequantize(Quantized(self.input.codes[rows], Grid(self.input.grid.scale[rows])), torch.float32)
+            hidden = dequantize(
+                Quantized(self.input.codes[rows], Grid(self.input.grid.scale[rows])), block_dtype(hidden.dtype)
+            )
         for block, part in zip(self.blocks, logits.split(VOCABULARY_BLOCK, 1), strict=True):
             if self.input is not None and self.head.multiplies_codes:
                 codes = Quantized(self.input.codes[rows], Grid(self.input.grid.scale[rows]))

@@ -90,8 +90,12 @@ def origin_of(name: str) -> Origin:
 def _made(student: Student, base: str, form: str) -> str:
     quant = student.quant
     method = "LLM-QAT (arXiv 2305.17888)" if student.run else student.ptq_method or "a method that is not recorded"
-    group = f"one per {quant.weights.group_size} input channels" if quant.w_group_size else "one per output channel"
-    inputs = "one per layer, learned" if quant.activations.learned else "one per token, dynamic"
+    weights, activations, kv = quant.weights, quant.activations, quant.kv
+    group = f"one per {weights.group_size} input channels" if weights.group_size else "one per output channel"
+    inputs = "one per layer, learned" if activations.learned else "one per token, dynamic"
+    if activations.group_size:
+        inputs = f"one per {activations.group_size} channels of a token, dynamic"
+    cached = f"{kv.group_size} channels" if kv.group_size else quant.kv_granularity.replace("_", " and ")
     return "\n".join(
         [
             f"{base} in low precision, by {method}. W-A-KV {quant}; 16 means not quantized.",
@@ -101,7 +105,7 @@ def _made(student: Student, base: str, form: str) -> str:
             f"| weights of the decoder's linear layers | {quant.w_bits} | {quant.w_quantizer} | {group} |",
             f"| their inputs | {quant.a_bits} | {quant.a_quantizer} | {inputs} |",
             f"| KV cache | {quant.kv_bits} | {quant.kv_quantizer}, {quant.kv_site}, rotation {quant.kv_rotation} | "
-            f"one per {quant.kv_granularity.replace('_', ' and ')} |",
+            f"one per {cached} |",
             "",
             *(f"Layers that match `{name}`: {_listed(own)}.\n" for name, own in quant.overrides.items()),
             f"{_unquantized(student)} are in {str(student.dtype).removeprefix('torch.')}. Format: {form}.",

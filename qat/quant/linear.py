@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.quant.number_format import Format, Quantized, dequantize, inside, quantize, round_to_grid
+from qat.quant.number_format import Format, Quantized, dequantize, inside, masked, quantize, round_to_grid
 from qat.quant.products import matmul, matmul_codes
 from qat.quant.quantizers.base import Grid
 
@@ -173,7 +173,8 @@ def can_multiply_codes(weight: Format, inputs: Format) -> bool:
     if not weight.quantizes or not inputs.quantizes:
         return False
     whole_rows = weight.group_size == 0 and inputs.group_size == 0
-    return whole_rows and weight.symmetric and inputs.symmetric and not inputs.learned
+    integers = not weight.by.is_float and not inputs.by.is_float
+    return whole_rows and integers and weight.symmetric and inputs.symmetric and not inputs.learned
 
 
 class _QuantLinear(torch.autograd.Function):
@@ -217,7 +218,7 @@ class _QuantLinear(torch.autograd.Function):
             x = kept[0] if len(kept) == 1 else dequantize(Quantized(kept[0], Grid(*kept[1:])), ctx.input_dtype)
             grad_weight = matmul(rows.t(), x.flatten(0, -2))
             if rounds and form.clips:
-                grad_weight *= inside(weight, form, grid)
+                grad_weight = masked(grad_weight, weight, form, grid)
         grad_bias = rows.sum(0) if needs_bias else None
         return grad_x, grad_weight, grad_bias, None, None
 

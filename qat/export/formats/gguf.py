@@ -6,7 +6,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from qat.export.formats.base import ExportFormat, trained_activations, trained_cache, trained_output
 from qat.quant.config import QuantConfig
-from qat.quant.number_format import FULL_PRECISION, Quantized
+from qat.quant.number_format import FULL_PRECISION, Format, Quantized
 from qat.store import gguf_files
 from qat.store.student_folder import Student
 
@@ -28,8 +28,8 @@ class Gguf(ExportFormat):
     def load(self, exported: Path) -> PreTrainedModel:
         return gguf_files.load(exported)
 
-    def held_weight(self, weight: Quantized) -> Quantized:
-        return gguf_files.held(weight)
+    def held_weight(self, weight: Quantized, form: Format) -> Quantized:
+        return gguf_files.held(weight, form)
 
     def loaded_by(self, exported: Path) -> str:
         if gguf_files.is_loaded(exported):
@@ -42,7 +42,9 @@ class Gguf(ExportFormat):
             f"Activations: {blocks}."
             if quant.a_bits == FULL_PRECISION
             else f"{trained_activations(quant)}; {blocks}, which is finer than a token.",
-            "Weights: codes are as trained; each scale is rounded to fp16, by at most 1 part in 2048.",
+            "Weights: as trained. Only llama.cpp's own newest versions run these types."
+            if quant.weights.by.is_float
+            else "Weights: codes are as trained; each scale is rounded to fp16, by at most 1 part in 2048.",
         ]
         if quant.kv_bits != FULL_PRECISION:
             said.append(

@@ -1,9 +1,12 @@
 """Quantizers: one file each, and one line here."""
 
 from qat.quant.quantizers.base import Quantizer
+from qat.quant.quantizers.fp8 import FP8
 from qat.quant.quantizers.lsq import LSQ
 from qat.quant.quantizers.minmax import MinMax
 from qat.quant.quantizers.minmax_asymmetric import MinMaxAsymmetric
+from qat.quant.quantizers.mxfp4 import MXFP4
+from qat.quant.quantizers.nvfp4 import NVFP4
 from qat.quant.quantizers.statsq import StatsQ
 from qat.runtime.table import Table
 
@@ -13,6 +16,9 @@ QUANTIZERS: Table[Quantizer] = Table(
     minmax_asymmetric=MinMaxAsymmetric(),
     statsq=StatsQ(),
     lsq=LSQ(),
+    nvfp4=NVFP4(),
+    mxfp4=MXFP4(),
+    fp8=FP8(),
 )
 
 

@@ -164,6 +164,8 @@ def test_refusals_name_the_format_that_fits(tmp_path):
         QuantConfig(w_quantizer="nvfp4", w_group_size=32)
     with pytest.raises(UserError, match="blocks of 32, which do not divide the model's 16 channels per head"):
         prepare(tiny_model(), QuantConfig(kv_quantizer="mxfp4"))
+    with pytest.raises(UserError, match="lm_head can have integers alone"):
+        prepare(tiny_model(), QuantConfig(overrides={"lm_head": {"w_bits": 8, "w_quantizer": "fp8"}}))
     with pytest.raises(UserError, match="kv_quantizer='nvfp4' is invalid"):
         QuantConfig(kv_quantizer="nvfp4")
     save_tensor_scales(student.tensor_scales | {"model.layers.0.mlp.up_proj.weight": math.inf}, tmp_path / "final")

@@ -31,13 +31,13 @@ from qat.infer import simulated
 from qat.quant.config import CONFIG_FILE, QuantConfig
 from qat.quant.linear import can_multiply_codes, quant_linears
 from qat.quant.number_format import Format, Quantized, dequantize, grid_of, quantize
-from qat.quant.prepare import prepare
+from qat.quant.prepare import calibrate, prepare, tensor_scales_in
 from qat.quant.quantizers.base import Grid
 from qat.runtime.errors import UserError
 from qat.store import compressed_tensors, gguf_files, models, student_folder
 from qat.store.compressed_tensors import INTEGERS, LAYOUTS, PACKED
 from qat.store.manifest import MANIFEST
-from qat.store.sidecars import GRIDS_FILE, STEP_SUFFIX, load_steps, save_grids, save_steps
+from qat.store.sidecars import GRIDS_FILE, STEP_SUFFIX, load_steps, save_grids, save_steps, save_tensor_scales
 
 SETTINGS = [
     QuantConfig(4, 8, 4, kv_rotation="hadamard"),
@@ -56,6 +56,10 @@ def write_student(directory: Path, quant: QuantConfig, dtype=torch.float32, **ho
     """Write a student as a training run does."""
     tiny_model(**how).to(dtype).save_pretrained(directory, max_shard_size="100KB")
     tiny_tokenizer().save_pretrained(directory)
+    if quant.scales_inputs:
+        model = prepare(tiny_model(**how).to(dtype), quant)
+        calibrate(model, tiny_model(**how), WINDOWS)
+        save_tensor_scales(tensor_scales_in(model), directory)
     quant.save(directory)
     if quant.activations.learned:
         names = quant_linears(prepare(tiny_model(**how), quant))
@@ -145,7 +149,7 @@ def test_transformers_own_loader_reads_the_same_weights(form, w_bits, tmp_path):
 def test_the_formats_keep_codes_and_scales(form, bits, rows, columns):
     quant = QuantConfig(w_bits=bits)
     stored = quantize(torch.randn(rows, columns), quant.weights)
-    parts = LAYOUTS[form].encode("layer", stored, quant)
+    parts = LAYOUTS[form].encode("layer", stored, quant.weights)
     ((name, read),) = compressed_tensors.decode(
         parts.items(), LAYOUTS[form].quantization_config({"layer": quant}, [], {})
     )
@@ -185,7 +189,7 @@ def test_gguf_blocks_hold_every_code(bits, rows, blocks):
     """Read by gguf's own dequantizer: codes times the scale that fp16 holds."""
     form = Format(bits)
     weight = torch.randn(rows, 32 * blocks)
-    stored = gguf_files.held(quantize(weight, form))
+    stored = gguf_files.held(quantize(weight, form), form)
     kind = gguf_files.type_of(form)
     packed = gguf_files.blocks(stored.codes, stored.grid.scale.expand(-1, blocks), kind)
     assert torch.equal(torch.from_numpy(gguf.quants.dequantize(packed, kind)), dequantize(stored, torch.float32))
@@ -229,10 +233,18 @@ def test_gguf_is_read_back_by_transformers(config_class, said, tmp_path):
     assert found.exported == found.expected != found.trained
 
 
-@pytest.mark.parametrize(("config_class", "said"), [(LlamaConfig, LLAMA3 | BIASES), (Qwen2Config, YARN)])
-def test_llama_cpp_predicts_what_the_file_says(config_class, said, tmp_path):
+@pytest.mark.parametrize(
+    ("config_class", "said", "quant"),
+    [
+        (LlamaConfig, LLAMA3 | BIASES, QuantConfig()),
+        (Qwen2Config, YARN, QuantConfig()),
+        (LlamaConfig, {"intermediate_size": 128}, QuantConfig(w_quantizer="nvfp4")),
+        (Qwen2Config, {}, QuantConfig(w_quantizer="mxfp4")),
+    ],
+)
+def test_llama_cpp_predicts_what_the_file_says(config_class, said, quant, tmp_path):
     """llama.cpp's own kernels, which round activations to 8 bits in blocks of 32 and cache fp16, against fp32."""
-    student = write_biased_student(tmp_path / "final", QuantConfig(), config_class=config_class, **said)
+    student = write_biased_student(tmp_path / "final", quant, config_class=config_class, **said)
     export.export(student, tmp_path / "export", GGUF)
     settings = xllamacpp.CommonParams()
     settings.model.path = str(tmp_path / "export" / gguf_files.FILE)

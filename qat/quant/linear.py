@@ -182,12 +182,13 @@ def can_multiply_codes(weight: Format, inputs: Format) -> bool:
     if not weight.quantizes or not inputs.quantizes:
         return False
     whole_rows = weight.group_size == 0 and inputs.group_size == 0
-    return whole_rows and weight.symmetric and inputs.symmetric and not inputs.learned
+    integers = not weight.by.is_float and not inputs.by.is_float
+    return whole_rows and integers and weight.symmetric and inputs.symmetric and not inputs.learned
 
 
 def can_multiply_blocks(weight: Format, inputs: Format) -> bool:
     """Return whether a layer with these formats multiplies blocks; see ``QuantLinear.multiplies_blocks``."""
-    integers = all(form.quantizes and form.symmetric and form.by.code_dtype == torch.int8 for form in (weight, inputs))
+    integers = all(form.quantizes and form.symmetric and not form.by.is_float for form in (weight, inputs))
     return integers and inputs.group_size > 0
 
 

@@ -7,7 +7,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from qat.export.formats.base import ExportFormat, trained_activations, trained_cache, trained_output
 from qat.quant.config import QuantConfig
-from qat.quant.number_format import FULL_PRECISION, Quantized
+from qat.quant.number_format import FULL_PRECISION, Format, Quantized
 from qat.store import gguf_files
 from qat.store.student_folder import Student
 
@@ -30,8 +30,8 @@ class Gguf(ExportFormat):
     def load(self, exported: Path) -> PreTrainedModel:
         return gguf_files.load(exported)
 
-    def held_weight(self, weight: Quantized) -> Quantized:
-        return gguf_files.held(weight)
+    def held_weight(self, weight: Quantized, form: Format) -> Quantized:
+        return gguf_files.held(weight, form)
 
     def loaded_by(self, exported: Path) -> str:
         if gguf_files.is_loaded(exported):
@@ -40,7 +40,9 @@ class Gguf(ExportFormat):
 
     def differences(self, quant: QuantConfig) -> list[str]:
         said = [_activations(quant)]
-        if quant.weights.by.scale_dtype != torch.float16:
+        if quant.weights.by.is_float:
+            said.append("Weights: as trained. Only llama.cpp's own newest versions run these types.")
+        elif quant.weights.by.scale_dtype != torch.float16:
             said.append("Weights: codes are as trained; each scale is rounded to fp16, by at most 1 part in 2048.")
         if quant.kv_bits != FULL_PRECISION:
             said.append(

@@ -1,12 +1,15 @@
 """Quantizers: one file each, and one line here."""
 
 from qat.quant.quantizers.base import Quantizer
+from qat.quant.quantizers.fp8 import FP8
 from qat.quant.quantizers.ggml_q4_0 import GgmlQ4_0
 from qat.quant.quantizers.ggml_q5_0 import GgmlQ5_0
 from qat.quant.quantizers.ggml_q8_0 import GgmlQ8_0
 from qat.quant.quantizers.lsq import LSQ
 from qat.quant.quantizers.minmax import MinMax
 from qat.quant.quantizers.minmax_asymmetric import MinMaxAsymmetric
+from qat.quant.quantizers.mxfp4 import MXFP4
+from qat.quant.quantizers.nvfp4 import NVFP4
 from qat.quant.quantizers.statsq import StatsQ
 from qat.runtime.table import Table
 
@@ -19,6 +22,9 @@ QUANTIZERS: Table[Quantizer] = Table(
     ggml_q4_0=GgmlQ4_0(),
     ggml_q5_0=GgmlQ5_0(),
     ggml_q8_0=GgmlQ8_0(),
+    nvfp4=NVFP4(),
+    mxfp4=MXFP4(),
+    fp8=FP8(),
 )
 
 

@@ -5,10 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_prepare import ids
 
-from qat.infer.integer_cache import IntegerCache, pack, unpack
+from qat.infer.integer_cache import IntegerCache
 from qat.quant.config import QuantConfig
 from qat.quant.kv_cache import KVQuantizer, hadamard_matrix
 from qat.quant.number_format import Format, fake_quantize, quantize
+from qat.quant.packing import pack, unpack
 from qat.quant.prepare import prepare
 from qat.runtime.errors import UserError
 

@@ -1,4 +1,4 @@
-"""The KV cache as integers: the codes and scales that ``qat.quant.kv_cache`` simulates, stored for ``generate``.
+"""The KV cache as bytes: what ``qat.quant.kv_cache`` simulates, stored in its format for ``generate``.
 
 ``model.generate(..., past_key_values=IntegerCache(model))`` decodes as the full forward pass of the
 fake-quantized model does.
@@ -13,8 +13,6 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from qat.quant.architecture import attentions
 from qat.quant.kv_cache import KVQuantizer, mark_stored
-from qat.quant.number_format import dequantize, quantize
-from qat.quant.packing import pack, unpack
 from qat.runtime.errors import UserError
 
 
@@ -42,7 +40,7 @@ class IntegerCache(Cache):
 
 
 class IntegerLayer(DynamicLayer):
-    """Keys and values of one layer as bytes: uint8 [batch, groups, tokens, bytes]; see ``pack``.
+    """Keys and values of one layer as bytes: uint8 [batch, groups, tokens, bytes]; see ``KVFormat.encode``.
 
     Everything that transformers does with a cache (growing, cropping, reordering for beams) happens to the bytes.
     """
@@ -64,13 +62,8 @@ class IntegerLayer(DynamicLayer):
         """Append keys and values [batch, kv_heads, new, head_dim]; return all of them, rotated and on their grid."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = torch.cat([self.keys, self._store(key_states)], -2)
-        self.values = torch.cat([self.values, self._store(value_states)], -2)
-        return self._load(self.keys, key_states), self._load(self.values, value_states)
-
-    def _store(self, x: Tensor) -> Tensor:
-        return pack(quantize(self.quantizer.groups(self.quantizer.rotate(x)), self.quantizer.form), self.quantizer.form)
-
-    def _load(self, packed: Tensor, like: Tensor) -> Tensor:
-        values = dequantize(unpack(packed, self.quantizer.form), like.dtype)
-        return mark_stored(self.quantizer.split(values, like.shape[1]))
+        self.keys = torch.cat([self.keys, self.quantizer.encode_key(key_states)], -2)
+        self.values = torch.cat([self.values, self.quantizer.encode_value(value_states)], -2)
+        heads, dtype = key_states.shape[1], key_states.dtype
+        keys = self.quantizer.keys.decode(self.keys, heads, dtype)
+        return mark_stored(keys), mark_stored(self.quantizer.values.decode(self.values, heads, dtype))

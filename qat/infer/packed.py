@@ -145,7 +145,7 @@ class PackedEmbedding(QuantEmbedding):
     """A QuantEmbedding that holds its weight as bytes, those of the output layer where both are one weight.
 
     Attributes:
-        packed: uint8 [vocabulary, groups, bytes], see integer_cache.pack
+        packed: uint8 [vocabulary, groups, bytes], see qat.quant.packing
         trained_dtype: the dtype in which the weight's values were rounded to their grid
         values: an empty tensor of the dtype of the rows that are returned: casting the model casts it
     """

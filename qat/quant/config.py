@@ -228,6 +228,11 @@ class QuantConfig:
         settings = self.kv, self.kv_granularity, self.kv_rotation
         return KV_FORMATS[keys].of(*settings), KV_FORMATS[values or keys].of(*settings)
 
+    @property
+    def one_kv_format(self) -> bool:
+        """Return whether no override changes the KV cache: engines store all layers alike."""
+        return not any(name.startswith("kv_") for changes in self.overrides.values() for name in changes)
+
     def everywhere(self, **changes: Any) -> "QuantConfig":
         """Return these settings with ``changes`` in all layers, whatever their overrides."""
         kept = {

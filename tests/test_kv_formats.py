@@ -11,6 +11,8 @@ from test_export import write_student
 from test_prepare import ids
 
 import qat
+from qat.export import export, model_card
+from qat.export.formats import FORMATS, GGUF
 from qat.infer import packed, simulated
 from qat.infer.integer_cache import IntegerCache
 from qat.quant import fused
@@ -20,6 +22,7 @@ from qat.quant.kv_formats.base import _fused_round
 from qat.quant.kv_formats.vllm_int4 import _signs
 from qat.quant.prepare import prepare
 from qat.runtime.errors import UserError
+from qat.store.compressed_tensors import INTEGERS, PACKED
 
 ENGINES = [name for name, form in KV_FORMATS.items() if form.engine]
 GGML = [name for name, form in KV_FORMATS.items() if form.engine == "llama.cpp"]
@@ -267,3 +270,27 @@ def test_files_name_a_format_only_if_it_is_not_the_default(tmp_path):
     assert "kv_format" not in (tmp_path / "quant_config.json").read_text()
     quant_of(PAIR).save(tmp_path)
     assert QuantConfig.load(tmp_path) == quant_of(PAIR)
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "flags"),
+    [
+        (GGUF, PAIR, "-ctk q8_0 -ctv q4_0 -fa on"),
+        (GGUF, "vllm_int4", ""),
+        (PACKED, "vllm_int4", "--kv-cache-dtype int4_per_token_head"),
+        (PACKED, "ggml_q8_0", ""),
+        (INTEGERS, "vllm_int8", ""),  # vLLM on CPUs has no such cache
+    ],
+)
+def test_exports_name_the_flag_that_serves_what_was_trained(form, name, flags, tmp_path):
+    student = write_student(tmp_path / "final", quant_of(name), head_dim=64)
+    assert FORMATS[form].cache_flags(student.quant) == flags
+    (said,) = (sentence for sentence in FORMATS[form].all_differences(student) if "KV cache" in sentence)
+    assert f"trained as {name}" in said
+    assert not flags or flags in said
+    export.export(student, tmp_path / "export", form)
+    model_card.write(student, form, model_card.Origin("", ""), "", tmp_path / "export")
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert bool(flags) == ("with the KV cache as trained" in card)
+    mixed = QuantConfig(kv_bits=8, kv_format="ggml_q8_0", overrides={"model.layers.0.*": {"kv_bits": 16}})
+    assert "as trained\n" not in model_card._serving(FORMATS[GGUF], mixed, "name")

@@ -190,6 +190,21 @@ def test_cached_decoding_equals_the_full_forward(name, head_dim):
 
 
 @pytest.mark.parametrize("name", ["vllm_int4", PAIR])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_student_trains_and_gradient_checkpointing_is_exact(name, dtype):
+    gradients = []
+    for checkpointing in (False, True):
+        model = prepare(tiny_model(head_dim=64, dtype=dtype), quant_of(name)).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(ids(model), use_cache=False).logits.square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for parameter, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][parameter]), parameter
+        assert gradient.any(), f"{parameter} learns"
+
+
+@pytest.mark.parametrize("name", ["vllm_int4", PAIR])
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generate_with_the_cache_equals_generate_without(name, beams):
     model = prepare(tiny_model(head_dim=64), quant_of(name)).double()

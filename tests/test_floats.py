@@ -17,7 +17,6 @@ from compressed_tensors.quantization import preset_name_to_scheme  # noqa: E402
 from compressed_tensors.quantization.lifecycle import forward as theirs  # noqa: E402
 from compressed_tensors.quantization.utils import calculate_qparams  # noqa: E402
 
-from qat.infer.integer_cache import pack, unpack  # noqa: E402
 from qat.quant import fused, number_format  # noqa: E402
 from qat.quant.number_format import (  # noqa: E402
     Format,
@@ -28,6 +27,7 @@ from qat.quant.number_format import (  # noqa: E402
     quantize,
     round_to_grid,
 )
+from qat.quant.packing import pack, unpack  # noqa: E402
 from qat.quant.quantizers.minifloat import E4M3, nearest, nearest_e4m3  # noqa: E402
 
 torch._dynamo.config.disable = False

@@ -85,7 +85,11 @@ def test_no_circles():
 
 
 def test_number_formats_need_torch_alone():
-    formats = [module for module in FILES if module.startswith(("qat.quant.number_format", "qat.quant.quantizers."))]
+    formats = [
+        module
+        for module in FILES
+        if module.startswith(("qat.quant.number_format", "qat.quant.quantizers.", "qat.quant.kv_formats"))
+    ]
     for module in ("qat.quant.fused", *formats):
         foreign = {name for name in imports(module) if name not in FILES and name not in sys.stdlib_module_names}
         assert foreign <= {"torch"}, module

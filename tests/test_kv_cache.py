@@ -5,10 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_prepare import ids
 
-from qat.infer.integer_cache import IntegerCache, pack, unpack
+from qat.infer.integer_cache import IntegerCache
 from qat.quant.config import QuantConfig
-from qat.quant.kv_cache import KVQuantizer, hadamard_matrix
+from qat.quant.hadamard import hadamard_matrix
+from qat.quant.kv_formats.integers import Integers
 from qat.quant.number_format import Format, fake_quantize, quantize
+from qat.quant.packing import pack, unpack
 from qat.quant.prepare import prepare
 from qat.runtime.errors import UserError
 
@@ -128,11 +130,11 @@ def test_hadamard_is_orthogonal_and_symmetric(size):
 
 def test_granularities_share_scales_as_they_say():
     keys = torch.randn(1, 3, 5, 8)  # [batch, kv_heads, tokens, head_dim]
-    per_head = KVQuantizer(Format(4), "token_head", "none").heads(keys)
+    per_head = Integers(Format(4), "token_head", "none").round(keys, keys.dtype)
     assert torch.equal(per_head[0, 1, 2], fake_quantize(keys[0, 1, 2], Format(4)))
-    per_token = KVQuantizer(Format(4), "token", "none").heads(keys)
+    per_token = Integers(Format(4), "token", "none").round(keys, keys.dtype)
     assert torch.equal(per_token[0, :, 2].flatten(), fake_quantize(keys[0, :, 2].flatten(), Format(4)))
     projected = keys.transpose(1, 2).flatten(2)
     assert torch.equal(
-        KVQuantizer(Format(4), "token_head", "none").projection(projected, 8), per_head.transpose(1, 2).flatten(2)
+        Integers(Format(4), "token_head", "none").projection(projected, 8), per_head.transpose(1, 2).flatten(2)
     )

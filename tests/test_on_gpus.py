@@ -25,15 +25,17 @@ from datagen import sampling
 from datagen.decoder import Decoder
 from qat.evaluate.perplexity import score_windows
 from qat.infer import packed
-from qat.infer.integer_cache import IntegerCache, pack, unpack
+from qat.infer.integer_cache import IntegerCache
 from qat.ptq import METHODS as POST_TRAINING
 from qat.ptq import smoothquant
 from qat.ptq import stream as calibration
-from qat.quant import kv_cache, products
+from qat.quant import hadamard, products
 from qat.quant.config import QuantConfig
-from qat.quant.kv_cache import KVQuantizer
+from qat.quant.kv_formats import KV_FORMATS, vllm_int4
+from qat.quant.kv_formats.integers import Integers
 from qat.quant.linear import QuantLinear
 from qat.quant.number_format import Format, dequantize, fake_quantize, inside, quantize, round_to_grid
+from qat.quant.packing import pack, unpack
 from qat.quant.prepare import freeze, prepare
 from qat.quant.quantizers import QUANTIZERS
 from qat.runtime import machine
@@ -147,13 +149,15 @@ def gpu(student, guard, monkeypatch):
     monkeypatch.setattr(products, "integer_product", lambda device, qmax: products.int_mm)  # a trial needs values
     monkeypatch.setattr(Decoder, "_new_graphs", lambda self: None)
     monkeypatch.setattr(model_folder, "check_runs", lambda model, directory: None)  # it computes without this mode
-    kv_cache.hadamard_matrix.cache_clear()
+    hadamard.hadamard_matrix.cache_clear()
+    vllm_int4._signs.cache_clear()
     monkeypatch.setattr(torch.nn.Module, "_apply", Moved())
     with FakeTensorMode() as mode, Answers():
         opened = weight_files.safe_open
         monkeypatch.setattr(weight_files, "safe_open", lambda *args, **how: Read(opened, mode, *args, **how))
         yield
-    kv_cache.hadamard_matrix.cache_clear()
+    hadamard.hadamard_matrix.cache_clear()
+    vllm_int4._signs.cache_clear()
 
 
 class Read:
@@ -324,14 +328,25 @@ def test_distillation(loss, kind, dtype, gpu, monkeypatch):
 )
 def test_keys_and_values(bits, method, rotation, granularity, dtype, gpu):
     kv, keys = (
-        KVQuantizer(Format(bits, method), granularity, rotation),
+        Integers(Format(bits, method), granularity, rotation),
         torch.randn(2, 2, 9, 16, device=GPU, dtype=dtype),
     )
-    check(kv.heads(kv.rotate(keys)), dtype, keys.shape)
+    check(kv.round(kv.keys(keys), dtype), dtype, keys.shape)
     projected = keys.transpose(1, 2).flatten(2)
     check(kv.projection(projected, 16), dtype, projected.shape)
     quant = QuantConfig(kv_bits=bits, kv_quantizer=method, kv_rotation=rotation, kv_granularity=granularity)
-    model = prepare(model_on_gpu(dtype), quant)
+    check_cached(prepare(model_on_gpu(dtype), quant), dtype)
+
+
+@pytest.mark.parametrize("name", [name for name, form in KV_FORMATS.items() if form.engine])
+def test_caches_of_engines(name, gpu):
+    quant = QuantConfig(kv_bits=KV_FORMATS[name].bits, kv_format=name)
+    model = prepare(model_on_gpu(head_dim=64), quant)
+    check_cached(model, torch.bfloat16)
+    check(model(tokens_on_gpu(9, 2)).logits, torch.bfloat16)
+
+
+def check_cached(model, dtype):
     cache = IntegerCache(model)
     for count in (9, 1):
         check(model(tokens_on_gpu(count, 2), past_key_values=cache).logits, dtype)

@@ -50,7 +50,7 @@ def test_each_layer_gets_its_own_settings():
     assert linears["model.layers.0.self_attn.o_proj"].weight_format == Format(8)
     assert linears["model.layers.1.self_attn.o_proj"].weight_format == Format(3, group_size=32)
     assert {name.split(".")[-1] for name, own in linears.items() if own.input_format == Format(6)} == {"down_proj"}
-    assert [layer.self_attn.kv_quantizer.form.bits for layer in model.model.layers] == [8, 4]
+    assert [layer.self_attn.kv_quantizer.keys.form.bits for layer in model.model.layers] == [8, 4]
 
 
 def test_a_part_in_full_precision_is_left_alone():

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from gpu_checks.bench import Bench, device_seconds, seconds
-from qat.infer.integer_cache import IntegerLayer, pack
+from qat.infer.integer_cache import IntegerLayer
 from qat.ptq.gptq import GPTQConfig, error_of, gptq, hessian_of
 from qat.quant import fused, products
 from qat.quant.kv_cache import KVQuantizer
+from qat.quant.kv_formats import KV_FORMATS
+from qat.quant.kv_formats.integers import Integers
 from qat.quant.number_format import Format, dequantize, quantize, round_to_grid
+from qat.quant.packing import pack
 from qat.quant.quantizers import QUANTIZERS
 from qat.quant.quantizers.base import Grid
 
@@ -89,17 +92,20 @@ def caches(bench: Bench) -> tuple[dict, dict]:
     """The integer cache's bytes, and a packed weight's values, on the device as on the CPU."""
     head = bench.shapes.hidden // bench.shapes.heads
     mismatches = {}
-    for granularity in ("token_head", "token"):
-        for bits in (4, 8):
-            quantizer = KVQuantizer(Format(bits), granularity, "none")
-            keys, values = (torch.randn(1, 4, 33, head, dtype=bench.dtype) for _ in range(2))
-            stored = []
-            for device in (torch.device("cpu"), bench.device):
-                layer = IntegerLayer(quantizer)
-                read = layer.update(keys.to(device), values.to(device))
-                stored.append([part.cpu() for part in (layer.keys, layer.values, *read)])
-            mismatches[f"{granularity}_{bits}"] = sum(_different(a, b) for a, b in zip(*stored, strict=True))
-    rotated = [KVQuantizer(Format(4), "token_head", "hadamard").rotate(keys.to(d)).cpu() for d in ("cpu", bench.device)]
+    forms = {
+        f"{granularity}_{bits}": Integers(Format(bits), granularity, "none")
+        for granularity in ("token_head", "token")
+        for bits in (4, 8)
+    }
+    for name, form in {**forms, **{name: form for name, form in KV_FORMATS.items() if form.engine}}.items():
+        keys, values = (torch.randn(1, 4, 33, head, dtype=bench.dtype) for _ in range(2))
+        stored = []
+        for device in (torch.device("cpu"), bench.device):
+            layer = IntegerLayer(KVQuantizer(form, form))
+            read = layer.update(keys.to(device), values.to(device))
+            stored.append([part.cpu() for part in (layer.keys, layer.values, *read)])
+        mismatches[name] = sum(_different(a, b) for a, b in zip(*stored, strict=True))
+    rotated = [Integers(Format(4), "token_head", "hadamard").keys(keys.to(d)).cpu() for d in ("cpu", bench.device)]
     codes = [quantize(part, Format(4)).codes for part in rotated]
     weight = torch.randn(bench.shapes.hidden, bench.shapes.hidden, dtype=bench.dtype)
     packed = [pack(quantize(weight.to(d), _W4), _W4).cpu() for d in ("cpu", bench.device)]

@@ -10,6 +10,7 @@ from typing import Any
 from qat.export.formats import FORMATS
 from qat.export.formats.base import ExportFormat
 from qat.quant.architecture import architecture_of
+from qat.quant.config import QuantConfig
 from qat.runtime.errors import UserError
 from qat.runtime.files import utf8, writing
 from qat.store import smollm2
@@ -61,7 +62,7 @@ def write(student: Student, form: str, origin: Origin, checks: str, output: Path
         _made(student, base, form),
         "## Training\n\n" + _training(student),
         "## Evaluation\n\n" + _evaluation(origin.results, checks),
-        "## Serving\n\n" + _serving(kind, output.name.removesuffix(".partial")),
+        "## Serving\n\n" + _serving(kind, quant, output.name.removesuffix(".partial")),
         "## What other engines do differently\n\n"
         + "\n".join(f"- {sentence}" for sentence in kind.all_differences(student) or ["Nothing."]),
         "## Licence\n\n" + _license(origin),
@@ -90,13 +91,12 @@ def origin_of(name: str) -> Origin:
 def _made(student: Student, base: str, form: str) -> str:
     quant = student.quant
     method = "LLM-QAT (arXiv 2305.17888)" if student.run else student.ptq_method or "a method that is not recorded"
-    weights, activations, kv = quant.weights, quant.activations, quant.kv
+    weights, activations = quant.weights, quant.activations
     group = f"one per {weights.group_size} input channels" if weights.group_size else "one per output channel"
     if (dtype := str(weights.by.scale_dtype).removeprefix("torch.")) != "float32":
         group += f", {dtype}"
     inputs = f"one per {activations.group_size} channels of a token" if activations.group_size else "one per token"
     inputs = "one per layer, learned" if activations.learned else f"{inputs}, dynamic"
-    cached = f"{kv.group_size} channels" if kv.group_size else quant.kv_granularity.replace("_", " and ")
     return "\n".join(
         [
             f"{base} in low precision, by {method}. W-A-KV {quant}; 16 means not quantized.",
@@ -105,8 +105,7 @@ def _made(student: Student, base: str, form: str) -> str:
             "|---|---|---|---|",
             f"| weights of the decoder's linear layers | {quant.w_bits} | {quant.w_quantizer} | {group} |",
             f"| their inputs | {quant.a_bits} | {quant.a_quantizer} | {inputs} |",
-            f"| KV cache | {quant.kv_bits} | {quant.kv_quantizer}, {quant.kv_site}, rotation {quant.kv_rotation} | "
-            f"one per {cached} |",
+            _cache_row(quant),
             "",
             *(f"Layers that match `{name}`: {_listed(own)}.\n" for name, own in quant.overrides.items()),
             f"{_unquantized(student)} are in {str(student.dtype).removeprefix('torch.')}. Format: {form}.",
@@ -121,6 +120,18 @@ def _unquantized(student: Student) -> str:
     parts = {described.embedding: "embedding", "": "norms", described.head: described.head}
     *first, last = [part for name, part in parts.items() if name not in quantized]
     return f"{', '.join(first)} and {last}".capitalize() if first else last.capitalize()
+
+
+def _cache_row(quant: QuantConfig) -> str:
+    if quant.kv_formats[0].engine:
+        meanings = dict.fromkeys(form.meaning for form in quant.kv_formats)
+        return f"| KV cache | {quant.kv_bits} | {quant.kv_format} | {'; '.join(meanings)} |"
+    group = quant.kv.group_size
+    one_per = f"{group} channels" if group else quant.kv_granularity.replace("_", " and ")
+    return (
+        f"| KV cache | {quant.kv_bits} | {quant.kv_quantizer}, {quant.kv_site}, rotation {quant.kv_rotation} | "
+        f"one per {one_per} |"
+    )
 
 
 def _listed(changes: Mapping[str, Any]) -> str:
@@ -177,8 +188,11 @@ def _rows(file: Path) -> list[str]:
         raise UserError(f"{file} is no result of launch/evaluate.py ({type(error).__name__}: {error}).") from error
 
 
-def _serving(kind: ExportFormat, name: str) -> str:
+def _serving(kind: ExportFormat, quant: QuantConfig, name: str) -> str:
     commands = kind.serve(name)
+    if quant.one_kv_format and (flags := kind.cache_flags(quant)):
+        bare = [command.partition(" #")[0].rstrip() for command in commands]
+        commands = [*commands, *(f"{command} {flags}   # with the KV cache as trained" for command in bare)]
     if kind.runs_as_trained:
         commands = [*commands, f"python launch/chat.py --model {name}   # as trained, with the integer KV cache"]
     shell = "\n".join(["```", *commands, "```"])

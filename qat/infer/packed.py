@@ -18,13 +18,14 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from qat.infer import simulated
-from qat.infer.integer_cache import IntegerCache, pack, unpack
+from qat.infer.integer_cache import IntegerCache
 from qat.quant import products
 from qat.quant.architecture import attentions, output_layer
 from qat.quant.config import CONFIG_FILE
 from qat.quant.embedding import QuantEmbedding
 from qat.quant.linear import QuantLinear
 from qat.quant.number_format import Format, Quantized, dequantize
+from qat.quant.packing import pack, unpack
 from qat.quant.prepare import prepare, set_tensor_scales, weight_holders
 from qat.quant.products import block_dtype, matmul, matmul_blocks, matmul_codes
 from qat.runtime import machine
@@ -108,7 +109,7 @@ class PackedLinear(QuantLinear):
     """A QuantLinear that holds its weight as bytes: codes, two per byte up to 4 bits, and scales.
 
     Attributes:
-        packed: uint8 [out, groups, bytes], see integer_cache.pack
+        packed: uint8 [out, groups, bytes], see qat.quant.packing
         trained_dtype: the dtype in which the weight's values were rounded to their grid
     """
 
@@ -146,7 +147,7 @@ class PackedEmbedding(QuantEmbedding):
     """A QuantEmbedding that holds its weight as bytes, those of the output layer where both are one weight.
 
     Attributes:
-        packed: uint8 [vocabulary, groups, bytes], see integer_cache.pack
+        packed: uint8 [vocabulary, groups, bytes], see qat.quant.packing
         trained_dtype: the dtype in which the weight's values were rounded to their grid
         values: an empty tensor of the dtype of the rows that are returned: casting the model casts it
     """

@@ -85,6 +85,12 @@ class Architecture:
         """Return the prefix of the names of decoder layer ``number``'s weights."""
         return f"{self.layers}.{number}."
 
+    @property
+    def interleaves(self) -> bool:
+        """Return whether llama.cpp rotates neighbouring channels of a head, where transformers rotates its two halves,
+        so that a GGUF file has the channels of queries and keys in another order."""
+        return self.gguf == "llama" and self.block is not None
+
     def names(self, number: int, layers: int, name: str) -> tuple[str, str]:
         """Return the full names of module ``name`` in decoder layer ``number`` of ``layers``: counted from 0, and from
         -1 backwards."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from qat.quant.kv_formats import INTEGERS, KV_FORMATS, KVFormat
 from qat.quant.number_format import FULL_PRECISION, Format
 from qat.quant.quantizers import QUANTIZERS, quantizers_of
 from qat.runtime.errors import UserError
@@ -33,7 +34,7 @@ SCALES_FILE = "tensor_scales.safetensors"
 _FILES = {"weight_grids": GRIDS_FILE, "tensor_scales": SCALES_FILE}
 """The entries of ``quant_config.json`` that name these files."""
 
-_LATER = ("overrides", "w_scale_dtype")
+_LATER = ("overrides", "w_scale_dtype", "kv_format")
 """Settings that earlier versions did not have: they are recorded only where they are not the default, and missing in a
 record they are the default."""
 
@@ -46,6 +47,7 @@ _PER_LAYER = (
     "kv_quantizer",
     "w_group_size",
     "w_scale_dtype",
+    "kv_format",
 )
 """The settings that an override can change."""
 
@@ -54,6 +56,10 @@ _SCALE_DTYPES = {
     "bfloat16": "as vLLM keeps those of pack-quantized for a bfloat16 model",
     "float16": "as GGUF stores them, and vLLM keeps them for a float16 model",
 }
+
+_DETERMINED = ("kv_quantizer", "kv_site", "kv_granularity", "kv_rotation")
+"""The settings that a KV format of an engine determines."""
+
 _SITES = {"post_rope": "what a cache stores", "pre_rope": "the paper's released code"}
 _GRANULARITIES = {"token_head": "one scale per token and KV head", "token": "one per token (the paper)"}
 _ROTATIONS = {"none": "the paper", "hadamard": "rotates Q, K and V over head_dim; needs post_rope"}
@@ -67,7 +73,7 @@ class QuantConfig:
     Args:
         w_bits: weights: 2 to 8, or 16 for full precision
         a_bits: inputs of the linear layers: 2 to 8, or 16
-        kv_bits: KV cache: 2 to 8, or 16
+        kv_bits: KV cache: 2 to 8, or 16; with a kv_format of an engine: the bits of its keys
         w_quantizer: quantizer of the weights
         a_quantizer: quantizer of the activations, with one scale per token, or per block of it if the quantizer has
             blocks
@@ -82,6 +88,8 @@ class QuantConfig:
             backwards, and a later pattern wins. Embedding and output layer are quantized if their full names, no
             pattern, have bits: {"model.embed_tokens": {"w_bits": 8}, "lm_head": {"w_bits": 8, "a_bits": 8}}; where
             they are one weight, either name gives its format
+        kv_format: how the KV cache is stored: int, which the other settings of the cache describe, or as an inference
+            engine stores it, which determines them; KEYS/VALUES where the engine may have two
     """
 
     w_bits: int = 4
@@ -96,6 +104,7 @@ class QuantConfig:
     kv_granularity: str = choice("token_head", lambda: _GRANULARITIES)
     kv_rotation: str = choice("none", lambda: _ROTATIONS)
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
+    kv_format: str = choice(INTEGERS, lambda: KV_FORMATS, separator="/")
 
     def __post_init__(self) -> None:
         for name in ("w_bits", "a_bits", "kv_bits"):
@@ -115,8 +124,30 @@ class QuantConfig:
                 "kv_rotation=hadamard needs kv_site=post_rope: a rotation before RoPE would change the "
                 "attention scores."
             )
+        self._check_kv_format()
         for pattern, changes in self.overrides.items():
             self._check_override(pattern, changes)
+
+    def _check_kv_format(self) -> None:
+        """Raise UserError for a format of an engine beside settings that it determines, and for a pair that no engine
+        has."""
+        keys, values = self.kv_formats
+        if keys != values and not (keys.pairs and values.engine == keys.engine):
+            pairs = [name for name, known in KV_FORMATS.items() if known.pairs]
+            raise UserError(
+                f"kv_format={self.kv_format} is stored by no engine: give one format, or two of {', '.join(pairs)}."
+            )
+        if not keys.engine:
+            return
+        for one in fields(self):
+            if one.name in _DETERMINED and (given := getattr(self, one.name)) != one.default:
+                raise UserError(
+                    f"{one.name}={given} is invalid with kv_format={self.kv_format}, which determines it: leave it out."
+                )
+        if self.kv_bits not in (keys.bits, FULL_PRECISION):
+            raise UserError(
+                f"kv_bits={self.kv_bits} is invalid with kv_format={self.kv_format}: give kv_bits={keys.bits}."
+            )
 
     def _check_bits(self, bits: str, name: str) -> None:
         """Raise UserError if the quantizer named by the setting ``name`` has not the bits of the setting ``bits``."""
@@ -201,6 +232,18 @@ class QuantConfig:
     @property
     def kv(self) -> Format:
         return Format(self.kv_bits, self.kv_quantizer, QUANTIZERS[self.kv_quantizer].group_size)
+
+    @property
+    def kv_formats(self) -> tuple[KVFormat, KVFormat]:
+        """Return the formats of keys and of values."""
+        keys, _, values = self.kv_format.partition("/")
+        settings = self.kv, self.kv_granularity, self.kv_rotation
+        return KV_FORMATS[keys].of(*settings), KV_FORMATS[values or keys].of(*settings)
+
+    @property
+    def one_kv_format(self) -> bool:
+        """Return whether no override changes the KV cache: engines store all layers alike."""
+        return not any(name.startswith("kv_") for changes in self.overrides.values() for name in changes)
 
     def everywhere(self, **changes: Any) -> "QuantConfig":
         """Return these settings with ``changes`` in all layers, whatever their overrides."""

@@ -4,10 +4,7 @@ The keys and values that a cache would store are rounded per token before they a
 
 * site ``post_rope``: what a cache stores; ``pre_rope``: the outputs of k_proj and v_proj, as in the
   paper's released code.
-* granularity ``token_head``: one scale per token and KV head; ``token``: one per token (the paper).
-* rotation ``hadamard``: Q and K after RoPE, and V, are multiplied by an orthogonal Hadamard matrix
-  over head_dim, which spreads the outlier channels of K. Attention scores and outputs are unchanged
-  in exact arithmetic, and no data is needed. The stored codes are those of the rotated K and V.
+* format: how numbers are rotated, rounded and stored, see qat.quant.kv_formats.
 
 ``qat.infer.integer_cache`` stores for real what is simulated here.
 """
@@ -20,43 +17,50 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qat.quant.hadamard import hadamard_matrix
-from qat.quant.number_format import Format, fake_quantize
+from qat.quant.kv_formats import KVFormat
 
 ATTENTION = "qat_sdpa"
 """The name under which ``quantized_attention`` is registered with transformers."""
 
 
 class KVQuantizer:
-    """The KV quantization of one attention layer."""
+    """The KV quantization of one attention layer: what is multiplied, and what is stored.
 
-    def __init__(self, form: Format, granularity: str, rotation: str):
-        self.form, self.granularity, self.rotation = form, granularity, rotation
+    Args:
+        keys, values: their formats
+        interleaves: whether the channels of queries and keys are stored in llama.cpp's order: neighbours are those
+            that transformers has half a head apart
+    """
 
-    def heads(self, x: Tensor) -> Tensor:
-        """Round keys or values [batch, kv_heads, tokens, head_dim]."""
-        return self.split(fake_quantize(self.groups(x), self.form), x.shape[1])
+    def __init__(self, keys: KVFormat, values: KVFormat, interleaves: bool = False):
+        self.keys, self.values, self.interleaves = keys, values, interleaves
 
-    def projection(self, x: Tensor, head_dim: int) -> Tensor:
-        """Round the output of k_proj or v_proj [batch, tokens, kv_heads * head_dim]."""
-        if self.granularity == "token":
-            return fake_quantize(x, self.form)
-        return fake_quantize(x.unflatten(-1, (-1, head_dim)), self.form).flatten(-2)
+    def query(self, x: Tensor) -> Tensor:
+        """Return queries [batch, heads, tokens, head_dim] as they are multiplied with stored keys."""
+        return self.keys.queries(self._ordered(x))
 
-    def groups(self, x: Tensor) -> Tensor:
-        """Rearrange [batch, kv_heads, tokens, head_dim] so that the numbers sharing a scale form the last dimension:
-        for ``token`` [batch, 1, tokens, kv_heads * head_dim]."""
-        return x if self.granularity == "token_head" else x.transpose(1, 2).flatten(2)[:, None]
+    def key(self, x: Tensor) -> Tensor:
+        """Return keys [batch, kv_heads, tokens, head_dim] as they are read."""
+        return self.keys.round(self.keys.keys(self._ordered(x)), x.dtype)
 
-    def split(self, groups: Tensor, kv_heads: int) -> Tensor:
-        """Undo ``groups``."""
-        return (
-            groups if self.granularity == "token_head" else groups[:, 0].unflatten(-1, (kv_heads, -1)).transpose(1, 2)
-        )
+    def value(self, x: Tensor) -> Tensor:
+        """Return values, shaped like keys, as they are read."""
+        return self.values.round(self.values.values(x), x.dtype)
 
-    def rotate(self, x: Tensor) -> Tensor:
-        """Rotate queries, keys, values or attention outputs [..., head_dim]; rotating twice changes nothing."""
-        return x if self.rotation == "none" else x @ hadamard_matrix(x.shape[-1], x.device, x.dtype)
+    def output(self, x: Tensor) -> Tensor:
+        """Rotate attention's output over stored values [batch, tokens, heads, head_dim] back."""
+        return self.values.outputs(x)
+
+    def encode_key(self, x: Tensor) -> Tensor:
+        """Return the bytes, uint8 [batch, groups, tokens, bytes], of keys."""
+        return self.keys.encode(self.keys.keys(self._ordered(x)))
+
+    def encode_value(self, x: Tensor) -> Tensor:
+        """Return the bytes of values."""
+        return self.values.encode(self.values.values(x))
+
+    def _ordered(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) if self.interleaves else x
 
 
 class AttentionRecord:
@@ -108,9 +112,9 @@ def quantized_attention(
     """
     kv: KVQuantizer | None = getattr(module, "kv_quantizer", None)
     if kv is not None:
-        query = kv.rotate(query)
+        query = kv.query(query)
         if not is_stored(key):
-            key, value = kv.heads(kv.rotate(key)), kv.heads(kv.rotate(value))
+            key, value = kv.key(key), kv.value(value)
     if attention_record is not None:
         attention_record.layers[module.layer_idx] = query, key, scaling, kwargs.get("sliding_window")  # type: ignore[index]
     if sequence_lengths:
@@ -123,7 +127,7 @@ def quantized_attention(
         output = torch.cat(outputs, 1)
     else:
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    return output if kv is None else kv.rotate(output), None
+    return output if kv is None else kv.output(output), None
 
 
 def _window_mask(query: Tensor, window: int | None) -> Tensor | None:

@@ -24,6 +24,7 @@ from qat.quant.architecture import (
 )
 from qat.quant.config import QuantConfig, matches
 from qat.quant.embedding import QuantEmbedding
+from qat.quant.kv_formats.integers import Integers
 from qat.quant.linear import InputQuantizer, QuantLinear, quant_linears
 from qat.quant.number_format import Format
 from qat.quant.rotated import check_rotates
@@ -233,12 +234,11 @@ def freeze(model: nn.Module) -> None:
 
 
 def _check_cache(model: PreTrainedModel, config: QuantConfig) -> None:
-    size = head_dim(model.config)
-    if config.kv_rotation == "hadamard" and size & (size - 1):
-        raise UserError(
-            f"kv_rotation=hadamard needs a head_dim that is a power of two; this model's is {size}: "
-            "give kv_rotation=none."
-        )
+    architecture, layers = architecture_of(model.config), len(decoder_layers(model))
+    for number in range(layers):
+        own = config.of_layer(architecture.names(number, layers, architecture.attention))
+        for form in own.kv_formats if own.kv.quantizes else ():
+            form.check(head_dim(model.config))
 
 
 def _warn_of_idle_patterns(model: PreTrainedModel, config: QuantConfig) -> None:
@@ -301,10 +301,11 @@ def _check_blocks(setting: str, form: Format, size: int, what: str) -> None:
 
 
 def _quantize_kv(layer: nn.Module, model: PreTrainedModel, config: QuantConfig) -> None:
-    quantizer = kv_cache.KVQuantizer(config.kv, config.kv_granularity, config.kv_rotation)
     architecture, size = architecture_of(model.config), head_dim(model.config)
     _check_blocks("kv_quantizer", config.kv, size, "channels per head")
+    keys, values = config.kv_formats
     if config.kv_site == "post_rope":
+        quantizer = kv_cache.KVQuantizer(keys, values, keys.reorders and architecture.interleaves)
         layer.get_submodule(architecture.attention).kv_quantizer = quantizer  # type: ignore[assignment]
         return
     if not architecture.key_values:
@@ -312,5 +313,6 @@ def _quantize_kv(layer: nn.Module, model: PreTrainedModel, config: QuantConfig) 
             f"kv_site=pre_rope rounds what the layers for keys and values put out, and {model.config.model_type} has "
             "no such layers: give kv_site=post_rope."
         )
+    assert isinstance(keys, Integers)  # QuantConfig has other formats after RoPE alone
     for name in architecture.key_values:
-        linear_in(layer, name).register_forward_hook(lambda module, inputs, output: quantizer.projection(output, size))
+        linear_in(layer, name).register_forward_hook(lambda module, inputs, output: keys.projection(output, size))

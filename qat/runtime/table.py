@@ -49,12 +49,15 @@ class Table(Mapping[str, T], Generic[T]):
         return len(self._things)
 
 
-def choice(default: str, choices: Callable[[], Mapping[str, Any]]) -> Any:
+def choice(default: str, choices: Callable[[], Mapping[str, Any]], separator: str | None = None) -> Any:
     """Return a dataclass field with the choices of a table, which may grow after its class was made.
 
     ``check_choices`` refuses other values, and the commands' ``--help`` lists each choice with its ``meaning``.
+
+    Args:
+        separator: what stands between choices, where a value may be several of them
     """
-    return dataclasses.field(default=default, metadata={"choices": choices})
+    return dataclasses.field(default=default, metadata={"choices": choices, "separator": separator})
 
 
 def choices_of(kind: type) -> dict[str, Mapping[str, Any]]:
@@ -66,8 +69,10 @@ def choices_of(kind: type) -> dict[str, Mapping[str, Any]]:
 
 def check_choices(settings: Any) -> None:
     """Raise UserError if the value of a field made by ``choice`` is not one of its choices."""
+    separators = {field.name: field.metadata.get("separator") for field in dataclasses.fields(settings)}
     for name, choices in choices_of(type(settings)).items():
-        given = getattr(settings, name)
-        if given not in choices:
+        given, separator = getattr(settings, name), separators[name]
+        parts = given.split(separator) if separator and isinstance(given, str) else [given]
+        if any(part not in choices for part in parts):
             plugin = ", or load what adds it with --plugin" if isinstance(choices, Table) else ""
             raise UserError(f"{name}={given!r} is invalid: choose {' or '.join(choices)}{plugin}.")

@@ -300,9 +300,9 @@ def _as_llama_cpp_rotates(name: str, tensor: Tensor, config: PreTrainedConfig, b
     """Reorder output channels of q and k for llama.cpp, whose LLaMA rotates neighbours, where transformers rotates the
     two halves; or back."""
     architecture = architecture_of(config)
-    if architecture.gguf != "llama" or architecture.block is None:
-        return tensor
     block = architecture.block
+    if not architecture.interleaves or block is None:
+        return tensor
     heads = {block.queries: config.num_attention_heads, block.keys: config.num_key_value_heads}
     for layer, count in heads.items():
         if f".{layer}." in name:

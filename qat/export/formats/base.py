@@ -25,6 +25,7 @@ class ExportFormat(ABC):
         weight_files: the pattern of its weight files' names
         front_matter: lines of the model card's YAML, beside base model and licence
         value_dtype: the dtype to which ``load`` rounds the values of codes and scales; None for the student's
+        engine: the engine, by its name in qat.quant.kv_formats, that serves it with a KV cache as trained if told to
         runs_as_trained: whether qat.load and launch/chat.py run an export, with the activations and the KV cache that
             were trained
         states_rotation: whether it can state R4, the online rotation in front of the MLP's last layer
@@ -34,6 +35,7 @@ class ExportFormat(ABC):
     weight_files: str = "*.safetensors"
     front_matter: tuple[str, ...] = ()
     value_dtype: torch.dtype | None = None
+    engine: str = ""
     runs_as_trained: bool = False
     states_rotation: bool = False
 
@@ -85,6 +87,11 @@ class ExportFormat(ABC):
             return []
         return [f"{trained_output(output)}; here it stays in full precision."]
 
+    def cache_flags(self, quant: QuantConfig) -> str:
+        """Return the flags with which the engine stores the KV cache as trained; empty if none do."""
+        keys, values = quant.kv_formats
+        return keys.flags(values) if self.engine and keys.engine == self.engine and quant.kv.quantizes else ""
+
     def all_differences(self, student: Student) -> list[str]:
         """Return the ``differences`` of the settings of all layers."""
         settings = dict.fromkeys([student.quant, *student.layer_settings.values()])
@@ -110,6 +117,8 @@ def trained_output(quant: QuantConfig) -> str:
 
 def trained_cache(quant: QuantConfig) -> str:
     """Return the beginning of a sentence on a quantized KV cache."""
+    if quant.kv_formats[0].engine:
+        return f"KV cache: trained as {quant.kv_format}"
     return (
         f"KV cache: trained with {quant.kv_bits} bits ({quant.kv_quantizer}, {quant.kv_site}, {quant.kv_granularity}, "
         f"rotation {quant.kv_rotation})"

@@ -154,6 +154,11 @@ class CompressedTensors(ExportFormat):
     def _cache(self, quant: QuantConfig) -> list[str]:
         if quant.kv_bits == FULL_PRECISION:
             return []
+        if flags := self.cache_flags(quant):
+            return [
+                f"{trained_cache(quant)}, as {flags} stores it in all layers alike (GPUs rotate and divide less "
+                "exactly); without, vLLM keeps the dtype that it computes in."
+            ]
         near = {4: "int4_per_token_head (rotated, asymmetric)", 8: "int8_per_token_head"}.get(quant.kv_bits)
         if quant.kv.by.is_float:
             near = "fp8_per_token_head" if quant.kv_quantizer == "fp8" else None
@@ -206,6 +211,7 @@ class PackQuantized(CompressedTensors):
     )
     vllm = "                        # GPU"
     states_rotation = True
+    engine = "vLLM"
 
     def all_differences(self, student: Student) -> list[str]:
         said = super().all_differences(student) + self._scales(student)

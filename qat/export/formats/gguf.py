@@ -16,6 +16,7 @@ class Gguf(ExportFormat):
     meaning = "one file, for llama.cpp"
     weight_files = "*.gguf"
     value_dtype = torch.float32
+    engine = "llama.cpp"
 
     def check(self, student: Student) -> None:
         gguf_files.check(student)
@@ -44,7 +45,9 @@ class Gguf(ExportFormat):
             said.append("Weights: as trained. Only llama.cpp's own newest versions run these types.")
         elif quant.weights.by.scale_dtype != torch.float16:
             said.append("Weights: codes are as trained; each scale is rounded to fp16, by at most 1 part in 2048.")
-        if quant.kv_bits != FULL_PRECISION:
+        if flags := self.cache_flags(quant):
+            said.append(f"{trained_cache(quant)}, as {flags} stores it in all layers alike; without, it is fp16.")
+        elif quant.kv_bits != FULL_PRECISION:
             said.append(
                 f"{trained_cache(quant)}; llama.cpp keeps fp16 unless told otherwise (its q4_0 and q8_0 have blocks of "
                 "32)."

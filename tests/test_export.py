@@ -1,5 +1,6 @@
 """Exports: what was trained is what is written, read back, and read by others."""
 
+import ctypes
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 import sentencepiece
 import torch
@@ -32,6 +34,7 @@ from qat.quant.config import CONFIG_FILE, QuantConfig
 from qat.quant.linear import can_multiply_codes, quant_linears
 from qat.quant.number_format import Format, Quantized, dequantize, grid_of, quantize
 from qat.quant.prepare import prepare
+from qat.quant.quantizers import quantizers_of
 from qat.quant.quantizers.base import Grid
 from qat.runtime.errors import UserError
 from qat.store import compressed_tensors, gguf_files, models, student_folder
@@ -48,7 +51,10 @@ SETTINGS = [
     QuantConfig(4, 8, 16, w_group_size=32),
     QuantConfig(4, 8, 4, a_quantizer="lsq"),
     QuantConfig(4, 8, 16, w_quantizer="ggml_q4_0", a_quantizer="ggml_q8_0"),
+    QuantConfig(4, 8, 16, w_quantizer="minmax_full", a_quantizer="minmax_full"),
+    QuantConfig(4, 8, 16, w_quantizer="minmax_signed"),
 ]
+SYMMETRIC = [name for name, by in quantizers_of("weights").items() if by.symmetric and by.grid_gives_codes]
 WINDOWS = torch.randint(2, 300, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
@@ -127,9 +133,12 @@ def test_weights_stay_on_a_grid_that_is_stored_beside_them(form, tmp_path):
 
 
 @pytest.mark.parametrize("form", [PACKED, INTEGERS])
-@pytest.mark.parametrize("w_bits", [2, 3, 4, 5, 8])
-def test_transformers_own_loader_reads_the_same_weights(form, w_bits, tmp_path):
-    student = write_student(tmp_path / "final", QuantConfig(w_bits, 8, 16))
+@pytest.mark.parametrize(
+    ("w_bits", "w_quantizer"),
+    [*((bits, "minmax") for bits in (2, 3, 4, 5, 8)), (4, "minmax_full"), (8, "minmax_signed")],
+)
+def test_transformers_own_loader_reads_the_same_weights(form, w_bits, w_quantizer, tmp_path):
+    student = write_student(tmp_path / "final", QuantConfig(w_bits, 8, 16, w_quantizer=w_quantizer))
     export.export(student, tmp_path / "export", form)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32)
     ours = simulated.load(str(tmp_path / "export"), torch.float32)
@@ -180,17 +189,41 @@ def test_fake_exports_are_plain_models(config_class, tmp_path):
     torch.testing.assert_close(plain(ids(plain)).logits, trained(ids(trained)).logits)
 
 
-@given(st.integers(2, 8), st.integers(1, 4), st.integers(1, 3))
-def test_gguf_blocks_hold_every_code(bits, rows, blocks):
+@given(st.integers(2, 8), st.integers(1, 4), st.integers(1, 3), st.sampled_from(SYMMETRIC))
+def test_gguf_blocks_hold_every_code(bits, rows, blocks, quantizer):
     """Read by gguf's own dequantizer: codes times the scale that fp16 holds."""
-    form = Format(bits)
+    form = Format(bits, quantizer)
     weight = torch.randn(rows, 32 * blocks)
     stored = gguf_files.held(quantize(weight, form))
     kind = gguf_files.type_of(form)
     packed = gguf_files.blocks(stored.codes, stored.grid.scale.expand(-1, blocks), kind)
     assert torch.equal(torch.from_numpy(gguf.quants.dequantize(packed, kind)), dequantize(stored, torch.float32))
     exact = grid_of(weight, form).scale
-    assert ((stored.grid.scale - exact).abs() <= exact * 2**-11).all()
+    assert ((stored.grid.scale - exact).abs() <= exact.abs() * 2**-11).all()
+
+
+@pytest.mark.parametrize("quantizer", ["minmax_full", "minmax_signed"])
+@pytest.mark.parametrize("bits", [4, 5, 8])
+def test_llama_cpps_kernels_multiply_the_lowest_code_and_negative_scales(bits, quantizer):
+    """Its dot products of our blocks with activations in Q8_0, as its CPU kernels compute them."""
+    engine = ctypes.CDLL(str(next(Path(xllamacpp.__file__).parent.glob("xllamacpp*.so"))))
+    engine.ggml_cpu_init()
+    generator = torch.Generator().manual_seed(bits)
+    form, rows = Format(bits, quantizer), torch.randn(16, 256, generator=generator)
+    x = torch.randn(256, generator=generator)
+    stored = gguf_files.held(quantize(rows, form))
+    assert (stored.codes == form.code_range[0]).any()
+    kind = gguf_files._TYPES[bits]
+    weights = gguf_files.blocks(stored.codes, stored.grid.scale.expand(-1, 8), kind)
+    inputs = gguf.quants.quantize(x.numpy()[None], gguf.GGMLQuantizationType.Q8_0)
+    dot = getattr(engine, f"ggml_vec_dot_{kind.name.lower()}_q8_0")
+    pointer, step = ctypes.c_void_p, ctypes.c_size_t(0)
+    values = torch.from_numpy(gguf.quants.dequantize(inputs, gguf.GGMLQuantizationType.Q8_0))[0]
+    for row, expected in zip(weights, dequantize(stored, torch.float32).double() @ values.double(), strict=True):
+        found = ctypes.c_float()
+        row, theirs = np.ascontiguousarray(row), np.ascontiguousarray(inputs)
+        dot(256, ctypes.byref(found), step, pointer(row.ctypes.data), step, pointer(theirs.ctypes.data), step, 1)
+        assert found.value == pytest.approx(expected.item(), rel=1e-4, abs=1e-4)
 
 
 LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)

@@ -1,7 +1,10 @@
 import math
 
+import gguf
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.utils import calculate_qparams
 from conftest import needs_compiler
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,11 +23,13 @@ from qat.quant.number_format import (
 )
 from qat.quant.quantizers import QUANTIZERS, lsq
 from qat.quant.quantizers.base import Grid, divided
+from qat.store import gguf_files
 
 BITS = st.integers(2, 8)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)  # denormals and huge outliers included
 FIXED = [name for name, quantizer in QUANTIZERS.items() if not quantizer.learned]  # the grid: a function of the tensor
+EXACT = [quantizer for name, quantizer in QUANTIZERS.items() if name in FIXED and quantizer.is_exact]
 MINMAX, ASYMMETRIC, LSQ = (QUANTIZERS[name] for name in ("minmax", "minmax_asymmetric", "lsq"))
 FORMATS = st.sampled_from([Format(bits, name) for name in FIXED for bits in QUANTIZERS[name].bits])
 
@@ -42,10 +47,10 @@ def same(a, b):
 @given(tensors(), FORMATS)
 def test_fake_equals_integer_bit_for_bit(x, form):
     quantized = quantize(x, form)
-    lowest = -form.qmax - (not form.symmetric or not form.by.grid_gives_codes)  # ggml's blocks use the lowest code too
+    lowest, highest = form.code_range
     assert quantized.codes.dtype == torch.int8
     assert lowest <= quantized.codes.min()
-    assert quantized.codes.max() <= form.qmax
+    assert quantized.codes.max() <= highest
     assert quantized.grid.scale.dtype == torch.float32
     values, grid = round_to_grid(x, form)
     assert values.dtype == x.dtype
@@ -56,7 +61,9 @@ def test_fake_equals_integer_bit_for_bit(x, form):
     same(values, fake_quantize(x, form))
 
 
-@given(tensors(), st.sampled_from(["minmax", "minmax_asymmetric"]), BITS)
+@given(
+    tensors(), st.sampled_from([f for f in FIXED if not QUANTIZERS[f].clips and QUANTIZERS[f].grid_gives_codes]), BITS
+)
 def test_minmax_clips_nothing_and_errs_by_half_a_step(x, method, bits):
     x, form = x.float().clamp(-1e30, 1e30), Format(bits, method)
     quantized = quantize(x, form)
@@ -70,6 +77,52 @@ def test_the_largest_element_has_the_largest_code(x, bits):
     codes = quantize(x, Format(bits)).codes
     reached = codes.abs().amax(-1) == Format(bits).qmax
     assert (reached | (x.float().abs().amax(-1) < 1e-35)).all()
+
+
+@given(tensors(), BITS)
+def test_a_full_grid_has_compressed_tensors_scale(x, bits):
+    scale, largest = grid_of(x, Format(bits, "minmax_full")).scale, x.float().abs().amax(-1)
+    theirs, _ = calculate_qparams(-largest, largest, QuantizationArgs(num_bits=bits))
+    normal = largest > 1e-35
+    assert torch.equal(scale.view(largest.shape)[normal], theirs.view(largest.shape)[normal])
+
+
+def test_a_full_grid_uses_every_code():
+    x = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    assert quantize(x, Format(3, "minmax_full")).codes.unique().tolist() == list(range(-4, 4))
+
+
+@given(tensors(), BITS)
+def test_a_signed_scale_puts_the_extreme_on_the_lowest_code(x, bits):
+    """It is exact; what is clipped is of the other sign, moves by a step at most, and gets no gradient."""
+    x, form = x.float().clamp(-1e30, 1e30), Format(bits, "minmax_signed")
+    codes, grid = quantize(x, form)
+    largest = x.abs().amax(-1, keepdim=True)
+    extreme, normal = x.abs() == largest, largest > 1e-35
+    reached = (codes == form.code_range[0]) & extreme & (dequantize(Quantized(codes, grid), x.dtype) == x)
+    assert (reached.any(-1, keepdim=True) | ~normal).all()
+    passes = inside(x, form, grid)
+    steps = x / grid.scale
+    assert torch.equal(passes, (codes - steps).abs() <= 0.5)
+    assert (~passes <= (steps > form.qmax + 0.5)).all()
+    assert ((codes - steps).abs() <= 1).all()
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    y = x.clone().requires_grad_()
+    fake_quantize(y, form).backward(grad)
+    same(y.grad, grad * passes)
+
+
+def test_signed_scales_give_ggmls_codes():
+    """Those of gguf's own quantizer, which makes them with the fp32 scale too; on ties ggml's sign may differ."""
+    x = torch.randn(4000, 32, generator=torch.Generator().manual_seed(0))
+    for bits, kind in ((4, gguf.GGMLQuantizationType.Q4_0), (5, gguf.GGMLQuantizationType.Q5_0)):
+        theirs = torch.from_numpy(gguf.quants.quantize(x.numpy(), kind))
+        codes, (scale, _) = quantize(x, Format(bits, "minmax_signed"))
+        ours = torch.from_numpy(gguf_files.blocks(codes, scale, kind))
+        assert (scale < 0).any(), "the extreme is positive in half of the groups"
+        assert torch.equal(ours[:, :2], theirs[:, :2])
+        differ = (ours != theirs).any(-1)
+        assert differ.float().mean() < 1e-3, "halves, which ggml rounds up in the product with 1 / scale"
 
 
 @given(st.integers(1, 40), FORMATS)
@@ -205,6 +258,7 @@ def test_compiled_equals_eager_bit_for_bit(dtype, monkeypatch):
         (number_format._fused_quantize, (x, ASYMMETRIC, 127)),
         (number_format._fused_round, (x, MINMAX, 7)),
         (number_format._fused_round, (x, ASYMMETRIC, 7)),
+        *((number_format._fused_round, (x, by, 7)) for by in EXACT),
         (number_format._fused_quantize_on, (x, scale, None, MINMAX, 7)),
         (number_format._fused_round_on, (x, scale, zero_point, ASYMMETRIC, 7)),
         (number_format._fused_dequantize, (codes, scale, zero_point, dtype)),
@@ -228,7 +282,7 @@ def _equal(a, b):
     return torch.equal(a.nan_to_num(123.0), b.nan_to_num(123.0))
 
 
-@pytest.mark.parametrize("by", [MINMAX, ASYMMETRIC])
+@pytest.mark.parametrize("by", EXACT)
 def test_compiled_quantizers_give_the_same_bits_as_eager_ones(by, monkeypatch):
     needs_compiler()
     monkeypatch.setattr(fused, "compiles", lambda device: True)
@@ -256,7 +310,7 @@ def test_compiled_quantizers_give_the_same_bits_as_eager_ones(by, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and QAT_TEST_GPU=1")
-@pytest.mark.parametrize("by", [MINMAX, ASYMMETRIC])
+@pytest.mark.parametrize("by", EXACT)
 def test_a_gpu_eager_and_compiled_gives_the_bits_of_the_cpu(by):
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):

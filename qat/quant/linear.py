@@ -200,7 +200,7 @@ class _QuantLinear(torch.autograd.Function):
         if shared is not None and layer.multiplies_codes:
             quantized = layer.integers()
             grid = quantized.grid
-            y = matmul_codes(shared.quantized, quantized, layer.weight_format.qmax, x.dtype)
+            y = matmul_codes(shared.quantized, quantized, layer.weight_format.code_range[1], x.dtype)
         elif shared is not None and layer.multiplies_blocks:
             quantized = layer.integers()
             grid = quantized.grid

@@ -39,8 +39,13 @@ class Format:
 
     @property
     def qmax(self) -> int:
-        """Return the largest code."""
+        """Return the largest positive number of as many bits."""
         return 2 ** (self.bits - 1) - 1
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Return the lowest code and the highest."""
+        return self.by.code_range(self.qmax)
 
     @property
     def by(self) -> Quantizer:

@@ -7,7 +7,7 @@ of rows,
 
 with the sum in exact integers, rounded to fp32 once, then scaled in fp32, as inference engines do. The result does not
 depend on which instructions compute the sum, so the fastest that are exact here are used. An int32 holds the sum up to
-133,144 features.
+131,071 features.
 
 Products of fp32 matrices on CPUs go to oneDNN, not to torch's own choice, MKL: on AMD processors with AVX-512 MKL runs
 its AVX2 code, at less than half the speed.
@@ -38,8 +38,8 @@ _ROWS = 32
 _FEATURES = 8
 """They also need multiples of 8 columns and outputs."""
 
-_EXACT_IN_FP32 = 2**24 // 127**2
-"""Number of columns over which a sum of products of 8-bit codes stays below 2^24, and so exact in fp32, in any
+_EXACT_IN_FP32 = 2**24 // 128**2
+"""Number of columns over which no sum of products of 8-bit codes is beyond 2^24, so that it is exact in fp32, in any
 order."""
 
 IntegerProduct = Callable[[Tensor, Tensor], Tensor]
@@ -78,7 +78,7 @@ def matmul_codes(
 
     Args:
         x, weight: symmetric
-        weight_qmax: the largest code that weights of this format have
+        weight_qmax: the highest code that weights of this format have; the lowest is -weight_qmax or one less
         product: what multiplies; by default the fastest that is exact on this device. The result does not depend on it
     """
     product = product or integer_product(x.codes.device, weight_qmax)
@@ -116,7 +116,7 @@ def int_mm(codes: Tensor, weight: Tensor) -> Tensor:
 def qlinear(codes: Tensor, weight: Tensor) -> Tensor:
     """Multiply codes, as an IntegerProduct, on CPUs, with inputs shifted to be unsigned.
 
-    Without VNNI it adds pairs of products in 16 bits: exact up to 255 * 2 * 64, hence for weights of 7 bits at most.
+    Without VNNI it adds pairs of products in 16 bits: exact for weights of 7 bits at most, as 255 * 2 * 64 < 2^15.
     """
     packed = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)  # it ignores other strides
     unsigned = codes.bitwise_xor(-128).view(torch.uint8)  # code + 128
@@ -150,11 +150,12 @@ def integer_product(device: torch.device, qmax: int) -> IntegerProduct:
 
 
 def is_exact(product: IntegerProduct, device: torch.device, qmax: int) -> bool:
-    """Return whether a product is available, and exact, for weight codes up to ``qmax``. The worst case is the one that
-    saturates on processors that add pairs in 16 bits."""
+    """Return whether a product is available, and exact, for weight codes from -qmax-1 to qmax. The worst cases are
+    those that saturate on processors that add pairs in 16 bits."""
     codes, weight = _test_codes(device, qmax)
-    largest, heaviest = torch.full_like(codes, 127), torch.full_like(weight, qmax)
-    cases = ((largest, heaviest), (largest, -heaviest), (codes, heaviest), (largest, weight), (codes, weight))
+    extremes = [torch.full_like(codes, code) for code in (127, -128)]
+    heaviest = [torch.full_like(weight, code) for code in (qmax, -qmax, -qmax - 1)]
+    cases = [(a, b) for a in (*extremes, codes) for b in (*heaviest, weight)]
     some_rows = ((codes[:rows], weight) for rows in (1, 17, 333))
     strided = ((pad(codes, (0, 4))[:, :-4], weight), (codes, pad(weight, (0, 4))[:, :-4]), (codes.t(), weight.t()))
     every = (*cases, *some_rows, *strided)
@@ -168,8 +169,8 @@ def _test_codes(device: torch.device, qmax: int) -> tuple[Tensor, Tensor]:
     """Return codes of inputs and of weights, [size, size] each."""
     generator = torch.Generator().manual_seed(0)
     shape = (_TEST_SIZE[device.type], _TEST_SIZE[device.type])
-    codes = torch.randint(-127, 128, shape, generator=generator)
-    weight = torch.randint(-qmax, qmax + 1, shape, generator=generator)
+    codes = torch.randint(-128, 128, shape, generator=generator)
+    weight = torch.randint(-qmax - 1, qmax + 1, shape, generator=generator)
     return codes.to(device, torch.int8), weight.to(device, torch.int8)
 
 

@@ -105,6 +105,9 @@ class CompressedTensors(ExportFormat):
             said.append(
                 f"{trained_activations(quant)}; no engine has kernels for that, and they are rounded to {served}."
             )
+        if quant.a_quantizer == "minmax_full":
+            said.append("Activations: trained as transformers' own loader rounds them; vLLM divides by max/qmax.")
+            return said
         if quant.a_quantizer != "minmax":
             said.append(f"Activations: trained with {quant.a_quantizer}; engines round them to max/qmax per token.")
         said.append("Activations: transformers' own loader rounds them to max/127.5; trained was max/127.")

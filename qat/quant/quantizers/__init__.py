@@ -7,6 +7,8 @@ from qat.quant.quantizers.ggml_q8_0 import GgmlQ8_0
 from qat.quant.quantizers.lsq import LSQ
 from qat.quant.quantizers.minmax import MinMax
 from qat.quant.quantizers.minmax_asymmetric import MinMaxAsymmetric
+from qat.quant.quantizers.minmax_full import MinMaxFull
+from qat.quant.quantizers.minmax_signed import MinMaxSigned
 from qat.quant.quantizers.statsq import StatsQ
 from qat.runtime.table import Table
 
@@ -14,6 +16,8 @@ QUANTIZERS: Table[Quantizer] = Table(
     "quantizer",
     minmax=MinMax(),
     minmax_asymmetric=MinMaxAsymmetric(),
+    minmax_full=MinMaxFull(),
+    minmax_signed=MinMaxSigned(),
     statsq=StatsQ(),
     lsq=LSQ(),
     ggml_q4_0=GgmlQ4_0(),

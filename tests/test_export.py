@@ -34,7 +34,7 @@ from qat.quant.config import CONFIG_FILE, QuantConfig
 from qat.quant.linear import can_multiply_codes, quant_linears
 from qat.quant.number_format import Format, Quantized, dequantize, grid_of, quantize
 from qat.quant.prepare import prepare
-from qat.quant.quantizers import quantizers_of
+from qat.quant.quantizers import QUANTIZERS, quantizers_of
 from qat.quant.quantizers.base import Grid
 from qat.runtime.errors import UserError
 from qat.store import compressed_tensors, gguf_files, models, student_folder
@@ -53,6 +53,7 @@ SETTINGS = [
     QuantConfig(4, 8, 16, w_quantizer="ggml_q4_0", a_quantizer="ggml_q8_0"),
     QuantConfig(4, 8, 16, w_quantizer="minmax_full", a_quantizer="minmax_full"),
     QuantConfig(4, 8, 16, w_quantizer="minmax_signed"),
+    QuantConfig(2, 8, 16, w_quantizer="seq"),
 ]
 SYMMETRIC = [name for name, by in quantizers_of("weights").items() if by.symmetric and by.grid_gives_codes]
 WINDOWS = torch.randint(2, 300, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -135,7 +136,7 @@ def test_weights_stay_on_a_grid_that_is_stored_beside_them(form, tmp_path):
 @pytest.mark.parametrize("form", [PACKED, INTEGERS])
 @pytest.mark.parametrize(
     ("w_bits", "w_quantizer"),
-    [*((bits, "minmax") for bits in (2, 3, 4, 5, 8)), (4, "minmax_full"), (8, "minmax_signed")],
+    [*((bits, "minmax") for bits in (2, 3, 4, 5, 8)), (4, "minmax_full"), (8, "minmax_signed"), (2, "seq")],
 )
 def test_transformers_own_loader_reads_the_same_weights(form, w_bits, w_quantizer, tmp_path):
     student = write_student(tmp_path / "final", QuantConfig(w_bits, 8, 16, w_quantizer=w_quantizer))
@@ -192,7 +193,7 @@ def test_fake_exports_are_plain_models(config_class, tmp_path):
 @given(st.integers(2, 8), st.integers(1, 4), st.integers(1, 3), st.sampled_from(SYMMETRIC))
 def test_gguf_blocks_hold_every_code(bits, rows, blocks, quantizer):
     """Read by gguf's own dequantizer: codes times the scale that fp16 holds."""
-    form = Format(bits, quantizer)
+    form = Format(bits if bits in QUANTIZERS[quantizer].bits else 2, quantizer)
     weight = torch.randn(rows, 32 * blocks)
     stored = gguf_files.held(quantize(weight, form))
     kind = gguf_files.type_of(form)

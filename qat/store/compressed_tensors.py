@@ -83,7 +83,7 @@ class Layout(ABC):
     def _group(self, quant: QuantConfig) -> dict[str, Any]:
         grouped = {"strategy": "group", "group_size": quant.weights.group_size}
         weights = {
-            "num_bits": self.stored_bits[quant.w_bits],
+            "num_bits": self.stored_bits[quant.weights.code_bits],
             "type": "int",
             "symmetric": True,
             "dynamic": False,
@@ -130,7 +130,7 @@ class _Packed(Layout):
 
         codes, (scale, _) = quantized
         return {
-            f"{name}.weight_packed": pack_to_int32(codes, self.stored_bits[quant.w_bits]),
+            f"{name}.weight_packed": pack_to_int32(codes, self.stored_bits[quant.weights.code_bits]),
             f"{name}.weight_scale": scale,
             f"{name}.weight_shape": torch.tensor(codes.shape),
         }

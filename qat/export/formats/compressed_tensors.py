@@ -114,7 +114,7 @@ class CompressedTensors(ExportFormat):
         return said
 
     def _weights(self, quant: QuantConfig) -> list[str]:
-        bits = self.layout.stored_bits[quant.w_bits]
+        bits = self.layout.stored_bits[quant.weights.code_bits]
         if bits == quant.w_bits:
             return []
         return [

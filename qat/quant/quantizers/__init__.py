@@ -9,7 +9,9 @@ from qat.quant.quantizers.minmax import MinMax
 from qat.quant.quantizers.minmax_asymmetric import MinMaxAsymmetric
 from qat.quant.quantizers.minmax_full import MinMaxFull
 from qat.quant.quantizers.minmax_signed import MinMaxSigned
+from qat.quant.quantizers.seq import SEQ
 from qat.quant.quantizers.statsq import StatsQ
+from qat.quant.quantizers.ternary import Ternary
 from qat.runtime.table import Table
 
 QUANTIZERS: Table[Quantizer] = Table(
@@ -19,6 +21,8 @@ QUANTIZERS: Table[Quantizer] = Table(
     minmax_full=MinMaxFull(),
     minmax_signed=MinMaxSigned(),
     statsq=StatsQ(),
+    seq=SEQ(),
+    ternary=Ternary(),
     lsq=LSQ(),
     ggml_q4_0=GgmlQ4_0(),
     ggml_q5_0=GgmlQ5_0(),

@@ -16,7 +16,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-_SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
 class Grid(NamedTuple):
@@ -69,6 +69,11 @@ class Quantizer:
         **dict.fromkeys((6, 7, 8), "Q8_0"),
     }
     learned: ClassVar[bool] = False
+
+    @property
+    def scale_can_learn(self) -> bool:
+        """Return whether a scale can be a Parameter: it is any fp32 number, and gives integer codes."""
+        return self.grid_gives_codes and self.code_dtype == torch.int8 and self.scale_dtype == torch.float32
 
     def grid(self, rows: Tensor, qmax: int) -> Grid:
         """Compute the grid [groups, 1] of rows [groups, n], its scale not rounded to ``scale_dtype`` yet."""
@@ -150,7 +155,7 @@ class LearnedQuantizer(Quantizer):
 def usable(scale: Tensor) -> Tensor:
     """Replace by 1 the scales that would be denormal (above all of groups of zeros), hence zero codes: a denormal scale
     has too few bits left to keep the codes in range. NaN stays NaN."""
-    return torch.where(scale < _SMALLEST_SCALE, 1.0, scale)
+    return torch.where(scale < SMALLEST_SCALE, 1.0, scale)
 
 
 def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:

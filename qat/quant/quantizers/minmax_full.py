@@ -4,6 +4,8 @@ The rule of torchao and of compressed-tensors (``calculate_qparams``). The large
 last code, or half a step before the first: no element moves by more than that, and nothing counts as clipped.
 """
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from qat.quant.quantizers.base import Grid, Quantizer, divided, usable
@@ -11,7 +13,7 @@ from qat.quant.quantizers.base import Grid, Quantizer, divided, usable
 
 class MinMaxFull(Quantizer):
     meaning = "symmetric, all codes (torchao's)"
-    parts = ("weights", "activations")
+    parts: ClassVar[tuple[str, ...]] = ("weights", "activations")
 
     def code_range(self, qmax: int) -> tuple[int, int]:
         return -qmax - 1, qmax

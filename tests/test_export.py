@@ -54,7 +54,9 @@ SETTINGS = [
     QuantConfig(4, 8, 16, w_quantizer="minmax_full", a_quantizer="minmax_full"),
     QuantConfig(4, 8, 16, w_quantizer="minmax_signed"),
     QuantConfig(2, 8, 16, w_quantizer="seq"),
+    QuantConfig(4, 8, 16, w_quantizer="minmax_asymmetric", w_group_size=32),
 ]
+ASYMMETRIC = [(bits, "minmax_asymmetric") for bits in (2, 4, 8)]
 SYMMETRIC = [name for name, by in quantizers_of("weights").items() if by.symmetric and by.grid_gives_codes]
 WINDOWS = torch.randint(2, 300, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -136,10 +138,20 @@ def test_weights_stay_on_a_grid_that_is_stored_beside_them(form, tmp_path):
 @pytest.mark.parametrize("form", [PACKED, INTEGERS])
 @pytest.mark.parametrize(
     ("w_bits", "w_quantizer"),
-    [*((bits, "minmax") for bits in (2, 3, 4, 5, 8)), (4, "minmax_full"), (8, "minmax_signed"), (2, "seq")],
+    [
+        *((bits, "minmax") for bits in (2, 3, 4, 5, 8)),
+        (4, "minmax_full"),
+        (8, "minmax_signed"),
+        (2, "seq"),
+        *ASYMMETRIC,
+    ],
 )
 def test_transformers_own_loader_reads_the_same_weights(form, w_bits, w_quantizer, tmp_path):
-    student = write_student(tmp_path / "final", QuantConfig(w_bits, 8, 16, w_quantizer=w_quantizer))
+    if form == INTEGERS and w_quantizer == "minmax_asymmetric":
+        return  # refused
+    group = 16 if (w_bits, w_quantizer) == (4, "minmax_asymmetric") else 0
+    quant = QuantConfig(w_bits, 8, 16, w_quantizer=w_quantizer, w_group_size=group)
+    student = write_student(tmp_path / "final", quant)
     export.export(student, tmp_path / "export", form)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32)
     ours = simulated.load(str(tmp_path / "export"), torch.float32)
@@ -151,9 +163,15 @@ def test_transformers_own_loader_reads_the_same_weights(form, w_bits, w_quantize
     assert (logits - ours(tokens).logits).abs().mean() < 0.1 * logits.abs().mean()
 
 
-@given(st.sampled_from([PACKED, INTEGERS]), st.integers(2, 8), st.integers(1, 5), st.integers(1, 40))
-def test_the_formats_keep_codes_and_scales(form, bits, rows, columns):
-    quant = QuantConfig(w_bits=bits)
+@given(
+    st.sampled_from([(PACKED, "minmax"), (INTEGERS, "minmax"), (PACKED, "minmax_asymmetric")]),
+    st.integers(2, 8),
+    st.integers(1, 40),
+    st.integers(1, 40),
+)
+def test_the_formats_keep_codes_and_grids(format_and_quantizer, bits, rows, columns):
+    form, quantizer = format_and_quantizer
+    quant = QuantConfig(w_bits=bits, w_quantizer=quantizer)
     stored = quantize(torch.randn(rows, columns), quant.weights)
     parts = LAYOUTS[form].encode("layer", stored, quant)
     ((name, read),) = compressed_tensors.decode(
@@ -162,7 +180,13 @@ def test_the_formats_keep_codes_and_scales(form, bits, rows, columns):
     assert name == "layer.weight"
     assert isinstance(read, Quantized)
     assert torch.equal(read.codes, stored.codes)
-    assert torch.equal(read.grid.scale, stored.grid.scale)
+    for part, expected in zip(read.grid, stored.grid, strict=True):
+        assert part is expected is None or torch.equal(part, expected)
+    config = LAYOUTS[form].quantization_config({"layer": quant}, [], {})
+    shapes = {name: tuple(part.shape) for name, part in parts.items()}
+    assert shapes == {
+        name: shape for name, (shape, _) in compressed_tensors.layout("layer", (rows, columns), config).items()
+    }
 
 
 def test_sizes_are_what_the_formats_promise(tmp_path):
@@ -475,7 +499,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
         return message
 
     assert "w_bits=16" in refusal(QuantConfig(16, 8, 4), PACKED)
-    assert "have none" in refusal(QuantConfig(w_quantizer="minmax_asymmetric"), PACKED)
+    assert "give --format pack-quantized" in refusal(QuantConfig(w_quantizer="minmax_asymmetric"), INTEGERS)
     assert "no GGUF type has" in refusal(QuantConfig(w_quantizer="minmax_asymmetric"), GGUF)
     assert "multiples of 32" in refusal(QuantConfig(w_group_size=16), GGUF)
     assert "hidden_act='gelu', where llama.cpp computes silu" in refusal(QuantConfig(), GGUF, hidden_act="gelu")

@@ -1,7 +1,8 @@
 """Integer weights in the compressed-tensors layouts, which transformers and vLLM read.
 
 ``pack-quantized``   several codes in an int32, for vLLM on GPUs. ``weight_packed`` [out, in * bits / 32],
-                     ``weight_shape`` [2], ``weight_scale`` [out, groups]
+                     ``weight_shape`` [2], ``weight_scale`` [out, groups], and, if there are zero points,
+                     ``weight_zero_point`` [out * bits / 32, groups]
 ``int-quantized``    a code in an int8, for vLLM on CPUs. ``weight`` [out, in], ``weight_scale`` [out, 1]
 
 Codes and scales are those that training simulated, scales in fp32 as there; no library derives them again.
@@ -22,6 +23,8 @@ from qat.store.weight_files import FLOATS
 
 PACKED, INTEGERS = "pack-quantized", "int-quantized"
 
+_ZERO_POINT = "weight_zero_point"
+
 Shapes = dict[str, tuple[tuple[int, ...], frozenset[str]]]
 """Shape of each tensor, and safetensors' names of its possible dtypes, by the tensor's name."""
 
@@ -31,7 +34,8 @@ class Layout(ABC):
 
     Attributes:
         name: what compressed-tensors calls it
-        suffixes: of the names of the tensors that hold a weight
+        suffixes: of the names of the tensors that hold a symmetric weight
+        has_zero_points: whether engines that read it have kernels for weights with zero points
         stored_bits: the bits that the format is told, by those of the codes. Every code of 3 bits is one of 4 bits,
             with the same scale, and engines have kernels for those
         engine_a_bits: the bits to which engines that read it can round activations
@@ -39,12 +43,21 @@ class Layout(ABC):
 
     name: str
     suffixes: tuple[str, ...]
+    has_zero_points: bool = False
     stored_bits: ClassVar[Mapping[int, int]]
     engine_a_bits: tuple[int, ...]
 
     def served_a_bits(self, quant: QuantConfig) -> int:
-        """Return the bits to which an engine rounds activations: those that were trained, or else 8."""
+        """Return the bits to which an engine rounds activations: those that were trained, or else 8; 16 beside weights
+        with zero points, for which kernels with integer activations have no place."""
+        if not quant.weights.symmetric:
+            return FULL_PRECISION
         return quant.a_bits if quant.a_bits in (FULL_PRECISION, *self.engine_a_bits) else 8
+
+    def bits(self, quant: QuantConfig) -> int:
+        """Return the bits that the format is told. With zero points there are kernels for 4 and 8."""
+        bits = self.stored_bits[quant.weights.code_bits]
+        return bits if quant.weights.symmetric else max(bits, 4)
 
     def quantization_config(
         self, settings: Mapping[str, QuantConfig], kept: Sequence[str], vocabulary: Mapping[str, QuantConfig]
@@ -83,9 +96,9 @@ class Layout(ABC):
     def _group(self, quant: QuantConfig) -> dict[str, Any]:
         grouped = {"strategy": "group", "group_size": quant.weights.group_size}
         weights = {
-            "num_bits": self.stored_bits[quant.weights.code_bits],
+            "num_bits": self.bits(quant),
             "type": "int",
-            "symmetric": True,
+            "symmetric": quant.weights.symmetric,
             "dynamic": False,
             **(grouped if quant.weights.group_size else {"strategy": "channel"}),
         }
@@ -99,7 +112,7 @@ class Layout(ABC):
         return {
             "targets": [],
             "weights": weights,
-            "input_activations": activations if quant.a_bits != FULL_PRECISION else None,
+            "input_activations": activations if self.served_a_bits(quant) != FULL_PRECISION else None,
             "format": self.name,
         }
 
@@ -122,18 +135,24 @@ class _Packed(Layout):
 
     name = PACKED
     suffixes = "weight_packed", "weight_scale", "weight_shape"
+    has_zero_points = True
     stored_bits: ClassVar[Mapping[int, int]] = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
     engine_a_bits = 4, 8
 
     def encode(self, name: str, quantized: Quantized, quant: QuantConfig) -> dict[str, Tensor]:
         from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32  # takes seconds to import
 
-        codes, (scale, _) = quantized
-        return {
-            f"{name}.weight_packed": pack_to_int32(codes, self.stored_bits[quant.weights.code_bits]),
+        codes, (scale, zero_point) = quantized
+        bits = self.bits(quant)
+        parts = {
+            f"{name}.weight_packed": pack_to_int32(codes, bits),
             f"{name}.weight_scale": scale,
             f"{name}.weight_shape": torch.tensor(codes.shape),
         }
+        if zero_point is not None:
+            packed = pack_to_int32(zero_point.to(torch.int8), bits, packed_dim=0)
+            parts[f"{name}.{_ZERO_POINT}"] = packed.contiguous()
+        return parts
 
     def shapes(self, name: str, rows: int, columns: int, bits: int) -> Shapes:
         return {
@@ -145,7 +164,10 @@ class _Packed(Layout):
         from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32  # takes seconds to import
 
         shape = torch.Size(parts["weight_shape"].tolist())
-        return Quantized(unpack_from_int32(parts["weight_packed"], bits, shape), Grid(parts["weight_scale"]))
+        scale, zero_point = parts["weight_scale"], None
+        if _ZERO_POINT in parts:
+            zero_point = unpack_from_int32(parts[_ZERO_POINT], bits, scale.shape, packed_dim=0).float()
+        return Quantized(unpack_from_int32(parts["weight_packed"], bits, shape), Grid(scale, zero_point))
 
 
 class _Integers(Layout):
@@ -187,8 +209,12 @@ def layout(name: str, shape: Sequence[int], config: dict[str, Any]) -> Shapes:
     if (settings := _weights_of(name, config)) is None:
         return {f"{name}.weight": (tuple(shape), FLOATS)}
     rows, columns = shape
-    scale = (rows, columns // settings.get("group_size", columns)), frozenset({"F32"})
-    return LAYOUTS[config["format"]].shapes(name, rows, columns, settings["num_bits"]) | {f"{name}.weight_scale": scale}
+    groups, bits = columns // settings.get("group_size", columns), settings["num_bits"]
+    parts = LAYOUTS[config["format"]].shapes(name, rows, columns, bits)
+    parts[f"{name}.weight_scale"] = (rows, groups), frozenset({"F32"})
+    if not settings["symmetric"]:
+        parts[f"{name}.{_ZERO_POINT}"] = (-(-rows // (32 // bits)), groups), frozenset({"I32"})
+    return parts
 
 
 def _weights_of(layer: str, config: dict[str, Any]) -> dict[str, Any] | None:
@@ -214,11 +240,12 @@ def decode(stored: Iterable[tuple[str, Tensor]], config: dict[str, Any]) -> Iter
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in stored:
         layer, _, suffix = name.rpartition(".")
-        if suffix not in kind.suffixes or (suffix == "weight" and tensor.dtype != torch.int8):
+        if suffix not in (*kind.suffixes, _ZERO_POINT) or (suffix == "weight" and tensor.dtype != torch.int8):
             yield name, tensor
             continue
         found = parts.setdefault(layer, {})
         found[suffix] = tensor
-        if len(found) == len(kind.suffixes):
+        settings = _weights_of(layer, config) or {}
+        if len(found) == len(kind.suffixes) + (not settings["symmetric"]):
             del parts[layer]
-            yield f"{layer}.weight", kind.join(found, (_weights_of(layer, config) or {})["num_bits"])
+            yield f"{layer}.weight", kind.join(found, settings["num_bits"])

@@ -53,10 +53,10 @@ class CompressedTensors(ExportFormat):
 
     def check(self, student: Student) -> None:
         for own in student.settings.values():
-            if own.weights.quantizes and not own.weights.symmetric:
+            if own.weights.quantizes and not own.weights.symmetric and not self.layout.has_zero_points:
                 raise UserError(
                     f"w_quantizer={own.w_quantizer} has zero points, and the kernels that {self.layout.name} is for "
-                    "have none: give --format hf-fake."
+                    f"have none: give --format {PACKED}."
                 )
         for width, block in _online(student).values():
             if block != largest_power_of_two(block):
@@ -101,6 +101,8 @@ class CompressedTensors(ExportFormat):
             return []
         said = []
         served = self.layout.served_a_bits(quant)
+        if served == FULL_PRECISION:
+            return [f"{trained_activations(quant)}; beside weights with zero points engines keep them unrounded."]
         if served != quant.a_bits:
             said.append(
                 f"{trained_activations(quant)}; no engine has kernels for that, and they are rounded to {served}."
@@ -114,7 +116,7 @@ class CompressedTensors(ExportFormat):
         return said
 
     def _weights(self, quant: QuantConfig) -> list[str]:
-        bits = self.layout.stored_bits[quant.weights.code_bits]
+        bits = self.layout.bits(quant)
         if bits == quant.w_bits:
             return []
         return [

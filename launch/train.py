@@ -17,8 +17,8 @@ from launch import cli
 from qat.data.sequences import Row, TrainingData
 from qat.evaluate import heldout
 from qat.evaluate.perplexity import text_windows
+from qat.quant import linear
 from qat.quant.config import CONFIG_FILE, QuantConfig
-from qat.quant.linear import ARITHMETIC
 from qat.quant.prepare import check_scales_can_learn, prepare
 from qat.quant.quantizers.base import Grid
 from qat.quant.rotated import head_map_weight, rotation_of
@@ -151,7 +151,7 @@ def main() -> int:
         "teacher_cache": cache.fingerprint() if cache else None,
         "optimizer": student_json["optimizer"],
         "bf16": student_json.get("bf16"),
-        "arithmetic": ARITHMETIC,
+        "arithmetic": linear.arithmetic_of(quant),
     }
     open_folder(paths.output, identity)
     final = paths.output / FINAL
@@ -306,9 +306,11 @@ def open_folder(output: Path, settings: dict[str, Any]) -> None:
         started = student_folder.run_settings(output)["settings"]
         with using(path):
             began_with = arithmetic_of(started, output)
-        if began_with != ARITHMETIC:
+            quant = {one.name: started[one.name] for one in dataclasses.fields(QuantConfig) if one.name in started}
+            today = linear.arithmetic_of(QuantConfig(**quant))
+        if began_with != today:
             raise UserError(
-                f"{output} was begun by a version that computed otherwise ({began_with}; now {ARITHMETIC}), and would "
+                f"{output} was begun by a version that computed otherwise ({began_with}; now {today}), and would "
                 "not resume with the same losses: finish it with that version, or give another --output."
             )
         defaults = QuantConfig().record() | {
@@ -316,7 +318,9 @@ def open_folder(output: Path, settings: dict[str, Any]) -> None:
             for field in dataclasses.fields(TrainConfig)
             if field.default is not dataclasses.MISSING
         }
-        started = defaults | started | {"arithmetic": ARITHMETIC}  # an earlier version may lack some of them
+        started = (
+            defaults | started | {"arithmetic": settings["arithmetic"]}
+        )  # an earlier version may lack some of them
         free = {name: settings[name] for name in CHANGES_NO_RESULT}
         if listed := differences(_said_once(started | free), _said_once(settings)):
             raise UserError(f"{output} was started with other settings ({listed}): give the same, or another --output.")

@@ -11,12 +11,13 @@ llama.cpp, it multiplies their exact values, in fp32 (``multiplies_blocks``); el
 input.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qat.quant.config import QuantConfig
 from qat.quant.number_format import (
     Format,
     Quantized,
@@ -33,6 +34,10 @@ from qat.quant.quantizers.base import Grid, divided
 ARITHMETIC = "products of codes"
 """The arithmetic of quantized models. It is recorded with runs and results, and changes whenever the same settings
 would give other numbers."""
+
+WITH_ZERO_POINTS = "products of codes less zero points"
+"""That of models in which such products have zero points. Earlier versions multiplied floats there, and recorded it as
+ARITHMETIC."""
 
 
 class InputQuantizer:
@@ -106,8 +111,8 @@ class QuantLinear(nn.Linear):
         start_bits: the grid with which it began, as integers for the reason below: [1 or 2, out, groups]
         keeps_codes: whether the codes stay those of the grid with which it began: the scale alone learns
         frozen: whether the Parameter holds values that are on their grid already, and stay there
-        codes, scale_bits: the frozen weight's codes [out, in] and fp32 scale [out, groups], where the layer multiplies
-            codes or blocks. The scale's bits are kept as integers: what casts a model to bf16 leaves them alone
+        codes, grid_bits: the frozen weight's codes [out, in] and fp32 grid [1 or 2, out, groups], where the layer
+            multiplies codes or blocks. The grid's bits are kept as integers: what casts a model to bf16 leaves them alone
     """
 
     weight_format: Format
@@ -119,7 +124,7 @@ class QuantLinear(nn.Linear):
     keeps_codes: bool
     frozen: bool
     codes: Tensor | None
-    scale_bits: Tensor | None
+    grid_bits: Tensor | None
 
     @classmethod
     def convert(cls, linear: nn.Linear, weight: Format, inputs: Format, shared: InputQuantizer | None) -> "QuantLinear":
@@ -151,8 +156,8 @@ class QuantLinear(nn.Linear):
 
     @property
     def multiplies_codes(self) -> bool:
-        """Return whether forward multiplies codes: weight and input are integers with one scale per row and no zero
-        point, so that the scales can be factored out of the sum."""
+        """Return whether forward multiplies codes: weight and input are integers with one scale per row, so that the
+        scales can be factored out of the sum."""
         return can_multiply_codes(self.weight_format, self.input_format)
 
     @property
@@ -172,9 +177,8 @@ class QuantLinear(nn.Linear):
         its steps of one learning rate are too large for the scale itself, by as much as the bits are more. For the
         change they are of the right size with any bits; and 0, where it begins, is exact in bf16 too.
         """
-        parts = [part for part in start if part is not None]
         self.scale_change = nn.Parameter(torch.zeros_like(start.scale))
-        self.register_buffer("start_bits", torch.stack(parts).view(torch.int32), persistent=False)
+        self.register_buffer("start_bits", _as_bits(start), persistent=False)
 
     def learned_grid(self, change: Tensor | None = None) -> Grid | None:
         """Return the weight's learned grid, by another ``change`` if one is given; None where its values give it."""
@@ -227,18 +231,18 @@ class QuantLinear(nn.Linear):
         """Use these integers as the weight from now on; the Parameter has their values."""
         self.frozen = True
         if self.multiplies_codes or self.multiplies_blocks:
-            self.codes, self.scale_bits = weight.codes, weight.grid.scale.view(torch.int32)
+            self.codes, self.grid_bits = weight.codes, _as_bits(weight.grid)
 
     def thaw(self) -> None:
         """Quantize the Parameter at each call, as in training."""
         self.frozen = False
-        for buffer in ("codes", "scale_bits"):
+        for buffer in ("codes", "grid_bits"):
             self.register_buffer(buffer, None, persistent=False)
 
     def integers(self) -> Quantized:
         """Return the weight as integers; only for a layer that multiplies codes or blocks."""
-        if self.codes is not None and self.scale_bits is not None:
-            return Quantized(self.codes, Grid(self.scale_bits.view(torch.float32)))
+        if self.codes is not None and self.grid_bits is not None:
+            return Quantized(self.codes, Grid(*self.grid_bits.view(torch.float32)))
         return self.quantized(self.weight, self.learned_grid())
 
     def extra_repr(self) -> str:
@@ -249,8 +253,21 @@ def can_multiply_codes(weight: Format, inputs: Format) -> bool:
     """Return whether a layer with these formats multiplies codes; see ``QuantLinear.multiplies_codes``."""
     if not weight.quantizes or not inputs.quantizes:
         return False
-    whole_rows = weight.group_size == 0 and inputs.group_size == 0
-    return whole_rows and weight.symmetric and inputs.symmetric and not inputs.learned
+    return weight.group_size == 0 and inputs.group_size == 0 and not inputs.learned
+
+
+def arithmetic_of(quant: QuantConfig) -> str:
+    """Return the arithmetic of a model with these settings: ARITHMETIC, or WITH_ZERO_POINTS."""
+    for own in (quant, *(replace(quant, overrides={}, **changes) for changes in quant.overrides.values())):
+        has_zero_points = not (own.weights.symmetric and own.activations.symmetric)
+        if has_zero_points and can_multiply_codes(own.weights, own.activations):
+            return WITH_ZERO_POINTS
+    return ARITHMETIC
+
+
+def _as_bits(grid: Grid) -> Tensor:
+    """Return the grid's parts as int32 [1 or 2, ...]."""
+    return torch.stack([part for part in grid if part is not None]).view(torch.int32)
 
 
 def can_multiply_blocks(weight: Format, inputs: Format) -> bool:

@@ -20,8 +20,8 @@ SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
 class Grid(NamedTuple):
-    """The positions of the codes' values: fp32 scale [..., groups], and zero point of the same shape, if there is
-    one."""
+    """The positions of the codes' values: fp32 scale [..., groups], and zero point of the same shape, if there is one:
+    a whole number between the lowest code and the highest. (Activations on a learned grid may have any.)"""
 
     scale: Tensor
     zero_point: Tensor | None = None
@@ -37,7 +37,7 @@ class Quantizer:
     Attributes:
         meaning: in a few words, for ``--help``
         parts: what can be quantized so: weights, activations, kv
-        symmetric: whether the zero point is 0 everywhere: sums of products of codes need only be scaled
+        symmetric: whether the zero point is 0 everywhere
         clips: whether values beyond the last codes are cut off; they get no gradient
         bits: the numbers of bits that it has
         code_dtype: a code is a number of this dtype: its value over the scale, plus the zero point

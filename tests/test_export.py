@@ -214,17 +214,20 @@ def test_fake_exports_are_plain_models(config_class, tmp_path):
     torch.testing.assert_close(plain(ids(plain)).logits, trained(ids(trained)).logits)
 
 
-@given(st.integers(2, 8), st.integers(1, 4), st.integers(1, 3), st.sampled_from(SYMMETRIC))
+@given(st.integers(2, 8), st.integers(1, 4), st.integers(1, 3), st.sampled_from([*SYMMETRIC, "minmax_asymmetric"]))
 def test_gguf_blocks_hold_every_code(bits, rows, blocks, quantizer):
     """Read by gguf's own dequantizer: codes times the scale that fp16 holds."""
     form = Format(bits if bits in QUANTIZERS[quantizer].bits else 2, quantizer)
+    if not form.symmetric:
+        form = Format(min(bits, 4), quantizer)
     weight = torch.randn(rows, 32 * blocks)
-    stored = gguf_files.held(quantize(weight, form))
+    quantized = quantize(weight, form)
     kind = gguf_files.type_of(form)
-    packed = gguf_files.blocks(stored.codes, stored.grid.scale.expand(-1, blocks), kind)
-    assert torch.equal(torch.from_numpy(gguf.quants.dequantize(packed, kind)), dequantize(stored, torch.float32))
-    exact = grid_of(weight, form).scale
-    assert ((stored.grid.scale - exact).abs() <= exact.abs() * 2**-11).all()
+    packed = gguf_files.blocks(quantized._replace(grid=quantized.grid.map(lambda part: part.expand(-1, blocks))), kind)
+    held = gguf_files.held(quantized)
+    assert torch.equal(torch.from_numpy(gguf.quants.dequantize(packed, kind)), held)
+    largest = (weight.abs().amax(-1, keepdim=True) + quantized.grid.scale.abs()) * 2**-10
+    assert ((held - dequantize(quantized, torch.float32)).abs() <= largest).all()
 
 
 @pytest.mark.parametrize("quantizer", ["minmax_full", "minmax_signed"])
@@ -236,15 +239,15 @@ def test_llama_cpps_kernels_multiply_the_lowest_code_and_negative_scales(bits, q
     generator = torch.Generator().manual_seed(bits)
     form, rows = Format(bits, quantizer), torch.randn(16, 256, generator=generator)
     x = torch.randn(256, generator=generator)
-    stored = gguf_files.held(quantize(rows, form))
-    assert (stored.codes == form.code_range[0]).any()
-    kind = gguf_files._TYPES[bits]
-    weights = gguf_files.blocks(stored.codes, stored.grid.scale.expand(-1, 8), kind)
+    codes, grid = quantize(rows, form)
+    assert (codes == form.code_range[0]).any()
+    kind = gguf_files.type_of(form)
+    weights = gguf_files.blocks(Quantized(codes, grid.map(lambda part: part.expand(-1, 8))), kind)
     inputs = gguf.quants.quantize(x.numpy()[None], gguf.GGMLQuantizationType.Q8_0)
     dot = getattr(engine, f"ggml_vec_dot_{kind.name.lower()}_q8_0")
     pointer, step = ctypes.c_void_p, ctypes.c_size_t(0)
     values = torch.from_numpy(gguf.quants.dequantize(inputs, gguf.GGMLQuantizationType.Q8_0))[0]
-    for row, expected in zip(weights, dequantize(stored, torch.float32).double() @ values.double(), strict=True):
+    for row, expected in zip(weights, gguf_files.held(Quantized(codes, grid)).double() @ values.double(), strict=True):
         found = ctypes.c_float()
         row, theirs = np.ascontiguousarray(row), np.ascontiguousarray(inputs)
         dot(256, ctypes.byref(found), step, pointer(row.ctypes.data), step, pointer(theirs.ctypes.data), step, 1)
@@ -310,6 +313,28 @@ def test_llama_cpp_predicts_what_the_file_says(config_class, said, tmp_path):
             assert seen["logprob"] - first["logprob"] == pytest.approx(expected, abs=0.1)
             compared += 1
     assert compared >= 9
+
+
+SIGNED = {"*.q_proj": {"w_quantizer": "minmax_signed"}}
+
+
+@pytest.mark.parametrize(
+    "quant",
+    [
+        QuantConfig(4, 8, 16, w_quantizer="minmax_asymmetric", w_group_size=32),
+        QuantConfig(
+            3, 8, 16, w_quantizer="minmax_asymmetric", overrides={"*.q_proj": {"w_quantizer": "minmax_signed"}}
+        ),
+        QuantConfig(2, 8, 16, w_quantizer="seq"),
+    ],
+    ids=["Q4_1, groups", "Q4_1 and Q4_0, channels", "odd codes"],
+)
+def test_gguf_holds_zero_points_negative_scales_and_odd_codes(quant, tmp_path):
+    """As transformers reads them, bit for bit; and llama.cpp loads the file."""
+    student = write_student(tmp_path / "final", quant)
+    export.check(student, GGUF)
+    export.export(student, tmp_path / "export", GGUF)
+    assert "llama.cpp loads it" in export.verify(student, tmp_path / "export", GGUF, WINDOWS).engine
 
 
 def write_sentencepiece(directory: Path, tokens: int, text: str) -> None:
@@ -500,7 +525,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
 
     assert "w_bits=16" in refusal(QuantConfig(16, 8, 4), PACKED)
     assert "give --format pack-quantized" in refusal(QuantConfig(w_quantizer="minmax_asymmetric"), INTEGERS)
-    assert "no GGUF type has" in refusal(QuantConfig(w_quantizer="minmax_asymmetric"), GGUF)
+    assert "no GGUF type holds with 8" in refusal(QuantConfig(8, w_quantizer="minmax_asymmetric"), GGUF)
     assert "multiples of 32" in refusal(QuantConfig(w_group_size=16), GGUF)
     assert "hidden_act='gelu', where llama.cpp computes silu" in refusal(QuantConfig(), GGUF, hidden_act="gelu")
     for family, said in ((LlamaConfig, LONGROPE), (Qwen2Config, LLAMA3), (LlamaConfig, YARN_BY_HAND)):

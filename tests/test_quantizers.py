@@ -119,7 +119,7 @@ def test_signed_scales_give_ggmls_codes():
     for bits, kind in ((4, gguf.GGMLQuantizationType.Q4_0), (5, gguf.GGMLQuantizationType.Q5_0)):
         theirs = torch.from_numpy(gguf.quants.quantize(x.numpy(), kind))
         codes, (scale, _) = quantize(x, Format(bits, "minmax_signed"))
-        ours = torch.from_numpy(gguf_files.blocks(codes, scale, kind))
+        ours = torch.from_numpy(gguf_files.blocks(Quantized(codes, Grid(scale)), kind))
         assert (scale < 0).any(), "the extreme is positive in half of the groups"
         assert torch.equal(ours[:, :2], theirs[:, :2])
         differ = (ours != theirs).any(-1)

@@ -112,7 +112,8 @@ class QuantLinear(nn.Linear):
         keeps_codes: whether the codes stay those of the grid with which it began: the scale alone learns
         frozen: whether the Parameter holds values that are on their grid already, and stay there
         codes, grid_bits: the frozen weight's codes [out, in] and fp32 grid [1 or 2, out, groups], where the layer
-            multiplies codes or blocks. The grid's bits are kept as integers: what casts a model to bf16 leaves them alone
+            multiplies codes or blocks. The grid's bits are kept as integers: what casts a model to bf16 leaves them
+            alone
     """
 
     weight_format: Format

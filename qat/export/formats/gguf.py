@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from qat.export.formats.base import ExportFormat, trained_activations, trained_cache, trained_output
@@ -30,7 +31,10 @@ class Gguf(ExportFormat):
     def load(self, exported: Path) -> PreTrainedModel:
         return gguf_files.load(exported)
 
-    def held_weight(self, weight: Quantized) -> Quantized:
+    def held(self, quant: QuantConfig) -> QuantConfig:
+        return super().held(quant).everywhere(w_bits=FULL_PRECISION)
+
+    def held_weight(self, weight: Quantized) -> Tensor:
         return gguf_files.held(weight)
 
     def loaded_by(self, exported: Path) -> str:
@@ -40,7 +44,9 @@ class Gguf(ExportFormat):
 
     def differences(self, quant: QuantConfig) -> list[str]:
         said = [_activations(quant)]
-        if quant.weights.by.scale_dtype != torch.float16:
+        if not quant.weights.symmetric:
+            said.append("Weights: codes are as trained; scale and minimum of each group are rounded to fp16.")
+        elif quant.weights.by.scale_dtype != torch.float16:
             said.append("Weights: codes are as trained; each scale is rounded to fp16, by at most 1 part in 2048.")
         if quant.kv_bits != FULL_PRECISION:
             said.append(

@@ -14,6 +14,8 @@ from test_train import log_of, losses
 import qat
 from launch.train import starting_grids
 from qat.data.sequences import TrainingData
+from qat.evaluate import heldout
+from qat.evaluate.perplexity import perplexity, text_windows
 from qat.export import export
 from qat.export.formats import FORMAT
 from qat.infer import simulated
@@ -210,6 +212,28 @@ def test_two_ranks_learn_and_survive_a_kill(arm, rounded, tiny_directory, tiny_d
         expected = sum(distiller(tokens, TeacherTargets.of(teacher, tokens))[1].item() for tokens in samples) / 2
     assert first == pytest.approx(expected, rel=1e-5)
     assert sum(record["kl"] for record in log_of(tmp_path / "whole")[-2:]) < 2 * first
+
+
+def test_scales_stay_in_fp32_where_the_student_computes_in_bf16(tiny_directory, tiny_data, tmp_path):
+    """Only their changes are rounded to bf16; what is stored is what the engine computed with."""
+    places = [f"--model={tiny_directory}", f"--data={tiny_data}", f"--output={tmp_path / 'run'}"]
+    json_file = f"--deepspeed={ROOT / 'ds_configs' / 'zero3.json'}"
+    held_out = [f"--eval_text={ROOT / 'LICENSE'}", "--eval_window=64", "--eval_sequences=2"]
+    sizes = ["--steps=3", "--lr=3e-3", "--batch_size=2", "--train=all", "--w_bits=3"]
+    finish(start_training(2, *places, json_file, *held_out, *sizes))
+    final = tmp_path / "run" / "final"
+    student, form = student_folder.find(final), Format(3)
+    assert student.dtype == torch.bfloat16
+    begun = models.load(str(tiny_directory), torch.bfloat16)
+    for name, grid in student.grids().items():
+        change = (grid.scale - grid_of(begun.get_submodule(name).weight, form).scale) * form.code_range[1]
+        torch.testing.assert_close(change, change.bfloat16().float(), rtol=2e-3, atol=1e-6)
+        assert change.any()
+        assert not torch.equal(grid.scale, grid.scale.bfloat16().float())
+    tokenizer = models.load_tokenizer(str(tiny_directory))
+    windows = text_windows(heldout.paragraphs(str(ROOT / "LICENSE")), tokenizer, 64, 2)
+    found = perplexity(simulated.load(str(final), torch.bfloat16), windows).perplexity
+    assert found == pytest.approx(log_of(tmp_path / "run")[-1]["ppl_text"], rel=1e-3)
 
 
 def test_scales_that_cannot_learn_are_refused(monkeypatch, rounded, tiny_directory, tiny_data, tmp_path, capsys):

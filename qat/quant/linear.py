@@ -178,7 +178,7 @@ class QuantLinear(nn.Linear):
         its steps of one learning rate are too large for the scale itself, by as much as the bits are more. For the
         change they are of the right size with any bits; and 0, where it begins, is exact in bf16 too.
         """
-        self.scale_change = nn.Parameter(torch.zeros_like(start.scale))
+        self.scale_change = nn.Parameter(torch.zeros_like(start.scale, dtype=self.weight.dtype))
         self.register_buffer("start_bits", _as_bits(start), persistent=False)
 
     def learned_grid(self, change: Tensor | None = None) -> Grid | None:

@@ -84,7 +84,7 @@ def student_engine(
     if initial_steps is not None:
         prepare.initialise_steps(student, initial_steps)
     if train != "weights":
-        prepare.learn_scales(student, grids or _own_grids(student))
+        prepare.learn_scales(student, _on_device(grids) if grids else _own_grids(student))
     if train == "scales":
         prepare.train_only_scales(student)
     student.train()
@@ -101,6 +101,10 @@ def student_engine(
         _check_nvme_parts(engine)
     _check_rope(student)
     return engine
+
+
+def _on_device(grids: dict[str, Grid]) -> dict[str, Grid]:
+    return {name: grid.map(lambda part: part.to(machine.device())) for name, grid in grids.items()}
 
 
 def _own_grids(student: PreTrainedModel) -> dict[str, Grid]:

@@ -1,5 +1,6 @@
 """``gguf``: one file for llama.cpp; see qat.store.gguf_files."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,7 +33,8 @@ class Gguf(ExportFormat):
         return gguf_files.load(exported)
 
     def held(self, quant: QuantConfig) -> QuantConfig:
-        return super().held(quant).everywhere(w_bits=FULL_PRECISION)
+        """Return full precision: of the weights, ``held_weight`` gives the values."""
+        return replace(super().held(quant), w_bits=FULL_PRECISION, overrides={})
 
     def held_weight(self, weight: Quantized) -> Tensor:
         return gguf_files.held(weight)

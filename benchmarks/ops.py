@@ -1,8 +1,9 @@
 """The fake-quantization op, forward and backward, on all that one decoder layer quantizes: ours, the released code's,
 torchao's.
 
-python benchmarks/ops.py; and what the integer products of the forward pass cost beside those of floats. torchao takes
-part where it is installed (pip install --no-deps torchao==0.18.0). A figure is the worse of the two layers' ratios.
+python benchmarks/ops.py; the formats of floats beside the integers; and what the integer products of the forward pass
+cost beside those of floats. torchao takes part where it is installed (pip install --no-deps torchao==0.18.0). A figure
+is the worse of the two layers' ratios.
 """
 
 from collections.abc import Callable
@@ -18,6 +19,9 @@ from torch import Tensor
 from launch import cli
 from qat.quant import products
 from qat.quant.number_format import Format, dequantize, fake_quantize, quantize
+
+IN_GROUPS = Format(4, group_size=16)
+FLOATS = {"nvfp4": Format(4, "nvfp4", 16, 512.0), "mxfp4": Format(4, "mxfp4", 32), "fp8": Format(8, "fp8")}
 
 LAYERS = {"SmolLM2": (576, 192, 1536, 256), "LLaMA": (4096, 4096, 11008, 1024)}
 """Hidden size, size of keys and values, intermediate size, tokens."""
@@ -54,10 +58,19 @@ def main() -> None:
         seconds = common.median_seconds(ops, config.repeats)
         print(f"{name:8} layer, W4A8:  " + "  ".join(f"{op} {s * 1e3:.2f} ms" for op, s in seconds.items()))
         for op in seconds.keys() - {"ours"}:
-            ratios.setdefault(op, []).append(seconds["ours"] / seconds[op])
+            ratios.setdefault(f"fake_quant_vs_{op}", []).append(seconds["ours"] / seconds[op])
+        in_floats = {
+            form: lambda form=form: run(tensors, lambda x, _: fake_quantize(x, FLOATS[form]))  # noqa: B023
+            for form in FLOATS
+        }
+        in_groups = {"integers in groups of 16": lambda: run(tensors, lambda x, _: fake_quantize(x, IN_GROUPS))}  # noqa: B023
+        seconds = common.median_seconds({"integers": ops["ours"], **in_groups, **in_floats}, config.repeats)
+        print(f"{name:8} layer, all in:  " + "  ".join(f"{op} {s * 1e3:.2f} ms" for op, s in seconds.items()))
+        for form in FLOATS:
+            ratios.setdefault(f"{form}_vs_integers", []).append(seconds[form] / seconds["integers"])
     for rows, columns, out in ((256, 576, 1536), (1024, 4096, 4096)):
         compare_products(rows, columns, out, device, dtype, config.repeats)
-    common.write(config.json, {f"fake_quant_vs_{op}": max(of_shapes) for op, of_shapes in sorted(ratios.items())})
+    common.write(config.json, {name: max(of_shapes) for name, of_shapes in sorted(ratios.items())})
 
 
 def quantized_tensors(

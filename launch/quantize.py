@@ -81,6 +81,8 @@ def check(settings: Quantization, quant: QuantConfig, options: dict[str, Any]) -
     """Raise UserError for settings that cannot be combined; ``options`` are the settings of each method."""
     if quant.activations.learned:
         raise UserError("a_quantizer=lsq has learned steps, and nothing is trained here: give minmax.")
+    if quant.scales_inputs:
+        raise UserError("a_quantizer=nvfp4 has scales that launch/train.py measures first: give mxfp4 or fp8 here.")
     METHODS[settings.method].check(quant)
     for name, own in options.items():
         given = [key for key, value in asdict(own).items() if value != getattr(type(own)(), key)]

@@ -29,6 +29,7 @@ from qat.runtime.machine import be_deterministic, device, local_ranks
 from qat.runtime.preemption import RESUMABLE_EXIT, StopSignal
 from qat.store import models, student_folder
 from qat.store.model_folder import ModelFolder, head_weight, read_config, shapes, skeleton
+from qat.store.sidecars import load_tensor_scales, save_tensor_scales
 from qat.train import deepspeed_json, engines, plan
 from qat.train.checkpoint import checkpoints
 from qat.train.distill import Targets
@@ -128,6 +129,11 @@ def main() -> int:
             f"loss={config.loss} compares hidden states with the teacher's, and the student's are rotated: give "
             f"another loss, or --model {begin}."
         )
+    if is_rotated and quant.scales_inputs:
+        raise UserError(
+            "a_quantizer=nvfp4 takes its scales from the teacher's activations, and the student's are rotated: give "
+            f"--model {begin}."
+        )
     if config.train != "weights":
         check_scales_can_learn(prepared)
     grids = starting_grids(paths.student, quant, config) if paths.student else {}
@@ -170,7 +176,7 @@ def main() -> int:
         taught_by = None if without_teacher else teacher_json
         planned = plan_of(config_of_model, student_json, taught_by, data.longest, config, quant)
         warn_if_short(planned)
-    steps = None
+    steps, scales = None, scales_of_run(paths.output, Path(begin), quant)
     if without_teacher:
         targets: Callable[[Row], Targets] = cache or engines.labels(config.loss)
     else:
@@ -179,6 +185,9 @@ def main() -> int:
         if quant.activations.learned:
             ranks.announce("measuring activations")
             steps = teacher.initial_steps(Row.of(data.sample(cli.rank())).to(device()), quant)
+        if quant.scales_inputs and not (paths.output / SETTINGS).exists():
+            ranks.announce("measuring activations")
+            scales |= teacher.input_scales(Row.of(data.sample(cli.rank())).to(device()), quant)
     with ranks.doing("loading the student"):
         student = engines.student_engine(
             begin,
@@ -187,10 +196,13 @@ def main() -> int:
             config.lr_factor,
             config.gradient_checkpointing,
             steps,
+            scales,
             config.train,
             grids,
         )
     if cli.is_first_rank():
+        with writing(paths.output):
+            save_tensor_scales(scales, paths.output)
         places = {"model": paths.model, "data": str(paths.data)} | ({"student": begin} if is_rotated else {})
         claim(paths.output, identity, student_json, places)
     stop = StopSignal()  # before this, a signal ends the process at once: there is nothing to save
@@ -202,6 +214,13 @@ def main() -> int:
     stopped = f"stopped by a signal and saved: the same command resumes {paths.output}"
     cli.say(f"{final}: the trained student, {quant}" if complete else stopped)
     return 0 if complete else RESUMABLE_EXIT
+
+
+def scales_of_run(output: Path, model: Path, quant: QuantConfig) -> dict[str, float]:
+    """Return the scales of tensors that a run has fixed, or, if it is new, those that the first weights give."""
+    if (output / SETTINGS).exists():
+        return load_tensor_scales(output)
+    return student_folder.weight_scales(model, quant)
 
 
 def plan_of(
@@ -289,6 +308,11 @@ def check_teacher(cache: Path | None, quant: QuantConfig, config: TrainConfig) -
         raise UserError(
             "a_quantizer=lsq takes its first steps from the teacher's activations: give a loss that runs the teacher, "
             "and no --teacher_cache."
+        )
+    if quant.scales_inputs and (cache or not loss.needs_teacher):
+        raise UserError(
+            "a_quantizer=nvfp4 takes its scales from the teacher's activations: give a loss that runs the teacher, and "
+            "no --teacher_cache."
         )
 
 

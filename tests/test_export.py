@@ -33,14 +33,14 @@ from qat.infer import simulated
 from qat.quant.config import CONFIG_FILE, QuantConfig
 from qat.quant.linear import can_multiply_codes, quant_linears
 from qat.quant.number_format import Format, Quantized, dequantize, grid_of, quantize
-from qat.quant.prepare import prepare
+from qat.quant.prepare import calibrate, prepare, tensor_scales_in
 from qat.quant.quantizers import QUANTIZERS, quantizers_of
 from qat.quant.quantizers.base import Grid
 from qat.runtime.errors import UserError
 from qat.store import compressed_tensors, gguf_files, models, student_folder
 from qat.store.compressed_tensors import INTEGERS, LAYOUTS, PACKED
 from qat.store.manifest import MANIFEST
-from qat.store.sidecars import GRIDS_FILE, STEP_SUFFIX, load_steps, save_grids, save_steps
+from qat.store.sidecars import GRIDS_FILE, STEP_SUFFIX, load_steps, save_grids, save_steps, save_tensor_scales
 
 SETTINGS = [
     QuantConfig(4, 8, 4, kv_rotation="hadamard"),
@@ -57,7 +57,9 @@ SETTINGS = [
     QuantConfig(4, 8, 16, w_quantizer="minmax_asymmetric", w_group_size=32),
 ]
 ASYMMETRIC = [(bits, "minmax_asymmetric") for bits in (2, 4, 8)]
-SYMMETRIC = [name for name, by in quantizers_of("weights").items() if by.symmetric and by.grid_gives_codes]
+SYMMETRIC = [
+    name for name, by in quantizers_of("weights").items() if by.symmetric and by.grid_gives_codes and not by.is_float
+]
 WINDOWS = torch.randint(2, 300, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
@@ -65,6 +67,10 @@ def write_student(directory: Path, quant: QuantConfig, dtype=torch.float32, **ho
     """Write a student as a training run does."""
     tiny_model(**how).to(dtype).save_pretrained(directory, max_shard_size="100KB")
     tiny_tokenizer().save_pretrained(directory)
+    if quant.scales_inputs:
+        model = prepare(tiny_model(**how).to(dtype), quant)
+        calibrate(model, tiny_model(**how), WINDOWS)
+        save_tensor_scales(tensor_scales_in(model), directory)
     quant.save(directory)
     if quant.activations.learned:
         names = quant_linears(prepare(tiny_model(**how), quant))
@@ -173,7 +179,7 @@ def test_the_formats_keep_codes_and_grids(format_and_quantizer, bits, rows, colu
     form, quantizer = format_and_quantizer
     quant = QuantConfig(w_bits=bits, w_quantizer=quantizer)
     stored = quantize(torch.randn(rows, columns), quant.weights)
-    parts = LAYOUTS[form].encode("layer", stored, quant)
+    parts = LAYOUTS[form].encode("layer", stored, quant.weights)
     ((name, read),) = compressed_tensors.decode(
         parts.items(), LAYOUTS[form].quantization_config({"layer": quant}, [], {})
     )
@@ -224,7 +230,7 @@ def test_gguf_blocks_hold_every_code(bits, rows, blocks, quantizer):
     quantized = quantize(weight, form)
     kind = gguf_files.type_of(form)
     packed = gguf_files.blocks(quantized._replace(grid=quantized.grid.map(lambda part: part.expand(-1, blocks))), kind)
-    held = gguf_files.held(quantized)
+    held = gguf_files.held(quantized, form)
     assert torch.equal(torch.from_numpy(gguf.quants.dequantize(packed, kind)), held)
     largest = (weight.abs().amax(-1, keepdim=True) + quantized.grid.scale.abs()) * 2**-10
     assert ((held - dequantize(quantized, torch.float32)).abs() <= largest).all()
@@ -247,7 +253,9 @@ def test_llama_cpps_kernels_multiply_the_lowest_code_and_negative_scales(bits, q
     dot = getattr(engine, f"ggml_vec_dot_{kind.name.lower()}_q8_0")
     pointer, step = ctypes.c_void_p, ctypes.c_size_t(0)
     values = torch.from_numpy(gguf.quants.dequantize(inputs, gguf.GGMLQuantizationType.Q8_0))[0]
-    for row, expected in zip(weights, gguf_files.held(Quantized(codes, grid)).double() @ values.double(), strict=True):
+    for row, expected in zip(
+        weights, gguf_files.held(Quantized(codes, grid), form).double() @ values.double(), strict=True
+    ):
         found = ctypes.c_float()
         row, theirs = np.ascontiguousarray(row), np.ascontiguousarray(inputs)
         dot(256, ctypes.byref(found), step, pointer(row.ctypes.data), step, pointer(theirs.ctypes.data), step, 1)
@@ -290,10 +298,18 @@ def test_gguf_is_read_back_by_transformers(config_class, said, tmp_path):
     assert found.exported == found.expected != found.trained
 
 
-@pytest.mark.parametrize(("config_class", "said"), [(LlamaConfig, LLAMA3 | BIASES), (Qwen2Config, YARN)])
-def test_llama_cpp_predicts_what_the_file_says(config_class, said, tmp_path):
+@pytest.mark.parametrize(
+    ("config_class", "said", "quant"),
+    [
+        (LlamaConfig, LLAMA3 | BIASES, QuantConfig()),
+        (Qwen2Config, YARN, QuantConfig()),
+        (LlamaConfig, {"intermediate_size": 128}, QuantConfig(w_quantizer="nvfp4")),
+        (Qwen2Config, {}, QuantConfig(w_quantizer="mxfp4")),
+    ],
+)
+def test_llama_cpp_predicts_what_the_file_says(config_class, said, quant, tmp_path):
     """llama.cpp's own kernels, which round activations to 8 bits in blocks of 32 and cache fp16, against fp32."""
-    student = write_biased_student(tmp_path / "final", QuantConfig(), config_class=config_class, **said)
+    student = write_biased_student(tmp_path / "final", quant, config_class=config_class, **said)
     export.export(student, tmp_path / "export", GGUF)
     settings = xllamacpp.CommonParams()
     settings.model.path = str(tmp_path / "export" / gguf_files.FILE)

@@ -125,7 +125,7 @@ def test_what_is_clipped_gets_no_gradient(form, dtype):
         (Q8_0, torch.bfloat16, number_format._fused_round),
         (Q4_0, torch.float32, number_format._fused_pass),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_compiled_equals_eager_bit_for_bit(form, dtype, function):
     """The scale is rounded to fp16 in both, and the first of several extreme elements gives its sign."""
@@ -259,7 +259,7 @@ def test_settings_that_contradict_the_blocks_are_refused():
     assert "w_group_size=64 is invalid with w_quantizer=ggml_q4_0" in refusal(w_quantizer="ggml_q4_0", w_group_size=64)
     assert "give w_bits=8" in refusal(w_quantizer="ggml_q8_0")
     assert "give a_bits=8" in refusal(a_bits=4, a_quantizer="ggml_q8_0")
-    assert "whose scales are float16" in refusal(w_quantizer="ggml_q4_0", w_scale_dtype="bfloat16")
+    assert "which has scales of its own" in refusal(w_quantizer="ggml_q4_0", w_scale_dtype="bfloat16")
     assert "has zero points" in refusal(w_quantizer="minmax_asymmetric", w_scale_dtype="bfloat16")
     assert "blocks of 32, which do not divide the model's 80" in refusal(w_quantizer="ggml_q4_0")
     assert "a_quantizer=ggml_q8_0 has blocks of 32" in refusal(a_quantizer="ggml_q8_0")

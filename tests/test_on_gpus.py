@@ -25,7 +25,7 @@ from datagen import sampling
 from datagen.decoder import Decoder
 from qat.evaluate.perplexity import score_windows
 from qat.infer import packed
-from qat.infer.integer_cache import IntegerCache
+from qat.infer.integer_cache import IntegerCache, pack, unpack
 from qat.ptq import METHODS as POST_TRAINING
 from qat.ptq import smoothquant
 from qat.ptq import stream as calibration
@@ -202,21 +202,26 @@ def tokens_on_gpu(count=24, batch=1):
 @pytest.mark.parametrize("group_size", [0, 8])
 @pytest.mark.parametrize("method", QUANTIZERS)
 def test_quantizers(method, group_size, dtype, gpu):
-    x, form = torch.randn(3, 5, 32, device=GPU, dtype=dtype), Format(4, method, group_size)
-    groups = (3, 5, 4 if group_size else 1)
+    by = QUANTIZERS[method]
+    bits, group_size = 4 if 4 in by.bits else by.bits[0], by.group_size or group_size
+    x, form = torch.randn(3, 5, 32, device=GPU, dtype=dtype), Format(bits, method, group_size, tensor_scale=512.0)
+    groups = (3, 5, 32 // group_size if group_size else 1)
     if form.learned:
         step = torch.ones(1, device=GPU, dtype=dtype)
         check(form.learned.fake_quantize(x, step, form.qmax), dtype, x.shape)
         return
     quantized = quantize(x, form)
     values, grid = round_to_grid(x, form)
-    check(quantized.codes, torch.int8, x.shape)
+    check(quantized.codes, by.code_dtype, x.shape)
     for found in (grid, quantized.grid):
         for part in found:
             assert part is None or check(part, torch.float32, groups) is None
     for rounded in (values, dequantize(quantized, dtype), round_to_grid(x, form, grid)[0]):
         check(rounded, dtype, x.shape)
-    check(quantize(x, form, grid).codes, torch.int8, x.shape)
+    check(quantize(x, form, grid).codes, by.code_dtype, x.shape)
+    read = unpack(pack(quantized, form), form)
+    check(read.codes, by.code_dtype, x.shape)
+    check(read.grid.scale, torch.float32, groups)
     if form.clips:
         check(inside(x, form, grid), torch.bool, x.shape)
     else:
@@ -237,6 +242,7 @@ QUANTS = [
     QuantConfig(kv_site="pre_rope", kv_granularity="token"),
     QuantConfig(kv_site="pre_rope", w_bits=16),
     QuantConfig(a_bits=16, kv_rotation="hadamard", kv_granularity="token"),
+    QuantConfig(w_quantizer="nvfp4", a_quantizer="fp8", kv_bits=8, kv_quantizer="fp8"),
 ]
 
 

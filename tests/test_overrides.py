@@ -12,7 +12,7 @@ import qat
 from launch import cli
 from qat.evaluate.perplexity import perplexity
 from qat.export import export
-from qat.export.formats import FAKE, FORMATS, GGUF
+from qat.export.formats import FORMATS
 from qat.infer import simulated
 from qat.ptq import gptq
 from qat.ptq.stream import Stream
@@ -21,7 +21,7 @@ from qat.quant.linear import quant_linears
 from qat.quant.number_format import Format
 from qat.quant.prepare import prepare
 from qat.runtime.errors import UserError
-from qat.store.compressed_tensors import INTEGERS, PACKED
+from qat.store.compressed_tensors import FLOAT8, INTEGERS, MXFP4, NVFP4, PACKED
 from qat.store.model_folder import ModelFolder
 
 OWN = QuantConfig(
@@ -32,6 +32,14 @@ OWN = QuantConfig(
         "*.-1.*.o_proj": {"w_bits": 3, "w_group_size": 32},
     },
 )
+SETTINGS = {
+    INTEGERS: QuantConfig(overrides={"model.layers.0.*": {"w_bits": 8}}),
+    FLOAT8: QuantConfig(
+        8, 8, 4, w_quantizer="fp8", a_quantizer="fp8", overrides={"model.layers.0.*": {"kv_bits": 8, "w_bits": 16}}
+    ),
+    NVFP4: QuantConfig(w_quantizer="nvfp4", a_bits=16, overrides={"*.down_proj": {"w_bits": 16}}),
+    MXFP4: QuantConfig(w_quantizer="mxfp4", overrides={"model.layers.-1.*": {"a_bits": 16}}),
+}
 
 
 def test_each_layer_gets_its_own_settings():
@@ -102,20 +110,20 @@ def test_files_of_a_later_version_are_refused(tmp_path):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_an_export_equals_the_student(form, tmp_path):
-    quant = OWN if form != INTEGERS else QuantConfig(overrides={"model.layers.0.*": {"w_bits": 8}})
+    quant = SETTINGS.get(form, OWN)
     student = write_student(tmp_path / "student", quant)
     export.check(student, form)
     export.export(student, tmp_path / "export", form)
     windows = torch.randint(2, 256, (2, 24), generator=torch.Generator().manual_seed(0))
     export.verify(student, tmp_path / "export", form, windows)
-    if form in (PACKED, INTEGERS):
+    if FORMATS[form].runs_as_trained:
         model, simulation = qat.load(str(tmp_path / "export")), simulated.load(str(tmp_path / "student"), torch.float32)
         assert torch.equal(model(windows).logits, simulation(windows).logits)
         how = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
         expected = simulation.generate(windows[:, :6], use_cache=False, **how)
         assert torch.equal(model.generate(windows[:, :6], **how), expected)
     said = FORMATS[form].all_differences(student)
-    assert (form in (FAKE, GGUF)) or quant is not OWN or any("trained with 6 bits" in sentence for sentence in said)
+    assert form != PACKED or any("trained with 6 bits" in sentence for sentence in said)
 
 
 @pytest.mark.parametrize(("all_layers", "first"), [(4, 16), (16, 4)])

@@ -29,9 +29,10 @@ from qat.store import gguf_files
 BITS = st.integers(2, 8)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)  # denormals and huge outliers included
-FIXED = [name for name, quantizer in QUANTIZERS.items() if not quantizer.learned]  # the grid: a function of the tensor
-EXACT = [QUANTIZERS[name] for name in FIXED if QUANTIZERS[name].is_exact and QUANTIZERS[name].grid_gives_codes]
-EXACT.remove(QUANTIZERS["ternary"])  # minmax_full with other codes; tests/test_ggml.py has ggml's blocks
+# tests/test_floats.py has the laws of floats, tests/test_ggml.py those of llama.cpp's blocks.
+INTEGERS = {name: by for name, by in QUANTIZERS.items() if not by.is_float and by.scale_dtype == torch.float32}
+FIXED = [name for name, quantizer in INTEGERS.items() if not quantizer.learned]  # the grid: a function of the tensor
+EXACT = [QUANTIZERS[name] for name in FIXED if QUANTIZERS[name].is_exact and name != "ternary"]  # it is minmax_full's
 MINMAX, ASYMMETRIC, LSQ = (QUANTIZERS[name] for name in ("minmax", "minmax_asymmetric", "lsq"))
 EVERY = [Format(bits, name) for name in FIXED for bits in QUANTIZERS[name].bits]
 FORMATS = st.sampled_from(EVERY)

@@ -112,9 +112,15 @@ def verify(student: Student, exported: Path, form: str, windows: Tensor) -> Veri
 def _in_memory(student: Student, kind: ExportFormat | None = None) -> PreTrainedModel:
     """Return the student as it was trained, or the part of it that a format holds."""
     weights = (
-        (name, kind.held_weight(weight) if kind and isinstance(weight, Quantized) else weight)
+        (
+            name,
+            kind.held_weight(weight, student.weight_formats[name.removesuffix(".weight")])
+            if kind and isinstance(weight, Quantized)
+            else weight,
+        )
         for name, weight in student.weights()
     )
     quant = kind.held(student.quant) if kind else student.quant
     dtype = (kind and kind.value_dtype) or student.dtype
-    return simulated.simulate(student.directory, weights, dtype, quant, torch.float32)
+    scales = student.tensor_scales
+    return simulated.simulate(student.directory, weights, dtype, quant, torch.float32, scales)

@@ -90,12 +90,13 @@ def origin_of(name: str) -> Origin:
 def _made(student: Student, base: str, form: str) -> str:
     quant = student.quant
     method = "LLM-QAT (arXiv 2305.17888)" if student.run else student.ptq_method or "a method that is not recorded"
-    weights, activations = quant.weights, quant.activations
+    weights, activations, kv = quant.weights, quant.activations, quant.kv
     group = f"one per {weights.group_size} input channels" if weights.group_size else "one per output channel"
     if (dtype := str(weights.by.scale_dtype).removeprefix("torch.")) != "float32":
         group += f", {dtype}"
     inputs = f"one per {activations.group_size} channels of a token" if activations.group_size else "one per token"
     inputs = "one per layer, learned" if activations.learned else f"{inputs}, dynamic"
+    cached = f"{kv.group_size} channels" if kv.group_size else quant.kv_granularity.replace("_", " and ")
     return "\n".join(
         [
             f"{base} in low precision, by {method}. W-A-KV {quant}; 16 means not quantized.",
@@ -105,7 +106,7 @@ def _made(student: Student, base: str, form: str) -> str:
             f"| weights of the decoder's linear layers | {quant.w_bits} | {quant.w_quantizer} | {group} |",
             f"| their inputs | {quant.a_bits} | {quant.a_quantizer} | {inputs} |",
             f"| KV cache | {quant.kv_bits} | {quant.kv_quantizer}, {quant.kv_site}, rotation {quant.kv_rotation} | "
-            f"one per {quant.kv_granularity.replace('_', ' and ')} |",
+            f"one per {cached} |",
             "",
             *(f"Layers that match `{name}`: {_listed(own)}.\n" for name, own in quant.overrides.items()),
             f"{_unquantized(student)} are in {str(student.dtype).removeprefix('torch.')}. Format: {form}.",

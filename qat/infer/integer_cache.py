@@ -17,8 +17,6 @@ from qat.quant.number_format import Format, Quantized, dequantize, quantize
 from qat.quant.quantizers.base import Grid
 from qat.runtime.errors import UserError
 
-_SCALE_BYTES = 4
-
 
 class IntegerCache(Cache):
     """A cache with one IntegerLayer for each decoder layer of ``model``, which must be prepared with a quantized KV
@@ -79,13 +77,14 @@ class IntegerLayer(DynamicLayer):
 
 
 def pack(quantized: Quantized, form: Format) -> Tensor:
-    """Pack codes [..., n] with one scale per row into uint8 [..., bytes]: the codes (two per byte up to 4 bits), then
-    the fp32 scale, then the zero point if the format has one."""
+    """Pack codes [..., n] and their grid into uint8 [..., bytes]: the codes (two per byte up to 4 bits), then scales
+    (fp32, but for formats that round them), then the zero points if the format has them."""
     codes, (scale, zero_point) = quantized
-    packed = codes.view(torch.uint8)
+    by = form.by_on(codes.device)
+    packed = by.to_bits(codes).view(torch.uint8)
     if form.bits <= 4:
         packed = (packed[..., 0::2] & 15) | (packed[..., 1::2] << 4)
-    parts = [packed, scale.contiguous().view(torch.uint8)]
+    parts = [packed, by.scale_to_bits(scale)]
     if zero_point is not None:
         parts.append(zero_point.to(torch.int8).view(torch.uint8))
     return torch.cat(parts, -1)
@@ -93,12 +92,15 @@ def pack(quantized: Quantized, form: Format) -> Tensor:
 
 def unpack(packed: Tensor, form: Format) -> Quantized:
     """Unpack codes and grid: the inverse of ``pack``."""
-    grid_bytes = _SCALE_BYTES + (not form.symmetric)
-    codes, grid = packed.split([packed.shape[-1] - grid_bytes, grid_bytes], -1)
+    by = form.by_on(packed.device)
+    group_bytes = by.scale_bytes + (not form.symmetric)
+    of_codes = form.group_size // 2 if form.bits <= 4 else form.group_size
+    groups = packed.shape[-1] // (of_codes + group_bytes) if of_codes else 1
+    codes, grid = packed.split([packed.shape[-1] - groups * group_bytes, groups * group_bytes], -1)
     if form.bits <= 4:
         signed = codes.view(torch.int8)
         low, high = (signed << 4) >> 4, signed >> 4  # right shifts of int8 keep the sign
         codes = torch.stack([low, high], -1).flatten(-2)
-    scale = grid[..., :_SCALE_BYTES].contiguous().view(torch.float32)
-    zero_point = None if form.symmetric else grid[..., _SCALE_BYTES:].contiguous().view(torch.int8).float()
-    return Quantized(codes.view(torch.int8), Grid(scale, zero_point))
+    scale = by.scale_from_bits(grid[..., : groups * by.scale_bytes])
+    zero_point = None if form.symmetric else grid[..., groups * by.scale_bytes :].contiguous().view(torch.int8).float()
+    return Quantized(by.from_bits(codes.view(torch.int8)), Grid(scale, zero_point))

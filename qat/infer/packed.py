@@ -25,13 +25,14 @@ from qat.quant.config import CONFIG_FILE
 from qat.quant.embedding import QuantEmbedding
 from qat.quant.linear import QuantLinear
 from qat.quant.number_format import Format, Quantized, dequantize
-from qat.quant.prepare import prepare, weight_holders
+from qat.quant.prepare import prepare, set_tensor_scales, weight_holders
 from qat.quant.products import block_dtype, matmul, matmul_blocks, matmul_codes
 from qat.runtime import machine
 from qat.runtime.errors import UserError
 from qat.store import models
 from qat.store.model_folder import skeleton
 from qat.store.sidecars import load_steps
+from qat.store.student_folder import scales_of
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def load(directory: str) -> PreTrainedModel:
     quant, trained_dtype, weights = simulated.read(path)
     dtype = machine.inference_dtype()
     model = prepare(skeleton(path), quant)
+    set_tensor_scales(model, scales_of(path, path, quant))
     holders = weight_holders(model)
     rest: dict[str, Tensor] = {}
     for name, weight in weights:

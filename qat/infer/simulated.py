@@ -1,6 +1,6 @@
 """Models for evaluation: they compute what training simulated, with weights rounded once."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from qat.quant.config import CONFIG_FILE, QuantConfig
 from qat.quant.number_format import Quantized, dequantize
-from qat.quant.prepare import prepare, weight_holders
+from qat.quant.prepare import prepare, set_tensor_scales, weight_holders
 from qat.quant.products import speed_up
 from qat.quant.rotated import causal_lm_class
 from qat.runtime.errors import UserError
@@ -33,17 +33,23 @@ def load(directory: str, dtype: torch.dtype) -> PreTrainedModel:
         speed_up(model)
         return model
     quant, trained_dtype, weights = read(path)
-    return simulate(path, weights, trained_dtype, quant, dtype)
+    return simulate(path, weights, trained_dtype, quant, dtype, student_folder.scales_of(path, path, quant))
 
 
 def simulate(
-    config: Path, weights: Weights, trained_dtype: torch.dtype, quant: QuantConfig, dtype: torch.dtype
+    config: Path,
+    weights: Weights,
+    trained_dtype: torch.dtype,
+    quant: QuantConfig,
+    dtype: torch.dtype,
+    scales: Mapping[str, float] | None = None,
 ) -> PreTrainedModel:
     """Build a model that computes in ``dtype`` with ``weights``; activations and KV cache are quantized by ``quant``.
 
     Args:
         config: folder with config.json, and the learned steps if there are any
         trained_dtype: the dtype in which weights were rounded to their grid: another one rounds differently
+        scales: of inputs, where their format needs any, see ``Student.tensor_scales``
     """
     values: dict[str, Tensor] = {}
     integers: dict[str, Quantized] = {}
@@ -57,6 +63,7 @@ def simulate(
         None, config=settings, state_dict=values, dtype=dtype, attn_implementation="sdpa"
     )
     holders = weight_holders(prepare(model, quant))
+    set_tensor_scales(model, scales or {})
     for name, quantized in integers.items():
         for layer in holders[name]:
             layer.hold(quantized)

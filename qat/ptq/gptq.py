@@ -89,7 +89,8 @@ def quantize_layer(stream: Stream, weights: Weights, config: GPTQConfig) -> tupl
                     f"sequences, or give a larger damping than {config.damping}."
                 ) from error
             values = dequantize(quantized, stored.dtype)
-            if not torch.equal(quantize(values, linear.weight_format, quantized.grid).codes, quantized.codes):
+            again = quantize(values, linear.weight_format, quantized.grid).codes
+            if not torch.equal(again.view(torch.int8), quantized.codes.view(torch.int8)):
                 raise UserError(
                     f"Values of {linear.weight_format} in {stored.dtype}, the model's dtype, lose their codes: "
                     "give w_quantizer=minmax, or fewer w_bits."
@@ -149,20 +150,20 @@ def gptq(weight: Tensor, hessian: Tensor, form: Format, config: GPTQConfig) -> Q
     scales, zero_points = (None if part is None else part[:, group].t().contiguous() for part in grid)
 
     left = weight[:, order].t().contiguous()  # [in, out]: a channel is a row
-    codes = torch.empty_like(left, dtype=torch.int8)
+    codes = torch.empty_like(left, dtype=torch.int8)  # their bits: not all operations take floats of 8 bits
     for start in range(0, size, _BLOCK):
         end = min(start + _BLOCK, size)
         errors = torch.empty_like(left[start:end])
         for i in range(start, end):
             channel_grid = Grid(scales[i], None if zero_points is None else zero_points[i])  # type: ignore[index]
             channel = form.by.codes(left[i], channel_grid, form.qmax)
-            codes[i] = channel
+            codes[i] = channel.to(form.by.code_dtype).view(torch.int8)
             errors[i - start] = (left[i] - values_of(channel, channel_grid, torch.float32)) / factor[i, i]
             left[i + 1 : end].addr_(factor[i, i + 1 : end], errors[i - start], alpha=-1)
         left[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
     in_order = torch.empty_like(codes)
     in_order[order] = codes
-    return Quantized(in_order.t().contiguous(), grid)
+    return Quantized(in_order.t().contiguous().view(form.by.code_dtype), grid)
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:

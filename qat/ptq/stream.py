@@ -17,7 +17,7 @@ from qat.quant.architecture import architecture_of, decoder_layers, input_embedd
 from qat.quant.config import QuantConfig
 from qat.quant.embedding import QuantEmbedding
 from qat.quant.linear import quant_linears
-from qat.quant.prepare import prepare
+from qat.quant.prepare import prepare, prepared_with, set_tensor_scales, tensor_scales
 from qat.quant.quantizers.base import Grid
 from qat.runtime import machine
 from qat.runtime.machine import device
@@ -90,8 +90,10 @@ class Stream:
 
     def load(self, weights: Weights) -> nn.Module:
         """Return the layer at ``position`` with ``weights``, not rounded, on the device."""
-        layer = self.layers[self.position]
+        layer, prefix = self.layers[self.position], self.prefix(self.position)
         fill(layer, weights, self.device)
+        named = ((prefix + name, weight) for name, weight in weights.items())
+        set_tensor_scales(self.model, tensor_scales(self.model, prepared_with(self.model), named))
         for linear in quant_linears(layer).values():
             linear.thaw()  # it may have been rounded before
         return layer

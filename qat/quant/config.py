@@ -27,8 +27,11 @@ _VERSION = "format_version"
 GRIDS_FILE = "weight_grids.safetensors"
 """Name of a file beside the weights if they lie on a grid that their own largest values do not give: GPTQ's."""
 
-_GRIDS = "weight_grids"
-"""The entry of ``quant_config.json`` that names the grids' file."""
+SCALES_FILE = "tensor_scales.safetensors"
+"""Name of a file beside the weights with the scales of tensors that were fixed before training: NVFP4's."""
+
+_FILES = {"weight_grids": GRIDS_FILE, "tensor_scales": SCALES_FILE}
+"""The entries of ``quant_config.json`` that name these files."""
 
 _LATER = ("overrides", "w_scale_dtype")
 """Settings that earlier versions did not have: they are recorded only where they are not the default, and missing in a
@@ -134,10 +137,10 @@ class QuantConfig:
             )
         if self.weights.by.scale_dtype == quantizer.scale_dtype:
             return
-        if quantizer.scale_dtype != torch.float32:
+        if quantizer.scale_dtype != torch.float32 or quantizer.is_float:
             raise UserError(
-                f"w_scale_dtype={self.w_scale_dtype} is invalid with {given}, whose scales are "
-                f"{str(quantizer.scale_dtype).removeprefix('torch.')}: leave w_scale_dtype out."
+                f"w_scale_dtype={self.w_scale_dtype} is invalid with {given}, which has scales of its own: leave "
+                "w_scale_dtype out."
             )
         if not quantizer.symmetric:
             raise UserError(
@@ -172,6 +175,15 @@ class QuantConfig:
     def with_weights_of(self, other: "QuantConfig") -> "QuantConfig":
         """Return these settings with the number format of ``other``'s weights."""
         return replace(self, **{name: getattr(other, name) for name in _PER_LAYER if name.startswith("w_")})
+
+    def all_settings(self) -> list["QuantConfig"]:
+        """Return the settings of all layers, those of each override among them."""
+        return [self, *(replace(self, overrides={}, **changes) for changes in self.overrides.values())]
+
+    @property
+    def scales_inputs(self) -> bool:
+        """Return whether activations need scales that are measured before training."""
+        return any(own.activations.scales_tensors for own in self.all_settings())
 
     def __str__(self) -> str:
         """Return the field's short form, W-A-KV: 4-8-4."""
@@ -215,25 +227,26 @@ class QuantConfig:
         }
 
     def save(self, directory: Path) -> None:
-        """Write ``quant_config.json``, including whether there are grids beside it."""
-        grids = {_GRIDS: GRIDS_FILE} if (directory / GRIDS_FILE).is_file() else {}
+        """Write ``quant_config.json``, including whether there are grids, or scales of tensors, beside it."""
+        files = {entry: name for entry, name in _FILES.items() if (directory / name).is_file()}
         with writing(directory):
-            content = self.record() | grids | {_VERSION: FORMAT_VERSION}
+            content = self.record() | files | {_VERSION: FORMAT_VERSION}
             write_atomically(directory / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
 
     @classmethod
     def load(cls, directory: Path) -> "QuantConfig":
-        """Read ``quant_config.json``; raise UserError if it names grids that are missing."""
+        """Read ``quant_config.json``; raise UserError if it names a file that is missing."""
         values = read_json(directory / CONFIG_FILE)
         if (version := values.pop(_VERSION, 1)) != FORMAT_VERSION:
             raise UserError(
                 f"{directory / CONFIG_FILE} has format version {version!r}, and this program reads {FORMAT_VERSION}: "
                 "install the version that wrote it."
             )
-        if values.pop(_GRIDS, None) and not (directory / GRIDS_FILE).is_file():
-            raise UserError(
-                f"{directory} is incomplete: {GRIDS_FILE}, by which its weights are rounded, is missing. Copy it again."
-            )
+        for entry, name in _FILES.items():
+            if values.pop(entry, None) and not (directory / name).is_file():
+                raise UserError(
+                    f"{directory} is incomplete: {name}, by which its weights are rounded, is missing. Copy it again."
+                )
         return cls.of(values, directory / CONFIG_FILE)
 
     @classmethod

@@ -35,7 +35,8 @@ def fused(function: F) -> F:
         nonlocal compiled
         if len(args[0]) < 2:  # one row would be compiled as a special case
             return function(*args)
-        if not compiles(args[0].device.type):
+        device = args[0].device
+        if not compiles(device.type) or (_has_float8(args) and not _compiles_float8(device)):
             return function(*args)
         if compiled is None:
             # Dtypes, strides and modes make variants, more than the eight after which torch would give up permanently.
@@ -45,6 +46,17 @@ def fused(function: F) -> F:
             return compiled(*args)
 
     return call  # type: ignore[return-value]
+
+
+def _has_float8(args: tuple[Any, ...]) -> bool:
+    """Return whether a tensor is of 8-bit floats, or a quantizer makes such codes."""
+    return any(torch.float8_e4m3fn in (getattr(a, "dtype", None), getattr(a, "code_dtype", None)) for a in args)
+
+
+def _compiles_float8(device: torch.device) -> bool:
+    """Return whether compiled code converts 8-bit floats: Triton's does not on GPUs before Ada, where torch's own code
+    does."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 @functools.cache

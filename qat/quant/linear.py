@@ -254,7 +254,9 @@ def can_multiply_codes(weight: Format, inputs: Format) -> bool:
     """Return whether a layer with these formats multiplies codes; see ``QuantLinear.multiplies_codes``."""
     if not weight.quantizes or not inputs.quantizes:
         return False
-    return weight.group_size == 0 and inputs.group_size == 0 and not inputs.learned
+    whole_rows = weight.group_size == 0 and inputs.group_size == 0
+    integers = not weight.by.is_float and not inputs.by.is_float
+    return whole_rows and integers and not inputs.learned
 
 
 def arithmetic_of(quant: QuantConfig) -> str:
@@ -273,7 +275,7 @@ def _as_bits(grid: Grid) -> Tensor:
 
 def can_multiply_blocks(weight: Format, inputs: Format) -> bool:
     """Return whether a layer with these formats multiplies blocks; see ``QuantLinear.multiplies_blocks``."""
-    integers = all(form.quantizes and form.symmetric and form.by.code_dtype == torch.int8 for form in (weight, inputs))
+    integers = all(form.quantizes and form.symmetric and not form.by.is_float for form in (weight, inputs))
     return integers and inputs.group_size > 0
 
 

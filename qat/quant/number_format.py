@@ -33,12 +33,17 @@ FULL_PRECISION = 16
 @dataclass(frozen=True)
 class Format:
     """A number format: bits, quantizer (by name), elements of a group (0: the complete last dimension), and the dtype
-    to which scales are rounded ("float32": to the quantizer's own)."""
+    to which scales are rounded ("float32": to the quantizer's own).
+
+    ``tensor_scale`` is that of the tensors that are quantized, for a quantizer with ``scales_tensors``. Until it is
+    known all is NaN.
+    """
 
     bits: int
     quantizer: str = "minmax"
     group_size: int = 0
     scale_dtype: str = "float32"
+    tensor_scale: float | None = None
 
     @property
     def quantizes(self) -> bool:
@@ -66,6 +71,13 @@ class Format:
         quantizer = QUANTIZERS[self.quantizer]
         return quantizer if self.scale_dtype == "float32" else with_scales(quantizer, getattr(torch, self.scale_dtype))
 
+    def by_on(self, device: torch.device) -> Quantizer:
+        """Return the quantizer, with ``tensor_scale`` as a tensor on ``device`` if it has one."""
+        if not self.by.scales_tensors:
+            return self.by
+        scale = torch.nan if self.tensor_scale is None else self.tensor_scale
+        return self.by.for_tensor(torch.full((), scale, dtype=torch.float32, device=device))
+
     @property
     def symmetric(self) -> bool:
         return self.by.symmetric
@@ -74,6 +86,11 @@ class Format:
     def clips(self) -> bool:
         """Return whether values beyond the last codes are cut off, and get no gradient."""
         return self.by.clips
+
+    @property
+    def scales_tensors(self) -> bool:
+        """Return whether it needs a ``tensor_scale``."""
+        return self.quantizes and self.by.scales_tensors
 
     @property
     def learned(self) -> LearnedQuantizer | None:
@@ -91,7 +108,7 @@ class Quantized(NamedTuple):
 
 def grid_of(x: Tensor, form: Format) -> Grid:
     """Return the grid that ``form`` lays over x [..., n]; NaN where x has one."""
-    return _unrow(form.by.stored_grid(_rows(x, form), form.qmax), x, form)
+    return _unrow(form.by_on(x.device).stored_grid(_rows(x, form), form.qmax), x, form)
 
 
 def quantize(x: Tensor, form: Format, grid: Grid | None = None) -> Quantized:
@@ -121,7 +138,7 @@ def fake_quantize(x: Tensor, form: Format) -> Tensor:
 
 def inside(x: Tensor, form: Format, grid: Grid) -> Tensor:
     """Return True where x [..., n] was not clipped: where the gradient passes."""
-    return form.by.inside(_rows(x, form), _rowed(grid), form.qmax).view(x.shape)
+    return _fused_inside(_rows(x, form), *_rowed(grid), form.by, form.qmax).view(x.shape)
 
 
 def passed(grad: Tensor, x: Tensor, form: Format, grid: Grid) -> Tensor:
@@ -146,13 +163,13 @@ def _on_grid(
 ) -> tuple[Tensor, Grid]:
     """Return the result of ``use`` on ``grid``, shaped like x, and the grid; without one, of ``find``, which finds the
     grid in the same pass if the quantizer allows it."""
-    rows = _rows(x, form)
-    if grid is None and form.by.is_exact:
-        result, scale, zero_point = find(rows, form.by, form.qmax)
+    rows, by = _rows(x, form), form.by_on(x.device)
+    if grid is None and by.is_exact:
+        result, scale, zero_point = find(rows, by, form.qmax)
         found = Grid(scale, zero_point)
     else:
-        found = _rowed(grid) if grid is not None else form.by.stored_grid(rows, form.qmax)
-        result = use(rows, *found, form.by, form.qmax)
+        found = _rowed(grid) if grid is not None else by.stored_grid(rows, form.qmax)
+        result = use(rows, *found, by, form.qmax)
     return result.view(x.shape), _unrow(found, x, form)
 
 
@@ -217,6 +234,11 @@ def _fused_gradients(
 @fused
 def _fused_dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
     return values_of(codes, Grid(scale, zero_point), dtype)
+
+
+@fused
+def _fused_inside(rows: Tensor, scale: Tensor, zero_point: Tensor | None, by: Quantizer, qmax: int) -> Tensor:
+    return by.inside(rows, Grid(scale, zero_point), qmax)
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -2,7 +2,8 @@
 quantized ones, in place."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,11 +20,12 @@ from qat.quant.architecture import (
     is_tied,
     linear_in,
     output_layer,
+    quantizable_linears,
 )
 from qat.quant.config import QuantConfig, matches
 from qat.quant.embedding import QuantEmbedding
 from qat.quant.linear import InputQuantizer, QuantLinear, quant_linears
-from qat.quant.number_format import grid_of
+from qat.quant.number_format import Format, grid_of
 from qat.quant.quantizers.base import Grid
 from qat.quant.rotated import check_rotates
 from qat.runtime.errors import UserError
@@ -32,6 +34,10 @@ _log = logging.getLogger(__name__)
 
 _PREPARED = "_prepared_with"
 """Name of the attribute that holds a prepared model's QuantConfig."""
+
+_MARGIN = 4
+"""How much larger than the text that was looked at other text may be, in the scales of inputs. It costs no precision:
+see qat.quant.quantizers.nvfp4."""
 
 
 def prepare(model: PreTrainedModel, config: QuantConfig) -> PreTrainedModel:
@@ -59,6 +65,8 @@ def prepare(model: PreTrainedModel, config: QuantConfig) -> PreTrainedModel:
     if cached and config.kv_site == "post_rope":
         kv_cache.attend(model)
     _quantize_vocabulary(model, config)
+    if all(linear.weight.numel() and not linear.weight.is_meta for linear in quant_linears(model).values()):
+        set_tensor_scales(model, tensor_scales(model, config, model.named_parameters()))
     setattr(model, _PREPARED, config)
     return model
 
@@ -103,6 +111,9 @@ def vocabulary_settings(model: PreTrainedModel, config: QuantConfig) -> dict[str
     if not given:
         return {}
     own = {name: config.of_vocabulary(name) for name in parts}
+    for name, one in own.items():
+        if any(form.quantizes and form.by.is_float for form in (one.weights, one.activations)):
+            raise UserError(f"overrides: {name} can have integers alone: give it the quantizer minmax, or 16 bits.")
     if own[head].activations.learned:
         raise UserError(f"overrides: the input of {head} cannot have a learned step: leave out its a_bits.")
     if is_tied(model):
@@ -186,6 +197,78 @@ def train_only_scales(model: nn.Module) -> None:
                 parameter.requires_grad_(True)
 
 
+def tensor_scales(
+    model: PreTrainedModel, config: QuantConfig, weights: Iterable[tuple[str, Tensor]]
+) -> dict[str, float]:
+    """Compute the scale of each of the given ``weights`` whose quantizer has one, by its name; ``model`` need have
+    none. Layers that read one tensor share it: engines fuse them, and read only one."""
+    forms = {f"{name}.weight": own.weights for name, own in layer_settings(model, config).items()}
+    forms = {name: form for name, form in forms.items() if form.scales_tensors}
+    largest = {name: weight.abs().max().item() for name, weight in weights if name in forms}
+    architecture, scales = architecture_of(model.config), {}
+    for number in range(len(decoder_layers(model))):
+        for names in architecture.shared_inputs:
+            fused = [own for name in names if (own := f"{architecture.prefix(number)}{name}.weight") in largest]
+            for own in fused:
+                scales[own] = forms[own].by.scale_of_tensor(max(largest[one] for one in fused))
+    return scales
+
+
+@torch.no_grad()
+def largest_inputs(model: PreTrainedModel, config: QuantConfig, run: Callable[[], object]) -> dict[str, Tensor]:
+    """Return the largest magnitude, fp32, of each input whose quantizer has a scale of the tensor, while ``run`` runs
+    the full-precision ``model``; by ``NAME.input``."""
+    found: dict[str, Tensor] = {}
+
+    def note(name: str, x: Tensor) -> None:
+        found[name] = torch.maximum(x.abs().amax().float(), found.get(name, torch.zeros((), device=x.device)))
+
+    settings, hooks = layer_settings(model, config), []
+    for name, linear in quantizable_linears(model).items():
+        if settings[name].activations.scales_tensors:
+            hooks.append(linear.register_forward_pre_hook(lambda _, x, own=f"{name}.input": note(own, x[0])))
+    run()
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def input_scales(config: QuantConfig, largest: Mapping[str, float]) -> dict[str, float]:
+    """Return the scales of inputs with the given ``largest_inputs``, and room for what other text brings."""
+    by = next(own.activations.by for own in config.all_settings() if own.activations.scales_tensors)
+    return {name: by.scale_of_tensor(_MARGIN * value) for name, value in largest.items()}
+
+
+def calibrate(student: PreTrainedModel, teacher: PreTrainedModel, input_ids: Tensor) -> None:
+    """Set the scales of a prepared student's inputs, for a quantizer that has any (``QuantConfig.scales_inputs``), by
+    those that the full-precision ``teacher`` has for input_ids [batch, tokens]."""
+    config = prepared_with(student)
+    largest = largest_inputs(teacher, config, lambda: teacher(input_ids))
+    set_tensor_scales(student, input_scales(config, {name: value.item() for name, value in largest.items()}))
+
+
+def set_tensor_scales(model: nn.Module, scales: Mapping[str, float]) -> None:
+    """Set the scales of weights and inputs, by their names in ``model``, where these are quantized; ``prepare`` sets
+    those of weights that it has."""
+    linears = quant_linears(model)
+    for name, scale in scales.items():
+        layer, _, part = name.rpartition(".")
+        linear = linears.get(layer)
+        if linear is None:
+            continue
+        if part == "weight":
+            linear.weight_format = replace(linear.weight_format, tensor_scale=scale)
+        elif linear.input_quantizer is not None:
+            linear.input_format = linear.input_quantizer.form = replace(linear.input_format, tensor_scale=scale)
+
+
+def tensor_scales_in(model: nn.Module) -> dict[str, float]:
+    """Return the scales that were set, by name."""
+    forms = {f"{name}.weight": linear.weight_format for name, linear in quant_linears(model).items()}
+    forms |= {f"{name}.input": linear.input_format for name, linear in quant_linears(model).items()}
+    return {name: form.tensor_scale for name, form in forms.items() if form.tensor_scale is not None}
+
+
 def freeze(model: nn.Module) -> None:
     """Quantize every weight permanently: for evaluation, never for training."""
     for first, *others in weight_holders(model).values():
@@ -227,6 +310,7 @@ def _quantize_linears(linears: dict[str, nn.Linear], settings: list[QuantConfig]
     for linear, own in zip(linears.values(), settings, strict=True):
         if not own.weights.quantizes and not inputs.quantizes:
             continue
+        _check_blocks("a_quantizer", inputs, linear.in_features, "input channels")
         _check_groups(own, linear.in_features)
         QuantLinear.convert(linear, own.weights, inputs, shared)
 
@@ -244,22 +328,28 @@ def _quantize_vocabulary(model: PreTrainedModel, config: QuantConfig) -> None:
 
 def _check_groups(own: QuantConfig, channels: int) -> None:
     """Raise UserError for groups that do not divide a layer's input channels."""
+    _check_blocks("w_quantizer", own.weights, channels, "input channels")
     if own.w_group_size and own.weights.quantizes and channels % own.w_group_size:
         raise UserError(
             f"w_group_size={own.w_group_size} does not divide the model's {channels} input channels: "
             "give a divisor of all its layers' widths, say 32 or 64."
         )
-    for setting, form in (("w_quantizer", own.weights), ("a_quantizer", own.activations)):
-        if form.quantizes and form.group_size and channels % form.group_size:
-            raise UserError(
-                f"{setting}={form.quantizer} has blocks of {form.group_size}, which do not divide the model's "
-                f"{channels} input channels: give {setting}=minmax, or overrides for the layers that are so wide."
-            )
+
+
+def _check_blocks(setting: str, form: Format, size: int, what: str) -> None:
+    """Raise UserError if the blocks of a quantizer that has some of its own do not divide ``size``."""
+    block = form.by.group_size
+    if form.quantizes and block and size % block:
+        raise UserError(
+            f"{setting}={form.quantizer} has blocks of {block}, which do not divide the model's {size} {what}: give "
+            "another quantizer, by overrides for such layers alone."
+        )
 
 
 def _quantize_kv(layer: nn.Module, model: PreTrainedModel, config: QuantConfig) -> None:
     quantizer = kv_cache.KVQuantizer(config.kv, config.kv_granularity, config.kv_rotation)
     architecture, size = architecture_of(model.config), head_dim(model.config)
+    _check_blocks("kv_quantizer", config.kv, size, "channels per head")
     if config.kv_site == "post_rope":
         layer.get_submodule(architecture.attention).kv_quantizer = quantizer  # type: ignore[assignment]
         return

@@ -1,9 +1,14 @@
-"""Integer weights in the compressed-tensors layouts, which transformers and vLLM read.
+"""Quantized weights in the compressed-tensors layouts, which transformers and vLLM read.
 
 ``pack-quantized``   several codes in an int32, for vLLM on GPUs. ``weight_packed`` [out, in * bits / 32],
                      ``weight_shape`` [2], ``weight_scale`` [out, groups], and, if there are zero points,
                      ``weight_zero_point`` [out * bits / 32, groups]
 ``int-quantized``    a code in an int8, for vLLM on CPUs. ``weight`` [out, in], ``weight_scale`` [out, 1]
+``float-quantized``  e4m3 codes. ``weight`` [out, in], ``weight_scale`` [out, 1]
+``nvfp4-pack-quantized``, ``mxfp4-pack-quantized``
+                     two e2m1 codes in a byte, the first in its low half. ``weight_packed`` uint8 [out, in / 2],
+                     ``weight_scale`` [out, groups] as e4m3, with ``weight_global_scale`` [1] that divides them, or as
+                     exponents (uint8)
 
 Codes and scales are those that training simulated, scales in fp32 as there; no library derives them again.
 """
@@ -17,11 +22,40 @@ import torch
 from torch import Tensor
 
 from qat.quant.config import QuantConfig
-from qat.quant.number_format import FULL_PRECISION, Quantized
+from qat.quant.number_format import FULL_PRECISION, Format, Quantized
 from qat.quant.quantizers.base import Grid
 from qat.store.weight_files import FLOATS
 
-PACKED, INTEGERS = "pack-quantized", "int-quantized"
+PACKED, INTEGERS, FLOAT8 = "pack-quantized", "int-quantized", "float-quantized"
+NVFP4, MXFP4 = "nvfp4-pack-quantized", "mxfp4-pack-quantized"
+
+INPUT_SCALE = "input_global_scale"
+"""The tensor [1] that holds the scale of a layer's inputs, where their format has one."""
+
+_MXFP4_BLOCKS = {
+    "num_bits": 4,
+    "type": "float",
+    "symmetric": True,
+    "strategy": "group",
+    "group_size": 32,
+    "scale_dtype": "torch.uint8",
+    "zp_dtype": "torch.uint8",
+}
+_NVFP4_BLOCKS = {
+    "num_bits": 4,
+    "type": "float",
+    "symmetric": True,
+    "strategy": "tensor_group",
+    "group_size": 16,
+    "scale_dtype": "torch.float8_e4m3fn",
+    "zp_dtype": "torch.float8_e4m3fn",
+}
+_FLOAT_INPUTS: dict[str, dict[str, Any]] = {
+    "fp8": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True},
+    "mxfp4": {**_MXFP4_BLOCKS, "dynamic": True},
+    "nvfp4": {**_NVFP4_BLOCKS, "dynamic": "local"},
+}
+"""The description of activations that are rounded to floats, by their quantizer."""
 
 _ZERO_POINT = "weight_zero_point"
 
@@ -38,26 +72,40 @@ class Layout(ABC):
         has_zero_points: whether engines that read it have kernels for weights with zero points
         stored_bits: the bits that the format is told, by those of the codes. Every code of 3 bits is one of 4 bits,
             with the same scale, and engines have kernels for those
-        engine_a_bits: the bits to which engines that read it can round activations
+        engine_a_bits: the bits to which engines that read it can round activations, to integers
+        float_inputs: the quantizers of activations to floats that engines which read it have too
+        scale_dtype: safetensors' name of the dtype of ``weight_scale``
+        code_dtypes: of a tensor ``weight`` that holds codes
     """
 
     name: str
     suffixes: tuple[str, ...]
     has_zero_points: bool = False
     stored_bits: ClassVar[Mapping[int, int]]
-    engine_a_bits: tuple[int, ...]
+    engine_a_bits: tuple[int, ...] = ()
+    float_inputs: tuple[str, ...] = ()
+    scale_dtype = "F32"
+    code_dtypes: tuple[torch.dtype, ...] = ()
+
+    def holds(self, form: Format) -> bool:
+        """Return whether it has a place for weights of this format."""
+        return (form.symmetric or self.has_zero_points) and not form.by.is_float
+
+    def serves_inputs(self, quant: QuantConfig) -> bool:
+        """Return whether engines that read it round activations at all, in this setting: not beside weights with zero
+        points."""
+        if quant.a_bits == FULL_PRECISION or not quant.weights.symmetric:
+            return False
+        return quant.a_quantizer in self.float_inputs if quant.activations.by.is_float else bool(self.engine_a_bits)
 
     def served_a_bits(self, quant: QuantConfig) -> int:
-        """Return the bits to which an engine rounds activations: those that were trained, or else 8; 16 beside weights
-        with zero points, for which kernels with integer activations have no place."""
-        if not quant.weights.symmetric:
-            return FULL_PRECISION
+        """Return the bits to which an engine rounds activations: those that were trained, or else 8."""
         return quant.a_bits if quant.a_bits in (FULL_PRECISION, *self.engine_a_bits) else 8
 
-    def bits(self, quant: QuantConfig) -> int:
+    def bits(self, form: Format) -> int:
         """Return the bits that the format is told. With zero points there are kernels for 4 and 8."""
-        bits = self.stored_bits[quant.weights.code_bits]
-        return bits if quant.weights.symmetric else max(bits, 4)
+        bits = self.stored_bits[form.code_bits]
+        return bits if form.symmetric else max(bits, 4)
 
     def quantization_config(
         self, settings: Mapping[str, QuantConfig], kept: Sequence[str], vocabulary: Mapping[str, QuantConfig]
@@ -94,31 +142,37 @@ class Layout(ABC):
         return list(groups.values())
 
     def _group(self, quant: QuantConfig) -> dict[str, Any]:
+        return {
+            "targets": [],
+            "weights": self._weights(quant),
+            "input_activations": self._inputs(quant) if self.serves_inputs(quant) else None,
+            "format": self.name,
+        }
+
+    def _weights(self, quant: QuantConfig) -> dict[str, Any]:
         grouped = {"strategy": "group", "group_size": quant.weights.group_size}
-        weights = {
-            "num_bits": self.bits(quant),
+        return {
+            "num_bits": self.bits(quant.weights),
             "type": "int",
             "symmetric": quant.weights.symmetric,
             "dynamic": False,
             **(grouped if quant.weights.group_size else {"strategy": "channel"}),
         }
-        activations = {
+
+    def _inputs(self, quant: QuantConfig) -> dict[str, Any]:
+        if quant.activations.by.is_float:
+            return _FLOAT_INPUTS[quant.a_quantizer]
+        return {
             "num_bits": self.served_a_bits(quant),
             "type": "int",
             "symmetric": True,
             "strategy": "token",
             "dynamic": True,
         }
-        return {
-            "targets": [],
-            "weights": weights,
-            "input_activations": activations if self.served_a_bits(quant) != FULL_PRECISION else None,
-            "format": self.name,
-        }
 
     @abstractmethod
-    def encode(self, name: str, quantized: Quantized, quant: QuantConfig) -> dict[str, Tensor]:
-        """Return the tensors that hold the layer ``name``'s weight [out, in]."""
+    def encode(self, name: str, quantized: Quantized, form: Format) -> dict[str, Tensor]:
+        """Return the tensors that hold the layer ``name``'s weight [out, in], of the format ``form``."""
 
     @abstractmethod
     def shapes(self, name: str, rows: int, columns: int, bits: int) -> Shapes:
@@ -138,12 +192,13 @@ class _Packed(Layout):
     has_zero_points = True
     stored_bits: ClassVar[Mapping[int, int]] = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
     engine_a_bits = 4, 8
+    float_inputs = ("fp8",)
 
-    def encode(self, name: str, quantized: Quantized, quant: QuantConfig) -> dict[str, Tensor]:
+    def encode(self, name: str, quantized: Quantized, form: Format) -> dict[str, Tensor]:
         from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32  # takes seconds to import
 
         codes, (scale, zero_point) = quantized
-        bits = self.bits(quant)
+        bits = self.bits(form)
         parts = {
             f"{name}.weight_packed": pack_to_int32(codes, bits),
             f"{name}.weight_scale": scale,
@@ -178,8 +233,9 @@ class _Integers(Layout):
     suffixes = "weight", "weight_scale"
     stored_bits: ClassVar[Mapping[int, int]] = dict.fromkeys(range(2, 9), 8)
     engine_a_bits = (8,)
+    code_dtypes = (torch.int8,)
 
-    def encode(self, name: str, quantized: Quantized, quant: QuantConfig) -> dict[str, Tensor]:
+    def encode(self, name: str, quantized: Quantized, form: Format) -> dict[str, Tensor]:
         return {f"{name}.weight": quantized.codes, f"{name}.weight_scale": quantized.grid.scale}
 
     def shapes(self, name: str, rows: int, columns: int, bits: int) -> Shapes:
@@ -187,6 +243,96 @@ class _Integers(Layout):
 
     def join(self, parts: Mapping[str, Tensor], bits: int) -> Quantized:
         return Quantized(parts["weight"], Grid(parts["weight_scale"]))
+
+
+class _Float8(Layout):
+    """Engines have kernels for a scale per output channel."""
+
+    name = FLOAT8
+    suffixes = "weight", "weight_scale"
+    stored_bits: ClassVar[Mapping[int, int]] = {8: 8}
+    float_inputs = ("fp8",)
+    code_dtypes = (torch.float8_e4m3fn,)
+
+    def holds(self, form: Format) -> bool:
+        return form.quantizer == "fp8" and not form.group_size
+
+    def _weights(self, quant: QuantConfig) -> dict[str, Any]:
+        return {**super()._weights(quant), "type": "float"}
+
+    def encode(self, name: str, quantized: Quantized, form: Format) -> dict[str, Tensor]:
+        return {f"{name}.weight": quantized.codes, f"{name}.weight_scale": quantized.grid.scale}
+
+    def shapes(self, name: str, rows: int, columns: int, bits: int) -> Shapes:
+        return {f"{name}.weight": ((rows, columns), frozenset({"F8_E4M3"}))}
+
+    def join(self, parts: Mapping[str, Tensor], bits: int) -> Quantized:
+        return Quantized(parts["weight"], Grid(parts["weight_scale"]))
+
+
+class _Float4(Layout):
+    """The bytes are those that the quantizer itself keeps."""
+
+    suffixes: tuple[str, ...] = "weight_packed", "weight_scale"
+    stored_bits: ClassVar[Mapping[int, int]] = {4: 4}
+    quantizer: str
+
+    def holds(self, form: Format) -> bool:
+        return form.quantizer == self.quantizer
+
+    def encode(self, name: str, quantized: Quantized, form: Format) -> dict[str, Tensor]:
+        by, scale = form.by_on(quantized.codes.device), quantized.grid.scale
+        bits = by.to_bits(quantized.codes).view(torch.uint8)
+        return {
+            f"{name}.weight_packed": bits[:, 0::2] | bits[:, 1::2] << 4,
+            f"{name}.weight_scale": by.scale_to_bits(scale),
+        }
+
+    def shapes(self, name: str, rows: int, columns: int, bits: int) -> Shapes:
+        return {f"{name}.weight_packed": ((rows, columns // 2), frozenset({"U8"}))}
+
+    def join(self, parts: Mapping[str, Tensor], bits: int) -> Quantized:
+        packed = parts["weight_packed"]
+        by = self._form(parts).by_on(packed.device)
+        codes = by.from_bits(torch.stack([packed & 15, packed >> 4], -1).flatten(-2).view(torch.int8))
+        return Quantized(codes, Grid(by.scale_from_bits(parts["weight_scale"].view(torch.uint8))))
+
+    def _form(self, parts: Mapping[str, Tensor]) -> Format:
+        return Format(4, self.quantizer)
+
+
+class _MXFP4(_Float4):
+    name = MXFP4
+    quantizer = "mxfp4"
+    float_inputs = "mxfp4", "fp8"
+    scale_dtype = "U8"
+
+    def _weights(self, quant: QuantConfig) -> dict[str, Any]:
+        return {**_MXFP4_BLOCKS, "dynamic": False}
+
+
+class _NVFP4(_Float4):
+    name = NVFP4
+    quantizer = "nvfp4"
+    suffixes = "weight_packed", "weight_scale", "weight_global_scale"
+    float_inputs = ("nvfp4",)
+    scale_dtype = "F8_E4M3"
+
+    def _weights(self, quant: QuantConfig) -> dict[str, Any]:
+        return {**_NVFP4_BLOCKS, "dynamic": False}
+
+    def encode(self, name: str, quantized: Quantized, form: Format) -> dict[str, Tensor]:
+        parts = super().encode(name, quantized, form)
+        parts[f"{name}.weight_scale"] = parts[f"{name}.weight_scale"].view(torch.float8_e4m3fn)
+        return parts | {f"{name}.weight_global_scale": torch.tensor([form.tensor_scale])}
+
+    def shapes(self, name: str, rows: int, columns: int, bits: int) -> Shapes:
+        return super().shapes(name, rows, columns, bits) | {
+            f"{name}.weight_global_scale": ((1,), frozenset({"F32"})),
+        }
+
+    def _form(self, parts: Mapping[str, Tensor]) -> Format:
+        return Format(4, self.quantizer, tensor_scale=parts["weight_global_scale"].item())
 
 
 def transform_config(layers: list[str], width: int, block: int) -> dict[str, Any]:
@@ -200,29 +346,35 @@ def transform_config(layers: list[str], width: int, block: int) -> dict[str, Any
     }
 
 
-LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in (_Packed(), _Integers())}
+LAYOUTS: Mapping[str, Layout] = {
+    layout.name: layout for layout in (_Packed(), _Integers(), _Float8(), _NVFP4(), _MXFP4())
+}
 
 
 def layout(name: str, shape: Sequence[int], config: dict[str, Any]) -> Shapes:
     """Return the shapes of ``encode``'s tensors for the layer ``name``'s weight [out, in], which may be unquantized;
     ``config`` is the result of ``quantization_config``."""
-    if (settings := _weights_of(name, config)) is None:
+    if (group := _group_of(name, config)) is None:
         return {f"{name}.weight": (tuple(shape), FLOATS)}
+    settings, inputs = group["weights"], group["input_activations"]
     rows, columns = shape
-    groups, bits = columns // settings.get("group_size", columns), settings["num_bits"]
-    parts = LAYOUTS[config["format"]].shapes(name, rows, columns, bits)
-    parts[f"{name}.weight_scale"] = (rows, groups), frozenset({"F32"})
+    kind = LAYOUTS[config["format"]]
+    scale = (rows, columns // settings.get("group_size", columns)), frozenset({kind.scale_dtype})
+    known = kind.shapes(name, rows, columns, settings["num_bits"]) | {f"{name}.weight_scale": scale}
+    if inputs and inputs["strategy"] == "tensor_group":
+        known[f"{name}.{INPUT_SCALE}"] = (1,), frozenset({"F32"})
     if not settings["symmetric"]:
-        parts[f"{name}.{_ZERO_POINT}"] = (-(-rows // (32 // bits)), groups), frozenset({"I32"})
-    return parts
+        groups, per_word = columns // settings.get("group_size", columns), 32 // settings["num_bits"]
+        known[f"{name}.{_ZERO_POINT}"] = (-(-rows // per_word), groups), frozenset({"I32"})
+    return known
 
 
-def _weights_of(layer: str, config: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the settings in ``config`` of a layer's weight; None if it is not quantized. As for compressed-tensors, a
-    group with the layer's name goes before one for all that is Linear."""
+def _group_of(layer: str, config: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the settings in ``config`` of a layer; None if it is not quantized. As for compressed-tensors, a group
+    with the layer's name goes before one for all that is Linear."""
     groups = config["config_groups"].values()
     by = next((target for target in (layer, "Linear") if any(target in group["targets"] for group in groups)), None)
-    return next((group["weights"] for group in groups if by in group["targets"]), None)
+    return next((group for group in groups if by in group["targets"]), None)
 
 
 def names(layer: str, config: dict[str, Any]) -> bool:
@@ -240,12 +392,14 @@ def decode(stored: Iterable[tuple[str, Tensor]], config: dict[str, Any]) -> Iter
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in stored:
         layer, _, suffix = name.rpartition(".")
-        if suffix not in (*kind.suffixes, _ZERO_POINT) or (suffix == "weight" and tensor.dtype != torch.int8):
+        if suffix == INPUT_SCALE:  # it stands in a file of our own, too
+            continue
+        if suffix not in (*kind.suffixes, _ZERO_POINT) or (suffix == "weight" and tensor.dtype not in kind.code_dtypes):
             yield name, tensor
             continue
         found = parts.setdefault(layer, {})
         found[suffix] = tensor
-        settings = _weights_of(layer, config) or {}
+        settings = (_group_of(layer, config) or {})["weights"]
         if len(found) == len(kind.suffixes) + (not settings["symmetric"]):
             del parts[layer]
             yield f"{layer}.weight", kind.join(found, settings["num_bits"])

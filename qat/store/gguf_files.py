@@ -5,6 +5,9 @@ to 8. So the codes are stored without loss, the scale of a longer group repeated
 trained in fp16, as those of ggml_q4_0 are, is stored as it is; others are rounded, by at most 1 part in 2048. Q4_1
 holds codes with a zero point, of 2 to 4 bits, as a scale and a minimum, both in fp16. Types with a finer structure
 (Q4_K, Q6_K, IQ4_XS: blocks of 256 with scales of their own) need a rounding of the weights that was not trained.
+
+MXFP4 and NVFP4 have types of their own, without any loss. The scale of an NVFP4 tensor stands beside it, as
+``blk.0.ffn_gate.scale``; llama.cpp multiplies the product by it.
 """
 
 import importlib.util
@@ -38,6 +41,8 @@ FILE = "model.gguf"
 _BLOCK = 32
 _FILE_TYPES = {
     Type.Q4_1: gguf.LlamaFileType.MOSTLY_Q4_1,
+    Type.MXFP4: gguf.LlamaFileType.MOSTLY_MXFP4_MOE,  # the only one with it
+    Type.NVFP4: gguf.LlamaFileType.MOSTLY_NVFP4,
     Type.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
     Type.Q5_0: gguf.LlamaFileType.MOSTLY_Q5_0,
     Type.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
@@ -93,16 +98,17 @@ def check(student: Student) -> None:
                 f"w_quantizer={own.w_quantizer} has codes or zero points that no GGUF type holds with {own.w_bits} "
                 "bits: give --format hf-fake."
             )
-        if own.weights.group_size % _BLOCK:
+        if own.weights.group_size % _BLOCK and not own.weights.by.is_float:
             raise UserError(
                 f"w_group_size={own.weights.group_size}: GGUF has one scale for {_BLOCK} codes, so groups must be "
                 f"multiples of {_BLOCK}. Give --format hf-fake."
             )
     config = AutoConfig.from_pretrained(student.directory)
     _check_computed(config)
-    if config.hidden_size % _BLOCK or config.intermediate_size % _BLOCK:
+    block = max(gguf.GGML_QUANT_SIZES[type_of(form)][0] for form in student.weight_formats.values())
+    if config.hidden_size % block or config.intermediate_size % block:
         raise UserError(
-            f"The model is {config.hidden_size} and {config.intermediate_size} wide: GGUF wants multiples of {_BLOCK}."
+            f"The model is {config.hidden_size} and {config.intermediate_size} wide: GGUF wants multiples of {block}."
         )
     _tokenizer(student.directory)
 
@@ -139,8 +145,11 @@ def type_of(form: Format) -> Type:
     return Type[form.by.gguf_types[form.bits]]
 
 
-def held(quantized: Quantized) -> Tensor:
-    """Return the values of a weight as GGUF holds it, in fp32: its codes, with scale and minimum rounded to fp16."""
+def held(quantized: Quantized, form: Format) -> Tensor:
+    """Return the values of a weight as GGUF holds it, in fp32: its codes, with scale and minimum rounded to fp16, but
+    for floats, which have their own scales."""
+    if form.by.is_float:
+        return dequantize(quantized, torch.float32)
     codes, grid = quantized
     scale = grid.scale.half().float()
     if grid.zero_point is None:
@@ -161,7 +170,7 @@ def write(student: Student, output: Path) -> None:
     config = AutoConfig.from_pretrained(student.directory)
     architecture = _ARCHITECTURES[architecture_of(config).gguf]
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    settings = student.settings
+    forms = student.weight_formats
     writer = gguf.GGUFWriter(output / FILE, gguf.MODEL_ARCH_NAMES[architecture], use_temp_file=True)
     _add_config(writer, config, _FILE_TYPES[type_of(student.quant.weights)])
     for key, value in _tokenizer(student.directory).items():
@@ -173,11 +182,18 @@ def write(student: Student, output: Path) -> None:
         place = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert place is not None, name
         if isinstance(weight, Quantized):
-            _check_scale(name, weight.grid.scale)
-            kind = type_of(settings[name.removesuffix(".weight")].weights)
-            grid = weight.grid.map(partial(_per_block, weight.codes.shape[1]))
-            grid = grid.map(lambda part, name=name: _as_llama_cpp_rotates(name, part, config))  # type: ignore[misc]
-            data, raw = blocks(Quantized(_as_llama_cpp_rotates(name, weight.codes, config), grid), kind), kind
+            form = forms[name.removesuffix(".weight")]
+            kind = raw = type_of(form)
+            grid = weight.grid.map(lambda part, name=name: _as_llama_cpp_rotates(name, part, config))  # type: ignore[misc]
+            stored = Quantized(_as_llama_cpp_rotates(name, weight.codes, config), grid)
+            if form.by.is_float:
+                data = float_blocks(stored, form)
+                if form.tensor_scale is not None:
+                    writer.add_tensor(_scale_of(place), np.array([1 / form.tensor_scale], np.float32))
+            else:
+                _check_scale(name, grid.scale)
+                per_block = grid.map(partial(_per_block, weight.codes.shape[1]))
+                data = blocks(stored._replace(grid=per_block), kind)
         else:
             weight = _as_llama_cpp_rotates(name, weight, config)
             if weight.dim() > 1 and weight.dtype == torch.bfloat16:
@@ -212,8 +228,25 @@ def blocks(quantized: Quantized, kind: Type) -> np.ndarray:
     return np.concatenate(parts, -1).reshape(rows, -1)
 
 
+def float_blocks(weight: Quantized, form: Format) -> np.ndarray:
+    """Encode a weight [out, in] of e2m1 codes as the bytes of GGUF blocks: uint8 [out, bytes]. A block has the scales
+    of its parts, then of each part the codes, one of the first half and one of the second in a byte."""
+    by, rows = form.by_on(weight.codes.device), len(weight.codes)
+    bits = by.to_bits(weight.codes).view(torch.uint8).view(rows, -1, 2, form.group_size // 2)
+    codes = (bits[:, :, 0] | bits[:, :, 1] << 4).flatten(1)
+    size, _ = gguf.GGML_QUANT_SIZES[type_of(form)]
+    scales = by.scale_to_bits(weight.grid.scale).view(rows, -1, size // form.group_size)
+    return torch.cat([scales, codes.view(rows, -1, size // 2)], -1).view(rows, -1).numpy()
+
+
+def _scale_of(place: str) -> str:
+    """Return the name of the scale of the tensor ``place``, which ends with .weight."""
+    return f"{place.removesuffix('.weight')}.scale"
+
+
 def load(directory: Path) -> PreTrainedModel:
-    """Load the model in ``directory/model.gguf`` as transformers reads it, in fp32 and without activation quantization.
+    """Load the model in ``directory/model.gguf`` as transformers reads it, in fp32 and without activation quantization;
+    one with scales of tensors, which it cannot read, by gguf's own dequantizer.
 
     Biases and scaled positions, which transformers' reader ignores, are read here. Raises UserError if the latter are
     not those of ``write``.
@@ -229,10 +262,24 @@ def load(directory: Path) -> PreTrainedModel:
     frequencies = np.ones(0) if factors is None else factors.numpy()
     if written != _rope_metadata(config) or not np.array_equal(tensors.get(_ROPE_FREQUENCIES, np.ones(0)), frequencies):
         raise UserError(f"{directory / FILE} is wrong: it scales positions otherwise than the model.")
+    if any(name.endswith(".scale") for name in tensors):
+        return _load_scaled(config, reader)
     model = AutoModelForCausalLM.from_pretrained(
         directory, config=config, gguf_file=FILE, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True),
         attn_implementation="sdpa",
     )  # fmt: skip
+    speed_up(model)
+    return model.eval()
+
+
+def _load_scaled(config: PreTrainedConfig, reader: gguf.GGUFReader) -> PreTrainedModel:
+    names = gguf.get_tensor_name_map(_ARCHITECTURES[architecture_of(config).gguf], config.num_hidden_layers)
+    read = {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    for name, parameter in model.named_parameters():
+        place = names.get_name(name, try_suffixes=(".weight", ".bias")) or ""
+        value = torch.from_numpy(read[place] * read.get(_scale_of(place), np.float32(1)))
+        parameter.data = _as_llama_cpp_rotates(name, value, config, back=True)
     speed_up(model)
     return model.eval()
 
@@ -274,9 +321,9 @@ def _check_scale(name: str, scale: Tensor) -> None:
         )
 
 
-def _as_llama_cpp_rotates(name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
+def _as_llama_cpp_rotates(name: str, tensor: Tensor, config: PreTrainedConfig, back: bool = False) -> Tensor:
     """Reorder output channels of q and k for llama.cpp, whose LLaMA rotates neighbours, where transformers rotates the
-    two halves."""
+    two halves; or back."""
     architecture = architecture_of(config)
     if architecture.gguf != "llama" or architecture.block is None:
         return tensor
@@ -284,7 +331,12 @@ def _as_llama_cpp_rotates(name: str, tensor: Tensor, config: PreTrainedConfig) -
     heads = {block.queries: config.num_attention_heads, block.keys: config.num_key_value_heads}
     for layer, count in heads.items():
         if f".{layer}." in name:
-            return tensor.unflatten(0, (count, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
+            return (
+                tensor.unflatten(0, (count, -1, 2) if back else (count, 2, -1))
+                .transpose(1, 2)
+                .flatten(0, 2)
+                .contiguous()
+            )
     return tensor
 
 

@@ -236,6 +236,8 @@ def check_complete(found: Mapping[str, Kind], expected: Mapping[str, Kind], wher
 
 def check_finite(name: str, tensor: Tensor, where: Path | str) -> None:
     """Raise UserError if a tensor holds NaN or an infinity."""
+    if tensor.dtype == torch.float8_e4m3fn:  # whose largest number torch does not find
+        tensor = tensor.float()
     if tensor.is_floating_point() and tensor.numel() and not all(part.isfinite() for part in tensor.aminmax()):
         raise UserError(
             f"{where} holds numbers that are not finite, in {name}: the file is damaged, or what trained the model "

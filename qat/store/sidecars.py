@@ -1,12 +1,14 @@
-"""Files beside a quantized model's weights: learned activation steps (LSQ), and weight grids (GPTQ's, learned ones)."""
+"""Files beside a quantized model's weights: learned activation steps (LSQ), weight grids (GPTQ's, learned ones), scales
+of tensors (NVFP4)."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from qat.quant.config import GRIDS_FILE
+from qat.quant.config import GRIDS_FILE, SCALES_FILE
 from qat.quant.linear import quant_linears
 from qat.quant.quantizers.base import Grid
 from qat.runtime.errors import UserError
@@ -19,6 +21,7 @@ STEPS_FILE = "activation_steps.safetensors"
 STEP_SUFFIX = ".input_step"
 CHANGE_SUFFIX = ".scale_change"
 """Ends of the names of the Parameters that are no weights of the architecture, but give a step or a grid."""
+_SCALE = "_tensor_scale"
 
 
 def save_steps(steps: dict[str, Tensor], directory: Path) -> None:
@@ -68,3 +71,17 @@ def load_grids(directory: Path, file: str = GRIDS_FILE) -> dict[str, Grid]:
     stored = load_tensors(directory / file)
     names = [name.removesuffix(".weight_scale") for name in stored if name.endswith(".weight_scale")]
     return {name: Grid(stored[f"{name}.weight_scale"], stored.get(f"{name}.weight_zero_point")) for name in names}
+
+
+def save_tensor_scales(scales: dict[str, float], directory: Path) -> None:
+    """Write the scales of weights and inputs, where there are some, by ``NAME.weight`` and ``NAME.input``."""
+    if scales:
+        save_tensors({name + _SCALE: torch.tensor([scale]) for name, scale in scales.items()}, directory / SCALES_FILE)
+
+
+def load_tensor_scales(directory: Path) -> dict[str, float]:
+    """Load the scales stored at ``directory``; empty if there are none."""
+    if not (directory / SCALES_FILE).is_file():
+        return {}
+    stored = load_tensors(directory / SCALES_FILE)
+    return {name.removesuffix(_SCALE): part.item() if part.numel() == 1 else math.nan for name, part in stored.items()}

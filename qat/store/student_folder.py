@@ -9,7 +9,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,13 @@ from qat.quant.architecture import architecture_of, is_tied, quantizable_linears
 from qat.quant.config import CONFIG_FILE, QuantConfig
 from qat.quant.linear import quant_linears
 from qat.quant.number_format import Format, Quantized, dequantize, quantize
-from qat.quant.prepare import layer_settings, prepared_with, vocabulary_settings
+from qat.quant.prepare import (
+    layer_settings,
+    prepared_with,
+    tensor_scales,
+    tensor_scales_in,
+    vocabulary_settings,
+)
 from qat.quant.quantizers.base import Grid
 from qat.quant.rotated import rotation_of
 from qat.runtime import progress
@@ -48,11 +54,14 @@ from qat.store.pickles import as_data
 from qat.store.sidecars import (
     CHANGE_SUFFIX,
     GRIDS_FILE,
+    SCALES_FILE,
     STEP_SUFFIX,
     learned_grids,
     load_grids,
+    load_tensor_scales,
     save_grids,
     save_steps,
+    save_tensor_scales,
 )
 
 _RUN_SETTINGS = "settings.json"
@@ -101,6 +110,7 @@ def write(
         write_companions(companions, partial, dtype=str(model.dtype).removeprefix("torch."))
         if grids:
             save_grids(grids, partial / GRIDS_FILE)
+        save_tensor_scales(tensor_scales_in(model), partial)
         quant.save(partial)
         save_steps({name: weight for name, weight in weights.items() if name.endswith(STEP_SUFFIX)}, partial)
 
@@ -197,6 +207,14 @@ class Student:
         settings = layer_settings(model, self.quant) | vocabulary_settings(model, self.quant)
         forms = {layer: own.weights for layer, own in settings.items() if own.weights.quantizes}
         grids = self.grids()
+        forms = self.weight_formats
+        quantized = {name: linear for name, linear in quantizable_linears(model).items() if name in forms}
+        grids = load_grids(self.path)
+        if self.has_grids and (without := quantized.keys() - grids.keys()):
+            raise UserError(f"{self.path} is incomplete: {GRIDS_FILE} lacks {min(without)}. Copy it again.")
+        for layer, grid in grids.items():
+            if layer not in quantized or not _fits(grid, quantized[layer], forms[layer]):
+                raise UserError(f"{self.path / GRIDS_FILE} does not fit the model, in {layer}. Copy it again.")
         for name, tensor in _gathered(self.path, model, self.dtype) if self.is_checkpoint else folder.tensors():
             layer = name.removesuffix(".weight")
             yield name, quantize(tensor, forms[layer], grids.get(layer)) if layer in forms else tensor
@@ -225,6 +243,20 @@ class Student:
     def settings(self) -> dict[str, QuantConfig]:
         """Return the settings of all layers that may be quantized, by name."""
         return self.layer_settings | self.vocabulary_settings
+
+    @cached_property
+    def tensor_scales(self) -> dict[str, float]:
+        """Return the scales of weights and inputs whose format has one, by ``NAME.weight`` and ``NAME.input``."""
+        return scales_of(self.path.parent.parent if self.is_checkpoint else self.path, self.directory, self.quant)
+
+    @cached_property
+    def weight_formats(self) -> dict[str, Format]:
+        """Return the format of each quantized weight, by the layer's name."""
+        forms = {layer: own.weights for layer, own in self.settings.items() if own.weights.quantizes}
+        return {
+            layer: replace(form, tensor_scale=self.tensor_scales.get(f"{layer}.weight"))
+            for layer, form in forms.items()
+        }
 
     def progress(self) -> Iterator[tuple[str, Tensor | Quantized]]:
         """Yield ``weights``, with a progress bar."""
@@ -301,6 +333,29 @@ def _fits(grid: Grid, linear: nn.Module, form: Format) -> bool:
     parts = [part for part in grid if part is not None]
     whole = len(parts) == (1 if form.symmetric else 2) and all(part.shape == shape for part in parts)
     return whole and all(bool(part.isfinite().all()) for part in parts)
+
+
+def scales_of(stored: Path, model: Path, quant: QuantConfig) -> dict[str, float]:
+    """Return the scales of weights and inputs, by their names: those in the folder ``stored``, or else those that the
+    weights of the model in the folder ``model`` give. Raises UserError if they do not fit it."""
+    settings = layer_settings(skeleton(model), quant)
+    expected = {f"{layer}.weight" for layer, own in settings.items() if own.weights.scales_tensors}
+    expected |= {f"{layer}.input" for layer, own in settings.items() if own.activations.scales_tensors}
+    scales = load_tensor_scales(stored) or weight_scales(model, quant)
+    if without := expected - scales.keys():
+        raise UserError(f"{stored} is incomplete: {SCALES_FILE} lacks {min(without)}. Copy it again.")
+    if scales.keys() != expected or not all(0 < scale < float("inf") for scale in scales.values()):
+        raise UserError(f"{stored / SCALES_FILE} does not fit the model. Copy it again.")
+    return scales
+
+
+def weight_scales(directory: Path, quant: QuantConfig) -> dict[str, float]:
+    """Return the scales that the weights in the folder of a model give them, by name, for formats that have a scale of
+    the tensor; empty for others."""
+    model = skeleton(directory)
+    settings = layer_settings(model, quant)
+    scaled = {f"{layer}.weight" for layer, own in settings.items() if own.weights.scales_tensors}
+    return tensor_scales(model, quant, ModelFolder.read(directory).tensors(scaled.__contains__)) if scaled else {}
 
 
 def run_settings(run: Path) -> dict[str, Any]:

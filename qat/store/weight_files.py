@@ -15,12 +15,12 @@ from torch import Tensor
 from qat.runtime.errors import UserError
 from qat.runtime.files import read_json, save_tensors, using, writing
 from qat.store.pickles import would_run
-from qat.store.sidecars import GRIDS_FILE, STEPS_FILE
+from qat.store.sidecars import GRIDS_FILE, SCALES_FILE, STEPS_FILE
 
 INDEX = "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
-NO_WEIGHTS = (STEPS_FILE, GRIDS_FILE)
+NO_WEIGHTS = (STEPS_FILE, GRIDS_FILE, SCALES_FILE)
 """Names of the safetensors files that a student has beside its weights."""
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})

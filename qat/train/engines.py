@@ -68,6 +68,7 @@ def student_engine(
     lr_factor: Callable[[int], float],
     gradient_checkpointing: bool,
     initial_steps: dict[str, Tensor] | None = None,
+    tensor_scales: Mapping[str, float] | None = None,
     train: str = "weights",
     grids: dict[str, Grid] | None = None,
 ) -> deepspeed.DeepSpeedEngine:
@@ -76,11 +77,16 @@ def student_engine(
     Args:
         lr_factor: what the learning rate is multiplied with at each step
         initial_steps: ``Teacher.initial_steps``, where the quantizer of the activations is learned
+        tensor_scales: of weights and inputs, where their formats have any; by default those that the model's weights
+            give
         train: what learns, see TrainConfig
         grids: where learned scales of weights begin, by layer; by default where the weights' own values put them
     """
     student = _read_partitioned(model, ds_config)
     prepare.prepare(student, quant)
+    if tensor_scales is None:
+        tensor_scales = student_folder.weight_scales(Path(model), quant)
+    prepare.set_tensor_scales(student, tensor_scales)
     if initial_steps is not None:
         prepare.initialise_steps(student, initial_steps)
     if train != "weights":
@@ -169,6 +175,14 @@ class Teacher:
         together = torch.stack([found[name] for name in sorted(found)])
         dist.all_reduce(together)
         return dict(zip(sorted(found), together / dist.get_world_size(), strict=True))
+
+    def input_scales(self, row: Row, quant: QuantConfig) -> dict[str, float]:
+        """Compute the scales of inputs, by ``NAME.input``, for all ranks' rows."""
+        language_model = self._engine.module.language_model
+        found = prepare.largest_inputs(language_model, quant, lambda: self(row))
+        together = torch.stack([found[name] for name in sorted(found)])
+        dist.all_reduce(together, dist.ReduceOp.MAX)
+        return prepare.input_scales(quant, dict(zip(sorted(found), together.tolist(), strict=True)))
 
     @contextmanager
     def head(self) -> Iterator[Tensor]:

@@ -2,16 +2,25 @@
 its own with ``FORMATS.add(name, format)``."""
 
 from qat.export.formats.base import ExportFormat
-from qat.export.formats.compressed_tensors import IntQuantized, PackQuantized
+from qat.export.formats.compressed_tensors import FloatQuantized, IntQuantized, MXFP4Packed, NVFP4Packed, PackQuantized
 from qat.export.formats.fake import Fake
 from qat.export.formats.gguf import Gguf
 from qat.runtime.table import Table
-from qat.store.compressed_tensors import INTEGERS, PACKED
+from qat.store.compressed_tensors import FLOAT8, INTEGERS, MXFP4, NVFP4, PACKED
 
 FAKE, GGUF = "hf-fake", "gguf"
 
 FORMATS: Table[ExportFormat] = Table(
-    "export format", **{PACKED: PackQuantized(), INTEGERS: IntQuantized(), FAKE: Fake(), GGUF: Gguf()}
+    "export format",
+    **{
+        PACKED: PackQuantized(),
+        INTEGERS: IntQuantized(),
+        FAKE: Fake(),
+        GGUF: Gguf(),
+        FLOAT8: FloatQuantized(),
+        NVFP4: NVFP4Packed(),
+        MXFP4: MXFP4Packed(),
+    },
 )
 
 FORMAT = PACKED

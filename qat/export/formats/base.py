@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qat.quant.config import QuantConfig
-from qat.quant.number_format import FULL_PRECISION, Quantized
+from qat.quant.number_format import FULL_PRECISION, Format, Quantized
 from qat.store import weight_files
 from qat.store.model_folder import ModelFolder, write_companions
 from qat.store.student_folder import Student
@@ -57,8 +57,8 @@ class ExportFormat(ABC):
         """Return the settings that ``load`` follows."""
         return quant.everywhere(a_bits=FULL_PRECISION, kv_bits=FULL_PRECISION)
 
-    def held_weight(self, weight: Quantized) -> Quantized | Tensor:
-        """Return a quantized weight as the format holds it; its values, if ``held`` says w_bits=16."""
+    def held_weight(self, weight: Quantized, form: Format) -> Quantized | Tensor:
+        """Return a weight, quantized by ``form``, as the format holds it; its values, if ``held`` says w_bits=16."""
         return weight
 
     def loaded_by(self, exported: Path) -> str:

@@ -1,4 +1,4 @@
-"""``pack-quantized`` and ``int-quantized``: integer checkpoints in the compressed-tensors layouts, see
+"""``pack-quantized``, ``int-quantized`` and the formats of floats: checkpoints in the compressed-tensors layouts, see
 qat.store.compressed_tensors.
 
 ``quant_config.json`` beside them keeps what the format cannot describe (the KV cache, and the true number of bits), so
@@ -21,9 +21,19 @@ from qat.quant.number_format import FULL_PRECISION, Quantized
 from qat.quant.rotated import online_widths
 from qat.runtime.errors import UserError
 from qat.runtime.files import load_tensors, save_tensors
-from qat.store.compressed_tensors import INTEGERS, LAYOUTS, PACKED, Layout, transform_config
+from qat.store.compressed_tensors import (
+    FLOAT8,
+    INPUT_SCALE,
+    INTEGERS,
+    LAYOUTS,
+    MXFP4,
+    NVFP4,
+    PACKED,
+    Layout,
+    transform_config,
+)
 from qat.store.model_folder import shapes, skeleton
-from qat.store.sidecars import STEPS_FILE
+from qat.store.sidecars import STEPS_FILE, save_tensor_scales
 from qat.store.student_folder import Student
 
 _SERVED_SCALES = {
@@ -37,7 +47,7 @@ _SERVED_SCALES = {
 
 
 class CompressedTensors(ExportFormat):
-    """The base of both formats.
+    """The base of these formats.
 
     Attributes:
         layout: the layout of the codes in the file
@@ -53,11 +63,19 @@ class CompressedTensors(ExportFormat):
 
     def check(self, student: Student) -> None:
         for own in student.settings.values():
-            if own.weights.quantizes and not own.weights.symmetric and not self.layout.has_zero_points:
+            if not own.weights.quantizes or self.layout.holds(own.weights):
+                continue
+            if not own.weights.symmetric:
                 raise UserError(
                     f"w_quantizer={own.w_quantizer} has zero points, and the kernels that {self.layout.name} is for "
                     f"have none: give --format {PACKED}."
                 )
+            others = [name for name, layout in LAYOUTS.items() if layout.holds(own.weights)]
+            groups = f" in groups of {own.w_group_size}" if own.w_group_size else ""
+            raise UserError(
+                f"w_quantizer={own.w_quantizer}{groups}: {self.layout.name} has no place for such weights. Give "
+                f"--format {' or '.join([*others, 'hf-fake'])}."
+            )
         for width, block in _online(student).values():
             if block != largest_power_of_two(block):
                 raise UserError(
@@ -73,17 +91,21 @@ class CompressedTensors(ExportFormat):
         if online := _online(student):
             ((width, block),) = set(online.values())
             described["transform_config"] = transform_config(list(online), width, block)
+        save_tensor_scales(student.tensor_scales, output)
         student.quant.save(output)
         if student.quant.activations.learned:
             save_tensors(load_tensors(student.directory / STEPS_FILE), output / STEPS_FILE)
         write_folder(student, output, self._encoded(student), file_bytes, quantization_config=described)
 
     def _encoded(self, student: Student) -> Iterator[tuple[str, Tensor]]:
-        settings = student.settings
+        forms, settings = student.weight_formats, student.settings
         for name, weight in student.progress():
             if isinstance(weight, Quantized):
                 layer = name.removesuffix(".weight")
-                yield from self.layout.encode(layer, weight, settings[layer]).items()
+                yield from self.layout.encode(layer, weight, forms[layer]).items()
+                scale = student.tensor_scales.get(f"{layer}.input")
+                if scale is not None and self.layout.serves_inputs(settings[layer]):
+                    yield f"{layer}.{INPUT_SCALE}", torch.tensor([scale])
             else:
                 yield name, weight
 
@@ -99,10 +121,12 @@ class CompressedTensors(ExportFormat):
     def _activations(self, quant: QuantConfig) -> list[str]:
         if quant.a_bits == FULL_PRECISION:
             return []
+        if not self.layout.serves_inputs(quant):
+            return [f"{trained_activations(quant)}; engines that read {self.layout.name} leave them as they are."]
+        if quant.activations.by.is_float:
+            return self._float_activations(quant)
         said = []
         served = self.layout.served_a_bits(quant)
-        if served == FULL_PRECISION:
-            return [f"{trained_activations(quant)}; beside weights with zero points engines keep them unrounded."]
         if served != quant.a_bits:
             said.append(
                 f"{trained_activations(quant)}; no engine has kernels for that, and they are rounded to {served}."
@@ -115,8 +139,14 @@ class CompressedTensors(ExportFormat):
         said.append("Activations: transformers' own loader rounds them to max/127.5; trained was max/127.")
         return said
 
+    def _float_activations(self, quant: QuantConfig) -> list[str]:
+        return [
+            f"Activations: trained as {quant.a_quantizer}; vLLM rounds them by the same rule, but for the order of its "
+            f"sums, on {_FLOAT_GPUS[quant.a_quantizer]}, and not at all on others."
+        ]
+
     def _weights(self, quant: QuantConfig) -> list[str]:
-        bits = self.layout.bits(quant)
+        bits = self.layout.bits(quant.weights)
         if bits == quant.w_bits:
             return []
         return [
@@ -128,6 +158,8 @@ class CompressedTensors(ExportFormat):
         if quant.kv_bits == FULL_PRECISION:
             return []
         near = {4: "int4_per_token_head (rotated, asymmetric)", 8: "int8_per_token_head"}.get(quant.kv_bits)
+        if quant.kv.by.is_float:
+            near = "fp8_per_token_head" if quant.kv_quantizer == "fp8" else None
         hint = (
             f", or, on GPUs, --kv-cache-dtype {near}, which is near but not equal to what was trained" if near else ""
         )
@@ -159,6 +191,13 @@ class CompressedTensors(ExportFormat):
 def _online(student: Student) -> dict[str, tuple[int, int]]:
     """Return ``online_widths`` of a student."""
     return online_widths(skeleton(student.directory))
+
+
+_FLOAT_GPUS = {
+    "fp8": "GPUs of compute capability 8.9 or later",
+    "mxfp4": "GPUs of compute capability 10.0 or later",
+    "nvfp4": "GPUs of compute capability 10.0 or later",
+}
 
 
 class PackQuantized(CompressedTensors):
@@ -202,9 +241,45 @@ class IntQuantized(CompressedTensors):
         for own in student.layer_settings.values():
             if own.a_bits == FULL_PRECISION:
                 raise UserError(f"a_bits=16: {INTEGERS} is for quantized activations. Give --format {PACKED}.")
+            if not self.layout.serves_inputs(own):
+                raise UserError(
+                    f"a_quantizer={own.a_quantizer}: {INTEGERS} is for activations in integers. Give --format {PACKED}."
+                )
         for own in student.settings.values():
             if own.weights.group_size:
                 raise UserError(
                     f"w_group_size={own.weights.group_size}: engines read {INTEGERS} with a scale per output channel; "
                     f"give --format {PACKED}."
                 )
+
+
+class FloatQuantized(CompressedTensors):
+    meaning = "compressed-tensors, weights in FP8, for GPUs"
+    layout = LAYOUTS[FLOAT8]
+    vllm = "                        # GPU"
+
+    def _weights(self, quant: QuantConfig) -> list[str]:
+        return [
+            "Weights: vLLM multiplies FP8 by FP8 on GPUs of compute capability 8.9 or later; older ones, and students "
+            "without FP8 activations, use its kernels for FP8 weights alone."
+        ]
+
+
+class _Float4(CompressedTensors):
+    vllm = "                        # GPU"
+
+    def _weights(self, quant: QuantConfig) -> list[str]:
+        return [
+            "Weights: vLLM runs them on GPUs alone (compute capability 7.5 or later for NVFP4, 8.0 for MXFP4). Their "
+            "values are exact in bfloat16; with --dtype float16 the smallest may be rounded."
+        ]
+
+
+class NVFP4Packed(_Float4):
+    meaning = "compressed-tensors, weights in NVFP4, for GPUs"
+    layout = LAYOUTS[NVFP4]
+
+
+class MXFP4Packed(_Float4):
+    meaning = "compressed-tensors, weights in MXFP4, for GPUs"
+    layout = LAYOUTS[MXFP4]

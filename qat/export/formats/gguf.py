@@ -9,7 +9,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from qat.export.formats.base import ExportFormat, trained_activations, trained_cache, trained_output
 from qat.quant.config import QuantConfig
-from qat.quant.number_format import FULL_PRECISION, Quantized
+from qat.quant.number_format import FULL_PRECISION, Format, Quantized
 from qat.store import gguf_files
 from qat.store.student_folder import Student
 
@@ -36,8 +36,8 @@ class Gguf(ExportFormat):
         """Return full precision: of the weights, ``held_weight`` gives the values."""
         return replace(super().held(quant), w_bits=FULL_PRECISION, overrides={})
 
-    def held_weight(self, weight: Quantized) -> Tensor:
-        return gguf_files.held(weight)
+    def held_weight(self, weight: Quantized, form: Format) -> Tensor:
+        return gguf_files.held(weight, form)
 
     def loaded_by(self, exported: Path) -> str:
         if gguf_files.is_loaded(exported):
@@ -46,7 +46,9 @@ class Gguf(ExportFormat):
 
     def differences(self, quant: QuantConfig) -> list[str]:
         said = [_activations(quant)]
-        if not quant.weights.symmetric:
+        if quant.weights.by.is_float:
+            said.append("Weights: as trained. Only llama.cpp's own newest versions run these types.")
+        elif not quant.weights.symmetric:
             said.append("Weights: codes are as trained; scale and minimum of each group are rounded to fp16.")
         elif quant.weights.by.scale_dtype != torch.float16:
             said.append("Weights: codes are as trained; each scale is rounded to fp16, by at most 1 part in 2048.")

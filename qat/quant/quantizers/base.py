@@ -40,6 +40,7 @@ class Quantizer:
         symmetric: whether the zero point is 0 everywhere
         clips: whether values beyond the last codes are cut off; they get no gradient
         bits: the numbers of bits that it has
+        is_float: whether codes are floating-point numbers, not integers
         code_dtype: a code is a number of this dtype: its value over the scale, plus the zero point
         group_size: the number of elements that share a scale, where the quantizer determines it; 0 if it does not
         scale_dtype: the dtype in which scales are stored: they are its values, though the grid holds them in fp32
@@ -50,6 +51,9 @@ class Quantizer:
             made before the scale is rounded, as ggml makes them
         gguf_types: the types of GGUF that hold its codes as weights, by bits
         learned: whether the grid is that of Parameters, see LearnedQuantizer
+        scales_tensors: whether the groups' scales are in units of a scale of the tensor's, which is fixed before
+            training; ``grid`` is then that of ``for_tensor``
+        scale_bytes: the bytes in which ``scale_to_bits`` keeps a scale
     """
 
     meaning: ClassVar[str]
@@ -57,6 +61,7 @@ class Quantizer:
     symmetric: ClassVar[bool] = True
     clips: ClassVar[bool] = False
     bits: ClassVar[Sequence[int]] = range(2, 9)
+    is_float: ClassVar[bool] = False
     code_dtype: ClassVar[torch.dtype] = torch.int8
     group_size: ClassVar[int] = 0
     scale_dtype: torch.dtype = torch.float32
@@ -69,11 +74,21 @@ class Quantizer:
         **dict.fromkeys((6, 7, 8), "Q8_0"),
     }
     learned: ClassVar[bool] = False
+    scales_tensors: ClassVar[bool] = False
+    scale_bytes: ClassVar[int] = 4
+
+    def scale_of_tensor(self, largest: float) -> float:
+        """Compute the scale of a tensor, or of several that engines fuse, whose largest magnitude is given."""
+        raise NotImplementedError
+
+    def for_tensor(self, scale: Tensor) -> "Quantizer":
+        """Return this quantizer for tensors with the given scale, fp32 []."""
+        raise NotImplementedError
 
     @property
     def scale_can_learn(self) -> bool:
         """Return whether a scale can be a Parameter: it is any fp32 number, and gives integer codes."""
-        return self.grid_gives_codes and self.code_dtype == torch.int8 and self.scale_dtype == torch.float32
+        return self.grid_gives_codes and not self.is_float and self.scale_dtype == torch.float32
 
     def grid(self, rows: Tensor, qmax: int) -> Grid:
         """Compute the grid [groups, 1] of rows [groups, n], its scale not rounded to ``scale_dtype`` yet."""
@@ -109,6 +124,22 @@ class Quantizer:
             return rows.abs() <= grid.scale * qmax
         low, high = (-qmax - 1 - grid.zero_point) * grid.scale, (qmax - grid.zero_point) * grid.scale
         return (low <= rows) & (rows <= high)
+
+    def to_bits(self, codes: Tensor) -> Tensor:
+        """Return codes, of ``code_dtype``, as they are kept in memory: in the last bits of an int8."""
+        return codes.view(torch.int8)
+
+    def from_bits(self, bits: Tensor) -> Tensor:
+        """Undo ``to_bits``, given an int8 whose sign is that of the last bits."""
+        return bits
+
+    def scale_to_bits(self, scale: Tensor) -> Tensor:
+        """Return scales [..., groups] as they are kept in memory: uint8 [..., groups * scale_bytes]."""
+        return scale.contiguous().view(torch.uint8)
+
+    def scale_from_bits(self, bits: Tensor) -> Tensor:
+        """Undo ``scale_to_bits``."""
+        return bits.contiguous().view(torch.float32)
 
 
 def values_of(codes: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:

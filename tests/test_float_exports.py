@@ -1,0 +1,240 @@
+"""Students of NVFP4, MXFP4 and FP8, exported: read back, by others too, they are what was trained."""
+
+import json
+import math
+import shutil
+import time
+
+import pytest
+import torch
+from conftest import ROOT, finish, kill, run_python, start_training, tiny_model
+from safetensors.torch import load_file
+from test_export import WINDOWS, write_student
+from test_prepare import ids
+from test_train import losses
+from transformers import AutoModelForCausalLM
+
+import qat
+from qat.export import export
+from qat.export.formats import FORMATS, GGUF
+from qat.infer import packed, simulated
+from qat.ptq import gptq
+from qat.quant.config import CONFIG_FILE, SCALES_FILE, QuantConfig
+from qat.quant.linear import quant_linears
+from qat.quant.number_format import Format, dequantize, quantize
+from qat.quant.prepare import prepare, set_tensor_scales, tensor_scales_in
+from qat.runtime.errors import UserError
+from qat.store import models, student_folder
+from qat.store.compressed_tensors import FLOAT8, INTEGERS, LAYOUTS, MXFP4, NVFP4, PACKED
+from qat.store.sidecars import save_tensor_scales
+
+CASES = [
+    (NVFP4, QuantConfig(4, 16, 16, w_quantizer="nvfp4")),
+    (NVFP4, QuantConfig(4, 8, 8, w_quantizer="nvfp4", a_quantizer="fp8", kv_quantizer="fp8", kv_rotation="hadamard")),
+    (NVFP4, QuantConfig(4, 4, 8, w_quantizer="nvfp4", a_quantizer="nvfp4", kv_granularity="token")),
+    (MXFP4, QuantConfig(4, 4, 4, w_quantizer="mxfp4", a_quantizer="mxfp4", kv_quantizer="mxfp4")),
+    (FLOAT8, QuantConfig(8, 8, 8, w_quantizer="fp8", a_quantizer="fp8", kv_quantizer="fp8")),
+    (PACKED, QuantConfig(4, 8, 16, a_quantizer="fp8", w_group_size=32)),
+    (PACKED, QuantConfig(4, 4, 16, a_quantizer="nvfp4")),
+]
+NAMES = [f"{form} {quant}" for form, quant in CASES]
+FORMATS_OF_WEIGHTS = [Format(4, "nvfp4", 16, tensor_scale=512.0), Format(4, "mxfp4", 32), Format(8, "fp8")]
+WIDE = {"head_dim": 32}  # blocks of the cache
+
+
+@pytest.mark.parametrize(("form", "quant"), CASES, ids=NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_export_is_what_was_trained_in_memory_and_packed(form, quant, dtype, tmp_path):
+    student = write_student(tmp_path / "final", quant, dtype, **WIDE)
+    export.check(student, form)
+    export.export(student, tmp_path / "export", form)
+    export.verify(student, tmp_path / "export", form, WINDOWS)  # bit for bit, or UserError
+    trained = prepare(models.load(str(tmp_path / "final"), dtype), quant)  # not frozen: as it is trained
+    set_tensor_scales(trained, student.tensor_scales)
+    tokens = ids(trained, batch=2)
+    expected = trained(tokens).logits
+    for place in ("final", "export"):
+        assert torch.equal(simulated.load(str(tmp_path / place), dtype)(tokens).logits, expected)
+    simulation, model = simulated.load(str(tmp_path / "final"), torch.float32), qat.load(str(tmp_path / "export"))
+    assert torch.equal(model(tokens).logits, simulation(tokens).logits)
+    how = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    by_forwards = simulation.generate(tokens[:, :6], use_cache=False, **how)
+    assert torch.equal(model.generate(tokens[:, :6], **how), by_forwards)
+
+
+@pytest.mark.parametrize(("form", "quant"), CASES[2:5], ids=NAMES[2:5])
+def test_transformers_own_loader_reads_the_same_weights(form, quant, tmp_path):
+    """4-bit floats it unpacks to bf16, in which they are exact."""
+    dtype = torch.float32 if form == FLOAT8 else torch.bfloat16
+    quant = QuantConfig(quant.w_bits, 16, 16, w_quantizer=quant.w_quantizer)
+    export.export(write_student(tmp_path / "final", quant, dtype), tmp_path / "export", form)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=dtype)
+    ours = simulated.load(str(tmp_path / "export"), dtype)
+    theirs(ids(ours))  # it decompresses at the first call
+    for name, weight in ours.named_parameters():
+        assert torch.equal(theirs.get_parameter(name), weight), name
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gguf_holds_them_without_loss(name, dtype, tmp_path):
+    """Read by gguf's own dequantizer; q and k are reordered there, and NVFP4's scale of the tensor stands beside it."""
+    quant = QuantConfig(4, 8, 4, w_quantizer=name, overrides={"*.0.*.o_proj": {"w_quantizer": "minmax"}})
+    student = write_student(tmp_path / "final", quant, dtype, intermediate_size=128)
+    if dtype == torch.bfloat16:  # integers times fp16 scales are no bf16 numbers, as which they were trained
+        student = write_student(
+            tmp_path / "final", QuantConfig(4, 8, 4, w_quantizer=name), dtype, intermediate_size=128
+        )
+    export.check(student, GGUF)
+    export.export(student, tmp_path / "export", GGUF)
+    export.verify(student, tmp_path / "export", GGUF, WINDOWS)  # bit for bit, or UserError
+
+
+@pytest.mark.parametrize("form", FORMATS_OF_WEIGHTS)
+def test_gptq_with_an_identity_hessian_is_rtn(form):
+    weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(0))
+    config = gptq.GPTQConfig()
+    found, expected = gptq.gptq(weight, torch.eye(64), form, config), quantize(weight, form)
+    assert torch.equal(found.codes.float(), expected.codes.float())
+    assert torch.equal(found.grid.scale, expected.grid.scale)
+    inputs = torch.randn(512, 64, generator=torch.Generator().manual_seed(1)) @ torch.randn(64, 64)
+    hessian = gptq.hessian_of([inputs])
+    better = dequantize(gptq.gptq(weight, hessian, form, config), torch.float32)
+    error = gptq.error_of(weight - dequantize(expected, torch.float32), hessian)
+    assert gptq.error_of(weight - better, hessian) < 0.8 * error
+
+
+@pytest.mark.parametrize(("form", "method"), [(NVFP4, "gptq"), (MXFP4, "smoothquant"), (FLOAT8, "gptq")])
+def test_post_training_methods_make_students_that_are_exported(form, method, tiny_directory, tiny_data, tmp_path):
+    quantizer = {NVFP4: "nvfp4", MXFP4: "mxfp4", FLOAT8: "fp8"}[form]
+    settings = [f"--w_quantizer={quantizer}", f"--w_bits={8 if form == FLOAT8 else 4}", "--a_quantizer=fp8"]
+    places = [f"--model={tiny_directory}", f"--data={tiny_data}", f"--output={tmp_path / 'student'}"]
+    run_python("quantize", f"--method={method}", "--sequences=4", *places, *settings)
+    student = student_folder.find(tmp_path / "student")
+    export.export(student, tmp_path / "export", form)
+    export.verify(student, tmp_path / "export", form, WINDOWS)
+    model = qat.load(str(tmp_path / "student"))
+    assert torch.equal(model(WINDOWS).logits, qat.load(str(tmp_path / "export"))(WINDOWS).logits)
+
+
+def test_layers_that_engines_fuse_share_the_scale_of_their_tensors(tmp_path):
+    student = write_student(tmp_path / "final", CASES[0][1])
+    export.export(student, tmp_path / "export", NVFP4)
+    stored = load_file(tmp_path / "export" / "model.safetensors")
+    scales = {name.removesuffix("weight_global_scale"): s for name, s in stored.items() if "global_scale" in name}
+    state = tiny_model().state_dict()
+    for layer in ("model.layers.0.", "model.layers.1."):
+        for fused in (("self_attn.q", "self_attn.k", "self_attn.v"), ("mlp.gate", "mlp.up"), ("mlp.down",)):
+            found = {scales[f"{layer}{name}_proj."].item() for name in fused}
+            largest = max(state[f"{layer}{name}_proj.weight"].abs().max() for name in fused)
+            assert len(found) == 1
+            assert 2688 / 4 < found.pop() * largest <= 2688 / 2
+    assert tensor_scales_in(prepare(tiny_model(), CASES[0][1])) == student.tensor_scales
+    weights = {name: weight for name, weight in state.items() if f"{name.removesuffix('weight')}weight_scale" in stored}
+    assert student.tensor_scales.keys() == weights.keys()
+
+
+@pytest.mark.parametrize(("form", "code_bytes", "scale_bytes"), [(NVFP4, 8, 1), (MXFP4, 16, 1), (FLOAT8, 64, 4)])
+def test_memory_is_what_the_format_promises(form, code_bytes, scale_bytes, tmp_path):
+    """Per group: the codes, and the scale as it is stored. A scale of the tensor is not counted: it is a number."""
+    name = {NVFP4: "nvfp4", MXFP4: "mxfp4", FLOAT8: "fp8"}[form]
+    kv = "fp8" if name == "nvfp4" else name
+    quant = QuantConfig(8 if name == "fp8" else 4, 16, 4 if kv == "mxfp4" else 8, w_quantizer=name, kv_quantizer=kv)
+    write_student(tmp_path, quant, intermediate_size=64, head_dim=32, num_attention_heads=2, num_key_value_heads=2)
+    model = qat.load(str(tmp_path))
+    for linear in quant_linears(model).values():
+        weights = linear.in_features * linear.out_features
+        groups = weights * linear.weight_format.bits // 8 // code_bytes
+        assert linear.packed.nbytes == groups * (code_bytes + scale_bytes)
+    per_head = 16 + 1 if kv == "mxfp4" else 32 + 4
+    assert packed.memory(model).cache_per_token == 2 * 2 * 2 * per_head
+
+
+def test_refusals_name_the_format_that_fits(tmp_path):
+    student = write_student(tmp_path / "final", CASES[0][1])
+    for form in (PACKED, INTEGERS, MXFP4, FLOAT8):
+        with pytest.raises(UserError, match=r"no place for such weights\. Give --format nvfp4-pack-"):
+            export.check(student, form)
+    (tmp_path / "ints").mkdir()
+    with pytest.raises(UserError, match="Give --format pack-quantized or int-quantized or hf-fake"):
+        export.check(write_student(tmp_path / "ints" / "final", QuantConfig()), NVFP4)
+    with pytest.raises(UserError, match="give w_bits=4"):
+        QuantConfig(w_bits=8, w_quantizer="nvfp4")
+    with pytest.raises(UserError, match="whose scales are for 16 weights: leave w_group_size out"):
+        QuantConfig(w_quantizer="nvfp4", w_group_size=32)
+    with pytest.raises(UserError, match="blocks of 32, which do not divide the model's 16 channels per head"):
+        prepare(tiny_model(), QuantConfig(kv_quantizer="mxfp4"))
+    with pytest.raises(UserError, match="lm_head can have integers alone"):
+        prepare(tiny_model(), QuantConfig(overrides={"lm_head": {"w_bits": 8, "w_quantizer": "fp8"}}))
+    with pytest.raises(UserError, match="kv_quantizer='nvfp4' is invalid"):
+        QuantConfig(kv_quantizer="nvfp4")
+    save_tensor_scales(student.tensor_scales | {"model.layers.0.mlp.up_proj.weight": math.inf}, tmp_path / "final")
+    with pytest.raises(UserError, match=f"{SCALES_FILE} does not fit the model"):
+        qat.load(str(tmp_path / "final"))
+    (tmp_path / "final" / SCALES_FILE).unlink()
+    quant = QuantConfig(4, 4, 16, a_quantizer="nvfp4")
+    quant.save(tmp_path / "final")
+    with pytest.raises(UserError, match=r"tensor_scales.safetensors lacks model.layers.0.mlp.down_proj.input"):
+        qat.load(str(tmp_path / "final"))
+    assert prepare(tiny_model(), quant)(WINDOWS).logits.isnan().any(), "scales that nobody measured must be noticed"
+
+
+def test_differences_say_which_engine_runs_what():
+    said = " ".join(FORMATS[NVFP4].differences(CASES[1][1]))
+    assert "leave them as they are" in said
+    assert "compute capability 7.5" in said
+    said = " ".join(FORMATS[MXFP4].differences(CASES[3][1]))
+    assert "capability 10.0" in said
+    assert {form for form, _ in CASES} <= set(LAYOUTS)
+
+
+@pytest.fixture(scope="module", params=[("zero3_cpu.json", False), ("zero3.json", True)], ids=["fp32", "bf16, killed"])
+def runs(request, tiny_directory, tiny_data, tmp_path_factory):
+    """Two ranks train NVFP4 weights and activations; and again, killed after the first checkpoint, and resumed."""
+    json_file, again = request.param
+    quant = ["--w_quantizer=nvfp4", "--a_quantizer=nvfp4", "--a_bits=4", "--kv_quantizer=fp8", "--kv_bits=8"]
+    how = [f"--deepspeed={ROOT / 'ds_configs' / json_file}", "--steps=3", "--lr=1e-2", "--save_every=1", *quant]
+    how += [f"--model={tiny_directory}", f"--data={tiny_data}"]
+    whole, killed = (tmp_path_factory.mktemp("runs") / name for name in ("whole", "killed"))
+    finish(start_training(2, *how, f"--output={whole}"))
+    if not again:
+        return [whole]
+    process = start_training(2, *how, f"--output={killed}")
+    while process.poll() is None and not (killed / "checkpoints" / "latest").exists():
+        time.sleep(0.02)
+    kill(process)
+    finish(start_training(2, *how, f"--output={killed}"))
+    return [whole, killed]
+
+
+def test_trained_under_zero3_killed_resumed_and_exported(runs, tmp_path):
+    """A checkpoint has the scales of the run: those that the first weights, and the teacher's activations, gave,
+    whatever has become of them. They are powers of two, and layers that read one tensor share them."""
+    scales = load_file(runs[0] / SCALES_FILE)
+    assert len(scales) == 28
+    assert all(math.frexp(scale.item())[0] == 0.5 for scale in scales.values())
+    for first, second in (("self_attn.q_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+        for part in ("weight", "input"):
+            one, other = (scales[f"model.layers.1.{name}.{part}_tensor_scale"] for name in (first, second))
+            assert one == other
+    for run in runs:
+        assert load_file(run / "final" / SCALES_FILE) == scales
+        assert losses(run) == losses(runs[0])
+    for place, name in ((runs[0] / "final", "final"), (runs[0] / "checkpoints", "checkpoint")):
+        export.export(student_folder.find(place), tmp_path / name, NVFP4)
+    expected, got = (load_file(tmp_path / name / "model.safetensors") for name in ("final", "checkpoint"))
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(got[name].view(torch.uint8), tensor.view(torch.uint8)), name
+    export.verify(student_folder.find(runs[0] / "final"), tmp_path / "checkpoint", NVFP4, WINDOWS)
+
+
+def test_scales_that_are_missing_are_missed(runs, tmp_path):
+    for name in ("config.json", CONFIG_FILE):
+        (tmp_path / name).write_text((runs[0] / "final" / name).read_text())
+    assert json.loads((tmp_path / CONFIG_FILE).read_text())["tensor_scales"] == SCALES_FILE
+    shutil.copy(runs[0] / "final" / SCALES_FILE, tmp_path)
+    assert QuantConfig.load(tmp_path).scales_inputs
+    (tmp_path / SCALES_FILE).unlink()
+    with pytest.raises(UserError, match=f"{SCALES_FILE}, by which its weights are rounded, is missing"):
+        QuantConfig.load(tmp_path)

@@ -34,7 +34,7 @@ from qat.export import export
 from qat.export.formats import GGUF
 from qat.infer import simulated
 from qat.quant.config import CONFIG_FILE, QuantConfig
-from qat.quant.linear import ARITHMETIC, can_multiply_codes
+from qat.quant.linear import ARITHMETIC, arithmetic_of, can_multiply_codes
 from qat.quant.number_format import FULL_PRECISION
 from qat.quant.prepare import freeze, prepare
 from qat.runtime import ranks
@@ -263,7 +263,7 @@ class _Results:
             "seconds": {},
             "ranks": cli.ranks(),
             "machine": machine(),
-            "arithmetic": ARITHMETIC,
+            "arithmetic": _arithmetic_now(settings),
             "versions": {package: importlib.metadata.version(package) for package in packages},
         }
         if path and path.exists():
@@ -343,11 +343,16 @@ def _check_same(content: dict[str, Any], settings: dict[str, Any], path: Path) -
         raise UserError(
             f"{path} holds results of other settings ({listed}): give the same, or another --output, or delete it."
         )
-    if (measured_with := _arithmetic_of(content)) != ARITHMETIC:
+    if (measured_with := _arithmetic_of(content)) != (today := _arithmetic_now(settings)):
         raise UserError(
-            f"{path} holds results of a version that computed otherwise ({measured_with}; now {ARITHMETIC}): give "
+            f"{path} holds results of a version that computed otherwise ({measured_with}; now {today}): give "
             "another --output, or delete it."
         )
+
+
+def _arithmetic_now(settings: dict[str, Any]) -> str:
+    """Return how this version computes the results of ``settings``."""
+    return arithmetic_of(QuantConfig(**settings["quant"])) if settings["quant"] else ARITHMETIC
 
 
 def _arithmetic_of(content: dict[str, Any]) -> str:

@@ -17,9 +17,10 @@ from launch import cli
 from qat.data.sequences import Row, TrainingData
 from qat.evaluate import heldout
 from qat.evaluate.perplexity import text_windows
+from qat.quant import linear
 from qat.quant.config import CONFIG_FILE, QuantConfig
-from qat.quant.linear import ARITHMETIC
-from qat.quant.prepare import prepare
+from qat.quant.prepare import check_scales_can_learn, prepare
+from qat.quant.quantizers.base import Grid
 from qat.quant.rotated import head_map_weight, rotation_of
 from qat.runtime import memory, ranks
 from qat.runtime.errors import UserError, check_least, differences
@@ -121,7 +122,7 @@ def main() -> int:
     check_teacher(paths.teacher_cache, quant, config)
     begin = starting_point(paths.student, model, quant) if paths.student else model
     folder = ModelFolder.read(Path(begin))
-    prepare(folder.skeleton(), quant)  # raises UserError for settings that do not fit the model
+    prepared = prepare(folder.skeleton(), quant)  # raises UserError for settings that do not fit the model
     is_rotated = rotation_of(folder.config) != rotation_of(config_of_model)
     if is_rotated and LOSSES[config.loss].needs_hidden_states:
         raise UserError(
@@ -133,6 +134,9 @@ def main() -> int:
             "a_quantizer=nvfp4 takes its scales from the teacher's activations, and the student's are rotated: give "
             f"--model {begin}."
         )
+    if config.train != "weights":
+        check_scales_can_learn(prepared)
+    grids = starting_grids(paths.student, quant, config) if paths.student else {}
     cache = None
     if paths.teacher_cache:
         cache = TeacherCache(paths.teacher_cache, config.loss)
@@ -153,7 +157,7 @@ def main() -> int:
         "teacher_cache": cache.fingerprint() if cache else None,
         "optimizer": student_json["optimizer"],
         "bf16": student_json.get("bf16"),
-        "arithmetic": ARITHMETIC,
+        "arithmetic": linear.arithmetic_of(quant),
     }
     open_folder(paths.output, identity)
     final = paths.output / FINAL
@@ -186,7 +190,15 @@ def main() -> int:
             scales |= teacher.input_scales(Row.of(data.sample(cli.rank())).to(device()), quant)
     with ranks.doing("loading the student"):
         student = engines.student_engine(
-            begin, quant, student_json, config.lr_factor, config.gradient_checkpointing, steps, scales
+            begin,
+            quant,
+            student_json,
+            config.lr_factor,
+            config.gradient_checkpointing,
+            steps,
+            scales,
+            config.train,
+            grids,
         )
     if cli.is_first_rank():
         with writing(paths.output):
@@ -251,8 +263,8 @@ def starting_point(student: Path, model: str, quant: QuantConfig) -> str:
         raise UserError("a_quantizer=lsq takes its first steps from the teacher's activations: leave out --student.")
     if found and found.has_grids and quant.weights.quantizes and found.quant.weights != quant.weights:
         raise UserError(
-            f"{student} has weights that {found.ptq_method} rounded; with other settings they would be rounded again: "
-            f"give its w_bits={found.quant.w_bits}, w_quantizer={found.quant.w_quantizer}, "
+            f"{student} has weights that {found.ptq_method or 'training'} rounded; with other settings they would "
+            f"be rounded again: give its w_bits={found.quant.w_bits}, w_quantizer={found.quant.w_quantizer}, "
             f"w_group_size={found.quant.weights.group_size}, w_scale_dtype={found.quant.w_scale_dtype}."
         )
     return str(directory)
@@ -262,6 +274,19 @@ def is_rotated_model(student: Path) -> bool:
     """Return whether a folder is a full-precision model that launch/rotate.py wrote."""
     is_model = (student / "config.json").is_file() and not (student / CONFIG_FILE).is_file()
     return is_model and rotation_of(read_config(str(student))) is not None
+
+
+def starting_grids(student: Path, quant: QuantConfig, config: TrainConfig) -> dict[str, Grid]:
+    """Return the grids, by layer, with which the student's scales begin: those stored beside its weights. None if there
+    are none, or if scales do not learn: then grids follow from the weights' values."""
+    if is_rotated_model(student) or not (found := student_folder.find(student)).has_grids:
+        return {}
+    if config.train == "weights":
+        cli.say(f"{student} has weight grids of its own; with train=weights, new ones follow from its rounded weights.")
+        return {}
+    if found.quant.overrides != quant.overrides:
+        raise UserError(f"{student} has weight grids for overrides={found.quant.overrides!r}: give the same.")
+    return found.grids()
 
 
 def check_teacher(cache: Path | None, quant: QuantConfig, config: TrainConfig) -> None:
@@ -305,9 +330,11 @@ def open_folder(output: Path, settings: dict[str, Any]) -> None:
         started = student_folder.run_settings(output)["settings"]
         with using(path):
             began_with = arithmetic_of(started, output)
-        if began_with != ARITHMETIC:
+            quant = {one.name: started[one.name] for one in dataclasses.fields(QuantConfig) if one.name in started}
+            today = linear.arithmetic_of(QuantConfig(**quant))
+        if began_with != today:
             raise UserError(
-                f"{output} was begun by a version that computed otherwise ({began_with}; now {ARITHMETIC}), and would "
+                f"{output} was begun by a version that computed otherwise ({began_with}; now {today}), and would "
                 "not resume with the same losses: finish it with that version, or give another --output."
             )
         defaults = QuantConfig().record() | {
@@ -315,7 +342,9 @@ def open_folder(output: Path, settings: dict[str, Any]) -> None:
             for field in dataclasses.fields(TrainConfig)
             if field.default is not dataclasses.MISSING
         }
-        started = defaults | started | {"arithmetic": ARITHMETIC}  # an earlier version may lack some of them
+        started = (
+            defaults | started | {"arithmetic": settings["arithmetic"]}
+        )  # an earlier version may lack some of them
         free = {name: settings[name] for name in CHANGES_NO_RESULT}
         if listed := differences(_said_once(started | free), _said_once(defaults | settings)):
             raise UserError(f"{output} was started with other settings ({listed}): give the same, or another --output.")

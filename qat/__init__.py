@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qat.infer.integer_cache import IntegerCache
     from qat.infer.packed import load
     from qat.quant.config import QuantConfig
-    from qat.quant.prepare import freeze, prepare
+    from qat.quant.prepare import freeze, learn_scales, prepare, train_only_scales
     from qat.runtime.errors import UserError
     from qat.store.student_folder import save
     from qat.train.distill import Distiller, LabelTargets, TeacherTargets, TopKTargets
@@ -32,9 +32,11 @@ __all__ = [
     "TopKTargets",
     "UserError",
     "freeze",
+    "learn_scales",
     "load",
     "prepare",
     "save",
+    "train_only_scales",
 ]
 
 _HOMES = {
@@ -46,9 +48,11 @@ _HOMES = {
     "TopKTargets": "qat.train.distill",
     "UserError": "qat.runtime.errors",
     "freeze": "qat.quant.prepare",
+    "learn_scales": "qat.quant.prepare",
     "load": "qat.infer.packed",
     "prepare": "qat.quant.prepare",
     "save": "qat.store.student_folder",
+    "train_only_scales": "qat.quant.prepare",
 }
 
 

@@ -150,7 +150,7 @@ def test_a_cache_of_other_data_is_refused(monkeypatch, tiny_directory, tiny_data
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        (["--a_quantizer=statsq"], "a_quantizer='statsq' is invalid: choose minmax or minmax_asymmetric or lsq"),
+        (["--a_quantizer=statsq"], "a_quantizer='statsq' is invalid: choose minmax or minmax_asymmetric or"),
         (["--loss=mse"], "loss='mse' is invalid: choose logits or label or"),
         (["--a_quantizer=lsq", "--loss=label"], "takes its first steps from the teacher's activations"),
         (["--loss=label", "--teacher_cache=anywhere"], "loss=label cannot use --teacher_cache, as it needs no teacher"),

@@ -1,5 +1,6 @@
 """Exports: what was trained is what is written, read back, and read by others."""
 
+import ctypes
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 import sentencepiece
 import torch
@@ -32,6 +34,7 @@ from qat.quant.config import CONFIG_FILE, QuantConfig
 from qat.quant.linear import can_multiply_codes, quant_linears
 from qat.quant.number_format import Format, Quantized, dequantize, grid_of, quantize
 from qat.quant.prepare import calibrate, prepare, tensor_scales_in
+from qat.quant.quantizers import QUANTIZERS, quantizers_of
 from qat.quant.quantizers.base import Grid
 from qat.runtime.errors import UserError
 from qat.store import compressed_tensors, gguf_files, models, student_folder
@@ -48,6 +51,14 @@ SETTINGS = [
     QuantConfig(4, 8, 16, w_group_size=32),
     QuantConfig(4, 8, 4, a_quantizer="lsq"),
     QuantConfig(4, 8, 16, w_quantizer="ggml_q4_0", a_quantizer="ggml_q8_0"),
+    QuantConfig(4, 8, 16, w_quantizer="minmax_full", a_quantizer="minmax_full"),
+    QuantConfig(4, 8, 16, w_quantizer="minmax_signed"),
+    QuantConfig(2, 8, 16, w_quantizer="seq"),
+    QuantConfig(4, 8, 16, w_quantizer="minmax_asymmetric", w_group_size=32),
+]
+ASYMMETRIC = [(bits, "minmax_asymmetric") for bits in (2, 4, 8)]
+SYMMETRIC = [
+    name for name, by in quantizers_of("weights").items() if by.symmetric and by.grid_gives_codes and not by.is_float
 ]
 WINDOWS = torch.randint(2, 300, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -131,9 +142,22 @@ def test_weights_stay_on_a_grid_that_is_stored_beside_them(form, tmp_path):
 
 
 @pytest.mark.parametrize("form", [PACKED, INTEGERS])
-@pytest.mark.parametrize("w_bits", [2, 3, 4, 5, 8])
-def test_transformers_own_loader_reads_the_same_weights(form, w_bits, tmp_path):
-    student = write_student(tmp_path / "final", QuantConfig(w_bits, 8, 16))
+@pytest.mark.parametrize(
+    ("w_bits", "w_quantizer"),
+    [
+        *((bits, "minmax") for bits in (2, 3, 4, 5, 8)),
+        (4, "minmax_full"),
+        (8, "minmax_signed"),
+        (2, "seq"),
+        *ASYMMETRIC,
+    ],
+)
+def test_transformers_own_loader_reads_the_same_weights(form, w_bits, w_quantizer, tmp_path):
+    if form == INTEGERS and w_quantizer == "minmax_asymmetric":
+        return  # refused
+    group = 16 if (w_bits, w_quantizer) == (4, "minmax_asymmetric") else 0
+    quant = QuantConfig(w_bits, 8, 16, w_quantizer=w_quantizer, w_group_size=group)
+    student = write_student(tmp_path / "final", quant)
     export.export(student, tmp_path / "export", form)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32)
     ours = simulated.load(str(tmp_path / "export"), torch.float32)
@@ -145,9 +169,15 @@ def test_transformers_own_loader_reads_the_same_weights(form, w_bits, tmp_path):
     assert (logits - ours(tokens).logits).abs().mean() < 0.1 * logits.abs().mean()
 
 
-@given(st.sampled_from([PACKED, INTEGERS]), st.integers(2, 8), st.integers(1, 5), st.integers(1, 40))
-def test_the_formats_keep_codes_and_scales(form, bits, rows, columns):
-    quant = QuantConfig(w_bits=bits)
+@given(
+    st.sampled_from([(PACKED, "minmax"), (INTEGERS, "minmax"), (PACKED, "minmax_asymmetric")]),
+    st.integers(2, 8),
+    st.integers(1, 40),
+    st.integers(1, 40),
+)
+def test_the_formats_keep_codes_and_grids(format_and_quantizer, bits, rows, columns):
+    form, quantizer = format_and_quantizer
+    quant = QuantConfig(w_bits=bits, w_quantizer=quantizer)
     stored = quantize(torch.randn(rows, columns), quant.weights)
     parts = LAYOUTS[form].encode("layer", stored, quant.weights)
     ((name, read),) = compressed_tensors.decode(
@@ -156,7 +186,13 @@ def test_the_formats_keep_codes_and_scales(form, bits, rows, columns):
     assert name == "layer.weight"
     assert isinstance(read, Quantized)
     assert torch.equal(read.codes, stored.codes)
-    assert torch.equal(read.grid.scale, stored.grid.scale)
+    for part, expected in zip(read.grid, stored.grid, strict=True):
+        assert part is expected is None or torch.equal(part, expected)
+    config = LAYOUTS[form].quantization_config({"layer": quant}, [], {})
+    shapes = {name: tuple(part.shape) for name, part in parts.items()}
+    assert shapes == {
+        name: shape for name, (shape, _) in compressed_tensors.layout("layer", (rows, columns), config).items()
+    }
 
 
 def test_sizes_are_what_the_formats_promise(tmp_path):
@@ -184,17 +220,46 @@ def test_fake_exports_are_plain_models(config_class, tmp_path):
     torch.testing.assert_close(plain(ids(plain)).logits, trained(ids(trained)).logits)
 
 
-@given(st.integers(2, 8), st.integers(1, 4), st.integers(1, 3))
-def test_gguf_blocks_hold_every_code(bits, rows, blocks):
+@given(st.integers(2, 8), st.integers(1, 4), st.integers(1, 3), st.sampled_from([*SYMMETRIC, "minmax_asymmetric"]))
+def test_gguf_blocks_hold_every_code(bits, rows, blocks, quantizer):
     """Read by gguf's own dequantizer: codes times the scale that fp16 holds."""
-    form = Format(bits)
+    form = Format(bits if bits in QUANTIZERS[quantizer].bits else 2, quantizer)
+    if not form.symmetric:
+        form = Format(min(bits, 4), quantizer)
     weight = torch.randn(rows, 32 * blocks)
-    stored = gguf_files.held(quantize(weight, form), form)
+    quantized = quantize(weight, form)
     kind = gguf_files.type_of(form)
-    packed = gguf_files.blocks(stored.codes, stored.grid.scale.expand(-1, blocks), kind)
-    assert torch.equal(torch.from_numpy(gguf.quants.dequantize(packed, kind)), dequantize(stored, torch.float32))
-    exact = grid_of(weight, form).scale
-    assert ((stored.grid.scale - exact).abs() <= exact * 2**-11).all()
+    packed = gguf_files.blocks(quantized._replace(grid=quantized.grid.map(lambda part: part.expand(-1, blocks))), kind)
+    held = gguf_files.held(quantized, form)
+    assert torch.equal(torch.from_numpy(gguf.quants.dequantize(packed, kind)), held)
+    largest = (weight.abs().amax(-1, keepdim=True) + quantized.grid.scale.abs()) * 2**-10
+    assert ((held - dequantize(quantized, torch.float32)).abs() <= largest).all()
+
+
+@pytest.mark.parametrize("quantizer", ["minmax_full", "minmax_signed"])
+@pytest.mark.parametrize("bits", [4, 5, 8])
+def test_llama_cpps_kernels_multiply_the_lowest_code_and_negative_scales(bits, quantizer):
+    """Its dot products of our blocks with activations in Q8_0, as its CPU kernels compute them."""
+    engine = ctypes.CDLL(str(next(Path(xllamacpp.__file__).parent.glob("xllamacpp*.so"))))
+    engine.ggml_cpu_init()
+    generator = torch.Generator().manual_seed(bits)
+    form, rows = Format(bits, quantizer), torch.randn(16, 256, generator=generator)
+    x = torch.randn(256, generator=generator)
+    codes, grid = quantize(rows, form)
+    assert (codes == form.code_range[0]).any()
+    kind = gguf_files.type_of(form)
+    weights = gguf_files.blocks(Quantized(codes, grid.map(lambda part: part.expand(-1, 8))), kind)
+    inputs = gguf.quants.quantize(x.numpy()[None], gguf.GGMLQuantizationType.Q8_0)
+    dot = getattr(engine, f"ggml_vec_dot_{kind.name.lower()}_q8_0")
+    pointer, step = ctypes.c_void_p, ctypes.c_size_t(0)
+    values = torch.from_numpy(gguf.quants.dequantize(inputs, gguf.GGMLQuantizationType.Q8_0))[0]
+    for row, expected in zip(
+        weights, gguf_files.held(Quantized(codes, grid), form).double() @ values.double(), strict=True
+    ):
+        found = ctypes.c_float()
+        row, theirs = np.ascontiguousarray(row), np.ascontiguousarray(inputs)
+        dot(256, ctypes.byref(found), step, pointer(row.ctypes.data), step, pointer(theirs.ctypes.data), step, 1)
+        assert found.value == pytest.approx(expected.item(), rel=1e-4, abs=1e-4)
 
 
 LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
@@ -264,6 +329,28 @@ def test_llama_cpp_predicts_what_the_file_says(config_class, said, quant, tmp_pa
             assert seen["logprob"] - first["logprob"] == pytest.approx(expected, abs=0.1)
             compared += 1
     assert compared >= 9
+
+
+SIGNED = {"*.q_proj": {"w_quantizer": "minmax_signed"}}
+
+
+@pytest.mark.parametrize(
+    "quant",
+    [
+        QuantConfig(4, 8, 16, w_quantizer="minmax_asymmetric", w_group_size=32),
+        QuantConfig(
+            3, 8, 16, w_quantizer="minmax_asymmetric", overrides={"*.q_proj": {"w_quantizer": "minmax_signed"}}
+        ),
+        QuantConfig(2, 8, 16, w_quantizer="seq"),
+    ],
+    ids=["Q4_1, groups", "Q4_1 and Q4_0, channels", "odd codes"],
+)
+def test_gguf_holds_zero_points_negative_scales_and_odd_codes(quant, tmp_path):
+    """As transformers reads them, bit for bit; and llama.cpp loads the file."""
+    student = write_student(tmp_path / "final", quant)
+    export.check(student, GGUF)
+    export.export(student, tmp_path / "export", GGUF)
+    assert "llama.cpp loads it" in export.verify(student, tmp_path / "export", GGUF, WINDOWS).engine
 
 
 def write_sentencepiece(directory: Path, tokens: int, text: str) -> None:
@@ -453,8 +540,8 @@ def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
         return message
 
     assert "w_bits=16" in refusal(QuantConfig(16, 8, 4), PACKED)
-    assert "have none" in refusal(QuantConfig(w_quantizer="minmax_asymmetric"), PACKED)
-    assert "no GGUF type has" in refusal(QuantConfig(w_quantizer="minmax_asymmetric"), GGUF)
+    assert "give --format pack-quantized" in refusal(QuantConfig(w_quantizer="minmax_asymmetric"), INTEGERS)
+    assert "no GGUF type holds with 8" in refusal(QuantConfig(8, w_quantizer="minmax_asymmetric"), GGUF)
     assert "multiples of 32" in refusal(QuantConfig(w_group_size=16), GGUF)
     assert "hidden_act='gelu', where llama.cpp computes silu" in refusal(QuantConfig(), GGUF, hidden_act="gelu")
     for family, said in ((LlamaConfig, LONGROPE), (Qwen2Config, LLAMA3), (LlamaConfig, YARN_BY_HAND)):

@@ -59,7 +59,7 @@ def ggmls(x: torch.Tensor, bits: int) -> np.ndarray:
 
 
 def ours(quantized: Quantized, form: Format) -> np.ndarray:
-    return blocks(quantized.codes, quantized.grid.scale, gguf.GGMLQuantizationType[f"Q{form.bits}_0"])
+    return blocks(quantized, gguf.GGMLQuantizationType[f"Q{form.bits}_0"])
 
 
 ORDINARY = st.floats(-1, 1, width=32)

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import redirect_stderr
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import MISSING, asdict, fields
 from importlib import import_module
 from io import StringIO
@@ -24,7 +24,7 @@ from launch.train import claim, open_folder
 from qat.evaluate import heldout
 from qat.export import model_card
 from qat.quant.config import QuantConfig
-from qat.quant.linear import ARITHMETIC
+from qat.quant.linear import ARITHMETIC, WITH_ZERO_POINTS, arithmetic_of
 from qat.runtime.errors import UserError
 from qat.runtime.files import lock
 from qat.train.loop import TrainConfig
@@ -101,6 +101,25 @@ def test_a_resume_with_other_settings_names_those_alone(tmp_path):
     changed = settings | {"optimizer": optimizer | {"params": params | {"betas": [0.9, 0.95]}}}
     with pytest.raises(UserError, match=re.escape("(optimizer.params.betas was [0.9, 0.999], now [0.9, 0.95])")):
         open_folder(tmp_path, changed)
+
+
+def test_a_run_that_multiplied_floats_where_codes_with_zero_points_are_multiplied_now_is_refused(tmp_path):
+    """As the version before it recorded it. Of symmetric weights and activations nothing has changed."""
+    for quant, is_refused in ((QuantConfig(w_quantizer="minmax_asymmetric"), True), (QuantConfig(), False)):
+        settings = {**asdict(quant), **asdict(TrainConfig()), "arithmetic": "products of codes"}
+        claim(tmp_path, settings, {}, {})
+        now = settings | {"arithmetic": arithmetic_of(quant)}
+        with (
+            pytest.raises(UserError, match="products of codes; now products of codes less")
+            if is_refused
+            else nullcontext()
+        ):
+            open_folder(tmp_path, now)
+        (tmp_path / "lock").unlink()
+        (tmp_path / "settings.json").unlink()
+    grouped = QuantConfig(w_quantizer="minmax_asymmetric", w_group_size=32)
+    overridden = QuantConfig(overrides={"*.q_proj": {"w_quantizer": "minmax_asymmetric"}})
+    assert [arithmetic_of(one) for one in (grouped, overridden)] == [ARITHMETIC, WITH_ZERO_POINTS]
 
 
 @pytest.mark.parametrize("left", ["checkpoints/step-000005", "final"])

@@ -23,6 +23,9 @@ SETTINGS = [
     (W4, Format(8, "ggml_q8_0", 16)),
     (FULL, Format(8, "ggml_q8_0", 16)),
     (Format(4, "ggml_q4_0", 16), FULL),
+    (Format(4, "minmax_full"), Format(8, "minmax_full")),
+    (Format(4, "minmax_signed"), A8),
+    (Format(3, "minmax_signed", 24), A8),
 ]
 
 
@@ -62,11 +65,28 @@ def test_a_clipped_weight_gets_no_gradient():
 @pytest.mark.parametrize("rows", [1, 7, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("w_bits", [2, 4, 8])
-def test_forward_is_the_exact_product_of_the_codes_for_every_number_of_rows(w_bits, dtype, rows):
-    layer = make(Format(w_bits), bias=False).to(dtype)
-    x = torch.randn(rows, 48, dtype=dtype)
-    (x_codes, (x_scale, _)), (w_codes, (w_scale, _)) = quantize(x, A8), quantize(layer.weight, Format(w_bits))
-    exact = (x_codes.double() @ w_codes.double().t()).float()
+@pytest.mark.parametrize(
+    ("w_quantizer", "a_quantizer"),
+    [
+        ("minmax", "minmax"),
+        ("minmax_full", "minmax_full"),
+        ("minmax_signed", "minmax"),
+        ("minmax", "minmax_asymmetric"),
+        ("minmax_asymmetric", "minmax"),
+        ("minmax_asymmetric", "minmax_asymmetric"),
+    ],
+)
+def test_forward_is_the_exact_product_of_the_codes_for_every_number_of_rows(
+    w_quantizer, a_quantizer, w_bits, dtype, rows
+):
+    weight, inputs = Format(w_bits, w_quantizer), Format(8, a_quantizer)
+    layer = make(weight, inputs, bias=False).to(dtype)
+    x = torch.randn(rows, 48, dtype=dtype) + 0.5
+    (x_codes, (x_scale, x_zero)), (w_codes, (w_scale, w_zero)) = quantize(x, inputs), quantize(layer.weight, weight)
+    exact = (
+        (x_codes.double() - (0 if x_zero is None else x_zero))
+        @ (w_codes.double() - (0 if w_zero is None else w_zero)).t()
+    ).float()
     expected = (exact * x_scale * w_scale.t()).to(dtype)
     assert torch.equal(layer(x), expected)
     layer.freeze()
@@ -76,7 +96,7 @@ def test_forward_is_the_exact_product_of_the_codes_for_every_number_of_rows(w_bi
 @pytest.mark.parametrize("product", products.INTEGER_PRODUCTS)
 @pytest.mark.parametrize("qmax", [7, 127])
 def test_every_product_that_is_exact_gives_the_same_numbers(product, qmax):
-    """Also where the sum is beyond 2^24, and fp32 rounds it."""
+    """Also where the sum is beyond 2^24, and fp32 rounds it; with zero points; and of the codes -128 and -qmax-1."""
     if not products.is_exact(product, torch.device("cpu"), qmax):
         pytest.skip("not exact on this processor")
     torch.manual_seed(0)
@@ -87,6 +107,13 @@ def test_every_product_that_is_exact_gives_the_same_numbers(product, qmax):
     assert qmax < 127 or exact.max() > 2**24
     expected = exact * x.grid.scale * w.grid.scale.t()
     assert torch.equal(products.matmul_codes(x, w, qmax, torch.float32, product), expected)
+    zeros = torch.randint(-128, 0, (5, 1)).float(), torch.randint(-qmax - 1, 0, (8, 1)).float()
+    x, w = (Quantized(one.codes, Grid(one.grid.scale, zero)) for one, zero in zip((x, w), zeros, strict=True))
+    exact = ((x.codes.double() - x.grid.zero_point) @ (w.codes.double() - w.grid.zero_point).t()).float()
+    expected = exact * x.grid.scale * w.grid.scale.t()
+    assert torch.equal(products.matmul_codes(x, w, qmax, torch.float32, product), expected)
+    lowest = [torch.full((40, 3000), code, dtype=torch.int8) for code in (-128, -qmax - 1)]
+    assert torch.equal(product(*lowest).double(), lowest[0].double() @ lowest[1].double().t())
 
 
 def test_a_product_that_saturates_is_not_exact(monkeypatch):

@@ -42,6 +42,8 @@ FORMATS = [
     Format(7, "minmax_asymmetric", 32),
     Format(4, "ggml_q4_0", 32),
     Format(8, "minmax", 32, "bfloat16"),
+    Format(4, "minmax_full"),
+    Format(3, "minmax_signed", 32),
 ]
 QUANT = QuantConfig(4, 8, 4)
 LLAMA_CPP = QuantConfig(4, 8, 16, w_quantizer="ggml_q4_0", a_quantizer="ggml_q8_0")
@@ -122,8 +124,9 @@ def test_gptq_equals_the_textbook(form, act_order, layer):
 def test_gptq_beats_rtn_on_correlated_inputs(form, act_order, layer):
     weight, inputs = layer
     quantized = gptq.gptq(weight, gptq.hessian_of([inputs]), form, GPTQConfig(act_order))
-    assert quantized.codes.min() >= -form.qmax - (not form.symmetric or form.quantizer == "ggml_q4_0")
-    assert quantized.codes.max() <= form.qmax
+    lowest, highest = form.code_range
+    assert lowest <= quantized.codes.min()
+    assert quantized.codes.max() <= highest
     rtn = round_to_grid(weight, form)[0]
     assert _error(weight, dequantize(quantized, torch.float32), inputs) < 0.6 * _error(weight, rtn, inputs)
 

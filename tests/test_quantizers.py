@@ -1,7 +1,10 @@
 import math
 
+import gguf
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.utils import calculate_qparams
 from conftest import needs_compiler
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,20 +18,24 @@ from qat.quant.number_format import (
     fake_quantize,
     grid_of,
     inside,
+    learned_gradients,
     quantize,
     round_to_grid,
 )
 from qat.quant.quantizers import QUANTIZERS, lsq
 from qat.quant.quantizers.base import Grid, divided
+from qat.store import gguf_files
 
 BITS = st.integers(2, 8)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)  # denormals and huge outliers included
-# tests/test_floats.py has the laws of those that have one number of bits.
-INTEGERS = {name: quantizer for name, quantizer in QUANTIZERS.items() if quantizer.bits == range(2, 9)}
+# tests/test_floats.py has the laws of floats, tests/test_ggml.py those of llama.cpp's blocks.
+INTEGERS = {name: by for name, by in QUANTIZERS.items() if not by.is_float and by.scale_dtype == torch.float32}
 FIXED = [name for name, quantizer in INTEGERS.items() if not quantizer.learned]  # the grid: a function of the tensor
+EXACT = [QUANTIZERS[name] for name in FIXED if QUANTIZERS[name].is_exact and name != "ternary"]  # it is minmax_full's
 MINMAX, ASYMMETRIC, LSQ = (QUANTIZERS[name] for name in ("minmax", "minmax_asymmetric", "lsq"))
-FORMATS = st.sampled_from([Format(bits, name) for name in FIXED for bits in QUANTIZERS[name].bits])
+EVERY = [Format(bits, name) for name in FIXED for bits in QUANTIZERS[name].bits]
+FORMATS = st.sampled_from(EVERY)
 
 
 @st.composite
@@ -44,10 +51,10 @@ def same(a, b):
 @given(tensors(), FORMATS)
 def test_fake_equals_integer_bit_for_bit(x, form):
     quantized = quantize(x, form)
-    lowest = -form.qmax - (not form.symmetric or not form.by.grid_gives_codes)  # ggml's blocks use the lowest code too
+    lowest, highest = form.code_range
     assert quantized.codes.dtype == torch.int8
     assert lowest <= quantized.codes.min()
-    assert quantized.codes.max() <= form.qmax
+    assert quantized.codes.max() <= highest
     assert quantized.grid.scale.dtype == torch.float32
     values, grid = round_to_grid(x, form)
     assert values.dtype == x.dtype
@@ -58,13 +65,13 @@ def test_fake_equals_integer_bit_for_bit(x, form):
     same(values, fake_quantize(x, form))
 
 
-@given(tensors(), st.sampled_from(["minmax", "minmax_asymmetric"]), BITS)
-def test_minmax_clips_nothing_and_errs_by_half_a_step(x, method, bits):
-    x, form = x.float().clamp(-1e30, 1e30), Format(bits, method)
+@given(tensors(), st.sampled_from([form for form in EVERY if not form.clips and form.by.grid_gives_codes]))
+def test_minmax_clips_nothing_and_errs_by_half_a_step(x, form):
+    x = x.float().clamp(-1e30, 1e30)
     quantized = quantize(x, form)
     error = (dequantize(quantized, x.dtype) - x).abs()
     rounding = x.abs().amax(-1, keepdim=True) * 2**-20  # of the fp32 divisions and products
-    assert (error <= quantized.grid.scale / 2 + rounding).all()
+    assert (error <= quantized.grid.scale * form.by.half_step + rounding).all()
 
 
 @given(tensors(), BITS)
@@ -74,10 +81,94 @@ def test_the_largest_element_has_the_largest_code(x, bits):
     assert (reached | (x.float().abs().amax(-1) < 1e-35)).all()
 
 
+@given(tensors(), BITS)
+def test_a_full_grid_has_compressed_tensors_scale(x, bits):
+    scale, largest = grid_of(x, Format(bits, "minmax_full")).scale, x.float().abs().amax(-1)
+    theirs, _ = calculate_qparams(-largest, largest, QuantizationArgs(num_bits=bits))
+    normal = largest > 1e-35
+    assert torch.equal(scale.view(largest.shape)[normal], theirs.view(largest.shape)[normal])
+
+
+def test_a_full_grid_uses_every_code():
+    x = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    assert quantize(x, Format(3, "minmax_full")).codes.unique().tolist() == list(range(-4, 4))
+
+
+@given(tensors(), BITS)
+def test_a_signed_scale_puts_the_extreme_on_the_lowest_code(x, bits):
+    """It is exact; what is clipped is of the other sign, moves by a step at most, and gets no gradient."""
+    x, form = x.float().clamp(-1e30, 1e30), Format(bits, "minmax_signed")
+    codes, grid = quantize(x, form)
+    largest = x.abs().amax(-1, keepdim=True)
+    extreme, normal = x.abs() == largest, largest > 1e-35
+    reached = (codes == form.code_range[0]) & extreme & (dequantize(Quantized(codes, grid), x.dtype) == x)
+    assert (reached.any(-1, keepdim=True) | ~normal).all()
+    passes = inside(x, form, grid)
+    steps = x / grid.scale
+    assert torch.equal(passes, (codes - steps).abs() <= 0.5)
+    assert (~passes <= (steps > form.qmax + 0.5)).all()
+    assert ((codes - steps).abs() <= 1).all()
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    y = x.clone().requires_grad_()
+    fake_quantize(y, form).backward(grad)
+    same(y.grad, grad * passes)
+
+
+def test_signed_scales_give_ggmls_codes():
+    """Those of gguf's own quantizer, which makes them with the fp32 scale too; on ties ggml's sign may differ."""
+    x = torch.randn(4000, 32, generator=torch.Generator().manual_seed(0))
+    for bits, kind in ((4, gguf.GGMLQuantizationType.Q4_0), (5, gguf.GGMLQuantizationType.Q5_0)):
+        theirs = torch.from_numpy(gguf.quants.quantize(x.numpy(), kind))
+        codes, (scale, _) = quantize(x, Format(bits, "minmax_signed"))
+        ours = torch.from_numpy(gguf_files.blocks(Quantized(codes, Grid(scale)), kind))
+        assert (scale < 0).any(), "the extreme is positive in half of the groups"
+        assert torch.equal(ours[:, :2], theirs[:, :2])
+        differ = (ours != theirs).any(-1)
+        assert differ.float().mean() < 1e-3, "halves, which ggml rounds up in the product with 1 / scale"
+
+
+@given(tensors())
+def test_paretoqs_grids_are_its_formulas(x):
+    """StretchedElasticQuant's, in fp64: round(clamp(x / alpha) * n - shift) + shift over n, of alpha = max|x|."""
+    x = x.double().clamp(-1e30, 1e30)
+    alpha = x.abs().amax(-1, keepdim=True)
+    for name, n, shift in (("seq", 2, 0.5), ("ternary", 1.5, 0)):
+        share = (x / alpha.clamp(min=1e-300)).clamp(-0.99, 0.99) * n - shift
+        expected = (share.round() + shift) / n * alpha
+        values = round_to_grid(x.float(), Format(2, name))[0].double()
+        near_half = ((share - share.floor() - 0.5).abs() < 1e-5) | (alpha < 1e-30)
+        assert (((values - expected).abs() <= 1e-6 * alpha) | near_half).all()
+
+
+def test_gradients_of_a_learned_scale_are_lsqs():
+    """Against autograd over its definition: round as identity, clip by clamp; with zero points, negative scales, odd
+    codes and groups."""
+    generator = torch.Generator().manual_seed(0)
+    x, grad = torch.randn(6, 32, generator=generator), torch.randn(6, 32, generator=generator)
+    for form in (Format(bits, name, 16) for name in FIXED for bits in (QUANTIZERS[name].bits[0], 4)):
+        if form.bits not in form.by.bits:
+            continue
+        grid = grid_of(x, form)._replace(scale=grid_of(x, form).scale * 0.5)
+        of_x, of_scale = learned_gradients(grad, x, form, grid)
+        x2, scale = x.double().requires_grad_(), grid.scale.double().requires_grad_()
+        zero_point = torch.zeros(()) if grid.zero_point is None else grid.zero_point[..., None]
+        lowest, highest = (code - zero_point for code in form.code_range)
+        half = form.by.half_step
+        steps = x2.unflatten(-1, (2, 16)) / scale[..., None]
+        clipped = torch.where(steps > highest + half, highest, torch.where(steps < lowest - half, lowest, steps))
+        codes = quantize(x, form, grid).codes.unflatten(-1, (2, 16)) - zero_point
+        values = (clipped + (codes - clipped).detach()) * scale[..., None]
+        torch.testing.assert_close(values.flatten(1).float(), round_to_grid(x, form, grid)[0])
+        values.flatten(1).backward(grad.double())
+        torch.testing.assert_close(of_x, x2.grad.float())
+        torch.testing.assert_close(of_scale, scale.grad.float(), rtol=1e-4, atol=1e-4)
+        assert not of_x.all(), "something is clipped"
+
+
 @given(st.integers(1, 40), FORMATS)
 def test_zero_rows_give_zeros_and_a_finite_scale(n, form):
     quantized = quantize(torch.zeros(3, n), form)
-    assert not dequantize(quantized, torch.float32).any()
+    assert (dequantize(quantized, torch.float32).abs() < 1e-37).all()  # seq has no 0
     assert quantized.grid.scale.isfinite().all()
 
 
@@ -140,13 +231,13 @@ def test_lsq_gradients_are_the_papers():
     torch.testing.assert_close(step.grad * (x.numel() * form.qmax) ** 0.5, step2.grad)
 
 
-@pytest.mark.parametrize("method", FIXED)
-def test_nan_stays_in_its_own_group(method):
+@pytest.mark.parametrize("form", [next(f for f in EVERY if f.quantizer == name) for name in FIXED], ids=str)
+def test_nan_stays_in_its_own_group(form):
     x = torch.tensor([[1.0, math.nan], [1.0, 2.0]])
-    values = round_to_grid(x, Format(4, method))[0]
+    values = round_to_grid(x, form)[0]
     assert values[0].isnan().all()
     assert values[1].isfinite().all()
-    assert dequantize(quantize(x, Format(4, method)), x.dtype)[0].isnan().all()
+    assert dequantize(quantize(x, form), x.dtype)[0].isnan().all()
 
 
 def test_sixteen_bits_is_identity():
@@ -159,9 +250,9 @@ def test_halves_are_rounded_to_even():
     assert codes.tolist() == [[7, 0, 2, 2, 0, -2]]
 
 
-@pytest.mark.parametrize("method", FIXED)
-def test_bf16_is_quantized_in_fp32_arithmetic(method):
-    x, form = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16(), Format(8, method)
+@pytest.mark.parametrize("form", [[f for f in EVERY if f.quantizer == name][-1] for name in FIXED], ids=str)
+def test_bf16_is_quantized_in_fp32_arithmetic(form):
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
     (codes, grid), (expected, expected_grid) = quantize(x, form), quantize(x.float(), form)
     same(codes, expected)
     same(grid.scale, expected_grid.scale)
@@ -207,6 +298,8 @@ def test_compiled_equals_eager_bit_for_bit(dtype, monkeypatch):
         (number_format._fused_quantize, (x, ASYMMETRIC, 127)),
         (number_format._fused_round, (x, MINMAX, 7)),
         (number_format._fused_round, (x, ASYMMETRIC, 7)),
+        (number_format._fused_gradients, (x.flip(0), x, scale, zero_point, ASYMMETRIC, 7)),
+        (number_format._fused_gradients, (x.flip(0), x, scale, None, QUANTIZERS["seq"], 1)),
         (number_format._fused_quantize_on, (x, scale, None, MINMAX, 7)),
         (number_format._fused_round_on, (x, scale, zero_point, ASYMMETRIC, 7)),
         (number_format._fused_dequantize, (codes, scale, zero_point, dtype)),
@@ -230,7 +323,7 @@ def _equal(a, b):
     return torch.equal(a.nan_to_num(123.0), b.nan_to_num(123.0))
 
 
-@pytest.mark.parametrize("by", [MINMAX, ASYMMETRIC])
+@pytest.mark.parametrize("by", EXACT)
 def test_compiled_quantizers_give_the_same_bits_as_eager_ones(by, monkeypatch):
     needs_compiler()
     monkeypatch.setattr(fused, "compiles", lambda device: True)
@@ -247,7 +340,7 @@ def test_compiled_quantizers_give_the_same_bits_as_eager_ones(by, monkeypatch):
         for shape in ((7, 33), (64, 576)):
             x = (torch.randn(shape) * torch.logspace(-42, 30, shape[0])[:, None]).to(dtype)
             x[1], x[2, 3] = 0, 1e4
-            for qmax in (1, 7, 127):
+            for qmax in {2 ** (bits - 1) - 1 for bits in by.bits} & {1, 7, 127}:
                 codes, *grid = quantize_rows(x, by, qmax)
                 expected_codes, *expected_grid = number_format._fused_quantize.__wrapped__(x, by, qmax)
                 assert torch.equal(codes, expected_codes)
@@ -258,12 +351,12 @@ def test_compiled_quantizers_give_the_same_bits_as_eager_ones(by, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and QAT_TEST_GPU=1")
-@pytest.mark.parametrize("by", [MINMAX, ASYMMETRIC])
+@pytest.mark.parametrize("by", EXACT)
 def test_a_gpu_eager_and_compiled_gives_the_bits_of_the_cpu(by):
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):
         x = (torch.randn(64, 576) * torch.logspace(-30, 30, 64)[:, None]).to(dtype)
-        for qmax in (1, 7, 127):
+        for qmax in {2 ** (bits - 1) - 1 for bits in by.bits} & {1, 7, 127}:
             for function in (number_format._fused_quantize, number_format._fused_round):
                 eager = function.__wrapped__
                 expected = eager(x, by, qmax)

@@ -133,7 +133,7 @@ class PackedLinear(QuantLinear):
         x, shared = self.quantize_input(x)
         weight = self.integers()
         if shared is not None and self.multiplies_codes:
-            y = matmul_codes(shared.quantized, weight, self.weight_format.qmax, x.dtype)
+            y = matmul_codes(shared.quantized, weight, self.weight_format.code_range[1], x.dtype)
         elif shared is not None and self.multiplies_blocks:
             y = matmul_blocks(shared.values(block_dtype(x.dtype)), weight, x.dtype)
         else:

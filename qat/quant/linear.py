@@ -11,19 +11,33 @@ llama.cpp, it multiplies their exact values, in fp32 (``multiplies_blocks``); el
 input.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qat.quant.number_format import Format, Quantized, dequantize, inside, passed, quantize, round_to_grid
+from qat.quant.config import QuantConfig
+from qat.quant.number_format import (
+    Format,
+    Quantized,
+    dequantize,
+    inside,
+    learned_gradients,
+    passed,
+    quantize,
+    round_to_grid,
+)
 from qat.quant.products import block_dtype, matmul, matmul_blocks, matmul_codes
-from qat.quant.quantizers.base import Grid
+from qat.quant.quantizers.base import Grid, divided
 
 ARITHMETIC = "products of codes"
 """The arithmetic of quantized models. It is recorded with runs and results, and changes whenever the same settings
 would give other numbers."""
+
+WITH_ZERO_POINTS = "products of codes less zero points"
+"""That of models in which such products have zero points. Earlier versions multiplied floats there, and recorded it as
+ARITHMETIC."""
 
 
 class InputQuantizer:
@@ -93,18 +107,25 @@ class QuantLinear(nn.Linear):
         input_quantizer: quantizes x; None where x stays as it is, or has a learned step
         input_format: how x is quantized
         input_step: the Parameter of a learned quantizer, [size]; None for the other ones
+        scale_change: the Parameter of a learned weight scale, [out, groups]; None where the weight's values give it
+        start_bits: the grid with which it began, as integers for the reason below: [1 or 2, out, groups]
+        keeps_codes: whether the codes stay those of the grid with which it began: the scale alone learns
         frozen: whether the Parameter holds values that are on their grid already, and stay there
-        codes, scale_bits: the frozen weight's codes [out, in] and fp32 scale [out, groups], where the layer multiplies
-            codes or blocks. The scale's bits are kept as integers: what casts a model to bf16 leaves them alone
+        codes, grid_bits: the frozen weight's codes [out, in] and fp32 grid [1 or 2, out, groups], where the layer
+            multiplies codes or blocks. The grid's bits are kept as integers: what casts a model to bf16 leaves them
+            alone
     """
 
     weight_format: Format
     input_format: Format
     input_quantizer: InputQuantizer | None
     input_step: nn.Parameter | None
+    scale_change: nn.Parameter | None
+    start_bits: Tensor | None
+    keeps_codes: bool
     frozen: bool
     codes: Tensor | None
-    scale_bits: Tensor | None
+    grid_bits: Tensor | None
 
     @classmethod
     def convert(cls, linear: nn.Linear, weight: Format, inputs: Format, shared: InputQuantizer | None) -> "QuantLinear":
@@ -118,11 +139,14 @@ class QuantLinear(nn.Linear):
         learned = inputs.learned
         step = nn.Parameter(torch.full((learned.size,), torch.nan)) if learned else None  # NaN until it is initialised
         linear.register_parameter("input_step", step)
+        linear.register_parameter("scale_change", None)
+        linear.register_buffer("start_bits", None, persistent=False)
+        linear.keeps_codes = False
         return linear
 
     def forward(self, x: Tensor) -> Tensor:
         x, shared = self.quantize_input(x)
-        return _QuantLinear.apply(x, self.weight, self.bias, self, shared)
+        return _QuantLinear.apply(x, self.weight, self.bias, self.scale_change, self, shared)
 
     def quantize_input(self, x: Tensor) -> tuple[Tensor, "SharedInput | None"]:
         """Return x rounded by a learned quantizer, or x and its codes, or x unchanged."""
@@ -133,8 +157,8 @@ class QuantLinear(nn.Linear):
 
     @property
     def multiplies_codes(self) -> bool:
-        """Return whether forward multiplies codes: weight and input are integers with one scale per row and no zero
-        point, so that the scales can be factored out of the sum."""
+        """Return whether forward multiplies codes: weight and input are integers with one scale per row, so that the
+        scales can be factored out of the sum."""
         return can_multiply_codes(self.weight_format, self.input_format)
 
     @property
@@ -144,13 +168,62 @@ class QuantLinear(nn.Linear):
         in fp32; the sum of the values' products in fp32 differs from it by the order of its terms alone."""
         return can_multiply_blocks(self.weight_format, self.input_format)
 
+    def learn_scale(self, start: Grid) -> None:
+        """Make the scale of the weight's grid a Parameter, which begins with ``start``; its zero point stays.
+
+            scale = start + change / (highest code)
+
+        The Parameter is the change of the largest value that is not clipped. LSQ scales the gradient of the scale, so
+        that its updates are as large beside it as the weights' are beside them; AdamW undoes any such factor, and
+        its steps of one learning rate are too large for the scale itself, by as much as the bits are more. For the
+        change they are of the right size with any bits; and 0, where it begins, is exact in bf16 too.
+        """
+        self.scale_change = nn.Parameter(torch.zeros_like(start.scale, dtype=self.weight.dtype))
+        self.register_buffer("start_bits", _as_bits(start), persistent=False)
+
+    def learned_grid(self, change: Tensor | None = None) -> Grid | None:
+        """Return the weight's learned grid, by another ``change`` if one is given; None where its values give it."""
+        change = self.scale_change if change is None else change
+        if change is None:
+            return None
+        start, zero_point = self._start(change.device)
+        scale = start + divided(change.detach().float(), self.weight_format.code_range[1])
+        return Grid(torch.where(scale == 0, start, scale), zero_point)
+
+    def _start(self, device: torch.device) -> Grid:
+        assert self.start_bits is not None
+        return Grid(*self.start_bits.to(device).view(torch.float32))
+
+    def quantized(self, weight: Tensor, grid: Grid | None) -> Quantized:
+        """Quantize ``weight`` on ``grid``, or on that of its values."""
+        if not self.keeps_codes or grid is None:
+            return quantize(weight, self.weight_format, grid)
+        return Quantized(quantize(weight, self.weight_format, self._start(weight.device)).codes, grid)
+
+    def rounded(self, weight: Tensor, grid: Grid | None) -> tuple[Tensor, Grid]:
+        """Return the values of ``quantized``, of the weight's dtype, and their grid."""
+        if not self.keeps_codes or grid is None:
+            return round_to_grid(weight, self.weight_format, grid)
+        return dequantize(self.quantized(weight, grid), weight.dtype), grid
+
+    def gradients(self, grad: Tensor, weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Return the gradients of the weight and of ``scale_change``, given that of the rounded weight. Codes that stay
+        make the values a product with the scale, whose gradient is exact, and nothing passes to the weight."""
+        if self.keeps_codes:
+            codes = self.quantized(weight, Grid(torch.ones_like(grid.scale), grid.zero_point))
+            slopes = grad.float() * dequantize(codes, torch.float32)
+            of_weight, of_scale = grad, slopes.unflatten(-1, (grid.scale.shape[-1], -1)).sum(-1)
+        else:
+            of_weight, of_scale = learned_gradients(grad, weight, self.weight_format, grid)
+        assert self.scale_change is not None
+        return of_weight, (of_scale / self.weight_format.code_range[1]).to(self.scale_change.dtype)
+
     @torch.no_grad()
     def freeze(self, grid: Grid | None = None) -> Quantized | None:
-        """Quantize the weight permanently, for evaluation; on ``grid``, if one is given. Return it, if it is
-        quantized."""
+        """Quantize the weight permanently, for evaluation; on ``grid``, or its own. Return it, if it is quantized."""
         if not self.weight_format.quantizes:
             return None
-        quantized = quantize(self.weight, self.weight_format, grid)
+        quantized = self.quantized(self.weight, self.learned_grid() if grid is None else grid)
         self.weight.copy_(dequantize(quantized, self.weight.dtype))
         self.hold(quantized)
         return quantized
@@ -159,19 +232,19 @@ class QuantLinear(nn.Linear):
         """Use these integers as the weight from now on; the Parameter has their values."""
         self.frozen = True
         if self.multiplies_codes or self.multiplies_blocks:
-            self.codes, self.scale_bits = weight.codes, weight.grid.scale.view(torch.int32)
+            self.codes, self.grid_bits = weight.codes, _as_bits(weight.grid)
 
     def thaw(self) -> None:
         """Quantize the Parameter at each call, as in training."""
         self.frozen = False
-        for buffer in ("codes", "scale_bits"):
+        for buffer in ("codes", "grid_bits"):
             self.register_buffer(buffer, None, persistent=False)
 
     def integers(self) -> Quantized:
         """Return the weight as integers; only for a layer that multiplies codes or blocks."""
-        if self.codes is not None and self.scale_bits is not None:
-            return Quantized(self.codes, Grid(self.scale_bits.view(torch.float32)))
-        return quantize(self.weight, self.weight_format)
+        if self.codes is not None and self.grid_bits is not None:
+            return Quantized(self.codes, Grid(*self.grid_bits.view(torch.float32)))
+        return self.quantized(self.weight, self.learned_grid())
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight={self.weight_format}, input={self.input_format}"
@@ -183,7 +256,21 @@ def can_multiply_codes(weight: Format, inputs: Format) -> bool:
         return False
     whole_rows = weight.group_size == 0 and inputs.group_size == 0
     integers = not weight.by.is_float and not inputs.by.is_float
-    return whole_rows and integers and weight.symmetric and inputs.symmetric and not inputs.learned
+    return whole_rows and integers and not inputs.learned
+
+
+def arithmetic_of(quant: QuantConfig) -> str:
+    """Return the arithmetic of a model with these settings: ARITHMETIC, or WITH_ZERO_POINTS."""
+    for own in (quant, *(replace(quant, overrides={}, **changes) for changes in quant.overrides.values())):
+        has_zero_points = not (own.weights.symmetric and own.activations.symmetric)
+        if has_zero_points and can_multiply_codes(own.weights, own.activations):
+            return WITH_ZERO_POINTS
+    return ARITHMETIC
+
+
+def _as_bits(grid: Grid) -> Tensor:
+    """Return the grid's parts as int32 [1 or 2, ...]."""
+    return torch.stack([part for part in grid if part is not None]).view(torch.int32)
 
 
 def can_multiply_blocks(weight: Format, inputs: Format) -> bool:
@@ -195,13 +282,19 @@ def can_multiply_blocks(weight: Format, inputs: Format) -> bool:
 class _QuantLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: QuantLinear, shared: SharedInput | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        change: Tensor | None,
+        layer: QuantLinear,
+        shared: SharedInput | None,
     ) -> Tensor:
         grid = Grid(None, None)  # type: ignore[arg-type]
         if shared is not None and layer.multiplies_codes:
             quantized = layer.integers()
             grid = quantized.grid
-            y = matmul_codes(shared.quantized, quantized, layer.weight_format.qmax, x.dtype)
+            y = matmul_codes(shared.quantized, quantized, layer.weight_format.code_range[1], x.dtype)
         elif shared is not None and layer.multiplies_blocks:
             quantized = layer.integers()
             grid = quantized.grid
@@ -209,7 +302,7 @@ class _QuantLinear(torch.autograd.Function):
         else:
             values = weight.detach()
             if _rounds(layer):
-                values, grid = round_to_grid(weight, layer.weight_format)
+                values, grid = layer.rounded(weight, layer.learned_grid())
             inputs = x if shared is None else shared.values(x.dtype)
             y = matmul(inputs.flatten(0, -2), values.t()).view(*x.shape[:-1], -1)
         ctx.layer, ctx.input_dtype = layer, x.dtype
@@ -221,25 +314,27 @@ class _QuantLinear(torch.autograd.Function):
         return y if bias is None else y.add_(bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale, zero_point, *kept = ctx.saved_tensors
         rounds, form, grid = _rounds(ctx.layer), ctx.layer.weight_format, Grid(scale, zero_point)
-        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        grad_x = grad_weight = None
+        needs_x, needs_weight, needs_bias, needs_change, *_ = ctx.needs_input_grad
+        grad_x = grad_weight = grad_change = None
         rows = grad.flatten(0, -2)
         if needs_x:
             on = grid if form.by.grid_gives_codes else None
-            values = round_to_grid(weight, form, on)[0] if rounds else weight
+            values = ctx.layer.rounded(weight, on)[0] if rounds else weight
             grad_x = matmul(rows, values).view(*grad.shape[:-1], -1)
             if ctx.passes is not None:
                 grad_x *= ctx.passes
-        if needs_weight:
+        if needs_weight or needs_change:
             x = kept[0] if len(kept) == 1 else dequantize(Quantized(kept[0], Grid(*kept[1:])), ctx.input_dtype)
             grad_weight = matmul(rows.t(), x.flatten(0, -2))
-            if rounds and form.clips:
+            if needs_change:
+                grad_weight, grad_change = ctx.layer.gradients(grad_weight, weight, grid)
+            elif rounds and form.clips:
                 grad_weight = passed(grad_weight, weight, form, grid)
         grad_bias = rows.sum(0) if needs_bias else None
-        return grad_x, grad_weight, grad_bias, None, None
+        return grad_x, grad_weight if needs_weight else None, grad_bias, grad_change, None, None
 
 
 def _rounds(layer: QuantLinear) -> bool:

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from qat.quant.fused import fused
 from qat.quant.quantizers import QUANTIZERS
-from qat.quant.quantizers.base import Grid, LearnedQuantizer, Quantizer, values_of, with_scales
+from qat.quant.quantizers.base import (
+    Grid,
+    LearnedQuantizer,
+    Quantizer,
+    at_most_half_a_step,
+    values_of,
+    with_scales,
+)
 
 FULL_PRECISION = 16
 """``bits=16`` means "not quantized" everywhere."""
@@ -44,8 +51,19 @@ class Format:
 
     @property
     def qmax(self) -> int:
-        """Return the largest code."""
+        """Return the largest positive number of as many bits."""
         return 2 ** (self.bits - 1) - 1
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Return the lowest code and the highest."""
+        return self.by.code_range(self.qmax)
+
+    @property
+    def code_bits(self) -> int:
+        """Return the bits that hold every code: more than ``bits`` where codes are odd numbers."""
+        lowest, highest = self.code_range
+        return max(-lowest - 1, highest).bit_length() + 1
 
     @property
     def by(self) -> Quantizer:
@@ -128,6 +146,14 @@ def passed(grad: Tensor, x: Tensor, form: Format, grid: Grid) -> Tensor:
     return _fused_pass(_rows(grad, form), _rows(x, form), *_rowed(grid), form.by, form.qmax).view(grad.shape)
 
 
+def learned_gradients(grad: Tensor, x: Tensor, form: Format, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of x [..., n] and of its scales [..., groups] on a learned grid, given that of its values
+    (LSQ, arXiv 1902.08153, equation 3). A value within half a step of its code passes its gradient, and gives the
+    scale the rounding error; another gives the scale its code."""
+    of_x, of_scale = _fused_gradients(_rows(grad, form), _rows(x, form), *_rowed(grid), form.by, form.qmax)
+    return of_x.view(x.shape), of_scale.sum(-1).view(grid.scale.shape)
+
+
 # All arithmetic is done on rows: [groups of x, elements of a group]. Only exact operations and elementwise ones are
 # fused, so that the compiled functions and the eager ones give the same bits.
 
@@ -190,6 +216,19 @@ def _fused_pass(
     grad: Tensor, rows: Tensor, scale: Tensor, zero_point: Tensor | None, by: Quantizer, qmax: int
 ) -> Tensor:
     return grad * by.inside(rows, Grid(scale, zero_point), qmax)
+
+
+@fused
+def _fused_gradients(
+    grad: Tensor, rows: Tensor, scale: Tensor, zero_point: Tensor | None, by: Quantizer, qmax: int
+) -> tuple[Tensor, Tensor]:
+    grid = Grid(scale, zero_point)
+    codes = by.codes(rows, grid, qmax)
+    passes = at_most_half_a_step(rows, codes, grid, by.half_step)
+    if zero_point is not None:
+        codes = codes - zero_point
+    slope = torch.where(passes, codes - rows.float() / scale, codes)
+    return torch.where(passes, grad, 0.0), grad.float() * slope
 
 
 @fused

@@ -26,7 +26,8 @@ from qat.quant.config import QuantConfig, matches
 from qat.quant.embedding import QuantEmbedding
 from qat.quant.kv_formats.integers import Integers
 from qat.quant.linear import InputQuantizer, QuantLinear, quant_linears
-from qat.quant.number_format import Format
+from qat.quant.number_format import Format, grid_of
+from qat.quant.quantizers.base import Grid
 from qat.quant.rotated import check_rotates
 from qat.runtime.errors import UserError
 
@@ -152,6 +153,51 @@ def initialise_steps(model: nn.Module, steps: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
+def learn_scales(model: PreTrainedModel, grids: Mapping[str, Grid] | None = None) -> None:
+    """Make the scales of the quantized weights Parameters (LSQ, arXiv 1902.08153), before an optimizer is made.
+
+    Args:
+        grids: where they begin, by the layer's name; by default with the grids that the weights' own values give
+    """
+    check_scales_can_learn(model)
+    for name, linear in scales_that_learn(model).items():
+        linear.learn_scale(grids[name] if grids else grid_of(linear.weight, linear.weight_format))
+
+
+def scales_that_learn(model: PreTrainedModel) -> dict[str, QuantLinear]:
+    """Return the layers whose scales can learn, by name: those of the blocks. A quantized output layer, which may be
+    the embedding too, keeps the grid that its values give."""
+    head = architecture_of(model.config).head
+    return {
+        name: linear for name, linear in quant_linears(model).items() if linear.weight_format.quantizes and name != head
+    }
+
+
+def check_scales_can_learn(model: PreTrainedModel) -> None:
+    """Raise UserError if a prepared model has no quantized weights, or some whose scales cannot be Parameters."""
+    forms = [linear.weight_format for linear in scales_that_learn(model).values()]
+    if not forms:
+        raise UserError("w_bits=16: there are no scales of weights to learn. Give fewer bits, or train=weights.")
+    for form in forms:
+        if not form.by.scale_can_learn:
+            raise UserError(
+                f"w_quantizer={form.quantizer} with its scales in {form.scale_dtype} cannot learn them: give minmax."
+            )
+
+
+def train_only_scales(model: nn.Module) -> None:
+    """Leave a gradient to nothing but the scales: those of ``learn_scales``, and learned steps of activations.
+
+    The codes of the weights stay (PEQA, arXiv 2305.14152; the second phase of EfficientQAT, arXiv 2407.11062).
+    """
+    model.requires_grad_(False)
+    for linear in quant_linears(model).values():
+        linear.keeps_codes = linear.scale_change is not None
+        for parameter in (linear.input_step, linear.scale_change):
+            if parameter is not None:
+                parameter.requires_grad_(True)
+
+
 def tensor_scales(
     model: PreTrainedModel, config: QuantConfig, weights: Iterable[tuple[str, Tensor]]
 ) -> dict[str, float]:

@@ -1,13 +1,15 @@
 """Matrix products: of integer codes, which are exact, and of floats.
 
-A layer whose weights and inputs are symmetric integers with one scale per row computes, everywhere and for any number
-of rows,
+A layer whose weights and inputs are integers with one scale per row computes, everywhere and for any number of rows,
 
-    y = (codes_x @ codes_w.T) * scale_x * scale_w
+    y = ((codes_x - zero_x) @ (codes_w - zero_w).T) * scale_x * scale_w
 
 with the sum in exact integers, rounded to fp32 once, then scaled in fp32, as inference engines do. The result does not
 depend on which instructions compute the sum, so the fastest that are exact here are used. An int32 holds the sum up to
-133,144 features.
+131,071 features, with zero points on both sides up to 33,025. Zero points cost no product: with n columns
+
+    (codes_x - zero_x) @ (codes_w - zero_w).T =
+        codes_x @ codes_w.T - zero_w sum(codes_x) - zero_x sum(codes_w) + n zero_x zero_w
 
 Products of fp32 matrices on CPUs go to oneDNN, not to torch's own choice, MKL: on AMD processors with AVX-512 MKL runs
 its AVX2 code, at less than half the speed.
@@ -38,8 +40,8 @@ _ROWS = 32
 _FEATURES = 8
 """They also need multiples of 8 columns and outputs."""
 
-_EXACT_IN_FP32 = 2**24 // 127**2
-"""Number of columns over which a sum of products of 8-bit codes stays below 2^24, and so exact in fp32, in any
+_EXACT_IN_FP32 = 2**24 // 128**2
+"""Number of columns over which no sum of products of 8-bit codes is beyond 2^24, so that it is exact in fp32, in any
 order."""
 
 IntegerProduct = Callable[[Tensor, Tensor], Tensor]
@@ -77,13 +79,19 @@ def matmul_codes(
     """Multiply x [..., in], one scale per row, by weight [out, in], one scale per row; return [..., out] of ``dtype``.
 
     Args:
-        x, weight: symmetric
-        weight_qmax: the largest code that weights of this format have
+        x, weight: with or without zero points
+        weight_qmax: the highest code that weights of this format have; the lowest is -weight_qmax or one less
         product: what multiplies; by default the fastest that is exact on this device. The result does not depend on it
     """
     product = product or integer_product(x.codes.device, weight_qmax)
-    products = product(x.codes.flatten(0, -2), weight.codes)
-    y = _scaled(products, x.grid.scale.view(-1, 1), weight.grid.scale.view(1, -1), dtype)
+    codes, scales = x.codes.flatten(0, -2), (x.grid.scale.view(-1, 1), weight.grid.scale.view(1, -1))
+    if x.grid.zero_point is None and weight.grid.zero_point is None:
+        y = _scaled(product(codes, weight.codes), *scales, dtype)
+    else:
+        zeros = _whole(x.grid.zero_point, codes).view(-1, 1), _whole(weight.grid.zero_point, weight.codes).view(1, -1)
+        sums = codes.sum(1, dtype=torch.int32).view(-1, 1), weight.codes.sum(1, dtype=torch.int32).view(1, -1)
+        products = _unrounded(product, codes, weight.codes, weight_qmax)
+        y = _corrected(products, *zeros, *sums, *scales, codes.shape[1], dtype)
     return y.view(*x.codes.shape[:-1], -1)
 
 
@@ -102,6 +110,22 @@ def matmul_blocks(x: Tensor, weight: Quantized, dtype: torch.dtype) -> Tensor:
     return matmul(x.flatten(0, -2), values.t()).to(dtype).view(*x.shape[:-1], -1)
 
 
+def _whole(zero_point: Tensor | None, codes: Tensor) -> Tensor:
+    """Return the zero points of the rows of ``codes`` as int32."""
+    return codes.new_zeros(len(codes), dtype=torch.int32) if zero_point is None else zero_point.int()
+
+
+def _unrounded(product: IntegerProduct, codes: Tensor, weight: Tensor, weight_qmax: int) -> Tensor:
+    """Return the product in int32, by so few columns at a time that fp32 would round none of the sums."""
+    columns = 2**24 // (128 * (weight_qmax + 1))
+    total = None
+    for some, of_weight in zip(codes.split(columns, 1), weight.split(columns, 1), strict=True):
+        part = product(some, of_weight).int()
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
+
+
 def int_mm(codes: Tensor, weight: Tensor) -> Tensor:
     """Multiply codes, as an IntegerProduct, on GPUs and on CPUs that multiply bytes (VNNI); elsewhere it is a plain
     loop."""
@@ -116,7 +140,7 @@ def int_mm(codes: Tensor, weight: Tensor) -> Tensor:
 def qlinear(codes: Tensor, weight: Tensor) -> Tensor:
     """Multiply codes, as an IntegerProduct, on CPUs, with inputs shifted to be unsigned.
 
-    Without VNNI it adds pairs of products in 16 bits: exact up to 255 * 2 * 64, hence for weights of 7 bits at most.
+    Without VNNI it adds pairs of products in 16 bits: exact for weights of 7 bits at most, as 255 * 2 * 64 < 2^15.
     """
     packed = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)  # it ignores other strides
     unsigned = codes.bitwise_xor(-128).view(torch.uint8)  # code + 128
@@ -150,11 +174,12 @@ def integer_product(device: torch.device, qmax: int) -> IntegerProduct:
 
 
 def is_exact(product: IntegerProduct, device: torch.device, qmax: int) -> bool:
-    """Return whether a product is available, and exact, for weight codes up to ``qmax``. The worst case is the one that
-    saturates on processors that add pairs in 16 bits."""
+    """Return whether a product is available, and exact, for weight codes from -qmax-1 to qmax. The worst cases are
+    those that saturate on processors that add pairs in 16 bits."""
     codes, weight = _test_codes(device, qmax)
-    largest, heaviest = torch.full_like(codes, 127), torch.full_like(weight, qmax)
-    cases = ((largest, heaviest), (largest, -heaviest), (codes, heaviest), (largest, weight), (codes, weight))
+    extremes = [torch.full_like(codes, code) for code in (127, -128)]
+    heaviest = [torch.full_like(weight, code) for code in (qmax, -qmax, -qmax - 1)]
+    cases = [(a, b) for a in (*extremes, codes) for b in (*heaviest, weight)]
     some_rows = ((codes[:rows], weight) for rows in (1, 17, 333))
     strided = ((pad(codes, (0, 4))[:, :-4], weight), (codes, pad(weight, (0, 4))[:, :-4]), (codes.t(), weight.t()))
     every = (*cases, *some_rows, *strided)
@@ -168,8 +193,8 @@ def _test_codes(device: torch.device, qmax: int) -> tuple[Tensor, Tensor]:
     """Return codes of inputs and of weights, [size, size] each."""
     generator = torch.Generator().manual_seed(0)
     shape = (_TEST_SIZE[device.type], _TEST_SIZE[device.type])
-    codes = torch.randint(-127, 128, shape, generator=generator)
-    weight = torch.randint(-qmax, qmax + 1, shape, generator=generator)
+    codes = torch.randint(-128, 128, shape, generator=generator)
+    weight = torch.randint(-qmax - 1, qmax + 1, shape, generator=generator)
     return codes.to(device, torch.int8), weight.to(device, torch.int8)
 
 
@@ -188,3 +213,19 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
 @fused
 def _scaled(products: Tensor, x_scale: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (products.float() * x_scale * weight_scale).to(dtype)
+
+
+@fused
+def _corrected(
+    products: Tensor,
+    x_zero: Tensor,
+    weight_zero: Tensor,
+    x_sum: Tensor,
+    weight_sum: Tensor,
+    x_scale: Tensor,
+    weight_scale: Tensor,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    whole = products - weight_zero * x_sum - x_zero * (weight_sum - columns * weight_zero)
+    return (whole.float() * x_scale * weight_scale).to(dtype)

@@ -1,7 +1,8 @@
 """Quantized weights in the compressed-tensors layouts, which transformers and vLLM read.
 
 ``pack-quantized``   several codes in an int32, for vLLM on GPUs. ``weight_packed`` [out, in * bits / 32],
-                     ``weight_shape`` [2], ``weight_scale`` [out, groups]
+                     ``weight_shape`` [2], ``weight_scale`` [out, groups], and, if there are zero points,
+                     ``weight_zero_point`` [out * bits / 32, groups]
 ``int-quantized``    a code in an int8, for vLLM on CPUs. ``weight`` [out, in], ``weight_scale`` [out, 1]
 ``float-quantized``  e4m3 codes. ``weight`` [out, in], ``weight_scale`` [out, 1]
 ``nvfp4-pack-quantized``, ``mxfp4-pack-quantized``
@@ -56,6 +57,8 @@ _FLOAT_INPUTS: dict[str, dict[str, Any]] = {
 }
 """The description of activations that are rounded to floats, by their quantizer."""
 
+_ZERO_POINT = "weight_zero_point"
+
 Shapes = dict[str, tuple[tuple[int, ...], frozenset[str]]]
 """Shape of each tensor, and safetensors' names of its possible dtypes, by the tensor's name."""
 
@@ -65,7 +68,8 @@ class Layout(ABC):
 
     Attributes:
         name: what compressed-tensors calls it
-        suffixes: of the names of the tensors that hold a weight
+        suffixes: of the names of the tensors that hold a symmetric weight
+        has_zero_points: whether engines that read it have kernels for weights with zero points
         stored_bits: the bits that the format is told, by those of the codes. Every code of 3 bits is one of 4 bits,
             with the same scale, and engines have kernels for those
         engine_a_bits: the bits to which engines that read it can round activations, to integers
@@ -76,6 +80,7 @@ class Layout(ABC):
 
     name: str
     suffixes: tuple[str, ...]
+    has_zero_points: bool = False
     stored_bits: ClassVar[Mapping[int, int]]
     engine_a_bits: tuple[int, ...] = ()
     float_inputs: tuple[str, ...] = ()
@@ -84,17 +89,23 @@ class Layout(ABC):
 
     def holds(self, form: Format) -> bool:
         """Return whether it has a place for weights of this format."""
-        return form.symmetric and not form.by.is_float
+        return (form.symmetric or self.has_zero_points) and not form.by.is_float
 
     def serves_inputs(self, quant: QuantConfig) -> bool:
-        """Return whether engines that read it round activations at all, in this setting."""
-        if quant.a_bits == FULL_PRECISION:
+        """Return whether engines that read it round activations at all, in this setting: not beside weights with zero
+        points."""
+        if quant.a_bits == FULL_PRECISION or not quant.weights.symmetric:
             return False
         return quant.a_quantizer in self.float_inputs if quant.activations.by.is_float else bool(self.engine_a_bits)
 
     def served_a_bits(self, quant: QuantConfig) -> int:
         """Return the bits to which an engine rounds activations: those that were trained, or else 8."""
         return quant.a_bits if quant.a_bits in (FULL_PRECISION, *self.engine_a_bits) else 8
+
+    def bits(self, form: Format) -> int:
+        """Return the bits that the format is told. With zero points there are kernels for 4 and 8."""
+        bits = self.stored_bits[form.code_bits]
+        return bits if form.symmetric else max(bits, 4)
 
     def quantization_config(
         self, settings: Mapping[str, QuantConfig], kept: Sequence[str], vocabulary: Mapping[str, QuantConfig]
@@ -141,9 +152,9 @@ class Layout(ABC):
     def _weights(self, quant: QuantConfig) -> dict[str, Any]:
         grouped = {"strategy": "group", "group_size": quant.weights.group_size}
         return {
-            "num_bits": self.stored_bits[quant.w_bits],
+            "num_bits": self.bits(quant.weights),
             "type": "int",
-            "symmetric": True,
+            "symmetric": quant.weights.symmetric,
             "dynamic": False,
             **(grouped if quant.weights.group_size else {"strategy": "channel"}),
         }
@@ -178,6 +189,7 @@ class _Packed(Layout):
 
     name = PACKED
     suffixes = "weight_packed", "weight_scale", "weight_shape"
+    has_zero_points = True
     stored_bits: ClassVar[Mapping[int, int]] = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
     engine_a_bits = 4, 8
     float_inputs = ("fp8",)
@@ -185,12 +197,17 @@ class _Packed(Layout):
     def encode(self, name: str, quantized: Quantized, form: Format) -> dict[str, Tensor]:
         from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32  # takes seconds to import
 
-        codes, (scale, _) = quantized
-        return {
-            f"{name}.weight_packed": pack_to_int32(codes, self.stored_bits[form.bits]),
+        codes, (scale, zero_point) = quantized
+        bits = self.bits(form)
+        parts = {
+            f"{name}.weight_packed": pack_to_int32(codes, bits),
             f"{name}.weight_scale": scale,
             f"{name}.weight_shape": torch.tensor(codes.shape),
         }
+        if zero_point is not None:
+            packed = pack_to_int32(zero_point.to(torch.int8), bits, packed_dim=0)
+            parts[f"{name}.{_ZERO_POINT}"] = packed.contiguous()
+        return parts
 
     def shapes(self, name: str, rows: int, columns: int, bits: int) -> Shapes:
         return {
@@ -202,7 +219,10 @@ class _Packed(Layout):
         from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32  # takes seconds to import
 
         shape = torch.Size(parts["weight_shape"].tolist())
-        return Quantized(unpack_from_int32(parts["weight_packed"], bits, shape), Grid(parts["weight_scale"]))
+        scale, zero_point = parts["weight_scale"], None
+        if _ZERO_POINT in parts:
+            zero_point = unpack_from_int32(parts[_ZERO_POINT], bits, scale.shape, packed_dim=0).float()
+        return Quantized(unpack_from_int32(parts["weight_packed"], bits, shape), Grid(scale, zero_point))
 
 
 class _Integers(Layout):
@@ -343,6 +363,9 @@ def layout(name: str, shape: Sequence[int], config: dict[str, Any]) -> Shapes:
     known = kind.shapes(name, rows, columns, settings["num_bits"]) | {f"{name}.weight_scale": scale}
     if inputs and inputs["strategy"] == "tensor_group":
         known[f"{name}.{INPUT_SCALE}"] = (1,), frozenset({"F32"})
+    if not settings["symmetric"]:
+        groups, per_word = columns // settings.get("group_size", columns), 32 // settings["num_bits"]
+        known[f"{name}.{_ZERO_POINT}"] = (-(-rows // per_word), groups), frozenset({"I32"})
     return known
 
 
@@ -371,11 +394,12 @@ def decode(stored: Iterable[tuple[str, Tensor]], config: dict[str, Any]) -> Iter
         layer, _, suffix = name.rpartition(".")
         if suffix == INPUT_SCALE:  # it stands in a file of our own, too
             continue
-        if suffix not in kind.suffixes or (suffix == "weight" and tensor.dtype not in kind.code_dtypes):
+        if suffix not in (*kind.suffixes, _ZERO_POINT) or (suffix == "weight" and tensor.dtype not in kind.code_dtypes):
             yield name, tensor
             continue
         found = parts.setdefault(layer, {})
         found[suffix] = tensor
-        if len(found) == len(kind.suffixes):
+        settings = (_group_of(layer, config) or {})["weights"]
+        if len(found) == len(kind.suffixes) + (not settings["symmetric"]):
             del parts[layer]
-            yield f"{layer}.weight", kind.join(found, (_group_of(layer, config) or {})["weights"]["num_bits"])
+            yield f"{layer}.weight", kind.join(found, settings["num_bits"])

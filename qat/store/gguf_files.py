@@ -2,9 +2,9 @@
 
 Its block types store 32 codes and an fp16 scale: Q4_0 holds every symmetric code of 2 to 4 bits, Q5_0 of 5, Q8_0 of 6
 to 8. So the codes are stored without loss, the scale of a longer group repeated in each of its blocks. A scale that was
-trained in fp16, as those of ggml_q4_0 are, is stored as it is; others are rounded, by at most 1 part in 2048. Types
-with a finer structure (Q4_K, Q6_K, IQ4_XS: blocks of 256 with scales of their own) need a rounding of the weights that
-was not trained.
+trained in fp16, as those of ggml_q4_0 are, is stored as it is; others are rounded, by at most 1 part in 2048. Q4_1
+holds codes with a zero point, of 2 to 4 bits, as a scale and a minimum, both in fp16. Types with a finer structure
+(Q4_K, Q6_K, IQ4_XS: blocks of 256 with scales of their own) need a rounding of the weights that was not trained.
 
 MXFP4 and NVFP4 have types of their own, without any loss. The scale of an NVFP4 tensor stands beside it, as
 ``blk.0.ffn_gate.scale``; llama.cpp multiplies the product by it.
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -27,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTraine
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qat.quant.architecture import architecture_of, head_dim, windowed_layers
-from qat.quant.number_format import Format, Quantized
+from qat.quant.number_format import Format, Quantized, dequantize
 from qat.quant.products import speed_up
 from qat.quant.quantizers.base import Grid
 from qat.runtime.errors import UserError
@@ -39,6 +40,7 @@ FILE = "model.gguf"
 
 _BLOCK = 32
 _FILE_TYPES = {
+    Type.Q4_1: gguf.LlamaFileType.MOSTLY_Q4_1,
     Type.MXFP4: gguf.LlamaFileType.MOSTLY_MXFP4_MOE,  # the only one with it
     Type.NVFP4: gguf.LlamaFileType.MOSTLY_NVFP4,
     Type.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
@@ -88,10 +90,13 @@ _SPLITS = {"{1,3}".join(_SPLIT): "llama-bpe", "".join(_SPLIT): "qwen2"}
 def check(student: Student) -> None:
     """Raise UserError for weights that no GGUF type can hold, and for models that are not mapped here."""
     for own in student.settings.values():
-        if own.weights.quantizes and not (own.weights.symmetric and own.w_bits in own.weights.by.gguf_types):
+        types, has_zero_points = own.weights.by.gguf_types, not own.weights.symmetric
+        if own.weights.quantizes and (
+            own.w_bits not in types or has_zero_points != (types[own.w_bits] == Type.Q4_1.name)
+        ):
             raise UserError(
-                f"w_quantizer={own.w_quantizer} has codes or zero points that no GGUF type has (Q4_1 and its like add "
-                "an fp16 minimum instead): give --format hf-fake."
+                f"w_quantizer={own.w_quantizer} has codes or zero points that no GGUF type holds with {own.w_bits} "
+                "bits: give --format hf-fake."
             )
         if own.weights.group_size % _BLOCK and not own.weights.by.is_float:
             raise UserError(
@@ -135,12 +140,29 @@ def positions(config: PreTrainedConfig) -> int:
     return min(longest, config.sliding_window) if any(windowed_layers(config)) else longest
 
 
-def held(quantized: Quantized, form: Format) -> Quantized:
-    """Return a weight as GGUF holds it: its codes, and its scale rounded to fp16, but for floats, which have their own
-    scales."""
+def type_of(form: Format) -> Type:
+    """Return the type that holds the weights of a format."""
+    return Type[form.by.gguf_types[form.bits]]
+
+
+def held(quantized: Quantized, form: Format) -> Tensor:
+    """Return the values of a weight as GGUF holds it, in fp32: its codes, with scale and minimum rounded to fp16, but
+    for floats, which have their own scales."""
     if form.by.is_float:
-        return quantized
-    return Quantized(quantized.codes, Grid(quantized.grid.scale.half().float()))
+        return dequantize(quantized, torch.float32)
+    codes, grid = quantized
+    scale = grid.scale.half().float()
+    if grid.zero_point is None:
+        return dequantize(Quantized(codes, Grid(scale)), torch.float32)
+    minimum = _minimum(quantized).half().float()
+    from_zero = (codes - codes.amin()).float().unflatten(-1, (scale.shape[-1], -1))
+    return (from_zero * scale[..., None] + minimum[..., None]).flatten(-2)
+
+
+def _minimum(quantized: Quantized) -> Tensor:
+    """Return the value of the weight's lowest code, which is stored as 0, on the grid of each group."""
+    assert quantized.grid.zero_point is not None
+    return (quantized.codes.amin() - quantized.grid.zero_point) * quantized.grid.scale
 
 
 def write(student: Student, output: Path) -> None:
@@ -162,15 +184,16 @@ def write(student: Student, output: Path) -> None:
         if isinstance(weight, Quantized):
             form = forms[name.removesuffix(".weight")]
             kind = raw = type_of(form)
-            codes, scale = (_as_llama_cpp_rotates(name, part, config) for part in (weight.codes, weight.grid.scale))
+            grid = weight.grid.map(lambda part, name=name: _as_llama_cpp_rotates(name, part, config))  # type: ignore[misc]
+            stored = Quantized(_as_llama_cpp_rotates(name, weight.codes, config), grid)
             if form.by.is_float:
-                data = float_blocks(Quantized(codes, Grid(scale)), form)
+                data = float_blocks(stored, form)
                 if form.tensor_scale is not None:
                     writer.add_tensor(_scale_of(place), np.array([1 / form.tensor_scale], np.float32))
             else:
-                _check_scale(name, scale)
-                scale = scale.repeat_interleave(codes.shape[1] // _BLOCK // scale.shape[1], 1)
-                data = blocks(codes, scale, kind)
+                _check_scale(name, grid.scale)
+                per_block = grid.map(partial(_per_block, weight.codes.shape[1]))
+                data = blocks(stored._replace(grid=per_block), kind)
         else:
             weight = _as_llama_cpp_rotates(name, weight, config)
             if weight.dim() > 1 and weight.dtype == torch.bfloat16:
@@ -186,20 +209,17 @@ def write(student: Student, output: Path) -> None:
         writer.close()
 
 
-def type_of(form: Format) -> Type:
-    """Return the type that holds weights of a format."""
-    return Type[form.by.gguf_types[form.bits]]
-
-
-def blocks(codes: Tensor, scale: Tensor, kind: Type) -> np.ndarray:
-    """Encode int8 codes [out, in] and scales [out, in / 32] as the bytes of GGUF blocks: uint8 [out, bytes]."""
+def blocks(quantized: Quantized, kind: Type) -> np.ndarray:
+    """Encode int8 codes [out, in] and their grid [out, in / 32] as the bytes of GGUF blocks: uint8 [out, bytes]."""
+    codes, grid = quantized
     rows, columns = codes.shape
     q = codes.numpy().reshape(rows, columns // _BLOCK, _BLOCK)
-    parts = [scale.half().numpy()[..., None].view(np.uint8)]
+    halves = [grid.scale] if grid.zero_point is None else [grid.scale, _minimum(quantized)]
+    parts = [half.half().numpy()[..., None].view(np.uint8) for half in halves]
     if kind == Type.Q8_0:
         parts.append(q.view(np.uint8))
     else:
-        offset = 8 if kind == Type.Q4_0 else 16
+        offset = {Type.Q4_0: 8, Type.Q4_1: -int(codes.amin()), Type.Q5_0: 16}[kind]
         q = (q + offset).astype(np.uint8)
         if kind == Type.Q5_0:
             parts.append(np.packbits(q >> 4, axis=-1, bitorder="little"))
@@ -284,6 +304,11 @@ def is_loaded(directory: Path) -> bool:
         reason = (reasons or ["it says no reason"])[0].strip()
         raise UserError(f"{directory / FILE} is wrong: llama.cpp does not load it ({reason}). Give --format hf-fake.")
     return True
+
+
+def _per_block(columns: int, part: Tensor) -> Tensor:
+    """Repeat a part of the grid [out, groups] of ``columns`` columns for each block of a group."""
+    return part.repeat_interleave(columns // _BLOCK // part.shape[1], 1)
 
 
 def _check_scale(name: str, scale: Tensor) -> None:

@@ -1,7 +1,8 @@
-"""Files beside a quantized model's weights: learned activation steps (LSQ), weight grids (GPTQ), scales of tensors
-(NVFP4)."""
+"""Files beside a quantized model's weights: learned activation steps (LSQ), weight grids (GPTQ's, learned ones), scales
+of tensors (NVFP4)."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ STEPS_FILE = "activation_steps.safetensors"
 
 
 STEP_SUFFIX = ".input_step"
+CHANGE_SUFFIX = ".scale_change"
+"""Ends of the names of the Parameters that are no weights of the architecture, but give a step or a grid."""
 _SCALE = "_tensor_scale"
 
 
@@ -44,6 +47,14 @@ def load_steps(model: nn.Module, directory: Path) -> None:
         if step.shape != linear.input_step.shape or not step.isfinite().all():  # type: ignore[union-attr]
             raise UserError(f"{directory / STEPS_FILE} is damaged: {name} has no step that is possible. Copy it again.")
         linear.input_step.copy_(step)  # type: ignore[union-attr]
+
+
+def learned_grids(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Grid]:
+    """Return the learned weight grids of a prepared model, by the layer's name, given all its ``weights``."""
+    linears = quant_linears(model).items()
+    learned = {name: linear for name, linear in linears if linear.scale_change is not None}
+    grids = {name: linear.learned_grid(weights[name + CHANGE_SUFFIX].cpu()) for name, linear in learned.items()}
+    return {name: grid for name, grid in grids.items() if grid is not None}
 
 
 def save_grids(grids: dict[str, Grid], path: Path) -> None:

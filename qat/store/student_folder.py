@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from qat.quant.architecture import architecture_of, is_tied, quantizable_linears
 from qat.quant.config import CONFIG_FILE, QuantConfig
-from qat.quant.number_format import Format, Quantized, quantize
+from qat.quant.linear import quant_linears
+from qat.quant.number_format import Format, Quantized, dequantize, quantize
 from qat.quant.prepare import (
     layer_settings,
     prepared_with,
@@ -51,11 +52,14 @@ from qat.store.model_folder import (
 )
 from qat.store.pickles import as_data
 from qat.store.sidecars import (
+    CHANGE_SUFFIX,
     GRIDS_FILE,
     SCALES_FILE,
     STEP_SUFFIX,
+    learned_grids,
     load_grids,
     load_tensor_scales,
+    save_grids,
     save_steps,
     save_tensor_scales,
 )
@@ -99,13 +103,34 @@ def write(
     Args:
         companions: ModelFolder.companions of the model that the student began with
     """
-    names = [name for name in shapes(model) if not name.endswith(STEP_SUFFIX)]
+    names = [name for name in shapes(model) if not name.endswith((STEP_SUFFIX, CHANGE_SUFFIX))]
     with appearing_folder(directory) as partial:
-        weight_files.write(partial, ((name, weights[name]) for name in names))
+        grids = learned_grids(model, weights)
+        weight_files.write(partial, ((name, _as_stored(name, weights[name], model, grids)) for name in names))
         write_companions(companions, partial, dtype=str(model.dtype).removeprefix("torch."))
+        if grids:
+            save_grids(grids, partial / GRIDS_FILE)
         save_tensor_scales(tensor_scales_in(model), partial)
         quant.save(partial)
         save_steps({name: weight for name, weight in weights.items() if name.endswith(STEP_SUFFIX)}, partial)
+
+
+def _as_stored(name: str, weight: Tensor, model: PreTrainedModel, grids: Mapping[str, Grid]) -> Tensor:
+    """Return a weight as it is written: rounded, where its codes stayed and only its grid has learned; else as it is.
+
+    Raises UserError if its values would lose their codes.
+    """
+    layer = name.removesuffix(".weight")
+    if layer not in grids or not (linear := quant_linears(model)[layer]).keeps_codes:
+        return weight
+    codes, grid = linear.quantized(weight, grids[layer])
+    values = dequantize(Quantized(codes, grid), weight.dtype)
+    if not torch.equal(quantize(values, linear.weight_format, grid).codes, codes):
+        raise UserError(
+            f"Values of {linear.weight_format} in {weight.dtype}, the model's dtype, lose their codes: "
+            "train in fp32, or with fewer w_bits."
+        )
+    return values
 
 
 @dataclass(frozen=True)
@@ -156,6 +181,22 @@ class Student:
         file = self.path / PTQ_RECORD
         return read_json(file) if file.is_file() else {}
 
+    def grids(self) -> dict[str, Grid]:
+        """Return the grids that are stored beside the weights, by the layer's name; empty if their values give them.
+
+        Raises UserError if one is missing, or does not fit the model.
+        """
+        model = skeleton(self.directory)
+        forms = {layer: own.weights for layer, own in self.layer_settings.items() if own.weights.quantizes}
+        quantized = {name: linear for name, linear in quantizable_linears(model).items() if name in forms}
+        grids = load_grids(self.path)
+        if self.has_grids and (without := quantized.keys() - grids.keys()):
+            raise UserError(f"{self.path} is incomplete: {GRIDS_FILE} lacks {min(without)}. Copy it again.")
+        for layer, grid in grids.items():
+            if layer not in quantized or not _fits(grid, quantized[layer], forms[layer]):
+                raise UserError(f"{self.path / GRIDS_FILE} does not fit the model, in {layer}. Copy it again.")
+        return grids
+
     def weights(self) -> Iterator[tuple[str, Tensor | Quantized]]:
         """Yield name and tensor of each weight, one at a time; quantized ones as codes and grid.
 
@@ -163,6 +204,9 @@ class Student:
         """
         folder = ModelFolder.read(self.directory)
         model = folder.skeleton()
+        settings = layer_settings(model, self.quant) | vocabulary_settings(model, self.quant)
+        forms = {layer: own.weights for layer, own in settings.items() if own.weights.quantizes}
+        grids = self.grids()
         forms = self.weight_formats
         quantized = {name: linear for name, linear in quantizable_linears(model).items() if name in forms}
         grids = load_grids(self.path)
@@ -269,8 +313,11 @@ def _of_checkpoint(path: Path, model: str | None) -> Student:
             raise UserError(f"{began_with} is not the model that the run of {path} began with: give that with --model.")
         quant = QuantConfig.of(QuantConfig.among(settings), record)
         in_bf16 = (settings.get("bf16") or {}).get("enabled", False)
+        learned = settings.get("train", "weights") != "weights"
     if quant.activations.learned:
         raise UserError(f"a_quantizer=lsq: the learned steps are read from the final/ of a run, not from {path}.")
+    if learned:
+        raise UserError(f"The learned scales are read from the final/ of a run, not from {path}.")
     _log.info("checking %s ...", path)
     if damage := manifest.damage(path):
         raise UserError(

@@ -78,7 +78,13 @@ def save(engine: deepspeed.DeepSpeedEngine, directory: Path, state: TrainState, 
     writer = Writer()
     deepspeed_internals.write_with(engine, writer)
     with ranks.doing("writing a checkpoint"), _meeting(engine, "the checkpoint is written"):
-        engine.save_checkpoint(str(directory), tag=folder.name, client_state=asdict(state), save_latest=False)
+        engine.save_checkpoint(
+            str(directory),
+            tag=folder.name,
+            client_state=asdict(state),
+            save_latest=False,
+            exclude_frozen_parameters=True,  # they stay what the run began with
+        )
     _agree(writer.failure, folder)
     with ranks.doing("reading the checkpoint back"):
         entries = manifest.entries(folder, dist.get_rank(), dist.get_world_size())
@@ -168,7 +174,8 @@ def _load(engine: deepspeed.DeepSpeedEngine, folder: Path) -> TrainState:
         _meeting(engine, f"the weights of {folder.name} are loaded"),
         deepspeed_internals.universal_loading(engine, universal),
     ):
-        _, client_state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        whole = all(parameter.requires_grad for parameter in engine.module.parameters())  # as ``save`` wrote it
+        _, client_state = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=whole)
     ranks.meet(f"{folder.name} is loaded")
     known = TrainState.__dataclass_fields__.keys() & client_state.keys()  # runs of earlier versions lack the newest
     state = TrainState(**{name: client_state[name] for name in known})

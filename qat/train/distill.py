@@ -22,7 +22,6 @@ from qat.quant.architecture import output_layer
 from qat.quant.linear import QuantLinear
 from qat.quant.number_format import Quantized, dequantize, inside, passed, quantize
 from qat.quant.products import block_dtype, matmul, matmul_blocks, matmul_codes
-from qat.quant.quantizers.base import Grid
 from qat.runtime.errors import UserError
 from qat.train.losses import LOSSES, ChunkLoss, Loss, Records
 from qat.train.losses.base import at_least_fp32
@@ -200,9 +199,9 @@ class _DistillationLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Targets, head: DistillationHead
     ) -> tuple[Tensor, Tensor]:
-        needs_grad = any(ctx.needs_input_grad)
-        grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = torch.zeros_like(weight) if needs_grad else None
+        needs_hidden, needs_weight, *_ = ctx.needs_input_grad
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight) if needs_weight else None
         lengths, chunk, first = targets.lengths, CHUNK_TOKENS[hidden.device.type], 0
         sums = torch.zeros(2, len(lengths), dtype=at_least_fp32(hidden.dtype), device=hidden.device)  # loss, KL
         product = _QuantProduct(hidden, weight, head) if isinstance(head, QuantLinear) else _Product(hidden, weight)
@@ -213,15 +212,15 @@ class _DistillationLoss(torch.autograd.Function):
             loss, chunk_kl = chunk_loss(lengths[sequence] * len(lengths), logits)
             sums[0, sequence] += loss
             sums[1, sequence] += chunk_kl
-            if grad_hidden is not None and grad_weight is not None:
+            if grad_hidden is not None:
                 grad_hidden[rows] = product.grad_hidden(logits)
+            if grad_weight is not None:
                 for some, grad in zip(
                     logits.split(VOCABULARY_BLOCK, 1), grad_weight.split(VOCABULARY_BLOCK), strict=True
                 ):
                     grad += matmul(some.t(), product.hidden[rows])
             del logits  # before the next ones are made
-        if grad_hidden is not None and grad_weight is not None:
-            product.mask(grad_hidden, grad_weight)
+        product.mask(grad_hidden, grad_weight)
         ctx.grads = grad_hidden, grad_weight  # not saved_tensors: backward must be able to release them
         means = [sums[:, sequence] / length for sequence, length in enumerate(lengths)]
         total, kl = torch.stack(means).mean(0).unbind()
@@ -229,13 +228,13 @@ class _DistillationLoss(torch.autograd.Function):
         return total, kl
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the gradients in place and give them away: one as large as the output weight must not stay alive until
         the next loss has replaced this one, nor be copied where it is accumulated."""
         if ctx.grads is None:
             raise RuntimeError("backward through a distillation loss works once: compute the loss again.")
         grads, ctx.grads = ctx.grads, None
-        return *(part.mul_(grad) for part in grads), None, None
+        return *(None if part is None else part.mul_(grad) for part in grads), None, None
 
 
 class _Product:
@@ -252,7 +251,7 @@ class _Product:
         """Compute the gradient of hidden states from that of their logits."""
         return matmul(grad, self.weight)
 
-    def mask(self, grad_hidden: Tensor, grad_weight: Tensor) -> None:
+    def mask(self, grad_hidden: Tensor | None, grad_weight: Tensor | None) -> None:
         """Set gradients of what was clipped to 0; here nothing is."""
 
 
@@ -280,12 +279,13 @@ class _QuantProduct(_Product):
         logits = hidden.new_empty(len(hidden), len(self.weight))
         if self.input is not None and self.head.multiplies_blocks:
             hidden = dequantize(
-                Quantized(self.input.codes[rows], Grid(self.input.grid.scale[rows])), block_dtype(hidden.dtype)
+                Quantized(self.input.codes[rows], self.input.grid.map(lambda part: part[rows])),
+                block_dtype(hidden.dtype),
             )
         for block, part in zip(self.blocks, logits.split(VOCABULARY_BLOCK, 1), strict=True):
             if self.input is not None and self.head.multiplies_codes:
-                codes = Quantized(self.input.codes[rows], Grid(self.input.grid.scale[rows]))
-                part.copy_(matmul_codes(codes, block, self.head.weight_format.qmax, hidden.dtype))
+                codes = Quantized(self.input.codes[rows], self.input.grid.map(lambda part: part[rows]))
+                part.copy_(matmul_codes(codes, block, self.head.weight_format.code_range[1], hidden.dtype))
             elif self.input is not None and self.head.multiplies_blocks:
                 part.copy_(matmul_blocks(hidden, block, part.dtype))
             else:
@@ -300,10 +300,10 @@ class _QuantProduct(_Product):
             total += matmul(part, dequantize(block, self.weight.dtype))
         return total
 
-    def mask(self, grad_hidden: Tensor, grad_weight: Tensor) -> None:
-        if self.input is not None and self.head.input_format.clips:
+    def mask(self, grad_hidden: Tensor | None, grad_weight: Tensor | None) -> None:
+        if grad_hidden is not None and self.input is not None and self.head.input_format.clips:
             grad_hidden *= inside(self.unrounded, self.head.input_format, self.input.grid)
-        if self.blocks and self.head.weight_format.clips:
+        if grad_weight is not None and self.blocks and self.head.weight_format.clips:
             parts = (part.split(VOCABULARY_BLOCK) for part in (self.weight, grad_weight))
             for block, weight, grad in zip(self.blocks, *parts, strict=True):
                 grad.copy_(passed(grad, weight, self.head.weight_format, block.grid))

@@ -20,7 +20,9 @@ from transformers import PreTrainedModel
 from qat.data.sequences import Row
 from qat.quant import architecture, prepare
 from qat.quant.config import QuantConfig
+from qat.quant.number_format import grid_of
 from qat.quant.products import speed_up
+from qat.quant.quantizers.base import Grid
 from qat.runtime import machine, ranks
 from qat.runtime.errors import UserError
 from qat.runtime.machine import local_ranks, take_gpu
@@ -67,6 +69,8 @@ def student_engine(
     gradient_checkpointing: bool,
     initial_steps: dict[str, Tensor] | None = None,
     tensor_scales: Mapping[str, float] | None = None,
+    train: str = "weights",
+    grids: dict[str, Grid] | None = None,
 ) -> deepspeed.DeepSpeedEngine:
     """Build the quantized student, with its optimizer: ``engine(input_ids, targets)`` returns (loss, KL).
 
@@ -75,6 +79,8 @@ def student_engine(
         initial_steps: ``Teacher.initial_steps``, where the quantizer of the activations is learned
         tensor_scales: of weights and inputs, where their formats have any; by default those that the model's weights
             give
+        train: what learns, see TrainConfig
+        grids: where learned scales of weights begin, by layer; by default where the weights' own values put them
     """
     student = _read_partitioned(model, ds_config)
     prepare.prepare(student, quant)
@@ -83,13 +89,17 @@ def student_engine(
     prepare.set_tensor_scales(student, tensor_scales)
     if initial_steps is not None:
         prepare.initialise_steps(student, initial_steps)
+    if train != "weights":
+        prepare.learn_scales(student, _on_device(grids) if grids else _own_grids(student))
+    if train == "scales":
+        prepare.train_only_scales(student)
     student.train()
     if gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     distiller = Distiller(student)
     engine, *_ = deepspeed.initialize(
         model=distiller,
-        model_parameters=distiller.parameters(),
+        model_parameters=[parameter for parameter in distiller.parameters() if parameter.requires_grad],
         config=ds_config,
         lr_scheduler=lambda optimizer: LambdaLR(optimizer, lr_factor),
     )
@@ -97,6 +107,19 @@ def student_engine(
         _check_nvme_parts(engine)
     _check_rope(student)
     return engine
+
+
+def _on_device(grids: dict[str, Grid]) -> dict[str, Grid]:
+    return {name: grid.map(lambda part: part.to(machine.device())) for name, grid in grids.items()}
+
+
+def _own_grids(student: PreTrainedModel) -> dict[str, Grid]:
+    """Return the grids that the weights' values give, by layer; one weight at a time is gathered."""
+    grids = {}
+    for name, linear in prepare.scales_that_learn(student).items():
+        with deepspeed.zero.GatheredParameters([linear.weight]):
+            grids[name] = grid_of(linear.weight, linear.weight_format)
+    return grids
 
 
 def _check_nvme_parts(engine: deepspeed.DeepSpeedEngine) -> None:

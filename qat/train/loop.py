@@ -32,6 +32,13 @@ SETTINGS, CHECKPOINTS, LOG, TENSORBOARD, FINAL = "settings.json", "checkpoints",
 """Names in a run's folder: its settings, its checkpoints, one JSON line per step, the same for TensorBoard, and the
 trained student."""
 
+TRAINED = {
+    "weights": "all weights; the scales of their grids follow from their values at every step",
+    "all": "all weights, and the scales of their grids, which begin with those of the starting point (LSQ)",
+    "scales": "the scales alone; the codes of the weights stay as they begin",
+}
+"""What ``TrainConfig.train`` can be."""
+
 _STEPS_BEFORE_JUDGING = 20
 """Number of steps that the loss is averaged over, and that must have been taken before a loss is called exploding."""
 
@@ -42,6 +49,7 @@ class TrainConfig:
 
     Args:
         loss: what the student minimises
+        train: which Parameters of the student learn
         steps: optimizer steps; 0 for one pass over the data
         lr: peak learning rate
         warmup_steps: steps of linear warm-up before the cosine
@@ -62,6 +70,7 @@ class TrainConfig:
     """
 
     loss: str = choice("logits", lambda: LOSSES)
+    train: str = choice("weights", lambda: TRAINED)
     steps: int = 0
     lr: float = 2e-5
     warmup_steps: int = 0

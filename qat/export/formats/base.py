@@ -59,8 +59,8 @@ class ExportFormat(ABC):
         """Return the settings that ``load`` follows."""
         return quant.everywhere(a_bits=FULL_PRECISION, kv_bits=FULL_PRECISION)
 
-    def held_weight(self, weight: Quantized, form: Format) -> Quantized:
-        """Return a weight, quantized by ``form``, as the format holds it."""
+    def held_weight(self, weight: Quantized, form: Format) -> Quantized | Tensor:
+        """Return a weight, quantized by ``form``, as the format holds it; its values, if ``held`` says w_bits=16."""
         return weight
 
     def loaded_by(self, exported: Path) -> str:

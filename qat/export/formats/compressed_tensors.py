@@ -68,7 +68,7 @@ class CompressedTensors(ExportFormat):
             if not own.weights.symmetric:
                 raise UserError(
                     f"w_quantizer={own.w_quantizer} has zero points, and the kernels that {self.layout.name} is for "
-                    "have none: give --format hf-fake."
+                    f"have none: give --format {PACKED}."
                 )
             others = [name for name, layout in LAYOUTS.items() if layout.holds(own.weights)]
             groups = f" in groups of {own.w_group_size}" if own.w_group_size else ""
@@ -131,6 +131,9 @@ class CompressedTensors(ExportFormat):
             said.append(
                 f"{trained_activations(quant)}; no engine has kernels for that, and they are rounded to {served}."
             )
+        if quant.a_quantizer == "minmax_full":
+            said.append("Activations: trained as transformers' own loader rounds them; vLLM divides by max/qmax.")
+            return said
         if quant.a_quantizer != "minmax":
             said.append(f"Activations: trained with {quant.a_quantizer}; engines round them to max/qmax per token.")
         said.append("Activations: transformers' own loader rounds them to max/127.5; trained was max/127.")
@@ -143,7 +146,7 @@ class CompressedTensors(ExportFormat):
         ]
 
     def _weights(self, quant: QuantConfig) -> list[str]:
-        bits = self.layout.stored_bits[quant.w_bits]
+        bits = self.layout.bits(quant.weights)
         if bits == quant.w_bits:
             return []
         return [

@@ -1,8 +1,10 @@
 """``gguf``: one file for llama.cpp; see qat.store.gguf_files."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from qat.export.formats.base import ExportFormat, trained_activations, trained_cache, trained_output
@@ -31,7 +33,11 @@ class Gguf(ExportFormat):
     def load(self, exported: Path) -> PreTrainedModel:
         return gguf_files.load(exported)
 
-    def held_weight(self, weight: Quantized, form: Format) -> Quantized:
+    def held(self, quant: QuantConfig) -> QuantConfig:
+        """Return full precision: of the weights, ``held_weight`` gives the values."""
+        return replace(super().held(quant), w_bits=FULL_PRECISION, overrides={})
+
+    def held_weight(self, weight: Quantized, form: Format) -> Tensor:
         return gguf_files.held(weight, form)
 
     def loaded_by(self, exported: Path) -> str:
@@ -43,6 +49,8 @@ class Gguf(ExportFormat):
         said = [_activations(quant)]
         if quant.weights.by.is_float:
             said.append("Weights: as trained. Only llama.cpp's own newest versions run these types.")
+        elif not quant.weights.symmetric:
+            said.append("Weights: codes are as trained; scale and minimum of each group are rounded to fp16.")
         elif quant.weights.by.scale_dtype != torch.float16:
             said.append("Weights: codes are as trained; each scale is rounded to fp16, by at most 1 part in 2048.")
         if flags := self.cache_flags(quant):

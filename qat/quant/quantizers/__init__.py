@@ -8,16 +8,24 @@ from qat.quant.quantizers.ggml_q8_0 import GgmlQ8_0
 from qat.quant.quantizers.lsq import LSQ
 from qat.quant.quantizers.minmax import MinMax
 from qat.quant.quantizers.minmax_asymmetric import MinMaxAsymmetric
+from qat.quant.quantizers.minmax_full import MinMaxFull
+from qat.quant.quantizers.minmax_signed import MinMaxSigned
 from qat.quant.quantizers.mxfp4 import MXFP4
 from qat.quant.quantizers.nvfp4 import NVFP4
+from qat.quant.quantizers.seq import SEQ
 from qat.quant.quantizers.statsq import StatsQ
+from qat.quant.quantizers.ternary import Ternary
 from qat.runtime.table import Table
 
 QUANTIZERS: Table[Quantizer] = Table(
     "quantizer",
     minmax=MinMax(),
     minmax_asymmetric=MinMaxAsymmetric(),
+    minmax_full=MinMaxFull(),
+    minmax_signed=MinMaxSigned(),
     statsq=StatsQ(),
+    seq=SEQ(),
+    ternary=Ternary(),
     lsq=LSQ(),
     ggml_q4_0=GgmlQ4_0(),
     ggml_q5_0=GgmlQ5_0(),

@@ -5,7 +5,7 @@
     x_hat = (code - zero) * scale        rounded once, to the dtype of x
 
 A group is a row here: quantizers get [groups, elements of a group], see qat.quant.number_format. ``qmax`` is
-2**(bits-1) - 1: 7 for 4 bits.
+2**(bits-1) - 1: 7 for 4 bits. A scale may be negative.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +16,12 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-_SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
 class Grid(NamedTuple):
-    """The positions of the codes' values: fp32 scale [..., groups], and zero point of the same shape, if there is
-    one."""
+    """The positions of the codes' values: fp32 scale [..., groups], and zero point of the same shape, if there is one:
+    a whole number between the lowest code and the highest. (Activations on a learned grid may have any.)"""
 
     scale: Tensor
     zero_point: Tensor | None = None
@@ -37,13 +37,14 @@ class Quantizer:
     Attributes:
         meaning: in a few words, for ``--help``
         parts: what can be quantized so: weights, activations, kv
-        symmetric: whether the zero point is 0 everywhere: sums of products of codes need only be scaled
+        symmetric: whether the zero point is 0 everywhere
         clips: whether values beyond the last codes are cut off; they get no gradient
         bits: the numbers of bits that it has
         is_float: whether codes are floating-point numbers, not integers
         code_dtype: a code is a number of this dtype: its value over the scale, plus the zero point
         group_size: the number of elements that share a scale, where the quantizer determines it; 0 if it does not
         scale_dtype: the dtype in which scales are stored: they are its values, though the grid holds them in fp32
+        half_step: half the distance of neighbouring codes, in scales: the largest error of what is not clipped
         is_exact: whether ``grid`` has only exact operations (min, max, abs, round) and elementwise ones, so that
             compiled code gives the same bits as eager code. A sum is not exact: compiled code adds in another order
         grid_gives_codes: whether ``codes`` on the grid of ``encode`` are the codes of ``encode``; not where codes are
@@ -64,6 +65,7 @@ class Quantizer:
     code_dtype: ClassVar[torch.dtype] = torch.int8
     group_size: ClassVar[int] = 0
     scale_dtype: torch.dtype = torch.float32
+    half_step: ClassVar[float] = 0.5
     is_exact: ClassVar[bool] = True
     grid_gives_codes: ClassVar[bool] = True
     gguf_types: ClassVar[Mapping[int, str]] = {
@@ -83,6 +85,11 @@ class Quantizer:
         """Return this quantizer for tensors with the given scale, fp32 []."""
         raise NotImplementedError
 
+    @property
+    def scale_can_learn(self) -> bool:
+        """Return whether a scale can be a Parameter: it is any fp32 number, and gives integer codes."""
+        return self.grid_gives_codes and not self.is_float and self.scale_dtype == torch.float32
+
     def grid(self, rows: Tensor, qmax: int) -> Grid:
         """Compute the grid [groups, 1] of rows [groups, n], its scale not rounded to ``scale_dtype`` yet."""
         raise NotImplementedError
@@ -94,18 +101,22 @@ class Quantizer:
             return grid
         return Grid(stored(grid.scale, self.scale_dtype), grid.zero_point)
 
+    def code_range(self, qmax: int) -> tuple[int, int]:
+        """Return the lowest code and the highest."""
+        return (-qmax, qmax) if self.symmetric else (-qmax - 1, qmax)
+
     def encode(self, rows: Tensor, qmax: int) -> tuple[Tensor, Grid]:
         """Compute codes [groups, n] in fp32 and their grid [groups, 1] of rows [groups, n]."""
         grid = self.stored_grid(rows, qmax)
         return self.codes(rows, grid, qmax), grid
 
     def codes(self, rows: Tensor, grid: Grid, qmax: int) -> Tensor:
-        """Compute codes [groups, n] in fp32. Where nothing is clipped, clamping changes nothing: the largest element
-        has the largest code."""
+        """Compute codes [groups, n] in fp32. Where nothing is clipped, clamping moves nothing by more than half a
+        step."""
         codes = torch.round(rows.float() / grid.scale)
-        if grid.zero_point is None:
-            return codes.clamp_(-qmax, qmax)
-        return codes.add_(grid.zero_point).clamp_(-qmax - 1, qmax)
+        if grid.zero_point is not None:
+            codes.add_(grid.zero_point)
+        return codes.clamp_(*self.code_range(qmax))
 
     def inside(self, rows: Tensor, grid: Grid, qmax: int) -> Tensor:
         """Return True [groups, n] where a value was not clipped: where its gradient passes."""
@@ -147,6 +158,14 @@ def with_scales(quantizer: Quantizer, dtype: torch.dtype) -> Quantizer:
     return changed
 
 
+def at_most_half_a_step(rows: Tensor, codes: Tensor, grid: Grid, half_step: float) -> Tensor:
+    """Return True [groups, n] where a value is not clipped: where it is not farther from its code's than rounding can
+    move it."""
+    if grid.zero_point is not None:
+        codes = codes - grid.zero_point
+    return (codes - rows.float() / grid.scale).abs() <= half_step
+
+
 class LearnedQuantizer(Quantizer):
     """A quantizer of activations whose grid is learned: a Parameter [size] per layer, the same for all its tokens."""
 
@@ -167,7 +186,7 @@ class LearnedQuantizer(Quantizer):
 def usable(scale: Tensor) -> Tensor:
     """Replace by 1 the scales that would be denormal (above all of groups of zeros), hence zero codes: a denormal scale
     has too few bits left to keep the codes in range. NaN stays NaN."""
-    return torch.where(scale < _SMALLEST_SCALE, 1.0, scale)
+    return torch.where(scale < SMALLEST_SCALE, 1.0, scale)
 
 
 def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -21,6 +21,9 @@ class GgmlQ4_0(Quantizer):
     scale_dtype = torch.float16
     grid_gives_codes = False
 
+    def code_range(self, qmax: int) -> tuple[int, int]:
+        return -qmax - 1, qmax
+
     def grid(self, rows: Tensor, qmax: int) -> Grid:
         return Grid(_signed_extreme(rows.float()) / -(qmax + 1))
 

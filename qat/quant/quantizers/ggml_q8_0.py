@@ -19,6 +19,9 @@ class GgmlQ8_0(Quantizer):
     scale_dtype = torch.float16
     grid_gives_codes = False
 
+    def code_range(self, qmax: int) -> tuple[int, int]:
+        return -qmax - 1, qmax
+
     def grid(self, rows: Tensor, qmax: int) -> Grid:
         return Grid(divided(_largest(rows), qmax))
 

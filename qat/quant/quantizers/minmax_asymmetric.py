@@ -1,5 +1,8 @@
 """MinMax, asymmetric: scale = (max - min) / (2 qmax + 1) over the range that holds 0; codes in [-qmax-1, qmax]."""
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,7 @@ from qat.quant.quantizers.base import Grid, Quantizer, divided, usable
 class MinMaxAsymmetric(Quantizer):
     meaning = "with a zero point, no clipping"
     symmetric = False
+    gguf_types: ClassVar[Mapping[int, str]] = dict.fromkeys((2, 3, 4), "Q4_1")
 
     def grid(self, rows: Tensor, qmax: int) -> Grid:
         low = rows.amin(-1, keepdim=True).float().clamp(max=0)

@@ -30,7 +30,7 @@ def test_sixteen_bits_give_the_teachers_logits_exactly():
         assert torch.equal(student(ids).logits, teacher(ids).logits)
 
 
-def test_quickstart_killed_and_started_again_closes_half_the_gap(tmp_path):
+def test_quickstart_killed_and_started_again_closes_most_of_the_gap(tmp_path):
     output = tmp_path / "quickstart"
     first = start(output)
     while first.poll() is None and not (output / "train" / "checkpoints" / "latest").exists():
@@ -41,7 +41,7 @@ def test_quickstart_killed_and_started_again_closes_half_the_gap(tmp_path):
     results = json.loads((output / "results.json").read_text())
     assert results["steps"] > steps_done
     assert results["teacher_ppl"] < results["qat_ppl"] < results["rtn_ppl"]
-    assert results["gap_closed"] >= 0.5
-    assert results["export_bytes"] < 0.45 * results["teacher_bytes"]
+    assert results["gap_closed"] >= 0.7
+    assert results["export_bytes"] < 85e6
     for picture in ("training.png", "comparison.png"):
         assert (output / picture).stat().st_size > 10_000

@@ -342,18 +342,18 @@ def open_folder(output: Path, settings: dict[str, Any]) -> None:
             for field in dataclasses.fields(TrainConfig)
             if field.default is not dataclasses.MISSING
         }
-        started = (
-            defaults | started | {"arithmetic": settings["arithmetic"]}
-        )  # an earlier version may lack some of them
         free = {name: settings[name] for name in CHANGES_NO_RESULT}
-        if listed := differences(_said_once(started | free), _said_once(defaults | settings)):
+        began = defaults | started | free  # an earlier version may lack some of them
+        if listed := differences(_compared(began), _compared(settings)):
             raise UserError(f"{output} was started with other settings ({listed}): give the same, or another --output.")
     elif (output / FINAL).exists() or checkpoints(output / CHECKPOINTS):
         raise UserError(f"{output} holds a run without its {SETTINGS}: put that back, or give another --output.")
 
 
-def _said_once(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings without the optimizer's copy of the learning rate."""
+def _compared(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings without what follows from others: the optimizer's copy of the learning rate, and the
+    arithmetic."""
+    settings = {name: value for name, value in settings.items() if name != "arithmetic"}
     match settings.get("optimizer"):
         case {"params": {**params}, **optimizer}:
             return settings | {"optimizer": optimizer | {"params": params | {"lr": None}}}

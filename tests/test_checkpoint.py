@@ -43,7 +43,8 @@ def one_rank():
 def engine(seed: int = 0, **settings: Any) -> deepspeed.DeepSpeedEngine:
     torch.manual_seed(seed)
     config = json.loads((ROOT / "ds_configs" / "zero3_cpu.json").read_text())
-    config |= {"gradient_accumulation_steps": 1, "gradient_clipping": 0.0} | settings
+    batch = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    config |= batch | {"gradient_clipping": 0.0} | settings
     config["optimizer"]["params"]["lr"] = 0.01
     made, *_ = deepspeed.initialize(model=torch.nn.Linear(64, 64), config=config)
     return made

@@ -124,7 +124,8 @@ def _split(text: str, contents: list[str]) -> list[str]:
         part, found, text = text.partition(content)
         if not found:
             raise UserError(
-                "The tokenizer's chat template does not show what is said in the order in which it is said."
+                "The tokenizer's chat template does not show what is said in the order in which it is said: give "
+                "--prompts FILE with --turns 1."
             )
         parts.append(part)
     return [*parts, text]

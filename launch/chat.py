@@ -1,4 +1,4 @@
-"""Talk to a trained student, or an integer export of it, as it is deployed: packed weights, integer KV cache.
+"""Talk to a trained student, or an integer export of it, as it is deployed: packed weights and KV cache.
 
 python launch/chat.py --model DIR
 """

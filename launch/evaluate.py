@@ -137,16 +137,22 @@ def main() -> None:
         "teacher_weights": models.weights_fingerprint(teacher_name) if teacher_name else None,
     }
     results = _Results(evaluation.output, settings)
-    new_texts = {text: windows for text, windows in texts.items() if not results.has(text, windows)}
+    in_llama_cpp = evaluation.engine == _LLAMA_CPP
+    simulated_too = {text + _SIMULATED: windows for text, windows in texts.items()} if in_llama_cpp else {}
+    new_texts, again = (
+        {text: windows for text, windows in some.items() if not results.has(text, windows)}
+        for some in (texts, simulated_too)
+    )
     new_tasks = [task for task in tasks if task not in results.tasks]
-    if not new_texts and not new_tasks and evaluation.output:
-        results.show([*texts, *tasks])
+    measured = [*texts, *simulated_too, *tasks]
+    if not new_texts and not again and not new_tasks and evaluation.output:
+        results.show(measured)
         results.show_average(tasks)
         cli.say(f"{evaluation.output} is there already: these results")
         return
     if cli.is_first_rank():
         results.check_writable()
-    results.show([name for name in (*texts, *tasks) if name not in (*new_texts, *new_tasks)])
+    results.show([name for name in measured if name not in (*new_texts, *again, *new_tasks)])
     if evaluation.engine == "vllm":
         llm = vllm.engine(name, window + 1)
         for text, windows in new_texts.items():
@@ -154,11 +160,10 @@ def main() -> None:
                 results.keep_text(text, windows, vllm.score_windows(llm, torch.stack(list(windows.ids))))
     else:
         _meet_ranks()
-        if evaluation.engine == _LLAMA_CPP:
+        if in_llama_cpp and new_texts:
             _measure_in_llama_cpp(name, teacher_name, new_texts, window, results)
-            new_texts = {text + _SIMULATED: windows for text, windows in new_texts.items()}
         model = _load(name, quant if rtn else None)
-        _measure_texts(model, teacher_name, new_texts, results)
+        _measure_texts(model, teacher_name, again if in_llama_cpp else new_texts, results)
         _measure_tasks(model, tokenizer, new_tasks, evaluation, results)
     results.show_average(tasks)
     if evaluation.output:
@@ -223,7 +228,9 @@ def _measure_in_llama_cpp(
         raise UserError(f"{name} is an integer export: give the student that it was made from.")
     student = student_folder.find(Path(name))
     export.check(student, GGUF)
-    teacher = simulated.load(teacher_name, inference_dtype()) if texts and teacher_name else None
+    teacher = simulated.load(teacher_name, inference_dtype()) if teacher_name else None
+    if teacher is not None:
+        place(teacher)
     with tempfile.TemporaryDirectory() as folder:
         export.export(student, Path(folder), GGUF)
         keys, values = llama_cpp.types_of(student.quant)

@@ -1,7 +1,8 @@
 """Rotate a model's weights, so that activations without outliers are left to quantize.
 
-python launch/rotate.py --model DIR --output DIR. The output computes the same function, and every command takes it as
---model; launch/train.py as --student too, with the original as --model. With --data, R1 and R2 are learned first.
+python launch/rotate.py --model DIR --output DIR. The output computes the same function, and every command but
+launch/generate.py takes it as --model; launch/train.py as --student too, with the original as --model. With --data, R1
+and R2 are learned first.
 """
 
 from dataclasses import asdict, dataclass

@@ -29,7 +29,7 @@ from qat.runtime.machine import be_deterministic, device, local_ranks
 from qat.runtime.preemption import RESUMABLE_EXIT, StopSignal
 from qat.store import models, student_folder
 from qat.store.model_folder import ModelFolder, head_weight, read_config, shapes, skeleton
-from qat.store.sidecars import load_tensor_scales, save_tensor_scales
+from qat.store.sidecars import save_tensor_scales
 from qat.train import deepspeed_json, engines, plan
 from qat.train.checkpoint import checkpoints
 from qat.train.distill import Targets
@@ -55,7 +55,7 @@ class Paths:
         output: folder of this run: checkpoints, log.jsonl, and the trained student in final/
         deepspeed: DeepSpeed configuration of the student
         teacher_deepspeed: DeepSpeed configuration of the teacher; by default the student's, without optimizer
-        teacher_cache: folder made by launch/cache_teacher.py: then no teacher is loaded
+        teacher_cache: folder made by launch/cache_teacher.py or generate.py --teacher_cache; no teacher is loaded
     """
 
     model: str
@@ -219,7 +219,7 @@ def main() -> int:
 def scales_of_run(output: Path, model: Path, quant: QuantConfig) -> dict[str, float]:
     """Return the scales of tensors that a run has fixed, or, if it is new, those that the first weights give."""
     if (output / SETTINGS).exists():
-        return load_tensor_scales(output)
+        return student_folder.scales_of(output, model, quant)
     return student_folder.weight_scales(model, quant)
 
 

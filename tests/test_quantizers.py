@@ -363,3 +363,10 @@ def test_a_gpu_eager_and_compiled_gives_the_bits_of_the_cpu(by):
                 for on_gpu in (eager, torch.compile(eager, dynamic=True, options=fused.options())):
                     found = on_gpu(x.cuda(), by, qmax)
                     assert all(a is b is None or torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", [name for name in FIXED if QUANTIZERS[name].symmetric])
+def test_zero_rows_give_zeros_with_scales_of_16_bits_too(name, dtype):
+    form = Format(QUANTIZERS[name].bits[-1], name, scale_dtype=dtype)
+    assert dequantize(quantize(torch.zeros(3, 32), form), torch.float32).abs().max() < 1e-6

@@ -330,6 +330,11 @@ def test_launch_rotate_learns(plain, tiny_data, tmp_path):
     torch.testing.assert_close(found(ids()).logits, expected(ids()).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_scales_of_tensors_are_not_learned_under(monkeypatch, plain, tiny_data, tmp_path):
+    given = [f"--model={plain}", f"--output={tmp_path / 'rotated'}", f"--data={tiny_data}", "--w_quantizer=nvfp4"]
+    assert "nvfp4 has scales of tensors" in error_of(monkeypatch, "rotate", *given)
+
+
 def test_flags_that_say_nothing_are_refused(monkeypatch, plain, tmp_path):
     given = [f"--model={plain}", f"--output={tmp_path / 'rotated'}", "--a_bits=4"]
     assert "nothing is learned" in error_of(monkeypatch, "rotate", *given)

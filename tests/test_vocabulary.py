@@ -332,3 +332,9 @@ def test_two_ranks_and_one_that_resumes_equal_one_plain_process(tied_directory, 
     assert f"{EMBEDDING}.weight_packed" in expected
     assert f"{HEAD}.weight_packed" not in expected
     assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_format_without_activations_holds_no_input_of_the_output_layer():
+    quant = QuantConfig(overrides={HEAD: {"a_bits": 8, "a_quantizer": "ggml_q8_0"}})
+    held = FORMATS[FAKE].held(quant)
+    assert not hasattr(prepare(tiny_model(), held).lm_head, "input_format")

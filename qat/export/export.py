@@ -24,7 +24,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 def check(student: Student, form: str) -> None:
     """Raise UserError for what the format cannot hold, and for a student that is not complete."""
     if not student.quant.weights.quantizes:
-        raise UserError(f"{student.path} has w_bits=16: there are no quantized weights to export.")
+        raise UserError(f"{student.path} has w_bits=16, but for its overrides: there is no format for such weights.")
     if not any((student.directory / name).is_file() for name in _TOKENIZERS):
         raise UserError(
             f"{student.directory} has no tokenizer ({', '.join(_TOKENIZERS)}): copy that of the model it began with "
@@ -121,6 +121,5 @@ def _in_memory(student: Student, kind: ExportFormat | None = None) -> PreTrained
         for name, weight in student.weights()
     )
     quant = kind.held(student.quant) if kind else student.quant
-    dtype = (kind and kind.value_dtype) or student.dtype
     scales = student.tensor_scales
-    return simulated.simulate(student.directory, weights, dtype, quant, torch.float32, scales)
+    return simulated.simulate(student.directory, weights, student.dtype, quant, torch.float32, scales)

@@ -123,7 +123,7 @@ def _unquantized(student: Student) -> str:
 
 
 def _cache_row(quant: QuantConfig) -> str:
-    if quant.kv_formats[0].engine:
+    if quant.kv.quantizes and quant.kv_formats[0].engine:
         meanings = dict.fromkeys(form.meaning for form in quant.kv_formats)
         return f"| KV cache | {quant.kv_bits} | {quant.kv_format} | {'; '.join(meanings)} |"
     group = quant.kv.group_size
@@ -194,7 +194,7 @@ def _serving(kind: ExportFormat, quant: QuantConfig, name: str) -> str:
         bare = [command.partition(" #")[0].rstrip() for command in commands]
         commands = [*commands, *(f"{command} {flags}   # with the KV cache as trained" for command in bare)]
     if kind.runs_as_trained:
-        commands = [*commands, f"python launch/chat.py --model {name}   # as trained, with the integer KV cache"]
+        commands = [*commands, f"python launch/chat.py --model {name}   # as trained, with the packed KV cache"]
     shell = "\n".join(["```", *commands, "```"])
     return f"{shell}\n\nIn Python, as trained:\n\n{_IN_PYTHON.format(name=name)}" if kind.runs_as_trained else shell
 

@@ -1,4 +1,4 @@
-"""A model that runs as it is deployed: weights packed in memory, generation over the integer KV cache.
+"""A model that runs as it is deployed: weights packed in memory, generation over the packed KV cache.
 
     model = qat.load("export/llama2-7b-484")
     tokenizer = AutoTokenizer.from_pretrained("export/llama2-7b-484")

@@ -26,7 +26,8 @@ FORMAT_VERSION = 1
 _VERSION = "format_version"
 
 GRIDS_FILE = "weight_grids.safetensors"
-"""Name of a file beside the weights if they lie on a grid that their own largest values do not give: GPTQ's."""
+"""Name of a file beside the weights if they lie on a grid that their own largest values do not give: GPTQ's, or a
+learned one."""
 
 SCALES_FILE = "tensor_scales.safetensors"
 """Name of a file beside the weights with the scales of tensors that were fixed before training: NVFP4's."""
@@ -73,7 +74,7 @@ class QuantConfig:
     Args:
         w_bits: weights: 2 to 8, or 16 for full precision
         a_bits: inputs of the linear layers: 2 to 8, or 16
-        kv_bits: KV cache: 2 to 8, or 16; with a kv_format of an engine: the bits of its keys
+        kv_bits: KV cache: 2 to 8, or 16; with a kv_format of an engine: that format's bits, of its keys
         w_quantizer: quantizer of the weights
         a_quantizer: quantizer of the activations, with one scale per token, or per block of it if the quantizer has
             blocks
@@ -83,10 +84,10 @@ class QuantConfig:
         kv_site: where keys and values are quantized
         kv_granularity: what shares a scale in the KV cache
         kv_rotation: rotation of the keys and values before they are quantized
-        overrides: other bits, quantizers or w_group_size for layers whose names match a pattern, say
-            {"*.down_proj": {"a_bits": 8}, "model.layers.-1.*": {"w_bits": 8}}; layers count from 0, or from -1
-            backwards, and a later pattern wins. Embedding and output layer are quantized if their full names, no
-            pattern, have bits: {"model.embed_tokens": {"w_bits": 8}, "lm_head": {"w_bits": 8, "a_bits": 8}}; where
+        overrides: other bits, quantizers, w_group_size, w_scale_dtype or kv_format for layers whose names match a
+            pattern, say {"*.down_proj": {"a_bits": 8}, "model.layers.-1.*": {"w_bits": 8}}; layers count from 0, or
+            from -1 backwards, and a later pattern wins. Embedding and output layer are quantized if their full names,
+            no pattern, have bits: {"model.embed_tokens": {"w_bits": 8}, "lm_head": {"w_bits": 8, "a_bits": 8}}; where
             they are one weight, either name gives its format
         kv_format: how the KV cache is stored: int, which the other settings of the cache describe, or as an inference
             engine stores it, which determines them; KEYS/VALUES where the engine may have two
@@ -182,7 +183,10 @@ class QuantConfig:
     def _check_override(self, pattern: str, changes: Mapping[str, Any]) -> None:
         if not isinstance(changes, Mapping) or not changes.keys() <= set(_PER_LAYER):
             raise UserError(f"overrides={{{pattern!r}: {changes!r}}} is invalid: set {', '.join(_PER_LAYER)}.")
-        layer = replace(self, overrides={}, **changes)
+        try:
+            layer = replace(self, overrides={}, **changes)
+        except UserError as error:
+            raise UserError(f"overrides: {pattern!r}: {error}") from error
         if bool(layer.activations.learned) != bool(self.activations.learned):
             raise UserError(
                 f"overrides: {pattern!r} mixes learned and other quantizers of activations: give all layers "
@@ -247,11 +251,11 @@ class QuantConfig:
 
     def everywhere(self, **changes: Any) -> "QuantConfig":
         """Return these settings with ``changes`` in all layers, whatever their overrides."""
-        kept = {
-            pattern: {name: value for name, value in override.items() if name not in changes}
+        overrides = {
+            pattern: {name: changes.get(name, value) for name, value in override.items()}
             for pattern, override in self.overrides.items()
         }
-        return replace(self, **changes, overrides={pattern: override for pattern, override in kept.items() if override})
+        return replace(self, **changes, overrides=overrides)
 
     def record(self) -> dict[str, Any]:
         """Return the settings to record: the later ones only if they are not the default."""

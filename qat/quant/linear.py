@@ -11,7 +11,7 @@ llama.cpp, it multiplies their exact values, in fp32 (``multiplies_blocks``); el
 input.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -261,7 +261,7 @@ def can_multiply_codes(weight: Format, inputs: Format) -> bool:
 
 def arithmetic_of(quant: QuantConfig) -> str:
     """Return the arithmetic of a model with these settings: ARITHMETIC, or WITH_ZERO_POINTS."""
-    for own in (quant, *(replace(quant, overrides={}, **changes) for changes in quant.overrides.values())):
+    for own in quant.all_settings():
         has_zero_points = not (own.weights.symmetric and own.activations.symmetric)
         if has_zero_points and can_multiply_codes(own.weights, own.activations):
             return WITH_ZERO_POINTS

@@ -122,7 +122,7 @@ def vocabulary_settings(model: PreTrainedModel, config: QuantConfig) -> dict[str
         if len(formats) > 1:
             raise UserError(
                 f"overrides: {embedding} and {head} of this model are one weight, which cannot have two formats: give "
-                "both the same w_bits, w_quantizer and w_group_size, or give them to one of the two."
+                "both the same w_bits, w_quantizer, w_group_size and w_scale_dtype, or give them to one of the two."
             )
         for shared in formats.values():
             own = {name: settings.with_weights_of(shared) for name, settings in own.items()}
@@ -181,7 +181,8 @@ def check_scales_can_learn(model: PreTrainedModel) -> None:
     for form in forms:
         if not form.by.scale_can_learn:
             raise UserError(
-                f"w_quantizer={form.quantizer} with its scales in {form.scale_dtype} cannot learn them: give minmax."
+                f"w_quantizer={form.quantizer}, w_scale_dtype={form.scale_dtype}: only scales of integers in fp32 can "
+                "learn. Give minmax and float32, or train=weights."
             )
 
 
@@ -310,7 +311,7 @@ def _quantize_linears(linears: dict[str, nn.Linear], settings: list[QuantConfig]
     for linear, own in zip(linears.values(), settings, strict=True):
         if not own.weights.quantizes and not inputs.quantizes:
             continue
-        _check_blocks("a_quantizer", inputs, linear.in_features, "input channels")
+        _check_blocks("a_quantizer", inputs, linear.in_features)
         _check_groups(own, linear.in_features)
         QuantLinear.convert(linear, own.weights, inputs, shared)
 
@@ -328,7 +329,7 @@ def _quantize_vocabulary(model: PreTrainedModel, config: QuantConfig) -> None:
 
 def _check_groups(own: QuantConfig, channels: int) -> None:
     """Raise UserError for groups that do not divide a layer's input channels."""
-    _check_blocks("w_quantizer", own.weights, channels, "input channels")
+    _check_blocks("w_quantizer", own.weights, channels)
     if own.w_group_size and own.weights.quantizes and channels % own.w_group_size:
         raise UserError(
             f"w_group_size={own.w_group_size} does not divide the model's {channels} input channels: "
@@ -336,19 +337,18 @@ def _check_groups(own: QuantConfig, channels: int) -> None:
         )
 
 
-def _check_blocks(setting: str, form: Format, size: int, what: str) -> None:
-    """Raise UserError if the blocks of a quantizer that has some of its own do not divide ``size``."""
+def _check_blocks(setting: str, form: Format, channels: int) -> None:
+    """Raise UserError if the blocks of a quantizer that has some of its own do not divide ``channels``."""
     block = form.by.group_size
-    if form.quantizes and block and size % block:
+    if form.quantizes and block and channels % block:
         raise UserError(
-            f"{setting}={form.quantizer} has blocks of {block}, which do not divide the model's {size} {what}: give "
-            "another quantizer, by overrides for such layers alone."
+            f"{setting}={form.quantizer} has blocks of {block}, which do not divide the model's {channels} input "
+            "channels: give another quantizer, by overrides for such layers alone."
         )
 
 
 def _quantize_kv(layer: nn.Module, model: PreTrainedModel, config: QuantConfig) -> None:
     architecture, size = architecture_of(model.config), head_dim(model.config)
-    _check_blocks("kv_quantizer", config.kv, size, "channels per head")
     keys, values = config.kv_formats
     if config.kv_site == "post_rope":
         quantizer = kv_cache.KVQuantizer(keys, values, keys.reorders and architecture.interleaves)

@@ -193,9 +193,7 @@ def rotation_for(config: PreTrainedConfig, down: str, untie: bool) -> Rotation:
     """Return the rotation of a model: with one of qat.quant.rotated.DOWN, and with an output layer of its own, in place
     of a map in front of the tied one, if ``untie``. Raises UserError for a model that is rotated already, or does not
     compute LLaMA's formula."""
-    llama_block(config)
-    if rotation_of(config):
-        raise UserError("The model is rotated already: give the one that it was made from.")
+    check_rotatable(config)
     return Rotation(down, head_map=config.tie_word_embeddings and not untie)
 
 

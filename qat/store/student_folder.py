@@ -204,17 +204,7 @@ class Student:
         """
         folder = ModelFolder.read(self.directory)
         model = folder.skeleton()
-        settings = layer_settings(model, self.quant) | vocabulary_settings(model, self.quant)
-        forms = {layer: own.weights for layer, own in settings.items() if own.weights.quantizes}
-        grids = self.grids()
-        forms = self.weight_formats
-        quantized = {name: linear for name, linear in quantizable_linears(model).items() if name in forms}
-        grids = load_grids(self.path)
-        if self.has_grids and (without := quantized.keys() - grids.keys()):
-            raise UserError(f"{self.path} is incomplete: {GRIDS_FILE} lacks {min(without)}. Copy it again.")
-        for layer, grid in grids.items():
-            if layer not in quantized or not _fits(grid, quantized[layer], forms[layer]):
-                raise UserError(f"{self.path / GRIDS_FILE} does not fit the model, in {layer}. Copy it again.")
+        grids, forms = self.grids(), self.weight_formats
         for name, tensor in _gathered(self.path, model, self.dtype) if self.is_checkpoint else folder.tensors():
             layer = name.removesuffix(".weight")
             yield name, quantize(tensor, forms[layer], grids.get(layer)) if layer in forms else tensor

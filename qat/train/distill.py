@@ -268,9 +268,8 @@ class _QuantProduct(_Product):
         self.input = quantize(hidden, head.input_format) if head.input_format.quantizes else None
         if self.input is not None:
             self.hidden = dequantize(self.input, hidden.dtype)
-        rounds = head.weight_format.quantizes and not head.frozen
-        blocks = weight.split(VOCABULARY_BLOCK)
-        self.blocks = [quantize(block, head.weight_format) for block in blocks] if rounds else []
+        blocks = weight.split(VOCABULARY_BLOCK) if head.weight_format.quantizes and not head.frozen else ()
+        self.blocks = [quantize(block, head.weight_format) for block in blocks]
 
     def logits(self, rows: slice) -> Tensor:
         if not self.blocks:

@@ -57,7 +57,7 @@ class TrainConfig:
         batch_size: sequences per optimizer step, over all ranks, however many there are (the paper: one on each of 8
             GPUs)
         micro_batch_size: sequences that a rank packs into one row of a forward pass, without padding; each attends to
-            itself alone, and the result is that of one by one
+            itself alone, and the result is the same as one at a time; must divide a rank's share
         gradient_clipping: largest global gradient norm; 0 clips nothing
         gradient_checkpointing: recompute activations in backward: less memory, a third more time
         save_every: steps between checkpoints

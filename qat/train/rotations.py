@@ -57,10 +57,14 @@ def learn(
 ) -> Matrices:
     """Return R1 and R2 for a student quantized by ``quant``, in fp64 on the CPU, beginning with ``start``.
 
-    Raises UserError for quantizers that learn steps of their own.
+    Raises UserError for quantizers that learn steps of their own, or have scales of tensors.
     """
     if quant.activations.learned:
         raise UserError("a_quantizer=lsq has learned steps, and no weights are trained here: give minmax.")
+    if any(form.scales_tensors for own in quant.all_settings() for form in (own.weights, own.activations)):
+        raise UserError(
+            "nvfp4 has scales of tensors, which change with the rotation: learn it for mxfp4, or leave out --data."
+        )
     rotating = Rotating(folder, rotation, quant)
     matrices = start.to(machine.device()).to(torch.float64)
     with progress.bar(range(config.steps), desc="learn rotations", unit="step") as bar:

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -24,7 +23,6 @@ class ExportFormat(ABC):
         meaning: what it is and for whom, for ``--help``
         weight_files: the pattern of its weight files' names
         front_matter: lines of the model card's YAML, beside base model and licence
-        value_dtype: the dtype to which ``load`` rounds the values of codes and scales; None for the student's
         engine: the engine, by its name in qat.quant.kv_formats, that serves it with a KV cache as trained if told to
         runs_as_trained: whether qat.load and launch/chat.py run an export, with the activations and the KV cache that
             were trained
@@ -34,7 +32,6 @@ class ExportFormat(ABC):
     meaning: str
     weight_files: str = "*.safetensors"
     front_matter: tuple[str, ...] = ()
-    value_dtype: torch.dtype | None = None
     engine: str = ""
     runs_as_trained: bool = False
     states_rotation: bool = False
@@ -94,7 +91,9 @@ class ExportFormat(ABC):
 
     def all_differences(self, student: Student) -> list[str]:
         """Return the ``differences`` of the settings of all layers."""
-        settings = dict.fromkeys([student.quant, *student.layer_settings.values()])
+        quant = student.quant
+        caches = [own for own in quant.all_settings() if own.kv_formats != quant.kv_formats or own.kv != quant.kv]
+        settings = dict.fromkeys([quant, *caches, *student.layer_settings.values()])
         said = [sentence for own in settings for sentence in self.differences(own)]
         return list(dict.fromkeys([*said, *self.vocabulary_differences(student)]))
 
@@ -111,8 +110,9 @@ def trained_activations(quant: QuantConfig) -> str:
 
 def trained_output(quant: QuantConfig) -> str:
     """Return the beginning of a sentence on the input of the output layer, whose settings are given."""
-    how = "in full precision" if quant.a_bits == FULL_PRECISION else f"with {quant.a_bits} bits per token"
-    return f"Output layer: its input was trained {how}"
+    group = quant.activations.group_size
+    how = f"with {quant.a_bits} bits {f'in blocks of {group}' if group else 'per token'}"
+    return f"Output layer: its input was trained {'in full precision' if quant.a_bits == FULL_PRECISION else how}"
 
 
 def trained_cache(quant: QuantConfig) -> str:

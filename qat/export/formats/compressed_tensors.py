@@ -62,15 +62,16 @@ class CompressedTensors(ExportFormat):
     front_matter = ("library_name: transformers", "tags:", "- compressed-tensors", "- llm-qat")
 
     def check(self, student: Student) -> None:
+        weights = [own.weights for own in student.settings.values() if own.weights.quantizes]
+        others = [name for name, layout in LAYOUTS.items() if all(map(layout.holds, weights))]
         for own in student.settings.values():
             if not own.weights.quantizes or self.layout.holds(own.weights):
                 continue
-            if not own.weights.symmetric:
+            if not own.weights.symmetric and PACKED in others:
                 raise UserError(
                     f"w_quantizer={own.w_quantizer} has zero points, and the kernels that {self.layout.name} is for "
                     f"have none: give --format {PACKED}."
                 )
-            others = [name for name, layout in LAYOUTS.items() if layout.holds(own.weights)]
             groups = f" in groups of {own.w_group_size}" if own.w_group_size else ""
             raise UserError(
                 f"w_quantizer={own.w_quantizer}{groups}: {self.layout.name} has no place for such weights. Give "
@@ -159,10 +160,11 @@ class CompressedTensors(ExportFormat):
             return []
         if flags := self.cache_flags(quant):
             return [
-                f"{trained_cache(quant)}, as {flags} stores it in all layers alike (GPUs rotate and divide less "
-                "exactly); without, vLLM keeps the dtype that it computes in."
+                f"{trained_cache(quant)}. vLLM stores it so, in all layers alike, with {flags} (GPUs rotate and divide "
+                "less exactly); otherwise it keeps the dtype that it computes in."
             ]
-        near = {4: "int4_per_token_head (rotated, asymmetric)", 8: "int8_per_token_head"}.get(quant.kv_bits)
+        known = {4: "int4_per_token_head (rotated, asymmetric)", 8: "int8_per_token_head"}
+        near = None if quant.kv_formats[0].engine else known.get(quant.kv_bits)
         if quant.kv.by.is_float:
             near = "fp8_per_token_head" if quant.kv_quantizer == "fp8" else None
         hint = (
@@ -263,6 +265,7 @@ class FloatQuantized(CompressedTensors):
     meaning = "compressed-tensors, weights in FP8, for GPUs"
     layout = LAYOUTS[FLOAT8]
     vllm = "                        # GPU"
+    engine = "vLLM"
 
     def _weights(self, quant: QuantConfig) -> list[str]:
         return [
@@ -273,6 +276,7 @@ class FloatQuantized(CompressedTensors):
 
 class _Float4(CompressedTensors):
     vllm = "                        # GPU"
+    engine = "vLLM"
 
     def _weights(self, quant: QuantConfig) -> list[str]:
         return [

@@ -17,7 +17,6 @@ from qat.store.student_folder import Student
 class Gguf(ExportFormat):
     meaning = "one file, for llama.cpp"
     weight_files = "*.gguf"
-    value_dtype = torch.float32
     engine = "llama.cpp"
 
     def check(self, student: Student) -> None:
@@ -48,13 +47,16 @@ class Gguf(ExportFormat):
     def differences(self, quant: QuantConfig) -> list[str]:
         said = [_activations(quant)]
         if quant.weights.by.is_float:
-            said.append("Weights: as trained. Only llama.cpp's own newest versions run these types.")
+            said.append("Weights: as trained. Only recent versions of llama.cpp run these types.")
         elif not quant.weights.symmetric:
             said.append("Weights: codes are as trained; scale and minimum of each group are rounded to fp16.")
         elif quant.weights.by.scale_dtype != torch.float16:
             said.append("Weights: codes are as trained; each scale is rounded to fp16, by at most 1 part in 2048.")
         if flags := self.cache_flags(quant):
-            said.append(f"{trained_cache(quant)}, as {flags} stores it in all layers alike; without, it is fp16.")
+            said.append(
+                f"{trained_cache(quant)}. llama.cpp stores it so, in all layers alike, with {flags}; otherwise it "
+                "keeps fp16."
+            )
         elif quant.kv_bits != FULL_PRECISION:
             said.append(
                 f"{trained_cache(quant)}; llama.cpp keeps fp16 unless told otherwise (its q4_0 and q8_0 have blocks of "
@@ -66,6 +68,8 @@ class Gguf(ExportFormat):
         output = student.output_settings
         if output is None or not output.weights.quantizes:
             return super().vocabulary_differences(student)
+        if output.a_bits != FULL_PRECISION and output.a_quantizer == "ggml_q8_0":
+            return []
         return [f"{trained_output(output)}; llama.cpp rounds it to 8 bits in blocks of 32."]
 
     def serve(self, name: str) -> list[str]:
@@ -78,5 +82,5 @@ def _activations(quant: QuantConfig) -> str:
         return f"Activations: {blocks}."
     if quant.a_quantizer == "ggml_q8_0":
         return "Activations: as trained on CPUs with AVX; elsewhere llama.cpp's rule differs in the last bits."
-    finer = "" if quant.activations.group_size else ", which is finer than a token"
+    finer = "" if quant.activations.group_size else ", finer than one scale per token"
     return f"{trained_activations(quant)}; {blocks}{finer}."

@@ -24,7 +24,7 @@ class Integers(KVFormat):
     rotation: str
 
     type = ""
-    meaning = "integers of kv_bits by kv_quantizer, kv_granularity and kv_rotation, for qat.load"
+    meaning = "kv_bits by kv_quantizer, kv_granularity and kv_rotation, for qat.load"
 
     @property
     def bits(self) -> int:  # type: ignore[override]
@@ -34,6 +34,11 @@ class Integers(KVFormat):
         return Integers(form, granularity, rotation)
 
     def check(self, head_dim: int) -> None:
+        if (block := self.form.group_size) and head_dim % block:
+            raise UserError(
+                f"kv_quantizer={self.form.quantizer} has blocks of {block}, which do not divide the model's {head_dim} "
+                "channels per head: give another quantizer."
+            )
         if self.rotation == "hadamard" and head_dim & (head_dim - 1):
             raise UserError(
                 f"kv_rotation=hadamard needs a head_dim that is a power of two; this model's is {head_dim}: "

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from qat.quant.kv_formats.vllm import SMALLEST_SCALE, PerTokenHead
 from qat.quant.quantizers.base import divided
+from qat.quant.quantizers.minifloat import nearest_e4m3
 
 _E4M3 = torch.float8_e4m3fn
 
@@ -18,7 +19,7 @@ class VllmFp8(PerTokenHead):
 
     def codes(self, rows: Tensor) -> tuple[Tensor, ...]:
         scale = divided(rows.abs().amax(-1, keepdim=True), 448).clamp(min=SMALLEST_SCALE)
-        return (rows * (1 / scale)).clamp(self.low, self.high).to(_E4M3).float(), scale
+        return nearest_e4m3(rows * (1 / scale)), scale
 
     def numbers(self, codes: Tensor, *grid: Tensor) -> Tensor:
         return codes * grid[0]

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from qat.quant.quantizers.base import SMALLEST_SCALE, Grid, Quantizer
 
+_SMALLEST_FLOAT16 = 2.0**-24
+
 
 class SEQ(Quantizer):
     meaning = "2 bits, four levels at half steps, no 0 (ParetoQ's)"
@@ -26,6 +28,12 @@ class SEQ(Quantizer):
         """Return the grid; that of zeros gives numbers that are smaller than any usual one."""
         scale = rows.abs().amax(-1, keepdim=True).float() / (2 * qmax + 2)
         return Grid(torch.where(scale < SMALLEST_SCALE, SMALLEST_SCALE, scale))
+
+    def stored_grid(self, rows: Tensor, qmax: int) -> Grid:
+        """Return the grid with the scale as it is stored: as there is no code 0, one that would become 0 is small."""
+        scale = self.grid(rows, qmax).scale
+        rounded = scale.to(self.scale_dtype).float()
+        return Grid(torch.where(rounded == 0, _SMALLEST_FLOAT16, rounded))
 
     def codes(self, rows: Tensor, grid: Grid, qmax: int) -> Tensor:
         steps = rows.float() / (2 * grid.scale)

@@ -11,7 +11,7 @@ from pathlib import Path
 import conftest
 import pytest
 import torch
-from conftest import ROOT, needs_compiler, tiny_model
+from conftest import ROOT, finish, needs_compiler, start_training, tiny_model
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from forked import processes
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from launch.stages import free_port
 from qat.data.sequences import Row, Sample
+from qat.evaluate import heldout
+from qat.evaluate.perplexity import perplexity, text_windows
+from qat.infer import simulated
 from qat.quant import fused
 from qat.quant.config import QuantConfig
 from qat.quant.forward import predicting
@@ -142,3 +145,15 @@ def test_an_engine_that_rounds_the_frequencies_is_refused(tmp_path):
     model.model.rotary_emb.float()  # the dtype is right again, the numbers are not
     with pytest.raises(UserError, match="has rounded the model's RoPE frequencies"):
         engines._check_rope(model)
+
+
+def test_learned_steps_train_under_zero3_in_bf16(tiny_directory, tiny_data, tmp_path):
+    """And the student that is saved computes with the steps that the engine had."""
+    run = tmp_path / "run"
+    places = [f"--model={tiny_directory}", f"--data={tiny_data}", f"--output={run}"]
+    json_file = f"--deepspeed={ROOT / 'ds_configs' / 'zero3.json'}"
+    held_out = [f"--eval_text={ROOT / 'LICENSE'}", "--eval_window=64", "--eval_sequences=2"]
+    finish(start_training(2, *places, json_file, *held_out, "--steps=3", "--batch_size=2", "--a_quantizer=lsq"))
+    windows = text_windows(heldout.paragraphs(str(ROOT / "LICENSE")), models.load_tokenizer(str(tiny_directory)), 64, 2)
+    found = perplexity(simulated.load(str(run / "final"), torch.bfloat16), windows).perplexity
+    assert found == pytest.approx(json.loads((run / "log.jsonl").read_text().splitlines()[-1])["ppl_text"], rel=1e-3)

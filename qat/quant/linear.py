@@ -136,8 +136,9 @@ class QuantLinear(nn.Linear):
         linear.weight_format, linear.input_format = weight, inputs
         linear.input_quantizer = shared
         linear.thaw()
-        learned = inputs.learned
-        step = nn.Parameter(torch.full((learned.size,), torch.nan)) if learned else None  # NaN until it is initialised
+        step = None
+        if learned := inputs.learned:  # in the weights' dtype: DeepSpeed wants one; NaN until it is initialised
+            step = nn.Parameter(torch.full((learned.size,), torch.nan, dtype=linear.weight.dtype))
         linear.register_parameter("input_step", step)
         linear.register_parameter("scale_change", None)
         linear.register_buffer("start_bits", None, persistent=False)

@@ -11,8 +11,7 @@ from qat.evaluate import heldout
 from qat.evaluate.perplexity import text_windows
 from qat.export import export, model_card
 from qat.export.formats import FORMAT, FORMATS
-from qat.runtime.errors import UserError
-from qat.runtime.files import appearing_folder, check_partial
+from qat.runtime.files import appearing_folder, check_new
 from qat.runtime.table import check_choices, choice
 from qat.store import models, student_folder
 from qat.store.model_folder import read_config
@@ -49,9 +48,7 @@ class Export:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if self.output.exists():
-            raise UserError(f"{self.output} is there already: give another folder.")
-        check_partial(self.output)
+        check_new(self.output)
 
 
 def main() -> None:

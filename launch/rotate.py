@@ -14,7 +14,7 @@ from qat.data.sequences import TrainingData
 from qat.quant.config import QuantConfig
 from qat.quant.rotated import DOWN
 from qat.runtime.errors import UserError
-from qat.runtime.files import check_partial
+from qat.runtime.files import check_new
 from qat.runtime.table import check_choices, choice
 from qat.store import models, rotate
 from qat.store.model_folder import BASE_MODEL, ModelFolder
@@ -46,9 +46,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if self.output.exists():
-            raise UserError(f"{self.output} is there already: give another folder.")
-        check_partial(self.output)
+        check_new(self.output)
 
 
 def main() -> None:

@@ -96,6 +96,13 @@ def partial_of(folder: Path) -> Path:
     return folder.with_name(folder.name + ".partial")
 
 
+def check_new(folder: Path) -> None:
+    """Raise UserError if ``folder`` exists, or what ``check_partial`` refuses is in its place."""
+    if folder.exists():
+        raise UserError(f"{folder} is there already: give another folder.")
+    check_partial(folder)
+
+
 def check_partial(folder: Path, mark: str = _UNFINISHED) -> None:
     """Raise UserError if something other than an unfinished ``folder``, with the file ``mark``, is in its place."""
     partial = partial_of(folder)

@@ -1,11 +1,13 @@
 """What vLLM's caches with a scale per token and head share (vLLM 0.32, vllm/v1/attention/ops, PR 40835)."""
 
+from abc import abstractmethod
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from qat.quant.kv_formats.base import BlockFormat, KVFormat
+from qat.quant.quantizers.base import divided
 
 SMALLEST_SCALE = 1e-6
 
@@ -23,6 +25,37 @@ class PerTokenHead(BlockFormat):
         """Return the bytes of the codes [heads, bytes], and the scale's bits [heads, 1], int32."""
         codes, scale = packed.split([packed.shape[-1] - self.scale_bytes, self.scale_bytes], -1)
         return codes, scale.contiguous().view(torch.int32)
+
+
+class ScaledPerTokenHead(PerTokenHead):
+    """A format of 8 bits whose numbers are codes times the scale.
+
+    Attributes:
+        code_dtype: the dtype in which codes are stored
+        largest: the code of a head's largest magnitude
+    """
+
+    bits = 8
+    code_dtype: ClassVar[torch.dtype]
+    largest: ClassVar[int]
+
+    @abstractmethod
+    def nearest(self, steps: Tensor) -> Tensor:
+        """Return the codes of numbers in scales, in fp32."""
+
+    def codes(self, rows: Tensor) -> tuple[Tensor, ...]:
+        scale = divided(rows.abs().amax(-1, keepdim=True), self.largest).clamp(min=SMALLEST_SCALE)
+        return self.nearest(rows * (1 / scale)), scale
+
+    def numbers(self, codes: Tensor, *grid: Tensor) -> Tensor:
+        return codes * grid[0]
+
+    def pack(self, codes: Tensor, *grid: Tensor) -> Tensor:
+        return torch.cat([codes.to(self.code_dtype).view(torch.uint8), grid[0].contiguous().view(torch.uint8)], -1)
+
+    def unpack(self, packed: Tensor) -> tuple[Tensor, ...]:
+        codes, scale = self.split(packed)
+        return codes.contiguous().view(self.code_dtype).float(), scale.view(torch.float32)
 
 
 def away(x: Tensor) -> Tensor:

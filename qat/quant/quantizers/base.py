@@ -38,6 +38,7 @@ class Quantizer:
         meaning: in a few words, for ``--help``
         parts: what can be quantized so: weights, activations, kv
         symmetric: whether the zero point is 0 everywhere
+        full_range: whether -qmax - 1 is a code too; always, with zero points
         clips: whether values beyond the last codes are cut off; they get no gradient
         bits: the numbers of bits that it has
         is_float: whether codes are floating-point numbers, not integers
@@ -59,6 +60,7 @@ class Quantizer:
     meaning: ClassVar[str]
     parts: ClassVar[tuple[str, ...]] = ("weights", "activations", "kv")
     symmetric: ClassVar[bool] = True
+    full_range: ClassVar[bool] = False
     clips: ClassVar[bool] = False
     bits: ClassVar[Sequence[int]] = range(2, 9)
     is_float: ClassVar[bool] = False
@@ -103,7 +105,7 @@ class Quantizer:
 
     def code_range(self, qmax: int) -> tuple[int, int]:
         """Return the lowest code and the highest."""
-        return (-qmax, qmax) if self.symmetric else (-qmax - 1, qmax)
+        return -qmax - (self.full_range or not self.symmetric), qmax
 
     def encode(self, rows: Tensor, qmax: int) -> tuple[Tensor, Grid]:
         """Compute codes [groups, n] in fp32 and their grid [groups, 1] of rows [groups, n]."""

@@ -20,9 +20,7 @@ class GgmlQ4_0(Quantizer):
     group_size = 32
     scale_dtype = torch.float16
     grid_gives_codes = False
-
-    def code_range(self, qmax: int) -> tuple[int, int]:
-        return -qmax - 1, qmax
+    full_range = True
 
     def grid(self, rows: Tensor, qmax: int) -> Grid:
         return Grid(_signed_extreme(rows.float()) / -(qmax + 1))

@@ -14,9 +14,7 @@ from qat.quant.quantizers.base import Grid, Quantizer, divided, usable
 class MinMaxFull(Quantizer):
     meaning = "symmetric, all codes (torchao's)"
     parts: ClassVar[tuple[str, ...]] = ("weights", "activations")
-
-    def code_range(self, qmax: int) -> tuple[int, int]:
-        return -qmax - 1, qmax
+    full_range = True
 
     def grid(self, rows: Tensor, qmax: int) -> Grid:
         largest = rows.abs().amax(-1, keepdim=True).float()

@@ -17,9 +17,7 @@ class MinMaxSigned(Quantizer):
     meaning = "symmetric, all codes, the scale has a sign, may clip (ggml's)"
     parts = ("weights",)
     clips = True
-
-    def code_range(self, qmax: int) -> tuple[int, int]:
-        return -qmax - 1, qmax
+    full_range = True
 
     def grid(self, rows: Tensor, qmax: int) -> Grid:
         low, high = rows.amin(-1, keepdim=True).float(), rows.amax(-1, keepdim=True).float()

@@ -9,6 +9,4 @@ class Ternary(MinMaxFull):
     meaning = "three levels that share the range evenly, in 2 bits (ParetoQ's)"
     parts = ("weights",)
     bits = (2,)
-
-    def code_range(self, qmax: int) -> tuple[int, int]:
-        return -qmax, qmax
+    full_range = False

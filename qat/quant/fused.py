@@ -1,6 +1,7 @@
 """Fusing small tensor functions into one pass over memory, where a compiler is available.
 
-``torch.compile`` needs a C++ compiler on CPUs and Triton on GPUs. Where either is missing, or with
+On GPUs some of them have a Triton kernel of ours (qat.quant.kernels). ``torch.compile`` makes the others, and all of
+them on CPUs; it needs a C++ compiler there, and Triton on GPUs. Where either is missing, or with
 ``TORCHDYNAMO_DISABLE=1``, the same functions run eagerly: slower, with the same bits.
 """
 
@@ -11,6 +12,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+
+from qat.quant import kernels
 
 F = TypeVar("F", bound=Callable)
 
@@ -26,16 +29,19 @@ _CASTS = "emulate_precision_casts"
 _VARIANTS = 64
 
 
-def fused(function: F) -> F:
-    """Return ``function`` of tensors [rows, ...], compiled at its first call; unchanged, if it cannot be compiled."""
+def fused(function: F, kernel: str = "") -> F:
+    """Return ``function`` of tensors [rows, ...], compiled at its first call; unchanged, if it cannot be compiled. The
+    ``kernel`` of this name takes its place where there are kernels, and it has one for the arguments."""
     compiled: Callable | None = None
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
         nonlocal compiled
+        device = args[0].device
+        if kernel and (own := kernels.on(device.type)) and (result := getattr(own, kernel)(*args)) is not None:
+            return result
         if len(args[0]) < 2:  # one row would be compiled as a special case
             return function(*args)
-        device = args[0].device
         if not compiles(device.type) or (_has_float8(args) and not _compiles_float8(device)):
             return function(*args)
         if compiled is None:
@@ -46,6 +52,11 @@ def fused(function: F) -> F:
             return compiled(*args)
 
     return call  # type: ignore[return-value]
+
+
+def with_kernel(name: str) -> Callable[[F], F]:
+    """Return ``fused`` for a function that has a kernel of this name."""
+    return functools.partial(fused, kernel=name)
 
 
 def _has_float8(args: tuple[Any, ...]) -> bool:

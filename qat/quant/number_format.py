@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qat.quant.fused import fused
+from qat.quant.fused import fused, with_kernel
 from qat.quant.quantizers import QUANTIZERS
 from qat.quant.quantizers.base import (
     Grid,
@@ -188,24 +188,24 @@ def _rowed(grid: Grid) -> Grid:
     return grid.map(lambda part: part.reshape(-1, 1))
 
 
-@fused
+@with_kernel("quantize")
 def _fused_quantize(rows: Tensor, by: Quantizer, qmax: int) -> tuple[Tensor, Tensor, Tensor | None]:
     codes, grid = by.encode(rows, qmax)
     return codes.to(by.code_dtype), *grid
 
 
-@fused
+@with_kernel("quantize_on")
 def _fused_quantize_on(rows: Tensor, scale: Tensor, zero_point: Tensor | None, by: Quantizer, qmax: int) -> Tensor:
     return by.codes(rows, Grid(scale, zero_point), qmax).to(by.code_dtype)
 
 
-@fused
+@with_kernel("round_rows")
 def _fused_round(rows: Tensor, by: Quantizer, qmax: int) -> tuple[Tensor, Tensor, Tensor | None]:
     codes, grid = by.encode(rows, qmax)
     return values_of(codes, grid, rows.dtype), *grid
 
 
-@fused
+@with_kernel("round_rows_on")
 def _fused_round_on(rows: Tensor, scale: Tensor, zero_point: Tensor | None, by: Quantizer, qmax: int) -> Tensor:
     grid = Grid(scale, zero_point)
     return values_of(by.codes(rows, grid, qmax), grid, rows.dtype)
@@ -231,7 +231,7 @@ def _fused_gradients(
     return torch.where(passes, grad, 0.0), grad.float() * slope
 
 
-@fused
+@with_kernel("dequantize")
 def _fused_dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
     return values_of(codes, Grid(scale, zero_point), dtype)
 

@@ -5,7 +5,8 @@ A layer whose weights and inputs are integers with one scale per row computes, e
     y = ((codes_x - zero_x) @ (codes_w - zero_w).T) * scale_x * scale_w
 
 with the sum in exact integers, rounded to fp32 once, then scaled in fp32, as inference engines do. The result does not
-depend on which instructions compute the sum, so the fastest that are exact here are used. An int32 holds the sum up to
+depend on which instructions compute the sum, so the fastest that are exact here are used; on GPUs also a kernel that
+scales the sums before it writes them (qat.quant.kernels), if it is faster than both steps. An int32 holds the sum up to
 131,071 features, with zero points on both sides up to 33,025. Zero points cost no product: with n columns
 
     (codes_x - zero_x) @ (codes_w - zero_w).T =
@@ -24,8 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from qat.quant import kernels
 from qat.quant.fused import fused
 from qat.quant.number_format import Quantized, dequantize
+from qat.quant.quantizers.base import Grid
 from qat.runtime.machine import has_onednn
 
 _logger = logging.getLogger(__name__)
@@ -83,15 +86,18 @@ def matmul_codes(
         weight_qmax: the highest code that weights of this format have; the lowest is -weight_qmax or one less
         product: what multiplies; by default the fastest that is exact on this device. The result does not depend on it
     """
-    product = product or integer_product(x.codes.device, weight_qmax)
+    device = x.codes.device
     codes, scales = x.codes.flatten(0, -2), (x.grid.scale.view(-1, 1), weight.grid.scale.view(1, -1))
-    if x.grid.zero_point is None and weight.grid.zero_point is None:
-        y = _scaled(product(codes, weight.codes), *scales, dtype)
+    symmetric = x.grid.zero_point is None and weight.grid.zero_point is None
+    zeros = None if symmetric else _zeros(x.grid, codes, weight)
+    own = None if product else kernels.on(device.type)
+    product = product or integer_product(device, weight_qmax)
+    if own and own_is_faster(product, device, weight_qmax):
+        y = own.multiply(codes, weight.codes, *scales, zeros, dtype)
+    elif zeros:
+        y = _corrected(_unrounded(product, codes, weight.codes, weight_qmax), *zeros, *scales, codes.shape[1], dtype)
     else:
-        zeros = _whole(x.grid.zero_point, codes).view(-1, 1), _whole(weight.grid.zero_point, weight.codes).view(1, -1)
-        sums = codes.sum(1, dtype=torch.int32).view(-1, 1), weight.codes.sum(1, dtype=torch.int32).view(1, -1)
-        products = _unrounded(product, codes, weight.codes, weight_qmax)
-        y = _corrected(products, *zeros, *sums, *scales, codes.shape[1], dtype)
+        y = _scaled(product(codes, weight.codes), *scales, dtype)
     return y.view(*x.codes.shape[:-1], -1)
 
 
@@ -108,6 +114,16 @@ def matmul_blocks(x: Tensor, weight: Quantized, dtype: torch.dtype) -> Tensor:
     """
     values = dequantize(weight, x.dtype)
     return matmul(x.flatten(0, -2), values.t()).to(dtype).view(*x.shape[:-1], -1)
+
+
+def _zeros(grid: Grid, codes: Tensor, weight: Quantized) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the zero points of ``codes`` [rows, 1] and of ``weight`` [1, out], then the sums of both's codes."""
+    return (
+        _whole(grid.zero_point, codes).view(-1, 1),
+        _whole(weight.grid.zero_point, weight.codes).view(1, -1),
+        codes.sum(1, dtype=torch.int32).view(-1, 1),
+        weight.codes.sum(1, dtype=torch.int32).view(1, -1),
+    )
 
 
 def _whole(zero_point: Tensor | None, codes: Tensor) -> Tensor:
@@ -171,6 +187,31 @@ def integer_product(device: torch.device, qmax: int) -> IntegerProduct:
     product = min(exact, key=lambda product: _seconds(lambda: product(codes, weight), device))
     _logger.info("this %s multiplies integer weights of up to %d by %s", device.type, qmax, product.__name__)
     return product
+
+
+@functools.cache
+def own_is_faster(product: IntegerProduct, device: torch.device, qmax: int) -> bool:
+    """Return whether our kernel, which multiplies and scales, gives the numbers of ``product`` and ``_scaled``, in less
+    time."""
+    own = kernels.on(device.type)
+    assert own is not None
+    codes, weight = _test_codes(device, qmax)
+    scales = torch.rand(len(codes), device=device), torch.rand(1, len(weight), device=device)
+
+    def in_one_step(rows: int = len(codes)) -> Tensor:
+        return own.multiply(codes[:rows], weight, scales[0][:rows, None], scales[1], None, torch.bfloat16)
+
+    def in_two_steps(rows: int = len(codes)) -> Tensor:
+        return _scaled(product(codes[:rows], weight), scales[0][:rows, None], scales[1], torch.bfloat16)
+
+    try:
+        faster = all(torch.equal(in_one_step(rows), in_two_steps(rows)) for rows in (17, len(codes)))
+        faster = faster and _seconds(in_one_step, device) < _seconds(in_two_steps, device)
+    except Exception as error:  # what a GPU lacks, memory for tiles above all
+        _logger.info("our kernel for integer products does not run here: %s", error)
+        return False
+    _logger.info("our kernel for integer products is %s here", "used" if faster else "not the fastest")
+    return faster
 
 
 def is_exact(product: IntegerProduct, device: torch.device, qmax: int) -> bool:

@@ -1,0 +1,31 @@
+"""Triton kernels of ours, for what the compiler makes slow on GPUs.
+
+``torch.compile`` with dynamic shapes divides a kernel's work by the first shape that it sees: after rows of 4096, rows of
+128 (keys and values) and groups of 64 keep few lanes busy. It also costs the host more per call.
+"""
+
+import functools
+import logging
+from types import ModuleType
+
+import torch
+
+_logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def on(device: str) -> ModuleType | None:
+    """Return qat.quant.kernels.host, the kernels for tensors on a device of this type, where Triton is there and they
+    run as they should: tried once. None on CPUs."""
+    if device != "cuda":
+        return None
+    try:
+        from qat.quant.kernels import host
+
+        host.check(torch.device(device))
+    except Exception as error:  # whatever is missing or broken, compiled functions do the work
+        _logger.warning(
+            "our kernels do not run on this GPU (%s): torch.compile makes others", str(error).partition("\n")[0]
+        )
+        return None
+    return host

@@ -1,0 +1,161 @@
+"""Starting the kernels: functions of tensors, with the arguments of the torch functions in whose place they run.
+
+They return the same bits, or None for arguments that there is no kernel for.
+"""
+
+import functools
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qat.quant.kernels import device
+from qat.quant.quantizers.base import Quantizer
+from qat.quant.quantizers.minmax import MinMax
+from qat.quant.quantizers.minmax_asymmetric import MinMaxAsymmetric
+
+_LONGEST = 32768
+"""Elements of the longest row that fits into a program's registers."""
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class Tile(NamedTuple):
+    """What a program takes of rows of one size.
+
+    Attributes:
+        rows: how many
+        block: elements of a row, up to the next power of two
+        warps: that share them, 32 elements or fewer for each thread
+    """
+
+    rows: int
+    block: int
+    warps: int
+
+
+@functools.cache
+def tile(columns: int) -> Tile:
+    block = triton.next_power_of_2(columns)
+    rows = max(1, min(32, 4096 // block))
+    return Tile(rows, block, min(32, max(4, rows * block // 1024)))
+
+
+class ProductTile(NamedTuple):
+    """What a program takes of a product: rows, outputs, columns at a time, and by how many warps and stages."""
+
+    rows: int
+    outs: int
+    inner: int
+    warps: int
+    stages: int
+
+
+def product_tile(rows: int) -> ProductTile:
+    return ProductTile(128, 256, 128, 8, 3) if rows > 64 else ProductTile(64, 128, 128, 4, 4)
+
+
+def quantize(rows: Tensor, by: Quantizer, qmax: int) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    return _found(rows, by, qmax, by.code_dtype)
+
+
+def round_rows(rows: Tensor, by: Quantizer, qmax: int) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    return _found(rows, by, qmax, rows.dtype)
+
+
+def quantize_on(rows: Tensor, scale: Tensor, zero_point: Tensor | None, by: Quantizer, qmax: int) -> Tensor | None:
+    return _on(rows, scale, zero_point, by, qmax, by.code_dtype)
+
+
+def round_rows_on(rows: Tensor, scale: Tensor, zero_point: Tensor | None, by: Quantizer, qmax: int) -> Tensor | None:
+    return _on(rows, scale, zero_point, by, qmax, rows.dtype)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if codes.dtype != torch.int8 or dtype not in _TYPES or codes.shape[1] > _LONGEST:
+        return None
+    return _run(device.values, codes, dtype, scale, zero_point, zero_point is None)
+
+
+def multiply(
+    codes: Tensor,
+    weight: Tensor,
+    x_scale: Tensor,
+    weight_scale: Tensor,
+    zeros: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Multiply codes [rows, in] by weight codes [out, in], both int8, and scale. ``zeros``, where there are
+    any, are the zero points of rows and of outputs, and the sums of both's codes, all int32."""
+    codes, weight = _in_order(codes), _in_order(weight)
+    (rows, columns), out = codes.shape, len(weight)
+    height, width, inner, warps, stages = product_tile(rows)
+    result = torch.empty(rows, out, dtype=dtype, device=codes.device)
+    with _on_device(codes):
+        device.multiply[(-(-rows // height) * -(-out // width),)](
+            codes, weight, result, x_scale, weight_scale, *(zeros or (None,) * 4), rows, codes.stride(0),
+            weight.stride(0), zeros is not None, columns, out, height, width, inner, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return result
+
+
+def check(place: torch.device) -> None:
+    """Raise RuntimeError if a kernel cannot run on this device, or gives other codes than torch does."""
+    rows = torch.randn(33, 96, generator=torch.Generator().manual_seed(0)).to(place)
+    for by in (MinMax(), MinMaxAsymmetric()):
+        codes, grid = by.encode(rows, 7)
+        found = quantize(rows, by, 7)
+        assert found is not None
+        if not (torch.equal(found[0], codes.to(torch.int8)) and torch.equal(found[1], grid.scale)):
+            raise RuntimeError(f"their codes by {type(by).__name__} are not those of torch")
+
+
+def _found(rows: Tensor, by: Quantizer, qmax: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Return codes, or values, and the grid of a quantizer that ``device.round`` can find the grid of."""
+    if type(by) not in (MinMax, MinMaxAsymmetric) or not _fits(rows):
+        return None
+    scale = torch.empty(len(rows), 1, dtype=torch.float32, device=rows.device)
+    zero_point = None if by.symmetric else torch.empty_like(scale)
+    constants = False, by.symmetric, _TYPES[by.scale_dtype], qmax, *by.code_range(qmax)
+    return _run(device.round, rows, dtype, scale, zero_point, *constants), scale, zero_point
+
+
+def _on(
+    rows: Tensor, scale: Tensor, zero_point: Tensor | None, by: Quantizer, qmax: int, dtype: torch.dtype
+) -> Tensor | None:
+    """Return codes, or values, on a grid, by a quantizer that makes codes as most do."""
+    if type(by).codes is not Quantizer.codes or by.code_dtype != torch.int8 or not _fits(rows):
+        return None
+    constants = True, zero_point is None, tl.float32, qmax, *by.code_range(qmax)
+    return _run(device.round, rows, dtype, scale, zero_point, *constants)
+
+
+def _fits(rows: Tensor) -> bool:
+    return rows.dtype in _TYPES and rows.shape[1] <= _LONGEST
+
+
+def _run(kernel: Any, rows: Tensor, dtype: torch.dtype, scale: Tensor, zero_point: Tensor | None, *args: Any) -> Tensor:
+    """Return what a kernel writes, shaped like rows [rows, n]; ``args`` are compiled in."""
+    rows = _in_order(rows)
+    result = torch.empty(rows.shape, dtype=dtype, device=rows.device)
+    (count, columns), (height, block, warps) = rows.shape, tile(rows.shape[1])
+    with _on_device(rows):
+        kernel[(-(-count // height),)](
+            rows, result, scale, zero_point, count, rows.stride(0), *args, columns, height, block,
+            num_warps=warps,
+        )  # fmt: skip
+    return result
+
+
+def _in_order(rows: Tensor) -> Tensor:
+    """Return rows whose elements are neighbours in memory."""
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _on_device(x: Tensor) -> Any:
+    """Make x's GPU the current one, on which Triton starts kernels."""
+    other = x.device.type == "cuda" and x.device.index != torch.cuda.current_device()
+    return torch.cuda.device(x.device) if other else nullcontext()

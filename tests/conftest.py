@@ -13,6 +13,7 @@ from typing import IO, Any
 # Also on a host with GPUs the tests are of CPU code, but for those that need a GPU. To be said before CUDA looks.
 if os.environ.get("QAT_TEST_GPU") != "1":
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels for GPUs run as Python, see test_kernels.py
 # Before torch reads it: one core for each of the processes, of which two ranks, or two workers, run at a time.
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 

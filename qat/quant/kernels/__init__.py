@@ -1,7 +1,7 @@
 """Triton kernels of ours, for what the compiler makes slow on GPUs.
 
-``torch.compile`` with dynamic shapes divides a kernel's work by the first shape that it sees: after rows of 4096, rows of
-128 (keys and values) and groups of 64 keep few lanes busy. It also costs the host more per call.
+``torch.compile`` with dynamic shapes divides a kernel's work by the first shape that it sees: after rows of 4096, rows
+of 128 (keys and values) and groups of 64 keep few lanes busy. It also costs the host more per call.
 """
 
 import functools

@@ -88,15 +88,17 @@ def multiply(
     zeros: tuple[Tensor, Tensor, Tensor, Tensor] | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Multiply codes [rows, in] by weight codes [out, in], both int8, and scale. ``zeros``, where there are
-    any, are the zero points of rows and of outputs, and the sums of both's codes, all int32."""
+    """Multiply codes [rows, in] by weight codes [out, in], both int8, and scale: what ``product`` and ``_scaled`` do in
+    qat.quant.products, or ``_corrected`` with ``zeros``: the zero points of rows and of outputs, and the sums of both's
+    codes, all int32."""
     codes, weight = _in_order(codes), _in_order(weight)
     (rows, columns), out = codes.shape, len(weight)
     height, width, inner, warps, stages = product_tile(rows)
     result = torch.empty(rows, out, dtype=dtype, device=codes.device)
+    scales = x_scale.contiguous(), weight_scale.contiguous()
     with _on_device(codes):
         device.multiply[(-(-rows // height) * -(-out // width),)](
-            codes, weight, result, x_scale, weight_scale, *(zeros or (None,) * 4), rows, codes.stride(0),
+            codes, weight, result, *scales, *(zeros or (None,) * 4), rows, codes.stride(0),
             weight.stride(0), zeros is not None, columns, out, height, width, inner, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return result
@@ -141,10 +143,11 @@ def _run(kernel: Any, rows: Tensor, dtype: torch.dtype, scale: Tensor, zero_poin
     """Return what a kernel writes, shaped like rows [rows, n]; ``args`` are compiled in."""
     rows = _in_order(rows)
     result = torch.empty(rows.shape, dtype=dtype, device=rows.device)
+    zero_point = None if zero_point is None else zero_point.contiguous()
     (count, columns), (height, block, warps) = rows.shape, tile(rows.shape[1])
     with _on_device(rows):
         kernel[(-(-count // height),)](
-            rows, result, scale, zero_point, count, rows.stride(0), *args, columns, height, block,
+            rows, result, scale.contiguous(), zero_point, count, rows.stride(0), *args, columns, height, block,
             num_warps=warps,
         )  # fmt: skip
     return result

@@ -1,0 +1,73 @@
+"""Compiles our kernels for an H100, which needn't be there, with the compiler that comes with Triton.
+
+Prints JSON: for each kernel and size, the bytes of its spilled registers, and its code in PTX. To be run without
+TRITON_INTERPRET.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from qat.quant.kernels import device, host
+
+LENGTHS = (64, 128, 11008, 32768)
+KINDS = (("bf16", "i8", True), ("bf16", "bf16", True), ("fp32", "fp32", False))
+"""What is rounded, to what, and whether without zero points."""
+
+INT32S = ("rows", "stride", "x_stride", "weight_stride")
+
+
+def main() -> None:
+    found = {}
+    for columns in LENGTHS:
+        rows, block, warps = host.tile(columns)
+        sizes = {"COLUMNS": columns, "ROWS": rows, "BLOCK": block}
+        for source, result, symmetric in KINDS:
+            pointers = {"x": source, "result": result, "scales": "fp32"} | ({} if symmetric else {"zeros": "fp32"})
+            grid = {"GIVEN": False, "SYMMETRIC": symmetric, "SCALE": tl.float32, "QMAX": 7, "LOW": -8, "HIGH": 7}
+            found[f"round {columns} {source} to {result}"] = compiled(device.round, pointers, grid | sizes, warps)
+    pointers = {"codes": "i8", "result": "bf16", "scales": "fp32"}
+    found[f"values {columns} to bf16"] = compiled(device.values, pointers, {"SYMMETRIC": True} | sizes, warps)
+    zeros = dict.fromkeys(("x_zeros", "weight_zeros", "x_sums", "weight_sums"), "i32")
+    for rows, more in ((64, zeros), (1024, zeros), (1024, {})):
+        pointers = {"x": "i8", "weight": "i8", "result": "bf16", "x_scales": "fp32", "weight_scales": "fp32"} | more
+        tile = host.product_tile(rows)
+        sizes = {"COLUMNS": 4096, "OUT": 11008, "ROWS": tile.rows, "OUTS": tile.outs, "INNER": tile.inner}
+        name = f"multiply {rows}{' with zeros' if more else ''} to bf16"
+        found[name] = compiled(device.multiply, pointers, {"ZEROS": bool(more)} | sizes, tile.warps, tile.stages)
+    print(json.dumps(found))
+
+
+def compiled(kernel: triton.JITFunction, pointers: dict, constants: dict, warps: int, stages: int = 3) -> dict:
+    """As host.py would have it, for tensors that begin at multiples of 16 bytes."""
+    signature = {name: f"*{kind}" for name, kind in pointers.items()} | dict.fromkeys(INT32S, "i32")
+    kinds = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kinds) if name in pointers or "stride" in name}
+    missing = {name: None for name, kind in kinds.items() if kind == "constexpr"}
+    source = ASTSource(kernel, kinds, missing | constants, aligned)
+    options = {"num_warps": warps, "num_stages": stages}
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    return {"spilled": spilled(ptx), "ptx": ptx}
+
+
+def spilled(ptx: str) -> int:
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    architecture = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    assert architecture
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [ptxas, "-v", f"--gpu-name={architecture[1]}", file.name, "-o", "/dev/null"]
+        said = subprocess.run(command, check=True, text=True, capture_output=True).stderr
+    return sum(int(count) for count in re.findall(r"(\d+) bytes spill stores", said))
+
+
+if __name__ == "__main__":
+    main()

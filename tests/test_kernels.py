@@ -1,0 +1,242 @@
+"""Our kernels for GPUs give the bits of the torch functions that they stand for. They run in Triton's interpreter here,
+which conftest.py switches on, and are compiled for an H100, on which they were not timed."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+if sys.platform != "linux":
+    pytest.skip("Triton is for Linux alone", allow_module_level=True)
+
+import triton
+from test_linear import make
+from triton.runtime import interpreter
+
+from qat.quant import kernels, number_format, products
+from qat.quant.kernels import host
+from qat.quant.number_format import Format, Quantized, dequantize, fake_quantize, quantize, round_to_grid
+from qat.quant.quantizers import QUANTIZERS
+from qat.quant.quantizers.base import Grid
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, where numbers are NaN or too large
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+METHODS = ["minmax", "minmax_asymmetric"]
+FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+INTEGERS = {4: torch.int32, 2: torch.int16, 1: torch.int8}
+
+
+@pytest.fixture(autouse=True)
+def rounding(monkeypatch) -> None:
+    """The interpreter cuts bits off where a GPU rounds; torch rounds as a GPU does."""
+    theirs = interpreter._convert_float
+
+    def convert(x, source, target, mode):
+        if not {source.name, target.name} <= FLOATS.keys():
+            return theirs(x, source, target, mode)
+        size = source.primitive_bitwidth // 8
+        floats = torch.from_numpy(x.view(f"int{8 * size}").copy()).view(FLOATS[source.name]).to(FLOATS[target.name])
+        bits = floats.view(INTEGERS[floats.element_size()]).numpy()
+        return bits.view(f"uint{8 * floats.element_size()}")
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
+
+
+@pytest.fixture
+def used(monkeypatch) -> list[str]:
+    """The kernels take the place of the torch functions; those that were called."""
+    names = []
+
+    class Own:
+        def __getattr__(self, name):
+            names.append(name)
+            return getattr(host, name)
+
+    monkeypatch.setattr(kernels, "on", lambda device: Own())
+    monkeypatch.setattr(products, "own_is_faster", lambda *_: True)
+    return names
+
+
+def hard(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """Numbers of all sizes, halves between codes, zeros of both signs, one sign alone, denormals, outliers, NaN,
+    infinity."""
+    generator = torch.Generator().manual_seed(columns)
+    x = torch.randn(rows, columns, generator=generator) * torch.logspace(-38, 30, rows)[:, None]
+    x[:12] = torch.randn(12, columns, generator=generator)
+    x[0], x[1], x[2] = 0, -0.0, torch.arange(columns) % 41 / 2 - 10
+    x[3], x[4], x[5], x[6] = x[3].abs(), -x[4].abs(), x[5] * 2e-38, 1e-42
+    x[7, 3], x[8, 1], x[9, 0], x[10, 2], x[11, 0] = 1e30, math.nan, -math.nan, math.inf, -math.inf
+    return x.to(dtype).to(DEVICE)
+
+
+def same(found, expected) -> bool:
+    """Equal in every bit, but for those of NaN."""
+    if expected is None or found is None or found.dtype != expected.dtype:
+        return found is expected is None
+    if not expected.dtype.is_floating_point:
+        return torch.equal(found, expected)
+    bits = INTEGERS[expected.element_size()]
+    nan = found.isnan() & expected.isnan()
+    return torch.equal(found.masked_fill(nan, 0).view(bits), expected.masked_fill(nan, 0).view(bits))
+
+
+def all_of(x: torch.Tensor, form: Format) -> list[torch.Tensor | None]:
+    """What quantizers make of x, by the functions that training calls."""
+    codes, grid = quantize(x, form)
+    values, found = round_to_grid(x, form)
+    other = Grid(grid.scale * 0.7, grid.zero_point)  # so that values lie beyond the last codes
+    on_other = quantize(x, form, other)
+    parts = [codes, *grid, values, *found, dequantize(Quantized(codes, grid), x.dtype)]
+    return [*parts, on_other.codes, round_to_grid(x, form, other)[0], dequantize(on_other, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("rows", "columns", "form"),
+    [
+        (40, 128, Format(4)),
+        (33, 128, Format(8, group_size=64)),
+        (33, 100, Format(2)),
+        (17, 13, Format(4, scale_dtype="bfloat16")),
+        (17, 48, Format(3, group_size=16, scale_dtype="float16")),
+    ],
+)
+def test_kernels_give_the_bits_of_torch(rows, columns, form, method, dtype, used, monkeypatch):
+    form = Format(form.bits, method, form.group_size, form.scale_dtype)
+    x = hard(rows, columns, dtype)
+    found = all_of(x, form)
+    assert set(used) == {"quantize", "quantize_on", "round_rows", "round_rows_on", "dequantize"}
+    monkeypatch.setattr(kernels, "on", lambda device: None)
+    expected = all_of(x, form)
+    assert [same(a, b) for a, b in zip(found, expected, strict=True)] == [True] * len(expected)
+
+
+@pytest.mark.parametrize("columns", [4096, 11008])
+@pytest.mark.parametrize("method", METHODS)
+def test_so_do_those_for_long_rows(columns, method):
+    x, by = hard(13, columns, torch.bfloat16), QUANTIZERS[method]
+    found = host.quantize(x, by, 127)
+    expected = number_format._fused_quantize.__wrapped__(x, by, 127)
+    assert all(same(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_rows_may_lie_apart_or_across(used):
+    x = hard(24, 40, torch.float32)
+    for strided in (x[:, :30], x[::2], x.t()):
+        expected = number_format._fused_round.__wrapped__(strided, QUANTIZERS["minmax"], 7)
+        assert same(round_to_grid(strided, Format(4))[0], expected[0])
+        one = Grid(torch.ones(1, 1, device=DEVICE).expand(len(strided), 1))  # one scale in memory for all rows
+        assert same(quantize(strided, Format(4), one).codes, strided.round().clamp(-7, 7).to(torch.int8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(
+    ("weight", "inputs", "multiplies"),
+    [
+        (Format(4), Format(8), True),
+        (Format(4, "minmax_asymmetric"), Format(8, "minmax_asymmetric"), True),
+        (Format(4, group_size=12), Format(8), False),
+        (Format(4), Format(16), False),
+        (Format(3, "statsq"), Format(8), True),
+    ],
+)
+def test_a_layer_of_kernels_is_the_layer_of_torch(weight, inputs, multiplies, dtype, used, monkeypatch):
+    """Forward and backward, and the rounding of a cache with its gradient."""
+    torch.manual_seed(0)
+    layer = make(weight, inputs).to(DEVICE, dtype)
+    x = torch.randn(3, 23, layer.in_features, device=DEVICE).to(dtype)
+    results = []
+    for _ in range(2):
+        row = x.clone().requires_grad_()
+        y = layer(fake_quantize(row, Format(4)))
+        y.backward(torch.ones_like(y) / 3)
+        results.append([y.detach(), row.grad, layer.weight.grad])
+        layer.weight.grad = None
+        assert ("multiply" in used) == multiplies
+        monkeypatch.setattr(kernels, "on", lambda device: None)
+    assert all(same(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("rows", [1, 17, 200])
+@pytest.mark.parametrize(("columns", "out"), [(128, 64), (300, 273)])
+def test_the_product_is_exact_and_scaled_as_by_torch(rows, columns, out, symmetric):
+    generator = torch.Generator().manual_seed(0)
+    method = METHODS[not symmetric]
+    x = quantize(torch.randn(rows, columns, generator=generator).to(DEVICE), Format(8, method))
+    weight = quantize(torch.randn(out, columns, generator=generator).to(DEVICE), Format(4, method))
+    for dtype in DTYPES[:2]:
+        expected = products.matmul_codes(x, weight, 7, dtype, products.float_blocks)
+        zeros = None if symmetric else products._zeros(x.grid, x.codes, weight)
+        found = host.multiply(x.codes, weight.codes, x.grid.scale, weight.grid.scale.view(1, -1), zeros, dtype)
+        assert same(found, expected)
+
+
+def test_what_they_cannot_do_torch_does(used):
+    """Other grids, other floats, rows too long to be kept in registers."""
+    minmax, x = QUANTIZERS["minmax"], torch.randn(3, 32, device=DEVICE)
+    assert host.quantize(x, QUANTIZERS["minmax_full"], 7) is None
+    assert host.quantize(x.double(), minmax, 7) is None
+    assert host.round_rows(torch.zeros(1, 40000, device=DEVICE), minmax, 7) is None
+    assert host.round_rows_on(x, torch.ones(3, 1, device=DEVICE), None, QUANTIZERS["ggml_q4_0"], 7) is None
+    assert host.dequantize(x.to(torch.float8_e4m3fn), torch.ones(3, 1, device=DEVICE), None, torch.float32) is None
+    for name in ("minmax_full", "nvfp4", "fp8", "ggml_q4_0"):
+        form = Format(QUANTIZERS[name].bits[-1], name, QUANTIZERS[name].group_size, tensor_scale=512.0)
+        assert round_to_grid(x, form)[0].shape == x.shape
+
+
+def test_cpus_have_none():
+    assert kernels.on("cpu") is None
+
+
+@pytest.mark.parametrize("breaks", [RuntimeError("no such GPU"), None])
+def test_kernels_that_do_not_run_or_give_other_codes_are_not_used(breaks, monkeypatch, caplog):
+    def run(rows, by, qmax):
+        if breaks:
+            raise breaks
+        return torch.zeros(rows.shape, dtype=torch.int8), torch.ones(len(rows), 1), None
+
+    monkeypatch.setattr(torch, "device", lambda kind: "cpu")
+    monkeypatch.setattr(host, "quantize", run)
+    assert kernels.on.__wrapped__("cuda") is None
+    assert ("no such GPU" if breaks else "are not those of torch") in caplog.text
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, dict]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, ROOT / "tests" / "compile_kernels.py"]
+    paths = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    done = subprocess.run(command, env=environment | {"PYTHONPATH": paths}, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_compiled_for_an_h100_no_register_is_spilled(compiled):
+    assert {name: kernel["spilled"] for name, kernel in compiled.items() if kernel["spilled"]} == {}
+
+
+def test_compiled_for_an_h100_every_operation_rounds_as_torchs_does(compiled):
+    for name, kernel in compiled.items():
+        arithmetic = set(re.findall(r"\b(?:div|mul|add|sub|fma|mad|cvt)\.[\w.]*f(?:32|16)[\w.]*", kernel["ptx"]))
+        assert not [one for one in arithmetic if "ftz" in one or "approx" in one or "full" in one or "fma" in one], name
+        assert ("div.rn.f32" in arithmetic) == name.startswith("round"), name
+        assert ("cvt.rn.bf16" in kernel["ptx"]) == name.endswith("to bf16"), name
+
+
+def test_compiled_for_an_h100_products_are_of_its_tensor_cores(compiled):
+    for name, kernel in compiled.items():
+        assert ("wgmma.mma_async.sync.aligned" in kernel["ptx"]) == name.startswith("multiply")
+        assert (".s32.s8.s8" in kernel["ptx"]) == name.startswith("multiply")
+
+
+def test_triton_is_one_that_was_tried():
+    assert triton.__version__ in ("3.6.0", "3.7.1"), "run this file with it, then add it here and in docs/training.md"

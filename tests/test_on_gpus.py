@@ -29,7 +29,7 @@ from qat.infer.integer_cache import IntegerCache
 from qat.ptq import METHODS as POST_TRAINING
 from qat.ptq import smoothquant
 from qat.ptq import stream as calibration
-from qat.quant import hadamard, products
+from qat.quant import hadamard, kernels, products
 from qat.quant.config import QuantConfig
 from qat.quant.kv_formats import KV_FORMATS, vllm_int4
 from qat.quant.kv_formats.integers import Integers
@@ -147,6 +147,7 @@ def gpu(student, guard, monkeypatch):
     monkeypatch.setattr(calibration, "device", lambda: GPU)
     monkeypatch.setattr(machine, "inference_dtype", lambda: torch.bfloat16)
     monkeypatch.setattr(products, "integer_product", lambda device, qmax: products.int_mm)  # a trial needs values
+    monkeypatch.setattr(kernels, "on", lambda device: None)
     monkeypatch.setattr(Decoder, "_new_graphs", lambda self: None)
     monkeypatch.setattr(model_folder, "check_runs", lambda model, directory: None)  # it computes without this mode
     hadamard.hadamard_matrix.cache_clear()
@@ -158,6 +159,24 @@ def gpu(student, guard, monkeypatch):
         yield
     hadamard.hadamard_matrix.cache_clear()
     vllm_int4._signs.cache_clear()
+
+
+@pytest.fixture
+def started(gpu, monkeypatch) -> list:
+    """Our kernels are used, and do nothing; the tensors that each of those that started was given."""
+    host = pytest.importorskip("qat.quant.kernels.host", reason="Triton is for Linux alone")
+    calls = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **how: calls.append([x for x in args if isinstance(x, Tensor)])
+
+    for name in ("round", "values", "multiply"):
+        monkeypatch.setattr(host.device, name, Kernel())
+    monkeypatch.setattr(host, "_on_device", lambda x: nullcontext())
+    monkeypatch.setattr(kernels, "on", {"cuda": host}.get)
+    monkeypatch.setattr(products, "own_is_faster", lambda *trial: True)
+    return calls
 
 
 class Read:
@@ -257,6 +276,20 @@ def test_a_students_forward_and_backward(quant, dtype, gpu):
     model = prepared(model_on_gpu(dtype), quant)
     check_layers(model, dtype)
     check(model(tokens_on_gpu()).logits, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("quant", [QUANTS[0], QUANTS[3], QUANTS[5]], ids=["symmetric", "zero points", "groups"])
+def test_a_students_kernels(quant, dtype, started):
+    """What they are given and make lies on the GPU, in memory as they read it."""
+    model = prepared(model_on_gpu(dtype), quant)
+    check_layers(model, dtype)
+    check(model(tokens_on_gpu()).logits, dtype)
+    assert started
+    for first, *others in started:
+        assert first.device == GPU
+        assert first.stride(1) == 1
+        assert all(x.device == GPU and x.is_contiguous() for x in others if x.dtype != torch.int8)
 
 
 @pytest.mark.parametrize("quant", [QuantConfig(), VOCABULARY], ids=["decoder", "vocabulary too"])

@@ -10,7 +10,7 @@ from torch import Tensor
 from gpu_checks.bench import Bench, device_seconds, seconds
 from qat.infer.integer_cache import IntegerLayer
 from qat.ptq.gptq import GPTQConfig, error_of, gptq, hessian_of
-from qat.quant import fused, products
+from qat.quant import fused, kernels, products
 from qat.quant.kv_cache import KVQuantizer
 from qat.quant.kv_formats import KV_FORMATS
 from qat.quant.kv_formats.integers import Integers
@@ -32,6 +32,55 @@ def quantizers(bench: Bench) -> tuple[dict, dict]:
         share[length] = _different(quantize(x, form).codes, quantize(x.to(bench.device), form).codes) / x.numel()
     figures = {**found, "codes_that_differ_where_sums_do": max(share.values())}
     return figures, {"equal": not found["mismatches"], "statsq": max(share.values()) < 1e-3}
+
+
+def row_kernels(bench: Bench) -> tuple[dict, dict]:
+    """Our kernels that quantize: the bits of eager code on the CPU; microseconds of a call beside those of the compiled
+    function, which has met the shapes in this order. Of a few numbers it is the host's time."""
+    if kernels.on(bench.device.type) is None:
+        return {}, {"on a CPU": bench.device.type == "cpu"}
+    found = _compare(bench, "kernels", [Format(bits, method) for bits in (2, 4, 8) for method in _MINMAX])
+    s, us = bench.shapes, {}
+    for name, shape, form in (
+        ("weight", (s.intermediate, s.hidden), _W4),
+        ("weight, groups of 64", (s.intermediate, s.hidden), Format(4, group_size=64)),
+        ("input", (s.tokens, s.hidden), Format(8)),
+        ("long input", (s.tokens, s.intermediate), Format(8)),
+        ("keys", (s.heads * s.tokens, s.hidden // s.heads), _W4),
+        ("a few numbers", (64, 64), _W4),
+    ):
+        x = torch.randn(shape, device=bench.device, dtype=bench.dtype)
+        codes = quantize(x, form)
+        for mode in ("compiled", "kernels"):
+            with _mode(mode):
+                us[f"{name}, {mode}"] = {
+                    "quantize": 1e6 * device_seconds(lambda: quantize(x, form), 50),  # noqa: B023
+                    "round": 1e6 * device_seconds(lambda: round_to_grid(x, form), 50),  # noqa: B023
+                    "dequantize": 1e6 * device_seconds(lambda: dequantize(codes, bench.dtype), 50),  # noqa: B023
+                }
+    return {**found, "us": us}, {"equal": not found["mismatches"]}
+
+
+def product_kernel(bench: Bench) -> tuple[dict, dict]:
+    """Our kernel for integer products, which scales its sums: the numbers of the two steps that it takes the place of;
+    microseconds beside theirs."""
+    own = kernels.on(bench.device.type)
+    if own is None:
+        return {}, {"on a CPU": bench.device.type == "cpu"}
+    s, us, mismatches = bench.shapes, {}, 0
+    product = products.integer_product(bench.device, _W4.qmax)
+    weight = quantize(torch.randn(s.intermediate, s.hidden, device=bench.device), _W4)
+    for rows in s.rows:
+        x = quantize(torch.randn(rows, s.hidden, device=bench.device), Format(8))
+        scales = x.grid.scale.view(-1, 1), weight.grid.scale.view(1, -1)
+        steps = {
+            "two steps": lambda: products.matmul_codes(x, weight, _W4.qmax, bench.dtype, product),  # noqa: B023
+            "kernel": lambda: own.multiply(x.codes, weight.codes, *scales, None, bench.dtype),  # noqa: B023
+        }
+        mismatches += _different(*(call() for call in steps.values()))
+        us[rows] = {name: 1e6 * device_seconds(call, 50) for name, call in steps.items()}
+    used = products.own_is_faster(product, bench.device, _W4.qmax)
+    return {"used": used, "mismatches": mismatches, "us_by_rows": us}, {"equal": not mismatches}
 
 
 def compiled_quantizers(bench: Bench) -> tuple[dict, dict]:
@@ -169,8 +218,13 @@ def _different(a: Tensor, b: Tensor) -> int:
 
 @contextmanager
 def _mode(mode: str) -> Iterator[None]:
-    if mode == "compiled":
+    """Run fused functions eagerly, compiled, or by our kernels where there are some."""
+    if mode == "kernels":
         yield
         return
-    with patch.object(fused, "compiles", lambda device: False):
-        yield
+    with patch.object(kernels, "on", lambda device: None):
+        if mode == "compiled":
+            yield
+            return
+        with patch.object(fused, "compiles", lambda device: False):
+            yield

@@ -1,7 +1,7 @@
 """Compiles our kernels for an H100, which needn't be there, with the compiler that comes with Triton.
 
-Prints JSON: for each kernel and size, the bytes of its spilled registers, and its code in PTX. To be run without
-TRITON_INTERPRET.
+Prints JSON: for each kernel and size, the bytes of its stack, where spilled registers go, and its code in PTX. To be
+run without TRITON_INTERPRET.
 """
 
 import json
@@ -53,20 +53,19 @@ def compiled(kernel: triton.JITFunction, pointers: dict, constants: dict, warps:
     missing = {name: None for name, kind in kinds.items() if kind == "constexpr"}
     source = ASTSource(kernel, kinds, missing | constants, aligned)
     options = {"num_warps": warps, "num_stages": stages}
-    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-    return {"spilled": spilled(ptx), "ptx": ptx}
+    code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm
+    return {"stack": stack(code["cubin"]), "ptx": code["ptx"]}
 
 
-def spilled(ptx: str) -> int:
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    architecture = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
-    assert architecture
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
+def stack(cubin: bytes) -> int:
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
         file.flush()
-        command = [ptxas, "-v", f"--gpu-name={architecture[1]}", file.name, "-o", "/dev/null"]
-        said = subprocess.run(command, check=True, text=True, capture_output=True).stderr
-    return sum(int(count) for count in re.findall(r"(\d+) bytes spill stores", said))
+        command = [cuobjdump, "--dump-resource-usage", file.name]
+        said = subprocess.run(command, check=True, text=True, capture_output=True).stdout
+    (found,) = re.findall(r"STACK:(\d+)", said)
+    return int(found)
 
 
 if __name__ == "__main__":

@@ -220,7 +220,7 @@ def compiled() -> dict[str, dict]:
 
 
 def test_compiled_for_an_h100_no_register_is_spilled(compiled):
-    assert {name: kernel["spilled"] for name, kernel in compiled.items() if kernel["spilled"]} == {}
+    assert {name: kernel["stack"] for name, kernel in compiled.items() if kernel["stack"]} == {}
 
 
 def test_compiled_for_an_h100_every_operation_rounds_as_torchs_does(compiled):

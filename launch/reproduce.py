@@ -25,9 +25,9 @@ import yaml
 
 from datagen.sampling import STRATEGIES
 from launch import cli
-from launch.paper import claims, plots
+from launch.paper import claims, plots, served
 from launch.stages import CPU_ONLY, Stages, free_port, interrupt
-from qat.evaluate import heldout
+from qat.evaluate import heldout, llama_quantize
 from qat.ptq import METHODS
 from qat.quant.config import QuantConfig
 from qat.runtime.errors import UserError, check_choice, check_least, differences
@@ -37,13 +37,14 @@ from qat.store import models, smollm2
 from qat.train import checkpoint
 from qat.train.loop import CHECKPOINTS, FINAL, LOG, TrainConfig
 
-TABLES = ("main", "recipes", "kv", "distillation", "quantizers", "data")
+TABLES = ("main", "recipes", "kv", "distillation", "quantizers", "data", "served")
 
 _LAUNCH = Path(__file__).parent
 _ROOT = _LAUNCH.parent
 _RECIPES = _LAUNCH / "recipes" / "reproduce"
 _PTQ = tuple(name for name in METHODS if name != "rtn")  # RTN needs no stage: launch/evaluate.py rounds by itself
-_METHODS = ("full_precision", *METHODS, "qat")
+_LLAMA_CPPS = {f"llama_{kind}": kind for kind in llama_quantize.KINDS}
+_METHODS = ("full_precision", *METHODS, "qat", *_LLAMA_CPPS)
 _CALIBRATION = 64
 """Number of sequences that the post-training methods calibrate on."""
 
@@ -57,9 +58,10 @@ class Reproduction:
 
     Args:
         model: a Hugging Face directory or hub name
-        tables: tables, with commas between: main, recipes, kv, distillation, quantizers, data
+        tables: tables, with commas between: main, recipes, kv, distillation, quantizers, data,
+            served
         cells: only cells whose name matches one of these patterns, with commas between, say qat_4-8-4*; a cell's
-            accuracy is called qat_4-8-4.tasks
+            accuracy is called qat_4-8-4.tasks, what llama.cpp serves of it qat_4-8-4.served
         minutes: stop cleanly after this many; 0 for no limit
         output: folder of the results
         work: folder of everything else: training data, runs
@@ -112,7 +114,8 @@ class Cell:
     """One cell of a table: a method and its settings.
 
     Args:
-        method: full_precision, qat, or a method of launch/quantize.py
+        method: full_precision, qat, a method of launch/quantize.py, or llama_ with one of llama.cpp's own, which are
+            only served
         quant: what is quantized, and how
         budget: of the training and of the measurement
         data: what is trained or calibrated on: top1, sample or hybrid (written by the teacher), or a text
@@ -137,11 +140,14 @@ class Cell:
         """Return all settings that differ from the usual ones."""
         usual = Cell(self.method, dataclasses.replace(QuantConfig(), **_bits(str(self.quant))), Budget())
         own, others = _flat(self), _flat(usual)
-        return [f"{key}={own[key]}" for key in own if own[key] != others[key]]
+        changed = {key: value for key, value in own.items() if value != others.get(key)}
+        for pattern, settings in changed.pop("overrides", {}).items():
+            changed |= {f"{pattern}.{key}": value for key, value in settings.items()}
+        return [f"{key}={value}" for key, value in changed.items()]
 
     @property
     def name(self) -> str:
-        return "_".join([self.method, str(self.quant), *self.changes])
+        return "_".join([self.method, str(self.quant), *self.changes]).replace("/", "+")  # it names files
 
 
 @dataclass(frozen=True)
@@ -157,17 +163,33 @@ class Tasks:
     limit: int = 200
 
 
+@dataclass(frozen=True)
+class Served:
+    """The KV caches with which a cell is measured in llama.cpp, in place of its simulation.
+
+    Args:
+        caches: as launch/evaluate.py takes it; "" for none
+    """
+
+    caches: str = ""
+
+
 class Job(NamedTuple):
-    """A measurement of a cell: its perplexity and KL or, with ``tasks``, its accuracy; and its priority: the lowest
-    number comes first."""
+    """A measurement of a cell: its perplexity and KL, also as it is ``served``, or, with ``tasks``, its accuracy; and
+    its priority: the lowest number comes first."""
 
     priority: int
     cell: Cell
-    tasks: Tasks | None
+    tasks: Tasks | None = None
+    served: Served | None = None
+
+    @property
+    def kind(self) -> str:
+        return "tasks" if self.tasks else "served" if self.served else "texts"
 
     @property
     def name(self) -> str:
-        return f"{self.cell.name}.tasks" if self.tasks else self.cell.name
+        return self.cell.name if self.kind == "texts" else f"{self.cell.name}.{self.kind}"
 
 
 def main() -> int:
@@ -227,20 +249,22 @@ def _jobs(settings: dict[str, Any], path: Path) -> list[Job]:
         names = [field.name for field in fields(kind) if field.name in settings]
         return {name: settings.pop(name) for name in names}
 
-    tasks = Tasks(**take(Tasks))
+    tasks, in_llama_cpp = Tasks(**take(Tasks)), Served(**take(Served))
     cell = Cell(quant=QuantConfig(**take(QuantConfig)), budget=Budget(**take(Budget)), **take(Cell))
     if settings:
         raise UserError(f"{path} has {min(settings)!r}, which is no setting of a cell.")
-    return [Job(priority, cell, None)] + ([Job(tasks_priority, cell, tasks)] if tasks.tasks else [])
+    if in_llama_cpp.caches:
+        return [Job(priority, cell, served=in_llama_cpp)]
+    return [Job(priority, cell), *([Job(tasks_priority, cell, tasks)] if tasks.tasks else [])]
 
 
 def queue(tables: dict[str, list[Job]], patterns: str) -> list[Job]:
     """Return the chosen jobs of all tables, each once: by priority, then in the order of the tables."""
     jobs = sorted((job for jobs in tables.values() for job in jobs), key=lambda job: job.priority)
     chosen = [job for job in jobs if any(fnmatch.fnmatch(job.name, pattern) for pattern in patterns.split(","))]
-    unique: dict[tuple[Cell, Tasks | None], Job] = {}
+    unique: dict[tuple[Any, ...], Job] = {}
     for job in chosen:
-        unique.setdefault((job.cell, job.tasks), job)
+        unique.setdefault(job[1:], job)
     return list(unique.values())
 
 
@@ -270,13 +294,14 @@ class _Runner:
     def _claim_cell(self, job: Job, folder: Path) -> None:
         """Raise UserError if the work in ``folder`` was made with other settings, which its name does not show."""
         folder.mkdir(parents=True, exist_ok=True)
-        record, settings = folder / "cell.json", self.settings(job._replace(tasks=None))
+        record, settings = folder / "cell.json", self.settings(Job(0, job.cell))
         if record.exists() and (listed := differences(json.loads(record.read_text()), settings)):
             raise UserError(f"{folder} holds work of other settings ({listed}): delete it, or give another --work.")
         write_atomically(record, json.dumps(settings, indent=1) + "\n")
 
     def settings(self, job: Job) -> dict[str, Any]:
-        return {"model": self.fingerprint, **_flat(job.cell), **(asdict(job.tasks) if job.tasks else {})}
+        more = job.tasks or job.served
+        return {"model": self.fingerprint, **_flat(job.cell), **(asdict(more) if more else {})}
 
     def path(self, job: Job) -> Path:
         return self.cells / f"{job.name}.json"
@@ -290,12 +315,17 @@ class _Runner:
         folder = self.work / "cells" / cell.name
         self._claim_cell(job, folder)
         stages = Stages(folder / "stages.json", self.environment, self.deadline)
-        self._make(cell, folder, stages)
-        evaluation = folder / ("tasks.json" if job.tasks else "texts.json")
+        self._make(job, folder, stages)
+        evaluation = folder / f"{job.kind}.json"
         evaluate = [sys.executable, _LAUNCH / "evaluate.py", "--output", evaluation]
-        if cell.method == "rtn":
+        if job.served:
+            evaluate += ["--engine=llama.cpp", "--cache", job.served.caches]
+        if cell.method in _LLAMA_CPPS:
+            evaluate += ["--method", _LLAMA_CPPS[cell.method]]
+        if on_the_fly := cell.method == "rtn" and not job.served:
             evaluate += ["--method=rtn", *_flags(cell.quant)]
-        evaluate += ["--model", folder / FINAL if (folder / FINAL).exists() else self.model]
+        has_own = (folder / FINAL).exists() and not on_the_fly
+        evaluate += ["--model", folder / FINAL if has_own else self.model]
         if job.tasks:
             evaluate += ["--text=none", "--tasks", job.tasks.tasks, "--limit", job.tasks.limit]
         else:
@@ -320,13 +350,14 @@ class _Runner:
         if not (keep_model or self.reproduction.keep_models):
             shutil.rmtree(folder / FINAL, ignore_errors=True)
 
-    def _make(self, cell: Cell, folder: Path, stages: Stages) -> None:
+    def _make(self, job: Job, folder: Path, stages: Stages) -> None:
         """Make the cell's model, if it has one of its own that does not exist yet."""
+        cell = job.cell
         if (folder / FINAL).exists():
             return
         if cell.method == "qat":
             self._train(cell, folder, stages)
-        elif cell.method in _PTQ:
+        elif cell.method in _PTQ or (cell.method == "rtn" and job.served):
             self._quantize(cell, cell.method, folder / FINAL, stages)
 
     def _quantize(self, cell: Cell, method: str, output: Path, stages: Stages) -> None:
@@ -385,11 +416,18 @@ class _Runner:
 
     def collect(self, tables: dict[str, list[Job]]) -> None:
         """Write the results so far: each table as JSON, and all of them as a page with plots."""
-        done = {(job.cell.name, bool(job.tasks)): job for jobs in tables.values() for job in jobs if self.is_done(job)}
+        done = {(job.cell.name, job.kind): job for jobs in tables.values() for job in jobs if self.is_done(job)}
         found = {key: json.loads(self.path(job).read_text()) for key, job in done.items()}
-        cells, accuracies = ({name: found[name, kind] for name, kind in found if kind == of} for of in (False, True))
+        cells, accuracies, in_llama_cpp = (
+            {name: found[name, kind] for name, kind in found if kind == of} for of in ("texts", "tasks", "served")
+        )
         output = self.reproduction.output
         names = {table: list(dict.fromkeys(job.cell.name for job in jobs)) for table, jobs in tables.items()}
+        to_serve = names.pop("served", [])
+        shown = [in_llama_cpp[name] for name in to_serve if name in in_llama_cpp]
+        write_atomically(output / "served.json", json.dumps(served.rows(shown), indent=1) + "\n")
+        if shown:
+            plots.plot_served(shown, output / "served.png")
         for table, listed in names.items():
             rows = [_row(cells[name], accuracies.get(name)) for name in listed if name in cells]
             write_atomically(output / f"{table}.json", json.dumps(rows, indent=1) + "\n")
@@ -397,7 +435,8 @@ class _Runner:
                 plots.plot_cells([cells[name] for name in listed if name in cells], output / f"{table}.png")
         averages = claims.zero_shot_averages(accuracies)
         plots.plot_bits([*cells.values()], averages, claims.SETTINGS, output / "bits.png")
-        write_atomically(output / "README.md", claims.markdown(names, cells, accuracies))
+        page = claims.markdown(names, cells, accuracies, served.markdown(shown, len(to_serve)))
+        write_atomically(output / "README.md", page)
 
 
 def _settings_of(path: Path) -> dict[str, Any]:

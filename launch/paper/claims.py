@@ -262,13 +262,16 @@ RECIPES_4_8_4 = {
 # Markdown.
 
 
-def markdown(tables: Mapping[str, list[str]], cells: Mapping[str, Cell], accuracies: Mapping[str, Cell]) -> str:
+def markdown(
+    tables: Mapping[str, list[str]], cells: Mapping[str, Cell], accuracies: Mapping[str, Cell], served: str = ""
+) -> str:
     """Return the page of results: the claims, then every table.
 
     Args:
         tables: the names of each table's cells, in order
         cells: what each cell measured on texts, by name
         accuracies: what each cell measured on tasks, by name
+        served: the section on what is served
     """
     claims = [
         "| claim of the paper | at this scale | KL of the first less KL of the second, nats per token |",
@@ -285,6 +288,7 @@ def markdown(tables: Mapping[str, list[str]], cells: Mapping[str, Cell], accurac
         parts += [f"## {TITLES[table]}", _table(there, cells, accuracies), f"{len(there)} of {len(names)} cells."]
         parts += filter(None, [_in_floats(there, cells)])
         parts += [f"![{TITLES[table]}]({table}.png)"] if there else []
+    parts += filter(None, [served])
     parts += ["## Perplexity and accuracy against bits", "![The four methods in the paper's settings](bits.png)"]
     return "\n\n".join(parts) + "\n"
 

@@ -2,7 +2,6 @@
 
 import gc
 import json
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +22,7 @@ from qat.store import models
 from qat.train import checkpoint, deepspeed_json, engines, plan
 from qat.train.checkpoint import TrainState
 from qat.train.distill import Distiller, TeacherTargets
-from qat.train.loop import TrainConfig, take_step
+from qat.train.loop import TrainConfig, read, take_step
 
 _QUANT = QuantConfig(4, 8, 4)
 _CONFIG = TrainConfig(steps=100, lr=1e-3, batch_size=1)
@@ -57,7 +56,7 @@ class _Run:
     def steps(self, data: Any, count: int) -> list[float]:
         """The losses of the next steps."""
         step = lambda: take_step(self.student, self.teacher, data, _CONFIG, self.state, self._stop)  # noqa: E731
-        return [step()[0]["loss"] for _ in range(count)]
+        return [read(step(), _CONFIG, self.state, Path())[0]["loss"] for _ in range(count)]
 
     @property
     def frequencies(self) -> Tensor:
@@ -185,7 +184,7 @@ def _plain_losses(bench: Bench, model: Path, lengths: list[int]) -> list[float]:
         optimizer.param_groups[0]["lr"] = _CONFIG.lr * _CONFIG.lr_factor(step)
         ids = bench.ids(length, step).to(bench.device)
         with torch.no_grad():
-            targets = TeacherTargets(predicting(teacher, ids), lambda: nullcontext(teacher.lm_head.weight))
+            targets = TeacherTargets(predicting(teacher, ids), teacher.lm_head.weight)
         loss, _ = student(ids, targets)
         loss.backward()
         for master, parameter in zip(masters, student.parameters(), strict=True):

@@ -6,6 +6,7 @@ The formulas are those of qat/train/plan.py; docs/training.md explains them.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -78,9 +79,8 @@ def main() -> None:
         device = "cuda" if deepspeed_json.dtype(student_json) == torch.bfloat16 else "cpu"
         checkpointing, packed = question.gradient_checkpointing, question.micro_batch_size
         memory = 0.0 if question.teacher_deepspeed else machine.gpu_memory * 1e9
-        plans[student.name] = plan.with_whole_teacher(
-            memory, config, student_json, teacher_json, machine, question.tokens, device, checkpointing, packed
-        )
+        given = (config, student_json, teacher_json, machine, question.tokens, device, checkpointing, packed)
+        plans[student.name] = plan.with_whole_teacher(memory, partial(plan.training, *given))
     Console(width=140).print(table(question, machine, plans))
     fitting = [name for name, found in plans.items() if not found.missing(machine)]
     if not fitting:

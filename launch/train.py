@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -241,9 +242,8 @@ def plan_of(
     nodes = cli.ranks() // local_ranks()
     ranks = Machine(gpus=cli.ranks(), nodes=nodes if nodes and cli.ranks() % nodes == 0 else 1)
     kind, checkpointing, packed = device().type, config.gradient_checkpointing, config.micro_batch_size
-    return plan.with_whole_teacher(
-        memory_for_whole, model, student, teacher, ranks, tokens, kind, checkpointing, packed, quant
-    )
+    given = (model, student, teacher, ranks, tokens, kind, checkpointing, packed, quant)
+    return plan.with_whole_teacher(memory_for_whole, partial(plan.training, *given))
 
 
 def warn_if_short(planned: Plan) -> None:

@@ -178,11 +178,7 @@ class Teacher:
 
     def __init__(self, model: str, ds_config: dict[str, Any], loss: str = "logits", whole: bool = False):
         self._loss = LOSSES[loss]
-        if whole:
-            self.language_model = models.load(model, deepspeed_json.dtype(ds_config))
-            machine.place(self.language_model)
-        else:
-            self.language_model = _read_partitioned(model, ds_config)
+        self.language_model = (_read_whole if whole else _read_partitioned)(model, ds_config)
         self.language_model.requires_grad_(False)
         speed_up(self.language_model)
         weight = architecture.output_layer(self.language_model).weight
@@ -269,6 +265,15 @@ def _read_partitioned(model: str, ds_config: dict[str, Any]) -> PreTrainedModel:
         language_model = models.load(model, deepspeed_json.dtype(ds_config))
     models.renew_rope(language_model)
     machine.place(architecture.rotation(language_model))  # zero.Init has placed the rest
+    return language_model
+
+
+def _read_whole(model: str, ds_config: dict[str, Any]) -> PreTrainedModel:
+    """Load the whole model at ``model`` onto each rank's device; at once onto a GPU, since the host may have no room
+    for one copy of each rank."""
+    language_model = models.load(model, deepspeed_json.dtype(ds_config), device_map=machine.device())
+    models.renew_rope(language_model)
+    machine.place(architecture.rotation(language_model))
     return language_model
 
 

@@ -4,7 +4,7 @@ docs/training.md explains them, with what they were checked against. Nothing is 
 device from its config.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -131,11 +131,11 @@ def at_once(passing: Mapping[str, float]) -> float:
     return sum(passing.values()) - min(passing["activations"] + passing["logits"], passing["optimizer step"])
 
 
-def with_whole_teacher(memory: float, *given: Any, **settings: Any) -> Plan:
-    """Plan as ``training`` does, given the same: with the whole teacher on each rank if that leaves a tenth of its
-    ``memory`` (bytes), since plans are estimates; else with a sharded one."""
-    whole = training(*given, **settings, whole_teacher=True)
-    return whole if whole.peak <= _FILLED * memory else training(*given, **settings)
+def with_whole_teacher(memory: float, planned: Callable[..., Plan]) -> Plan:
+    """Return the plan with the whole teacher on each rank, if that leaves a tenth of its ``memory`` (bytes), since
+    plans are estimates; else the one with a sharded teacher. ``planned`` is ``training`` with all else given."""
+    whole = planned(whole_teacher=True)
+    return whole if whole.peak <= _FILLED * memory else planned()
 
 
 def training(

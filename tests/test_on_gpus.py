@@ -8,6 +8,7 @@ import ctypes
 import functools
 import shutil
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 

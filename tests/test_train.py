@@ -132,7 +132,7 @@ def test_two_sharded_ranks_equal_one_plain_process(run, weights, tiny_directory,
             total += loss.item() / 2
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), CONFIG.gradient_clipping)
         optimizer.step()
-        # Equal to the last bit until one code of a weight rounds otherwise: the norm that clips is summed in another order.
+        # Equal, until a code of a weight rounds otherwise: the norm that clips is summed in another order.
         assert record["loss"] == pytest.approx(total, rel=5e-5), f"step {step}"
         assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-3), f"step {step}"
     ours = dict(student.student.named_parameters())

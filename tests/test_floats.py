@@ -24,6 +24,7 @@ from qat.quant.number_format import (  # noqa: E402
     fake_quantize,
     grid_of,
     inside,
+    may_clip,
     quantize,
     round_to_grid,
 )
@@ -169,6 +170,22 @@ def test_what_saturates_gets_no_gradient():
     assert x.grad.flatten().tolist() == [float(value <= 3136) for value in x.flatten()]
 
 
+@given(blocks(), st.sampled_from([1.0, 672.0, 2.0**-20, 2.0**9, 5e4]))
+def test_where_the_scales_say_so_nothing_was_clipped(x, tensor_scale):
+    form = Format(4, "nvfp4", 16, tensor_scale=tensor_scale)
+    grid = grid_of(x, form)
+    assert may_clip(form, grid) or inside(x, form, grid).all()
+
+
+def test_scales_say_so_but_for_the_smallest_and_the_largest():
+    form = Format(4, "nvfp4", 16, tensor_scale=512.0)
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    assert not may_clip(form, grid_of(x, form))
+    assert may_clip(form, grid_of(torch.cat([x, x[:1] * 100]), form))
+    assert may_clip(form, grid_of(torch.cat([x, x[:1] * 1e-5]), form))
+    assert may_clip(form, grid_of(torch.cat([x, x[:1] * math.nan]), form))
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_nan_stays_in_its_own_group_and_a_scale_that_nobody_set_is_noticed(name):
     x = torch.ones(2, 32)
@@ -199,6 +216,19 @@ def test_rounding_is_to_the_nearest_number_and_to_even_between_two(mantissa, nor
     same(round_(below), numbers[:-1])
     same(round_(above), numbers[1:])
     assert round_(torch.tensor([largest * 1.1, -1e30])).tolist() == [largest, -largest]
+
+
+@pytest.mark.parametrize(("mantissa", "normal", "largest"), [(1, 2.0, 12.0), (3, 2.0**-6, 448.0)])
+def test_rounding_has_the_bits_of_a_division_by_the_step(mantissa, normal, largest):
+    """The sign of zero and NaN for infinity among them; for all numbers of bf16, and many of fp32."""
+    bf16 = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    bits = torch.randint(-(2**31), 2**31, (1_000_000,), generator=torch.Generator().manual_seed(0))
+    x = torch.cat([bf16, bits.to(torch.int32).view(torch.float32)])
+    step = torch.ldexp(torch.ones_like(x), torch.frexp(x.abs().clamp(min=normal)).exponent - 1 - mantissa)
+    step = torch.where(x.isfinite(), step, torch.nan)
+    expected, got = (torch.round(x / step) * step).clamp(-largest, largest), nearest(x, mantissa, normal, largest)
+    same(got, expected)
+    assert torch.equal(got.signbit()[x.isfinite()], expected.signbit()[x.isfinite()])
 
 
 @given(st.floats(-448, 448, width=32))

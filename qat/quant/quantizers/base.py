@@ -127,6 +127,10 @@ class Quantizer:
         low, high = (-qmax - 1 - grid.zero_point) * grid.scale, (qmax - grid.zero_point) * grid.scale
         return (low <= rows) & (rows <= high)
 
+    def may_clip(self, grid: Grid) -> bool:
+        """Return whether a value may lie beyond the last codes of the grid that its group gave."""
+        return self.clips
+
     def to_bits(self, codes: Tensor) -> Tensor:
         """Return codes, of ``code_dtype``, as they are kept in memory: in the last bits of an int8."""
         return codes.view(torch.int8)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qat.quant.quantizers.base import Grid, Quantizer, divided
-from qat.quant.quantizers.minifloat import E2M1, E2M1_MAX, E4M3, E4M3_MAX, nearest_e4m3
+from qat.quant.quantizers.minifloat import E2M1, E2M1_MAX, E4M3, E4M3_MAX, E4M3_NORMAL, nearest_e4m3
 
 _SMALLEST = 0.125
 _HEADROOM = 1
@@ -57,6 +57,13 @@ class NVFP4(E2M1):
         """A block's scale follows its largest value but for rounding, so values up to 7 times it pass, which e2m1 would
         round to 6 if it went on: beyond are those of a scale that is saturated, or subnormal."""
         return rows.abs() <= grid.scale * 14
+
+    def may_clip(self, grid: Grid) -> bool:
+        """Look at the scales, which are few, on CPUs; to look at a GPU's is to wait for it."""
+        if grid.scale.device.type != "cpu":
+            return True
+        least, most = (2 * scale.item() * self.tensor_scale.item() for scale in grid.scale.aminmax())
+        return not (E4M3_NORMAL <= least and most < E4M3_MAX)  # True for NaN
 
     def scale_to_bits(self, scale: Tensor) -> Tensor:
         return nearest_e4m3(scale * 2 * self.tensor_scale).to(E4M3).view(torch.uint8)

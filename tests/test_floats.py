@@ -38,6 +38,7 @@ FORMATS = {
     "mxfp4": Format(4, "mxfp4", 32),
     "fp8": Format(8, "fp8"),
     "fp8 in groups": Format(8, "fp8", 32),
+    "fp8_tensor": Format(8, "fp8_tensor", tensor_scale=2.0**-6),
 }
 SCHEMES = {"nvfp4": "NVFP4A16", "mxfp4": "MXFP4A16", "fp8": "FP8_DYNAMIC"}
 X = ((37 * torch.arange(64)) % 64 - 31).float()[None] / 8
@@ -186,7 +187,27 @@ def test_scales_say_so_but_for_the_smallest_and_the_largest():
     assert may_clip(form, grid_of(torch.cat([x, x[:1] * math.nan]), form))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@given(blocks(), st.integers(-12, 12))
+def test_fp8_of_a_tensor_is_that_of_compressed_tensors_and_clips(x, exponent):
+    """Whose scale is any number; and dividing by ours is multiplying by its inverse."""
+    form, scale = Format(8, "fp8_tensor", tensor_scale=2.0**exponent), torch.tensor([2.0**exponent])
+    args = preset_name_to_scheme("FP8", ["Linear"]).weights
+    codes = theirs.quantize(x, scale, torch.zeros(1), args)
+    values, grid = round_to_grid(x, form)
+    same(quantize(x, form).codes, codes)
+    same(values, codes.float() * scale)
+    same(values.bfloat16(), values)
+    assert torch.equal(inside(x, form, grid), x.abs() <= 448 * scale)
+
+
+@given(st.floats(1e-25, 1e25))
+def test_a_tensor_in_fp8_fits_its_scale(largest):
+    scale = FORMATS["fp8_tensor"].by.scale_of_tensor(largest)
+    assert math.frexp(scale)[0] == 0.5
+    assert 224 * (1 - 1e-6) <= largest / scale <= 448 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "fp8_tensor"])
 def test_nan_stays_in_its_own_group_and_a_scale_that_nobody_set_is_noticed(name):
     x = torch.ones(2, 32)
     x[0, 3] = math.nan
@@ -236,7 +257,7 @@ def test_rounding_to_e4m3_is_torchs_cast(x):
     same(nearest_e4m3(torch.tensor([x])), torch.tensor([x]).to(E4M3))
 
 
-@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "fp8"])
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "fp8", "fp8_tensor"])
 def test_compiled_equals_eager_bit_for_bit(name):
     """Denormal and huge blocks, zeros, halves and NaN; and another scale of the tensor compiles nothing again."""
     needs_compiler()

@@ -2,6 +2,7 @@
 
 from qat.quant.quantizers.base import Quantizer
 from qat.quant.quantizers.fp8 import FP8
+from qat.quant.quantizers.fp8_tensor import FP8Tensor
 from qat.quant.quantizers.ggml_q4_0 import GgmlQ4_0
 from qat.quant.quantizers.ggml_q5_0 import GgmlQ5_0
 from qat.quant.quantizers.ggml_q8_0 import GgmlQ8_0
@@ -33,6 +34,7 @@ QUANTIZERS: Table[Quantizer] = Table(
     nvfp4=NVFP4(),
     mxfp4=MXFP4(),
     fp8=FP8(),
+    fp8_tensor=FP8Tensor(),
 )
 
 

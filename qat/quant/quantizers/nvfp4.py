@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qat.quant.quantizers.base import Grid, Quantizer, divided
+from qat.quant.quantizers.base import Grid, divided
 from qat.quant.quantizers.minifloat import E2M1, E2M1_MAX, E4M3, E4M3_MAX, E4M3_NORMAL, nearest_e4m3
 
 _SMALLEST = 0.125
@@ -35,12 +35,7 @@ class NVFP4(E2M1):
     scale_bytes = 1
     gguf_types: ClassVar[Mapping[int, str]] = {4: "NVFP4"}
     scales_tensors = True
-    tensor_scale: Tensor
-
-    def for_tensor(self, scale: Tensor) -> Quantizer:
-        bound = type(self)()
-        bound.tensor_scale = scale
-        return bound
+    margin = 4.0
 
     def scale_of_tensor(self, largest: float) -> float:
         if not largest > 0:
@@ -63,7 +58,7 @@ class NVFP4(E2M1):
         if grid.scale.device.type != "cpu":
             return True
         least, most = (2 * scale.item() * self.tensor_scale.item() for scale in grid.scale.aminmax())
-        return not (E4M3_NORMAL <= least and most < E4M3_MAX)  # True for NaN
+        return not (least >= E4M3_NORMAL and most < E4M3_MAX)  # True for NaN
 
     def scale_to_bits(self, scale: Tensor) -> Tensor:
         return nearest_e4m3(scale * 2 * self.tensor_scale).to(E4M3).view(torch.uint8)

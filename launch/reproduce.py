@@ -37,12 +37,13 @@ from qat.store import models, smollm2
 from qat.train import checkpoint
 from qat.train.loop import CHECKPOINTS, FINAL, LOG, TrainConfig
 
-TABLES = ("main", "recipes", "kv", "distillation", "quantizers", "data")
+TABLES = ("main", "recipes", "kv", "distillation", "quantizers", "data", "floats")
 
 _LAUNCH = Path(__file__).parent
 _ROOT = _LAUNCH.parent
 _RECIPES = _LAUNCH / "recipes" / "reproduce"
-_PTQ = tuple(name for name in METHODS if name != "rtn")  # RTN needs no stage: launch/evaluate.py rounds by itself
+_RTN = "rtn"
+_PTQ = tuple(name for name in METHODS if name != _RTN)
 _METHODS = ("full_precision", *METHODS, "qat")
 _CALIBRATION = 64
 """Number of sequences that the post-training methods calibrate on."""
@@ -57,7 +58,8 @@ class Reproduction:
 
     Args:
         model: a Hugging Face directory or hub name
-        tables: tables, with commas between: main, recipes, kv, distillation, quantizers, data
+        tables: tables, with commas between: main, recipes, kv, distillation, quantizers, data,
+            floats
         cells: only cells whose name matches one of these patterns, with commas between, say qat_4-8-4*; a cell's
             accuracy is called qat_4-8-4.tasks
         minutes: stop cleanly after this many; 0 for no limit
@@ -293,7 +295,7 @@ class _Runner:
         self._make(cell, folder, stages)
         evaluation = folder / ("tasks.json" if job.tasks else "texts.json")
         evaluate = [sys.executable, _LAUNCH / "evaluate.py", "--output", evaluation]
-        if cell.method == "rtn":
+        if _rounds_by_itself(cell):
             evaluate += ["--method=rtn", *_flags(cell.quant)]
         evaluate += ["--model", folder / FINAL if (folder / FINAL).exists() else self.model]
         if job.tasks:
@@ -326,12 +328,12 @@ class _Runner:
             return
         if cell.method == "qat":
             self._train(cell, folder, stages)
-        elif cell.method in _PTQ:
+        elif cell.method in METHODS and not _rounds_by_itself(cell):
             self._quantize(cell, cell.method, folder / FINAL, stages)
 
     def _quantize(self, cell: Cell, method: str, output: Path, stages: Stages) -> None:
         quantize = [sys.executable, _LAUNCH / "quantize.py", "--method", method, *_flags(cell.quant)]
-        if METHODS[method].needs_text:
+        if METHODS[method].needs_text or cell.quant.scales_inputs:
             quantize += ["--data", self._data(cell, _CALIBRATION, stages), "--sequences", _CALIBRATION]
         stages.run("quantize", quantize, ["--model", self.model, "--output", output])
 
@@ -400,6 +402,11 @@ class _Runner:
         write_atomically(output / "README.md", claims.markdown(names, cells, accuracies))
 
 
+def _rounds_by_itself(cell: Cell) -> bool:
+    """Return whether launch/evaluate.py makes a cell's model: it rounds to nearest where nothing is to be measured."""
+    return cell.method == _RTN and not cell.quant.scales_inputs
+
+
 def _settings_of(path: Path) -> dict[str, Any]:
     """Return the settings that a cell's JSON was measured with; empty for a file that is not a result, or damaged."""
     try:
@@ -423,8 +430,9 @@ def _row(cell: dict[str, Any], accuracy: dict[str, Any] | None) -> dict[str, Any
     """Return a cell as it appears in a table: without what was measured per window, per document or per step."""
     row = {key: cell[key] for key in ("name", "method", "bits", "seed", "settings", "budget", "machine", "versions")}
     row["budget"] = row["budget"] | {"trained": {k: v for k, v in row["budget"]["trained"].items() if k != "kl"}}
-    for measure in ("perplexity", "nll", "nll_stderr", "kl", "kl_stderr"):
-        row[measure] = {text: score[measure] for text, score in cell["texts"].items()}
+    for measure in ("perplexity", "nll", "nll_stderr", "kl", "kl_stderr", "top1"):
+        if found := {text: score[measure] for text, score in cell["texts"].items() if measure in score}:
+            row[measure] = found
     if accuracy:
         for measure in ("metric", "accuracy", "stderr", "documents"):
             row[f"task_{measure}"] = {task: score[measure] for task, score in accuracy["tasks"].items()}

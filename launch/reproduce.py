@@ -136,10 +136,10 @@ class Cell:
 
     @property
     def changes(self) -> list[str]:
-        """Return all settings that differ from the usual ones."""
+        """Return all settings that differ from the usual ones, some of which are recorded only then."""
         usual = Cell(self.method, dataclasses.replace(QuantConfig(), **_bits(str(self.quant))), Budget())
         own, others = _flat(self), _flat(usual)
-        return [f"{key}={own[key]}" for key in own if own[key] != others[key]]
+        return [f"{key}={own[key]}" for key in own if own[key] != others.get(key)]
 
     @property
     def name(self) -> str:

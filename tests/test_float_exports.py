@@ -38,12 +38,14 @@ CASES = [
     (FLOAT8, QuantConfig(8, 8, 8, w_quantizer="fp8", a_quantizer="fp8", kv_quantizer="fp8")),
     (PACKED, QuantConfig(4, 8, 16, a_quantizer="fp8", w_group_size=32)),
     (PACKED, QuantConfig(4, 4, 16, a_quantizer="nvfp4")),
+    (NVFP4, QuantConfig(4, 4, 16, w_quantizer="nvfp4_4over6", a_quantizer="nvfp4")),
     (FLOAT8, QuantConfig(8, 8, 16, w_quantizer="fp8", a_quantizer="fp8_tensor")),
     (FLOAT8, QuantConfig(8, 8, 16, w_quantizer="fp8_tensor", a_quantizer="fp8_tensor")),
 ]
 NAMES = [f"{form} {quant}" for form, quant in CASES]
 FORMATS_OF_WEIGHTS = [
     Format(4, "nvfp4", 16, tensor_scale=512.0),
+    Format(4, "nvfp4_4over6", 16, tensor_scale=512.0),
     Format(4, "mxfp4", 32),
     Format(8, "fp8"),
     Format(8, "fp8_tensor", tensor_scale=2.0**-6),
@@ -84,7 +86,7 @@ def test_transformers_own_loader_reads_the_same_weights(form, quant, tmp_path):
         assert torch.equal(theirs.get_parameter(name), weight), name
 
 
-@pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])
+@pytest.mark.parametrize("name", ["nvfp4", "nvfp4_4over6", "mxfp4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gguf_holds_them_without_loss(name, dtype, tmp_path):
     """Read by gguf's own dequantizer; q and k are reordered there, and NVFP4's scale of the tensor stands beside it."""

@@ -187,6 +187,30 @@ def test_scales_say_so_but_for_the_smallest_and_the_largest():
     assert may_clip(form, grid_of(torch.cat([x, x[:1] * math.nan]), form))
 
 
+@given(blocks(), st.sampled_from([1.0, 672.0, 2.0**9, 5e4]))
+def test_four_over_six_takes_the_better_of_two_scales_that_nvfp4_can_store(x, tensor_scale):
+    forms = [Format(4, name, 16, tensor_scale=tensor_scale) for name in ("nvfp4_4over6", "nvfp4")]
+    better, usual = (quantize(x, form) for form in forms)
+    error, most = (
+        (dequantize(one, torch.float64) - x).unflatten(-1, (-1, 16)).square().sum(-1) for one in (better, usual)
+    )
+    changed = better.grid.scale != usual.grid.scale
+    assert (error[changed] < most[changed]).all()
+    assert torch.equal(error[~changed], most[~changed])
+    assert may_clip(forms[0], better.grid) or inside(x, forms[0], better.grid).all()
+    read = unpack(pack(better, forms[0]), forms[1])
+    same(dequantize(read, torch.float32), round_to_grid(x, forms[0])[0])
+
+
+def test_four_over_six_errs_less():
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    error = {
+        name: (round_to_grid(x, Format(4, name, 16, tensor_scale=256.0))[0] - x).square().mean()
+        for name in ("nvfp4", "nvfp4_4over6")
+    }
+    assert error["nvfp4_4over6"] < 0.9 * error["nvfp4"]
+
+
 @given(blocks(), st.integers(-12, 12))
 def test_fp8_of_a_tensor_is_that_of_compressed_tensors_and_clips(x, exponent):
     """Whose scale is any number; and dividing by ours is multiplying by its inverse."""

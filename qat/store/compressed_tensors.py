@@ -285,10 +285,10 @@ class _Float4(Layout):
 
     suffixes: tuple[str, ...] = "weight_packed", "weight_scale"
     stored_bits: ClassVar[Mapping[int, int]] = {4: 4}
-    quantizer: str
+    quantizers: tuple[str, ...]
 
     def holds(self, form: Format) -> bool:
-        return form.quantizer == self.quantizer
+        return form.quantizer in self.quantizers
 
     def encode(self, name: str, quantized: Quantized, form: Format) -> dict[str, Tensor]:
         by, scale = form.by_on(quantized.codes.device), quantized.grid.scale
@@ -308,12 +308,12 @@ class _Float4(Layout):
         return Quantized(codes, Grid(by.scale_from_bits(parts["weight_scale"].view(torch.uint8))))
 
     def _form(self, parts: Mapping[str, Tensor]) -> Format:
-        return Format(4, self.quantizer)
+        return Format(4, self.quantizers[0])
 
 
 class _MXFP4(_Float4):
     name = MXFP4
-    quantizer = "mxfp4"
+    quantizers = ("mxfp4",)
     float_inputs = "mxfp4", "fp8"
     scale_dtype = "U8"
 
@@ -323,7 +323,7 @@ class _MXFP4(_Float4):
 
 class _NVFP4(_Float4):
     name = NVFP4
-    quantizer = "nvfp4"
+    quantizers = "nvfp4", "nvfp4_4over6"
     suffixes = "weight_packed", "weight_scale", "weight_global_scale"
     float_inputs = ("nvfp4",)
     scale_dtype = "F8_E4M3"
@@ -342,7 +342,7 @@ class _NVFP4(_Float4):
         }
 
     def _form(self, parts: Mapping[str, Tensor]) -> Format:
-        return Format(4, self.quantizer, tensor_scale=parts["weight_global_scale"].item())
+        return Format(4, self.quantizers[0], tensor_scale=parts["weight_global_scale"].item())
 
 
 def transform_config(layers: list[str], width: int, block: int) -> dict[str, Any]:

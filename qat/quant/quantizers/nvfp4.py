@@ -3,7 +3,7 @@
     scale of a block = e4m3(max|x| / 6 * G) / G        0.125 / G where e4m3 rounds to 0
 
 The rule of compressed-tensors and, but for blocks 2**-14 of the largest, of ModelOpt and torchao, which raise smaller
-scales. "Four over six" (max|x| / 4 where that errs less) is not offered.
+scales. "Four over six" (max|x| / 4 where that errs less) is ``nvfp4_4over6``.
 
 G keeps e4m3 in its range and is fixed before training. Ours are powers of two: dividing by G, multiplying by 1 / G and
 scaling the product by 1 / G, as engines variously do, are then the same, and every value is exact in bf16. It costs no
@@ -44,9 +44,13 @@ class NVFP4(E2M1):
         return 2.0 ** max(-_LARGEST_EXPONENT, min(exponent, _LARGEST_EXPONENT))
 
     def grid(self, rows: Tensor, qmax: int) -> Grid:
+        return Grid(self.block_scale(rows, int(E2M1_MAX)))
+
+    def block_scale(self, rows: Tensor, end: int) -> Tensor:
+        """Return half the scale [groups, 1] with which each block's largest magnitude is ``end`` scales."""
         largest = rows.abs().amax(-1, keepdim=True).float()
-        scale = nearest_e4m3(divided(largest, int(E2M1_MAX)) * self.tensor_scale)
-        return Grid(torch.where(scale == 0, _SMALLEST, scale) / self.tensor_scale * 0.5)
+        scale = nearest_e4m3(divided(largest, end) * self.tensor_scale)
+        return torch.where(scale == 0, _SMALLEST, scale) / self.tensor_scale * 0.5
 
     def inside(self, rows: Tensor, grid: Grid, qmax: int) -> Tensor:
         """A block's scale follows its largest value but for rounding, so values up to 7 times it pass, which e2m1 would

@@ -29,7 +29,7 @@ _LARGEST_EXPONENT = 100
 
 class NVFP4(E2M1):
     meaning = "4-bit floats, blocks of 16 with 8-bit scales, and a scale of the tensor"
-    parts = ("weights", "activations")
+    parts: ClassVar[tuple[str, ...]] = ("weights", "activations")
     clips = True
     group_size = 16
     scale_bytes = 1

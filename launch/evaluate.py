@@ -161,7 +161,10 @@ def main() -> None:
     if rtn and quant.activations.learned:
         raise UserError("method=rtn rounds without training, and a_quantizer=lsq has learned steps: give minmax.")
     if rtn and quant.scales_inputs:
-        raise UserError("method=rtn measures nothing first, as a_quantizer=nvfp4 needs: give mxfp4 or fp8.")
+        raise UserError(
+            "method=rtn measures nothing first, as a_quantizer=nvfp4 or fp8_tensor needs: evaluate the output of "
+            "launch/quantize.py --method rtn, or give mxfp4 or fp8."
+        )
     longest = min(subject.positions, models.positions(teacher_name) if teacher_name else subject.positions)
     # vLLM does not score a text without generating a token after it.
     window = min(evaluation.window, longest - (evaluation.engine == "vllm"))

@@ -37,12 +37,13 @@ from qat.store import models, smollm2
 from qat.train import checkpoint
 from qat.train.loop import CHECKPOINTS, FINAL, LOG, TrainConfig
 
-TABLES = ("main", "recipes", "kv", "distillation", "quantizers", "data", "served")
+TABLES = ("main", "recipes", "kv", "distillation", "quantizers", "data", "floats", "served")
 
 _LAUNCH = Path(__file__).parent
 _ROOT = _LAUNCH.parent
 _RECIPES = _LAUNCH / "recipes" / "reproduce"
-_PTQ = tuple(name for name in METHODS if name != "rtn")  # RTN needs no stage: launch/evaluate.py rounds by itself
+_RTN = "rtn"
+_PTQ = tuple(name for name in METHODS if name != _RTN)
 _LLAMA_CPPS = {f"llama_{kind}": kind for kind in llama_quantize.KINDS}
 _METHODS = ("full_precision", *METHODS, "qat", *_LLAMA_CPPS)
 _CALIBRATION = 64
@@ -59,7 +60,7 @@ class Reproduction:
     Args:
         model: a Hugging Face directory or hub name
         tables: tables, with commas between: main, recipes, kv, distillation, quantizers, data,
-            served
+            floats, served
         cells: only cells whose name matches one of these patterns, with commas between, say qat_4-8-4*; a cell's
             accuracy is called qat_4-8-4.tasks, what llama.cpp serves of it qat_4-8-4.served
         minutes: stop cleanly after this many; 0 for no limit
@@ -137,7 +138,7 @@ class Cell:
 
     @property
     def changes(self) -> list[str]:
-        """Return all settings that differ from the usual ones."""
+        """Return all settings that differ from the usual ones, some of which are recorded only then."""
         usual = Cell(self.method, dataclasses.replace(QuantConfig(), **_bits(str(self.quant))), Budget())
         own, others = _flat(self), _flat(usual)
         changed = {key: value for key, value in own.items() if value != others.get(key)}
@@ -322,7 +323,7 @@ class _Runner:
             evaluate += ["--engine=llama.cpp", "--cache", job.served.caches]
         if cell.method in _LLAMA_CPPS:
             evaluate += ["--method", _LLAMA_CPPS[cell.method]]
-        if on_the_fly := cell.method == "rtn" and not job.served:
+        if on_the_fly := _rounds_by_itself(job):
             evaluate += ["--method=rtn", *_flags(cell.quant)]
         has_own = (folder / FINAL).exists() and not on_the_fly
         evaluate += ["--model", folder / FINAL if has_own else self.model]
@@ -357,12 +358,12 @@ class _Runner:
             return
         if cell.method == "qat":
             self._train(cell, folder, stages)
-        elif cell.method in _PTQ or (cell.method == "rtn" and job.served):
+        elif cell.method in METHODS and not _rounds_by_itself(job):
             self._quantize(cell, cell.method, folder / FINAL, stages)
 
     def _quantize(self, cell: Cell, method: str, output: Path, stages: Stages) -> None:
         quantize = [sys.executable, _LAUNCH / "quantize.py", "--method", method, *_flags(cell.quant)]
-        if METHODS[method].needs_text:
+        if METHODS[method].needs_text or cell.quant.scales_inputs:
             quantize += ["--data", self._data(cell, _CALIBRATION, stages), "--sequences", _CALIBRATION]
         stages.run("quantize", quantize, ["--model", self.model, "--output", output])
 
@@ -439,6 +440,12 @@ class _Runner:
         write_atomically(output / "README.md", page)
 
 
+def _rounds_by_itself(job: Job) -> bool:
+    """Return whether launch/evaluate.py makes a cell's model: it rounds to nearest where nothing is to be measured, but
+    not for an engine."""
+    return job.cell.method == _RTN and not job.served and not job.cell.quant.scales_inputs
+
+
 def _settings_of(path: Path) -> dict[str, Any]:
     """Return the settings that a cell's JSON was measured with; empty for a file that is not a result, or damaged."""
     try:
@@ -462,8 +469,9 @@ def _row(cell: dict[str, Any], accuracy: dict[str, Any] | None) -> dict[str, Any
     """Return a cell as it appears in a table: without what was measured per window, per document or per step."""
     row = {key: cell[key] for key in ("name", "method", "bits", "seed", "settings", "budget", "machine", "versions")}
     row["budget"] = row["budget"] | {"trained": {k: v for k, v in row["budget"]["trained"].items() if k != "kl"}}
-    for measure in ("perplexity", "nll", "nll_stderr", "kl", "kl_stderr"):
-        row[measure] = {text: score[measure] for text, score in cell["texts"].items()}
+    for measure in ("perplexity", "nll", "nll_stderr", "kl", "kl_stderr", "top1"):
+        if found := {text: score[measure] for text, score in cell["texts"].items() if measure in score}:
+            row[measure] = found
     if accuracy:
         for measure in ("metric", "accuracy", "stderr", "documents"):
             row[f"task_{measure}"] = {task: score[measure] for task, score in accuracy["tasks"].items()}

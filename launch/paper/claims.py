@@ -26,6 +26,7 @@ TITLES = {
     "distillation": "What the student learns from",
     "quantizers": "Quantizers",
     "data": "Training data",
+    "floats": "Formats of floats: NVFP4, MXFP4, FP8",
 }
 SETTINGS = ("4-8-4", "4-8-8", "4-6-16", "4-8-16", "4-16-16", "8-8-4", "8-8-8", "8-8-16")
 """The paper's settings, W-A-KV."""
@@ -243,6 +244,18 @@ CLAIMS = (
         "Not the paper's: a rotated KV cache is better, untrained and trained",
         [(f"{cell}_kv_rotation=hadamard", cell) for cell in ("rtn_16-16-4", "rtn_4-8-4", "qat_4-8-4")],
     ),
+    Claim(
+        "Not the paper's: LLM-QAT is better than RTN and GPTQ in 4-bit floats",
+        [
+            (f"qat_{floats}", f"{method}_{floats}")
+            for floats in (
+                "4-4-16_w_quantizer=nvfp4_a_quantizer=nvfp4",
+                "4-16-16_w_quantizer=nvfp4",
+                "4-4-16_w_quantizer=mxfp4_a_quantizer=mxfp4",
+            )
+            for method in ("rtn", "gptq")
+        ],
+    ),
 )
 
 RECIPES_4_8_4 = {
@@ -405,6 +418,8 @@ def _points(difference: Difference) -> str:
 def _table(names: list[str], cells: Mapping[str, Cell], accuracies: Mapping[str, Cell]) -> str:
     texts = list(next(iter(cells.values()))["texts"]) if cells else []
     head = ["method", "W-A-KV", "settings", *(f"ppl {t}" for t in texts), *(f"KL {t}" for t in texts), "closed"]
+    with_top = any(_top(cells[name]) for name in names)
+    head += ["same top token"] * with_top
     with_accuracy = any(name in accuracies for name in names)
     head += ["zero-shot average", "MMLU", "TriviaQA"] * with_accuracy
     lines = [" | ".join(head), "|".join("-" * len(head))]
@@ -417,9 +432,17 @@ def _table(names: list[str], cells: Mapping[str, Cell], accuracies: Mapping[str,
         rtn, full = counterpart(cell, "rtn", cells), counterpart(cell, "full_precision", cells)
         closes_a_gap = rtn and full and cell["method"] not in ("rtn", "full_precision")
         row.append(" / ".join(f"{v:.0%}" for v in gap_closed(cell, rtn, full).values()) if closes_a_gap else "")  # type: ignore[arg-type]
+        row += [" / ".join(_top(cell))] * with_top
         row += _accuracy_columns(accuracies.get(name)) * with_accuracy
         lines.append(" | ".join(row))
     return "\n".join(f"| {line} |" for line in lines)
+
+
+def _top(cell: Cell) -> list[str]:
+    """Return, for each text, the share of the tokens for which the teacher has the same top token; none for a cell of a
+    version that did not measure it."""
+    shares = [score.get("top1") for score in cell["texts"].values()]
+    return [] if None in shares else [f"{share:.1%}" for share in shares]
 
 
 def _accuracy_columns(cell: Cell | None) -> list[str]:

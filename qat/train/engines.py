@@ -225,7 +225,7 @@ class Teacher:
         found = prepare.largest_inputs(self.language_model, quant, lambda: self(row))
         together = torch.stack([found[name] for name in sorted(found)])
         dist.all_reduce(together, dist.ReduceOp.MAX)
-        return prepare.input_scales(language_model, quant, dict(zip(sorted(found), together.tolist(), strict=True)))
+        return prepare.input_scales(self.language_model, quant, dict(zip(sorted(found), together.tolist(), strict=True)))
 
 
 def labels(loss: str) -> Callable[[Row], LabelTargets]:

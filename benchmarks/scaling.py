@@ -50,6 +50,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "now": {},
     "modules fetched one by one": {"leaf_module": {"classes": []}},
     "student sharded": {"stage3_param_persistence_threshold": 100_000},
+    "weights as values": {"stage3_param_persistence_threshold": 100_000},
     "student sharded, modules one by one": {
         "stage3_param_persistence_threshold": 100_000,
         "leaf_module": {"classes": []},
@@ -60,7 +61,7 @@ WAYS: dict[str, dict[str, Any]] = {
         "leaf_module": {"classes": []},
     },
 }
-"""Changes to the DeepSpeed JSON, by what is done without."""
+"""Changes to the DeepSpeed JSON, by what is done without. "Weights as values" is beside "student sharded"."""
 
 _RECEIVED = slice(128, 136)
 """Where TCP_INFO holds the bytes that a connection has received, in Linux's tcp.h."""
@@ -164,9 +165,16 @@ def rank(config: ScalingBenchmark, model: Path) -> None:
     engines.init_distributed()
     data = RandomSequences(config.tokens, LlamaConfig.from_pretrained(model).vocab_size)
     teacher = engines.Teacher(str(model), deepspeed_json.for_teacher(ds_config), whole=whole_teacher)
+    as_codes = config.way != "weights as values"
+    planned = plan.training(
+        LlamaConfig.from_pretrained(model), ds_config, ds_config, plan.Machine(gpus=ranks), config.tokens,
+        device().type, sequences=size, quant=QuantConfig() if as_codes else QuantConfig(16, 16, 16),
+        whole_teacher=whole_teacher, memory=memory.of_rank(),
+    )  # fmt: skip
     student = engines.student_engine(
-        str(model), QuantConfig(), ds_config, settings.lr_factor, settings.gradient_checkpointing
-    )
+        str(model), QuantConfig(), ds_config, settings.lr_factor, settings.gradient_checkpointing,
+        as_codes=as_codes, room_for_codes=planned.kept_codes,
+    )  # fmt: skip
     state = checkpoint.TrainState()
     log = RunLog(model / "log.jsonl", student, state, settings.steps) if cli.is_first_rank() else None
 
@@ -195,11 +203,6 @@ def rank(config: ScalingBenchmark, model: Path) -> None:
         found = waits(bare)
     checkpoint.save(student, model / "checkpoints", state, keep=1)
     if cli.is_first_rank():
-        shape, machine = LlamaConfig.from_pretrained(model), plan.Machine(gpus=ranks)
-        planned = plan.training(
-            shape, ds_config, ds_config, machine, config.tokens, device().type, sequences=config.micro_batch_size,
-            whole_teacher=whole_teacher,
-        )  # fmt: skip
         figures: dict[str, Any] = {name: statistics.median(values) for name, values in seconds.items()}
         figures |= {"received": statistics.median(received), "peak": memory.peak()}
         figures |= {"formula": planned.received_per_step, "planned": memory.planned_peak(planned.needs)}

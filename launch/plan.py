@@ -78,9 +78,10 @@ def main() -> None:
         student_json, teacher_json = deepspeed_json.read(student), deepspeed_json.read(teacher)
         device = "cuda" if deepspeed_json.dtype(student_json) == torch.bfloat16 else "cpu"
         checkpointing, packed = question.gradient_checkpointing, question.micro_batch_size
-        memory = 0.0 if question.teacher_deepspeed else machine.gpu_memory * 1e9
+        whole = 0.0 if question.teacher_deepspeed else machine.gpu_memory * 1e9
         given = (config, student_json, teacher_json, machine, question.tokens, device, checkpointing, packed)
-        plans[student.name] = plan.with_whole_teacher(memory, partial(plan.training, *given))
+        planned = partial(plan.training, *given, memory=machine.gpu_memory * 1e9)
+        plans[student.name] = plan.with_whole_teacher(whole, planned)
     Console(width=140).print(table(question, machine, plans))
     fitting = [name for name, found in plans.items() if not found.missing(machine)]
     if not fitting:

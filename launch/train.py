@@ -204,6 +204,7 @@ def main() -> int:
             scales,
             config.train,
             grids,
+            room_for_codes=planned.kept_codes,
         )
     if cli.is_first_rank():
         with writing(paths.output):
@@ -243,7 +244,7 @@ def plan_of(
     ranks = Machine(gpus=cli.ranks(), nodes=nodes if nodes and cli.ranks() % nodes == 0 else 1)
     kind, checkpointing, packed = device().type, config.gradient_checkpointing, config.micro_batch_size
     given = (model, student, teacher, ranks, tokens, kind, checkpointing, packed, quant)
-    return plan.with_whole_teacher(memory_for_whole, partial(plan.training, *given))
+    return plan.with_whole_teacher(memory_for_whole, partial(plan.training, *given, memory=memory.of_rank()))
 
 
 def warn_if_short(planned: Plan) -> None:

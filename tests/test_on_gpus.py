@@ -35,7 +35,7 @@ from qat.quant.kv_formats import KV_FORMATS, vllm_int4
 from qat.quant.kv_formats.integers import Integers
 from qat.quant.linear import QuantLinear
 from qat.quant.number_format import Format, dequantize, fake_quantize, inside, quantize, round_to_grid
-from qat.quant.packing import pack, unpack
+from qat.quant.packing import STAND_IN, makes_rows, pack, pack_rows, stand_in, stand_in_rows, unpack
 from qat.quant.prepare import freeze, prepare
 from qat.quant.quantizers import QUANTIZERS
 from qat.runtime import machine
@@ -245,6 +245,12 @@ def test_quantizers(method, group_size, dtype, gpu):
     read = unpack(pack(quantized, form), form)
     check(read.codes, by.code_dtype, x.shape)
     check(read.grid.scale, torch.float32, groups)
+    if makes_rows(form, (6, 32), parts=2):
+        weight = x.flatten(0, 1)[:6].clone()
+        setattr(weight, STAND_IN, torch.stack([pack_rows(quantize(part, form), form) for part in weight.split(3)]))
+        for read in (stand_in(weight, form), stand_in_rows(weight, form, torch.arange(6, device=GPU))):
+            check(read.codes, by.code_dtype, weight.shape)
+            check(read.grid.scale, torch.float32, (6, groups[-1]))
     if form.clips:
         check(inside(x, form, grid), torch.bool, x.shape)
     else:

@@ -3,13 +3,16 @@
 The class of an existing ``nn.Embedding`` is swapped, as that of a Linear (qat.quant.linear): names, Parameters and
 state dicts stay what they were. Every group that shares a scale lies within a row, so the rows that no token asks for
 need no rounding. The gradient is straight-through. An output layer with the same Parameter rounds it to the same
-values.
+values. Where ZeRO-3 gathers codes instead of values (qat.train.codes), the rows come from these.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qat.quant.number_format import Format, Quantized, dequantize, fake_quantize, quantize
+from qat.quant.packing import stand_in_rows
 from qat.runtime.errors import UserError
 
 
@@ -40,6 +43,8 @@ class QuantEmbedding(nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rounded rows [..., hidden] of token ids [...]."""
         rows = super().forward(ids)
+        if (codes := stand_in_rows(self.weight, self.weight_format, ids)) is not None:
+            return _InPlaceOf.apply(rows, dequantize(codes, rows.dtype))
         return rows if self.frozen else fake_quantize(rows, self.weight_format)
 
     @torch.no_grad()
@@ -56,3 +61,15 @@ class QuantEmbedding(nn.Embedding):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight={self.weight_format}"
+
+
+class _InPlaceOf(torch.autograd.Function):
+    """The values of codes, with the gradient of the rows whose place they take."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, values: Tensor) -> Tensor:
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None

@@ -2,8 +2,9 @@
 
 The class of an existing ``nn.Linear`` is swapped (``QuantLinear.convert``), so names, Parameters and state dicts stay
 what they were, and DeepSpeed ZeRO-3 partitions the layer like any other. No dequantized weight outlives the call:
-backward quantizes the Parameter again, on the grid that forward found, which ZeRO-3 has gathered again anyway. A layer
-saves only its input's int8 codes, and scales.
+backward quantizes the Parameter again, on the grid that forward found, which ZeRO-3 has gathered again anyway. Where
+ZeRO-3 gathers codes instead of values (qat.train.codes), these are the weight. A layer saves only its input's int8
+codes, and scales.
 
 Where the formats allow it (``multiplies_codes``) forward multiplies the codes and scales their sum, with the same
 result in training, evaluation and serving. Where both are integers and the input's have a scale per block, as in
@@ -29,6 +30,7 @@ from qat.quant.number_format import (
     quantize,
     round_to_grid,
 )
+from qat.quant.packing import stand_in
 from qat.quant.products import block_dtype, matmul, matmul_blocks, matmul_codes
 from qat.quant.quantizers.base import Grid, divided
 
@@ -197,13 +199,17 @@ class QuantLinear(nn.Linear):
         return Grid(*self.start_bits.to(device).view(torch.float32))
 
     def quantized(self, weight: Tensor, grid: Grid | None) -> Quantized:
-        """Quantize ``weight`` on ``grid``, or on that of its values."""
+        """Quantize ``weight`` on ``grid``, or on that of its values; or return the codes that stand in for them."""
+        if (codes := stand_in(self.weight, self.weight_format)) is not None:
+            return codes
         if not self.keeps_codes or grid is None:
             return quantize(weight, self.weight_format, grid)
         return Quantized(quantize(weight, self.weight_format, self._start(weight.device)).codes, grid)
 
     def rounded(self, weight: Tensor, grid: Grid | None) -> tuple[Tensor, Grid]:
         """Return the values of ``quantized``, of the weight's dtype, and their grid."""
+        if (codes := stand_in(self.weight, self.weight_format)) is not None:
+            return dequantize(codes, weight.dtype), codes.grid
         if not self.keeps_codes or grid is None:
             return round_to_grid(weight, self.weight_format, grid)
         return dequantize(self.quantized(weight, grid), weight.dtype), grid

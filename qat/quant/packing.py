@@ -1,10 +1,16 @@
-"""Codes and their grids as bytes: what a packed layer, and a cache of integers, hold."""
+"""Codes and their grids as bytes: what a packed layer, a cache of integers, and a sharded weight that is gathered as
+codes (qat.train.codes) hold."""
 
 import torch
 from torch import Tensor
 
+from qat.quant.fused import fused
 from qat.quant.number_format import Format, Quantized
 from qat.quant.quantizers.base import Grid
+
+STAND_IN = "packed_codes"
+"""The attribute of a Parameter [out, in] that says its values are not here, and holds instead uint8 [parts, bytes]: the
+``pack_rows`` of each part of its rows."""
 
 
 def pack(quantized: Quantized, form: Format) -> Tensor:
@@ -29,9 +35,75 @@ def unpack(packed: Tensor, form: Format) -> Quantized:
     groups = packed.shape[-1] // (of_codes + group_bytes) if of_codes else 1
     codes, grid = packed.split([packed.shape[-1] - groups * group_bytes, groups * group_bytes], -1)
     if form.bits <= 4:
-        signed = codes.view(torch.int8)
-        low, high = (signed << 4) >> 4, signed >> 4  # right shifts of int8 keep the sign
-        codes = torch.stack([low, high], -1).flatten(-2)
+        codes = _unpaired(codes)
     scale = by.scale_from_bits(grid[..., : groups * by.scale_bytes])
     zero_point = None if form.symmetric else grid[..., groups * by.scale_bytes :].contiguous().view(torch.int8).float()
     return Quantized(by.from_bits(codes.view(torch.int8)), Grid(scale, zero_point))
+
+
+def pack_rows(weight: Quantized, form: Format) -> Tensor:
+    """Pack rows of a weight, codes [rows, n] and grid, into uint8 [bytes]: all codes, then all grids."""
+    return pack(Quantized(weight.codes.flatten(), weight.grid.map(Tensor.flatten)), form)
+
+
+def makes_rows(form: Format, shape: tuple[int, ...], parts: int) -> bool:
+    """Return whether the rows of a weight can be packed in so many equal parts, and the codes be all of it: its grid
+    follows from the values of a row alone, to the bit, and all of its gradient passes."""
+    if not form.quantizes or form.clips or not form.by.is_exact or form.by.learned:
+        return False
+    return shape[0] % parts == 0 and (form.bits > 4 or (form.group_size or shape[1]) % 2 == 0)
+
+
+def bytes_of_rows(form: Format, shape: tuple[int, ...]) -> int:
+    """Return the bytes of ``pack_rows`` of a weight."""
+    out, columns = shape
+    return out * sum(_row(form, columns))
+
+
+def stand_in(weight: Tensor, form: Format) -> Quantized | None:
+    """Return the codes [out, in] that stand in for the values of a Parameter; None where its values are here."""
+    if not hasattr(weight, STAND_IN):
+        return None
+    codes, scale, *zero_point = _split(weight, form)
+    by, out = form.by_on(codes.device), len(weight)
+    if form.bits <= 4:
+        codes = (_fused_unpaired if codes.is_cuda else _unpaired)(codes.squeeze(0))
+    grid = Grid(by.scale_from_bits(scale.reshape(out, -1)), *(part.reshape(out, -1).float() for part in zero_point))
+    return Quantized(by.from_bits(codes.view(torch.int8).reshape(out, -1)), grid)
+
+
+def stand_in_rows(weight: Tensor, form: Format, rows: Tensor) -> Quantized | None:
+    """Return the given rows [...] of ``stand_in`` alone: [..., in]."""
+    if not hasattr(weight, STAND_IN):
+        return None
+    parts = _split(weight, form)
+    in_part = parts[0].shape[1]
+    own = [part[rows // in_part, rows % in_part].view(torch.uint8) for part in parts]
+    return unpack(torch.cat(own, -1), form)
+
+
+def _split(weight: Tensor, form: Format) -> list[Tensor]:
+    """Return what stands in for a weight: codes, scales and, if there are any, zero points, [parts, rows, bytes]."""
+    packed = getattr(weight, STAND_IN)
+    (out, columns), parts = weight.shape, len(packed)
+    split = packed.split([out // parts * size for size in _row(form, columns)], 1)
+    codes, scale, *zero_point = (part.unflatten(1, (out // parts, -1)) for part in split)
+    return [codes, scale, *(part.view(torch.int8) for part in zero_point)]
+
+
+def _row(form: Format, columns: int) -> list[int]:
+    """Return the bytes of a row's codes, of its scales and, if there are any, of its zero points."""
+    groups = columns // (form.group_size or columns)
+    sizes = [columns // 2 if form.bits <= 4 else columns, groups * form.by.scale_bytes]
+    return sizes if form.symmetric else [*sizes, groups]
+
+
+def _unpaired(pairs: Tensor) -> Tensor:
+    """Return the codes [..., 2n], int8, of pairs in uint8 [..., n]."""
+    wide = pairs.to(torch.int16, memory_format=torch.contiguous_format)
+    wide.bitwise_or_(wide << 4).bitwise_and_(0x0F0F)  # a half of the pair in each byte, the low one first
+    return wide.bitwise_or_((wide & 0x0808).mul_(30)).view(torch.int8)  # 8 * 30 = 0xF0: the sign in the upper half
+
+
+_fused_unpaired = fused(_unpaired)
+"""For GPUs: on CPUs the compiler's code for 16-bit integers is slower than torch's own."""

@@ -5,16 +5,24 @@ message.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
+from torch.nn import Parameter
 from transformers.integrations import HfDeepSpeedConfig
+
+Sharded = Any
+"""A Parameter with the attributes that ZeRO-3 gives it."""
 
 
 def without_shared_memory() -> None:
@@ -123,3 +131,106 @@ def part_that_nvme_does_not_take(engine: DeepSpeedEngine) -> float | None:
     if all(engine.optimizer._swappable_optimizer_subgroup(part) for part in parts):
         return None
     return engine.optimizer.optimizer_swapper.min_aio_bytes / 2**20
+
+
+class Fetcher(ABC):
+    """What brings some Parameters to every rank, for forward and backward, in another form than their values.
+
+    Attributes:
+        parameters: those that it brings
+    """
+
+    parameters: Collection[Parameter]
+
+    @abstractmethod
+    def begin(self, parameter: Parameter) -> Callable[[], None]:
+        """Begin to bring one; return what waits until it is there."""
+
+    @abstractmethod
+    def end(self, parameter: Parameter) -> None:
+        """Drop what ``begin`` has brought, if anything."""
+
+    @abstractmethod
+    def changed(self) -> None:
+        """Be told that the weights have changed."""
+
+
+def own_rows(parameter: Sharded) -> Tensor | None:
+    """Return this rank's rows of a sharded weight [out, in]; None where a row is cut in two, or DeepSpeed keeps the
+    weight elsewhere: whole on every rank, in each node once more, or on NVMe."""
+    elsewhere = parameter.ds_persist or parameter.ds_zero_param_process_group is not None
+    if elsewhere or parameter.nvme_swapper is not None or parameter.ds_shape[0] % dist.get_world_size():
+        return None
+    return parameter.ds_tensor.view(-1, parameter.ds_shape[1])
+
+
+def fetch_with(engine: DeepSpeedEngine, fetcher: Fetcher) -> None:
+    """Let ``fetcher`` bring its Parameters to each layer's forward and backward pass. Their values are NaN then.
+
+    What gathers Parameters for another purpose, as saving does, still gets their values.
+    """
+    for parameter in engine.module.parameters():
+        _fetch_with(parameter, fetcher)
+    engine.optimizer.optimizer.register_step_post_hook(lambda *_: fetcher.changed())
+    load = engine.load_checkpoint
+
+    def load_checkpoint(*args: Any, **options: Any) -> Any:
+        result = load(*args, **options)
+        fetcher.changed()
+        return result
+
+    engine.load_checkpoint = load_checkpoint
+
+
+def _fetch_with(parameter: Sharded, fetcher: Fetcher) -> None:
+    """Replace the three functions that DeepSpeed has given to a Parameter, each of which is called for several."""
+    fetch, gather, partition = parameter.all_gather_coalesced, parameter.all_gather, parameter.partition
+
+    def all_gather_coalesced(parameters: Collection[Sharded], **options: Any) -> Any:
+        own = sorted((one for one in parameters if one in fetcher.parameters), key=lambda one: one.ds_id)
+        rest = [one for one in parameters if one not in fetcher.parameters]
+        for one in own:
+            one.ds_status = ZeroParamStatus.INFLIGHT
+        waits = {one: fetcher.begin(one) for one in own}
+        return _Fetched(waits, fetch(rest, **options) if rest else None)
+
+    def all_gather(param_list: list[Sharded] | None = None, **options: Any) -> Any:
+        for one in param_list or [parameter]:
+            if one in fetcher.parameters and one.ds_status == ZeroParamStatus.AVAILABLE:
+                one.partition()
+        return gather(param_list, **options)
+
+    def partition_and_drop(
+        param_list: list[Sharded] | None = None, has_been_updated: bool = False, **options: Any
+    ) -> None:
+        partition(param_list, has_been_updated=has_been_updated, **options)
+        for one in param_list or [parameter]:
+            if one in fetcher.parameters:
+                fetcher.end(one)
+        if has_been_updated:
+            fetcher.changed()
+
+    parameter.all_gather_coalesced = all_gather_coalesced
+    parameter.all_gather = all_gather
+    parameter.partition = partition_and_drop
+
+
+class _Fetched:
+    """What DeepSpeed waits for: Parameters that a Fetcher brings, and others."""
+
+    def __init__(self, waits: Mapping[Sharded, Callable[[], None]], rest: Any):
+        self._waits, self._rest = dict(waits), rest
+
+    def wait(self, **options: Any) -> None:
+        if self._rest is not None:
+            self._rest.wait(**options)
+        while self._waits:
+            parameter, wait = self._waits.popitem()
+            wait()
+            parameter.data = _nothing(parameter.dtype, parameter.device).expand(parameter.ds_shape)
+            parameter.ds_status = ZeroParamStatus.AVAILABLE
+
+
+@functools.cache
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((), torch.nan, dtype=dtype, device=device)

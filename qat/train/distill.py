@@ -20,7 +20,9 @@ from transformers import PreTrainedModel
 from qat.quant.architecture import output_layer
 from qat.quant.linear import QuantLinear
 from qat.quant.number_format import Quantized, dequantize, inside, passed, quantize
+from qat.quant.packing import stand_in
 from qat.quant.products import block_dtype, matmul, matmul_blocks, matmul_codes
+from qat.quant.quantizers.base import Grid
 from qat.runtime.errors import UserError
 from qat.train.losses import LOSSES, ChunkLoss, Loss, Records
 from qat.train.losses.base import at_least_fp32
@@ -267,7 +269,11 @@ class _QuantProduct(_Product):
         if self.input is not None:
             self.hidden = dequantize(self.input, hidden.dtype)
         blocks = weight.split(VOCABULARY_BLOCK) if head.weight_format.quantizes and not head.frozen else ()
-        self.blocks = [quantize(block, head.weight_format) for block in blocks]
+        if (codes := stand_in(head.weight, head.weight_format)) is not None:
+            parts = (part.split(VOCABULARY_BLOCK) for part in (codes.codes, *codes.grid) if part is not None)
+            self.blocks = [Quantized(own, Grid(*grid)) for own, *grid in zip(*parts, strict=True)]
+        else:
+            self.blocks = [quantize(block, head.weight_format) for block in blocks]
 
     def logits(self, rows: slice) -> Tensor:
         if not self.blocks:

@@ -28,7 +28,7 @@ from qat.runtime import machine, ranks
 from qat.runtime.errors import UserError
 from qat.runtime.machine import local_ranks, take_gpu
 from qat.store import models, student_folder
-from qat.train import deepspeed_internals, deepspeed_json
+from qat.train import codes, deepspeed_internals, deepspeed_json
 from qat.train.deepspeed_internals import partitioned_reading
 from qat.train.distill import Distiller, LabelTargets, TeacherTargets
 from qat.train.losses import LOSSES, Loss, Records
@@ -79,6 +79,8 @@ def student_engine(
     tensor_scales: Mapping[str, float] | None = None,
     train: str = "weights",
     grids: dict[str, Grid] | None = None,
+    as_codes: bool = True,
+    room_for_codes: float = 0.0,
 ) -> deepspeed.DeepSpeedEngine:
     """Build the quantized student, with its optimizer: ``engine(input_ids, targets)`` returns (loss, KL).
 
@@ -89,6 +91,8 @@ def student_engine(
             give
         train: what learns, see TrainConfig
         grids: where learned scales of weights begin, by layer; by default where the weights' own values put them
+        as_codes: whether weights travel as codes, where they can; there is no reason against it, but to compare
+        room_for_codes: bytes in which gathered codes are kept from forward to backward, and for further rows of a step
     """
     student = _read_partitioned(model, ds_config)
     prepare.prepare(student, quant)
@@ -115,6 +119,8 @@ def student_engine(
     if engine.zero_nvme_offload_optimizer():
         _check_nvme_parts(engine)
     _check_rope(student)
+    if as_codes:
+        codes.gather_codes(engine, room_for_codes)
     return engine
 
 

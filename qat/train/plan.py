@@ -5,15 +5,16 @@ device from its config.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from qat.quant.architecture import architecture_of, decoder_layers, is_tied
 from qat.quant.config import QuantConfig
-from qat.quant.prepare import vocabulary_settings
+from qat.quant.packing import bytes_of_rows, makes_rows
+from qat.quant.prepare import layer_settings, vocabulary_settings
 from qat.runtime.errors import UserError
 from qat.runtime.memory import PROCESS
 from qat.train import deepspeed_json, flops
@@ -25,7 +26,8 @@ _KEPT_ON_CPU = {"alone": 0.55, "with others": 1.0}
 third."""
 
 _FILLED = 0.9
-"""Fraction of a rank's memory that a plan may fill for a whole teacher: without it the run works too."""
+"""Fraction of a rank's memory that a plan may fill for a whole teacher, or with codes that are kept: plans are
+estimates, and the run works without either."""
 
 _ADAM_TRAFFIC = 28
 """Bytes that Adam reads and writes per parameter: weight and moments (both ways), and gradient, in fp32."""
@@ -86,6 +88,7 @@ class Plan:
         host: of a node's memory, by all of its ranks
         nvme: of a node's disks
         received_per_step: what a rank receives from the others
+        kept_codes: of ``device``, the room in which a rank keeps codes that it has gathered until the weights change
         seconds: of a step, by what takes them
         fetches: how often DeepSpeed fetches a decoder layer, or a module in it, for a rank's forward and backward
             passes over one row: each is some Python hooks and, unless the weights are there, collectives
@@ -97,6 +100,7 @@ class Plan:
     host: float
     nvme: float
     received_per_step: float
+    kept_codes: float
     seconds: Mapping[str, float]
     fetches: int
     whole_teacher: bool
@@ -147,8 +151,9 @@ def training(
     device: str = "cuda",
     checkpointing: bool = True,
     sequences: int = 1,
-    quant: QuantConfig | None = None,
+    quant: QuantConfig = QuantConfig(),  # noqa: B008  # frozen
     whole_teacher: bool = False,
+    memory: float = 0.0,
 ) -> Plan:
     """Plan the training of ``config``'s model with loss=logits.
 
@@ -159,8 +164,9 @@ def training(
         device: type of the ranks' devices: cuda or cpu
         checkpointing: whether gradient checkpointing is on
         sequences: how many a rank packs into one forward pass
-        quant: the student's quantization, which matters if it is that of the output layer too
+        quant: the student's quantization
         whole_teacher: whether each rank holds all of the teacher, which its JSON then says nothing of
+        memory: bytes of a rank, in whose rest codes are kept; without, none are
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -188,6 +194,8 @@ def training(
     }
     if optimizer_on == "gpu":
         del places["gradients again, for the optimizer"]  # made for one group at a time
+    travelling = _codes(model, quant, student, ranks)
+    places["codes"] = (travelling.size / ranks, "gpu")
     teacher_on = "gpu"
     if sharded:
         teacher_on = sharded["zero_optimization"].get("offload_param", {}).get("device", "gpu")
@@ -214,11 +222,20 @@ def training(
     }
     if device == "cpu":
         passing["kept on CPU"] = _KEPT_ON_CPU["alone" if ranks == 1 else "with others"] * at_once(passing)
-    elements = parameters + _gathered(student, of_student)  # gradients, and weights
+    rest = _FILLED * memory - sum(held.values()) - at_once(passing)
+    kept = min(travelling.size, max(0.0, rest)) if ranks > 1 else 0.0
+    held["codes"] += kept
+    as_values = replace(of_student, all=of_student.all - travelling.elements)
+    elements = parameters + _gathered(student, as_values)  # gradients, and weights
     if sharded:
         elements += _gathered(sharded, _Elements.of(model, sharded), forward_only=True)
-    received = width * elements * (ranks - 1) / ranks
-    moved = (2 * width * own * (parameters_on != "gpu")) + (4 + width) * own * (optimizer_on != "gpu")
+    codes = 0.0
+    if travelling.elements:
+        once = _reused(student, of_student) / travelling.elements + kept / travelling.size
+        codes = travelling.size * (2 - min(1.0, once))
+    received = (width * elements + codes) * (ranks - 1) / ranks
+    moved = (2 * parameters - travelling.elements) * width / ranks * (parameters_on != "gpu")
+    moved += (4 + width) * own * (optimizer_on != "gpu")
     if sharded:
         moved += width * own * (teacher_on != "gpu")
     passes = 3 + checkpointing + bool(teacher)  # backward counts twice
@@ -233,14 +250,37 @@ def training(
         }[optimizer_on],
     }
     fetches = (2 + checkpointing) * _fetches(model, student) + (_fetches(model, sharded) if sharded else 0)
-    return Plan(held, passing, host, nvme, received, seconds, fetches, teacher is not None and whole_teacher)
+    whole = teacher is not None and whole_teacher
+    return Plan(held, passing, host, nvme, received, kept, seconds, fetches, whole)
 
 
-def _rounded_output(model: PreTrainedModel, quant: QuantConfig | None, width: int) -> float:
+class _Codes(NamedTuple):
+    """Weights that travel as codes (qat.train.codes): their elements, and the bytes of their codes and grids."""
+
+    elements: int
+    size: int
+
+
+def _codes(model: PreTrainedModel, quant: QuantConfig, ds_config: dict[str, Any], ranks: int) -> _Codes:
+    """Return what travels as codes if all weights learn."""
+    zero = ds_config["zero_optimization"]
+    if zero.get("offload_param", {}).get("device") == "nvme":
+        return _Codes(0, 0)
+    least = zero.get("stage3_param_persistence_threshold", 1e5)
+    formats = layer_settings(model, quant) | vocabulary_settings(model, quant)
+    weights = {model.get_parameter(f"{name}.weight"): own.weights for name, own in formats.items()}  # a tied one once
+    packed = {
+        weight: form
+        for weight, form in weights.items()
+        if weight.numel() > least and makes_rows(form, tuple(weight.shape), ranks)
+    }
+    size = sum(bytes_of_rows(form, tuple(weight.shape)) for weight, form in packed.items())
+    return _Codes(sum(weight.numel() for weight in packed), size)
+
+
+def _rounded_output(model: PreTrainedModel, quant: QuantConfig, width: int) -> float:
     """Return the bytes that the loss holds of a quantized output layer: a code for each weight, and the values of a
     block of rows."""
-    if quant is None or not quant.overrides:
-        return 0.0
     own = vocabulary_settings(model, quant).get(architecture_of(model.config).head)
     if own is None or not own.weights.quantizes:
         return 0.0
@@ -302,11 +342,16 @@ def _gathered(ds_config: dict[str, Any], elements: _Elements, forward_only: bool
     twice = 2 if zero.get("stage3_use_all_reduce_for_fetch_params", False) else 1
     if forward_only:
         return twice * max(0, sharded - elements.output_layer + elements.tied)
+    return twice * (2 * sharded - _reused(ds_config, elements)) + elements.kept_whole
+
+
+def _reused(ds_config: dict[str, Any], elements: _Elements) -> float:
+    """Return the elements that stay gathered between forward and backward."""
+    zero, sharded = ds_config["zero_optimization"], elements.all - elements.kept_whole
     reused = min(_live(ds_config, sharded), zero.get("stage3_max_reuse_distance", 1e9) / 2)
     if "leaf_module" not in zero:
         reused -= reused % elements.layer
-    reused = max(0.0, min(reused, sharded - 2 * elements.output_layer))
-    return twice * (2 * sharded - reused) + elements.kept_whole
+    return max(0.0, min(reused, sharded - 2 * elements.output_layer))
 
 
 def _fetches(model: PreTrainedModel, ds_config: dict[str, Any]) -> int:

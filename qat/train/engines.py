@@ -109,6 +109,11 @@ def student_engine(
     return engine
 
 
+def follow(engine: deepspeed.DeepSpeedEngine, lr_factor: Callable[[int], float]) -> None:
+    """Let the student's learning rate follow another schedule from the next step on."""
+    engine.lr_scheduler.lr_lambdas = [lr_factor] * len(engine.lr_scheduler.lr_lambdas)
+
+
 def _on_device(grids: dict[str, Grid]) -> dict[str, Grid]:
     return {name: grid.map(lambda part: part.to(machine.device())) for name, grid in grids.items()}
 

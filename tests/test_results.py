@@ -132,12 +132,15 @@ def test_the_claims_name_cells_that_the_recipes_make():
     made = {job.cell.name for job in queue({path.stem: read_recipe(path) for path in RECIPES.glob("*.yaml")}, "*")}
     claimed = {name for claim in claims.CLAIMS for pair in claim.pairs for name in pair}
     claimed |= {name for names in claims.RECIPES_4_8_4.values() for name in names}
+    goals = [claim for claim in claims.BEYOND if isinstance(claim, claims.Goal)]
+    claimed |= {name for claim in claims.BEYOND if isinstance(claim, Claim) for pair in claim.pairs for name in pair}
+    claimed |= {name for goal in goals for name in (goal.cell, goal.of) if name}
     assert claimed <= made
 
 
 def test_the_page_shows_every_cell_and_every_claim():
     cells = {"qat_4-8-4": cell("qat", 0)}
-    page = claims.markdown({"main": ["qat_4-8-4", "rtn_4-8-4"]}, cells, {})
+    page = claims.markdown({"main": ["qat_4-8-4", "rtn_4-8-4"]}, cells, {}, {}, {})
     assert "| LLM-QAT | 4-8-4 |" in page
     assert "1 of 2 cells." in page
     assert "100 optimizer steps of 2 sequences of at most 256 tokens (1,234 tokens" in page

@@ -74,7 +74,7 @@ def save(engine: deepspeed.DeepSpeedEngine, directory: Path, state: TrainState, 
     Raises UserError on all ranks, and deletes what was written of it, if any rank cannot write its part.
     """
     began = time.monotonic()
-    folder = directory / f"step-{state.step:06d}"
+    folder = at(directory, state.step)
     if dist.get_rank() == 0:
         with ranks.doing("deleting a broken checkpoint"):
             shutil.rmtree(folder, ignore_errors=True)  # left by an earlier start, half-written or damaged
@@ -141,6 +141,11 @@ def checkpoints(directory: Path) -> list[Path]:
     """Return the run's checkpoints, complete or not, oldest first. Other files and folders among them are the
     user's."""
     return _folders(directory, _NAME)
+
+
+def at(directory: Path, step: int) -> Path:
+    """Return the folder of the checkpoint after ``step`` steps."""
+    return directory / f"step-{step:06d}"
 
 
 def delete_all(directory: Path) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from qat.quant.config import QuantConfig
 from qat.quant.prepare import freeze, prepare
 from qat.quant.products import speed_up
+from qat.runtime import malloc
 from qat.train.distill import Distiller, TeacherTargets
 
 Loss = Callable[[Tensor], Tensor]
@@ -47,12 +48,14 @@ class Arm(NamedTuple):
         method: what it does, and to how many bits
         exports: what it can write, and what runs it
         packages: whose versions belong to the figures
+        start: what its process does first
     """
 
     make: Callable[[Given], Student]
     method: str
     exports: str
     packages: tuple[str, ...] = ()
+    start: Callable[[], object] = lambda: None
 
 
 def load(directory: str) -> PreTrainedModel:
@@ -138,16 +141,20 @@ def gptqmodel(given: Given) -> Student:
     return Student(GPTQModel.load(folder, device="cpu", backend=BACKEND.TORCH).model)
 
 
+_OUR_EXPORTS = "compressed-tensors for vLLM and transformers, GGUF for llama.cpp, packed for qat.load; bit for bit"
+
 ARMS = {
     "ours": Arm(
         ours("minmax_asymmetric"),
         "QAT, W4A8, zero points in the weights, as the quickstart trains",
-        "compressed-tensors for vLLM and transformers, GGUF for llama.cpp, packed for qat.load; bit for bit",
+        _OUR_EXPORTS,
+        start=malloc.keep_freed_memory,  # as launch/train.py does
     ),
     "ours_symmetric": Arm(
         ours("minmax"),
         "QAT, W4A8, symmetric",
-        "compressed-tensors for vLLM and transformers, GGUF for llama.cpp, packed for qat.load; bit for bit",
+        _OUR_EXPORTS,
+        start=malloc.keep_freed_memory,  # as launch/train.py does
     ),
     "torchao": Arm(
         torchao,

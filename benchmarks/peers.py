@@ -11,11 +11,11 @@ are those of the steps but the first; the peak is that of the process until trai
 
 import importlib.metadata
 import json
-import subprocess
-import sys
-import tempfile
 import time
+import traceback
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,6 @@ class Peers:
         window: its tokens per window
         windows: how many
         output: JSON file of the figures
-        alone: an arm and a group size, "torchao/32", to run in this process; how this command calls itself
     """
 
     data: Path
@@ -69,7 +68,6 @@ class Peers:
     window: int = 512
     windows: int = 12
     output: Path = Path("docs/results/peers.json")
-    alone: str = ""
 
     def __post_init__(self) -> None:
         check_least(self, steps=2, batch_size=1, calibration=1, window=2, windows=2)
@@ -79,10 +77,7 @@ class Peers:
 
 def main() -> None:
     (settings,) = cli.parse(__doc__, Peers)
-    if settings.alone:
-        run_arm(settings)
-        return
-    own = {key: value for key, value in asdict(settings).items() if key not in ("data", "arms", "output", "alone")}
+    own = {key: value for key, value in asdict(settings).items() if key not in ("data", "arms", "output")}
     found: dict[str, Any] = {"bits": "W4A8", **own, "machine": machine(), "versions": {}, "arms": []}
     if settings.output.exists():
         found = json.loads(settings.output.read_text())
@@ -95,7 +90,11 @@ def main() -> None:
             if (name, grid) in done:
                 continue
             print(f"\n===== {name}, {grid} =====", flush=True)
-            if (figures := in_fresh_process(settings, name, group)) is None:
+            try:
+                with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+                    figures = fresh.submit(run_arm, settings, name, group).result()
+            except Exception:  # one that fails must not stop the others
+                traceback.print_exc()
                 failed.append(f"{name}, {grid}")
                 continue
             arm = ARMS[name]
@@ -111,18 +110,9 @@ def main() -> None:
         raise UserError(f"These failed, with the reason above: {'; '.join(failed)}.")
 
 
-def in_fresh_process(settings: Peers, name: str, group: int) -> dict[str, Any] | None:
-    """Run an arm; return its figures, or None if it failed."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "figures.json"
-        own = asdict(settings) | {"alone": f"{name}/{group}", "output": result}
-        code = subprocess.call([sys.executable, __file__, *(f"--{key}={value}" for key, value in own.items())])
-        return json.loads(result.read_text()) if code == 0 else None
-
-
-def run_arm(settings: Peers) -> None:
-    """Run the arm in this process, and write its figures to the output."""
-    name, _, group = settings.alone.rpartition("/")
+def run_arm(settings: Peers, name: str, group: int) -> dict[str, Any]:
+    """Run an arm in this process; return its figures."""
+    ARMS[name].start()
     directory = models.resolve_full_precision(settings.model)
     tokenizer = models.load_tokenizer(directory)
     data = TrainingData(settings.data, tokenizer, seed=0)
@@ -130,15 +120,14 @@ def run_arm(settings: Peers) -> None:
     calibration = [data.sample(number).input_ids for number in range(settings.calibration)]
     torch.manual_seed(0)
     began = time.monotonic()
-    student = ARMS[name].make(Given(directory, teacher, calibration, int(group)))
+    student = ARMS[name].make(Given(directory, teacher, calibration, group))
     speed = train(student, data, settings) if student.loss else None
     seconds, peak = time.monotonic() - began, memory.peak()
     student.finish()
     windows = text_windows(heldout.paragraphs(settings.text), tokenizer, settings.window, settings.windows)
     score = TextScore.of(score_windows(student.model.eval(), windows, teacher))
     figures = {key: getattr(score, key) for key in ("kl", "kl_stderr", "kl_p99", "top1", "perplexity", "window_kl")}
-    figures |= {"tokens_per_second": speed, "seconds": round(seconds, 1), "peak_gb": round(peak / 1e9, 2)}
-    settings.output.write_text(json.dumps(figures))
+    return figures | {"tokens_per_second": speed, "seconds": round(seconds, 1), "peak_gb": round(peak / 1e9, 2)}
 
 
 def train(student: Student, data: TrainingData, settings: Peers) -> float:

@@ -165,7 +165,7 @@ ARMS = {
     "modelopt": Arm(
         modelopt,
         "QAT, W4A8, symmetric",
-        "this format none for engines; others for TensorRT-LLM, vLLM, SGLang",
+        "not these 4-bit weights with 8-bit inputs; other formats, for TensorRT-LLM, vLLM, SGLang",
         ("nvidia-modelopt",),
     ),
     "autoround": Arm(autoround, "PTQ, W4A16, signed rounding", "AutoRound, GPTQ, AWQ, GGUF", ("auto-round",)),

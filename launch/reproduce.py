@@ -532,7 +532,8 @@ def _row(cell: dict[str, Any], accuracy: dict[str, Any] | None) -> dict[str, Any
     row = {key: cell[key] for key in ("name", "method", "bits", "seed", "settings", "budget", "machine", "versions")}
     row["budget"] = row["budget"] | {"trained": {k: v for k, v in row["budget"]["trained"].items() if k != "kl"}}
     for measure in ("perplexity", "nll", "nll_stderr", "kl", "kl_stderr", "kl_p99", "top1", "top1_stderr"):
-        row[measure] = {text: score[measure] for text, score in cell["texts"].items() if measure in score}
+        if values := {text: score[measure] for text, score in cell["texts"].items() if measure in score}:
+            row[measure] = values  # earlier versions lack some
     if accuracy:
         for measure in ("metric", "accuracy", "stderr", "documents"):
             row[f"task_{measure}"] = {task: score[measure] for task, score in accuracy["tasks"].items()}

@@ -108,6 +108,14 @@ def test_accuracy_differs_by_pairs():
     assert claims.accuracy_difference([(a, b), (b, a)]) == Difference(0, 0)
 
 
+def test_flips_differ_by_pairs():
+    """The first pair's cell flips on one document where the other flips on all four."""
+    teacher, a, b = (accuracies(outcome) for outcome in ("1100", "1101", "0011"))
+    difference = claims.flip_difference([(a, b)], teacher)
+    assert difference.mean == pytest.approx(100 * (1 - 4) / 4)
+    assert claims.flip_difference([(a, a)], teacher) == Difference(0, 0)
+
+
 def test_accuracies_without_a_rival_leave_their_column_empty():
     """Two students and full precision, as --cells 'full*,qat*' leaves them."""
     made = {}

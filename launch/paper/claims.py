@@ -97,6 +97,20 @@ def accuracy_difference(pairs: Sequence[tuple[Cell, Cell]]) -> Difference:
     return Difference(statistics.fmean(means), math.sqrt(squares) / len(means))
 
 
+def flip_difference(pairs: Sequence[tuple[Cell, Cell]], teacher: Cell) -> Difference:
+    """Compute the share of documents that the first of each pair answers right where ``teacher`` is wrong, or the other
+    way, minus that of the second, in points, averaged over the pairs; paired by documents."""
+    gained: list[float] = []
+    for task in sorted(set.intersection(*(set(cell["tasks"]) for pair in pairs for cell in (teacher, *pair)))):
+        right = teacher["tasks"][task]["correct"]
+        outcomes = [[cell["tasks"][task]["correct"] for cell in pair] for pair in pairs]
+        flipped = [
+            [100 * ((x != own) - (y != own)) for x, y, own in zip(a, b, right, strict=True)] for a, b in outcomes
+        ]
+        gained += [statistics.fmean(document) for document in zip(*flipped, strict=True)]
+    return Difference(statistics.fmean(gained), standard_error(gained))
+
+
 def zero_shot_averages(accuracies: Mapping[str, Cell]) -> dict[str, tuple[float, float]]:
     """Return mean accuracy and standard error, by name, of each cell that has all of the zero-shot tasks."""
     whole = {name: cell["tasks"] for name, cell in accuracies.items() if set(ZERO_SHOT) <= set(cell["tasks"])}
@@ -386,7 +400,7 @@ def markdown(
     parts = [*filter(None, [_INTRODUCTION, _budget(cells)]), "## Claims", *map("\n".join, (claims, targets, beyond))]
     parts += filter(None, [_spread(cells), _accuracies_by_pairs(accuracies)])
     if flipped := flips.markdown({"the first of each task": accuracies, "all of some tasks": whole}):
-        parts += ["## Flips", flipped]
+        parts += ["## Flips", flipped, *filter(None, [_flips_by_pairs(accuracies)])]
     for table, names in tables.items():
         there = [name for name in names if name in cells]
         parts += [f"## {TITLES[table]}", _table(there, cells, accuracies), f"{len(there)} of {len(names)} cells."]
@@ -439,29 +453,56 @@ def _spread(cells: Mapping[str, Cell]) -> str:
 def _accuracies_by_pairs(accuracies: Mapping[str, Cell]) -> str:
     """Return a table of LLM-QAT's zero-shot average minus that of every other method with the same quantization, one by
     one and together."""
-    if not accuracies:
-        return ""
-    first = next(iter(accuracies.values()))
-    comparable = {name: c for name, c in accuracies.items() if c["settings"]["limit"] == first["settings"]["limit"]}
-    rivals = ("full_precision", *_PTQ)
-    rows = {
-        name: [[(cell, other)] if (other := counterpart(cell, method, comparable)) else [] for method in rivals]
-        for name, cell in comparable.items()
-        if cell["method"] == "qat"
-    }
+    rows = _rivals(accuracies)
     if not rows:
         return ""
-    if len(rows) > 1:
-        rows["all of these"] = [[*itertools.chain(*column)] for column in zip(*rows.values(), strict=True)]
+    first = next(iter(accuracies.values()))
     counts = {task: score["documents"] for task, score in first["tasks"].items()}
     usual = statistics.mode(counts.values())
     others = "".join(f", {count} of {task}" for task, count in counts.items() if count != usual)
     said = f"Accuracies are of {usual} documents of each task{others}. By pairs of documents, LLM-QAT's differ by:"
-    head = ["zero-shot average, points", *(f"less {LABELS[method]}" for method in rivals)]
+    head = ["zero-shot average, points", *(f"less {LABELS[method]}" for method in _RIVALS)]
     lines = [head, ["-"] * len(head)]
     lines += [[name, *(_points(accuracy_difference(p)) if p else "" for p in row)] for name, row in rows.items()]
     table = "\n".join([said, "", *(f"| {' | '.join(line)} |" for line in lines)])
     return "\n\n".join(filter(None, [table, _measured_on(accuracies.values())]))
+
+
+def _flips_by_pairs(accuracies: Mapping[str, Cell]) -> str:
+    """Return a table of the share of documents on which LLM-QAT flips minus that of every post-training method with the
+    same quantization, one by one and together."""
+    teacher = next((cell for cell in accuracies.values() if cell["method"] == "full_precision"), None)
+    rows = _rivals(accuracies)
+    if not rows or teacher is None:
+        return ""
+    head = ["flips, points", *(f"less {LABELS[method]}" for method in _PTQ)]
+    lines = [head, ["-"] * len(head)]
+    lines += [
+        [name, *(_points(flip_difference(p, teacher)) if p else "" for p in row[1:])] for name, row in rows.items()
+    ]
+    return "\n".join(
+        ["By pairs of documents, LLM-QAT's share differs by:", "", *(f"| {' | '.join(x)} |" for x in lines)]
+    )
+
+
+_RIVALS = ("full_precision", *_PTQ)
+
+
+def _rivals(accuracies: Mapping[str, Cell]) -> dict[str, list[list[tuple[Cell, Cell]]]]:
+    """Return, for each cell of LLM-QAT, its pairs with each of the rivals, of which there may be none; and for all of
+    them, if they are several."""
+    first = next(iter(accuracies.values()), None)
+    if first is None:
+        return {}
+    comparable = {name: c for name, c in accuracies.items() if c["settings"]["limit"] == first["settings"]["limit"]}
+    rows = {
+        name: [[(cell, other)] if (other := counterpart(cell, method, comparable)) else [] for method in _RIVALS]
+        for name, cell in comparable.items()
+        if cell["method"] == "qat"
+    }
+    if len(rows) > 1:
+        rows["all of these"] = [[*itertools.chain(*column)] for column in zip(*rows.values(), strict=True)]
+    return rows
 
 
 def _measured_on(cells: Iterable[Cell]) -> str:

@@ -4,13 +4,14 @@ Those that train bring no loss: theirs is the plain cross-entropy with the teach
 would write. What each can export is from its documentation.
 """
 
+import os
 import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from qat.quant.config import QuantConfig
 from qat.quant.prepare import freeze, prepare
@@ -113,16 +114,18 @@ def modelopt(given: Given) -> Student:
 def autoround(given: Given) -> Student:
     from auto_round import AutoRound
 
-    model = load(given.directory)
-    longest = max(ids.shape[1] for ids in given.sequences)
+    # It takes rows of one length: the same text, joined and cut.
+    length = max(ids.shape[1] for ids in given.sequences)
+    text = torch.cat(given.sequences, 1)
+    rows = list(text[:, : text.shape[1] // length * length].view(-1, length).split(1))
     quantizer = AutoRound(
-        model,
-        tokenizer=None,
+        load(given.directory),
+        tokenizer=AutoTokenizer.from_pretrained(given.directory),
         scheme="W4A16",
         group_size=given.group or -1,
-        dataset=[ids[0] for ids in given.sequences],
-        nsamples=len(given.sequences),
-        seqlen=longest,
+        dataset=rows,
+        nsamples=len(rows),
+        seqlen=length,
         device_map="cpu",
     )
     quantized, _ = quantizer.quantize()
@@ -130,6 +133,7 @@ def autoround(given: Given) -> Student:
 
 
 def gptqmodel(given: Given) -> Student:
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # of two cores it takes one, and then fails, as it needs two
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
     config = QuantizeConfig(bits=4, group_size=given.group or -1)

@@ -136,7 +136,7 @@ def gptqmodel(given: Given) -> Student:
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # of two cores it takes one, and then fails, as it needs two
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
-    config = QuantizeConfig(bits=4, group_size=given.group or -1)
+    config = QuantizeConfig(bits=4, group_size=given.group or -1, act_group_aware=given.group > 0)
     quantized = GPTQModel.load(given.directory, config, device="cpu")
     calibration = [{"input_ids": ids[0], "attention_mask": torch.ones_like(ids[0])} for ids in given.sequences]
     quantized.quantize(calibration, batch_size=1)

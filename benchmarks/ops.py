@@ -21,7 +21,7 @@ from qat.quant import products
 from qat.quant.number_format import Format, dequantize, fake_quantize, quantize
 
 IN_GROUPS = Format(4, group_size=16)
-FLOATS = {"nvfp4": Format(4, "nvfp4", 16, 512.0), "mxfp4": Format(4, "mxfp4", 32), "fp8": Format(8, "fp8")}
+FLOATS = {"nvfp4": Format(4, "nvfp4", 16, tensor_scale=256.0), "mxfp4": Format(4, "mxfp4", 32), "fp8": Format(8, "fp8")}
 
 LAYERS = {"SmolLM2": (576, 192, 1536, 256), "LLaMA": (4096, 4096, 11008, 1024)}
 """Hidden size, size of keys and values, intermediate size, tokens."""

@@ -5,6 +5,9 @@ python benchmarks/scaling.py
 The model has random weights and, by default, the widths of SmolLM2-135M. A step takes one sequence per rank. "Bare" is
 teacher, forward, backward and optimizer step and nothing else: no figures, checks or log. Bytes are those that TCP
 says each rank has received, so on CPU ranks alone: between GPUs they take NVLink. The formula is qat/train/plan.py's.
+
+--compare true also measures two ranks without each of what makes a step cheaper, and counts, in a step: fetches (each
+is DeepSpeed's hooks around a module), collectives, and what would make a GPU wait. Counts do not depend on the machine.
 """
 
 import json
@@ -19,10 +22,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
+from unittest.mock import patch
 
 import common
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from gpu_checks.waits import ours as ours_alone
+from gpu_checks.waits import waits
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from launch import cli
@@ -36,6 +45,22 @@ from qat.store import manifest
 from qat.train import checkpoint, deepspeed_json, engines, loop, plan
 from qat.train.log import RunLog
 from qat.train.loop import TrainConfig
+
+WAYS: dict[str, dict[str, Any]] = {
+    "now": {},
+    "modules fetched one by one": {"leaf_module": {"classes": []}},
+    "student sharded": {"stage3_param_persistence_threshold": 100_000},
+    "student sharded, modules one by one": {
+        "stage3_param_persistence_threshold": 100_000,
+        "leaf_module": {"classes": []},
+    },
+    "both sharded": {"stage3_param_persistence_threshold": 100_000},
+    "both sharded, modules one by one": {
+        "stage3_param_persistence_threshold": 100_000,
+        "leaf_module": {"classes": []},
+    },
+}
+"""Changes to the DeepSpeed JSON, by what is done without."""
 
 _RECEIVED = slice(128, 136)
 """Where TCP_INFO holds the bytes that a connection has received, in Linux's tcp.h."""
@@ -51,10 +76,12 @@ class ScalingBenchmark:
         vocabulary: its tokens
         tokens: length of a sequence
         micro_batch_size: sequences in one row of a forward pass
+        compare: also measure without each of what makes a step cheaper
         repeats: steps of each kind, of which the median counts
         deepspeed: how to run
         json: file for the figures
         worker: set for the ranks that this command starts: the folder of the model
+        way: set for them: one of WAYS
     """
 
     layers: int = 30
@@ -62,10 +89,12 @@ class ScalingBenchmark:
     vocabulary: int = 49152
     tokens: int = 256
     micro_batch_size: int = 1
+    compare: bool = False
     repeats: int = 5
     deepspeed: Path = Path("ds_configs/zero3_cpu.json")
     json: Path | None = None
     worker: Path | None = None
+    way: str = "now"
 
 
 def main() -> None:
@@ -77,6 +106,7 @@ def main() -> None:
         model = Path(folder) / "model"
         write_model(config, model)
         measured = {ranks: start(config, model, ranks) for ranks in (1, 2)}
+        ways = {way: start(config, model, 2, way) for way in WAYS} if config.compare else {}
     one, two = measured[1], measured[2]
     figures = {
         "tokens_per_second_1_rank": config.micro_batch_size * config.tokens / one["ours"],
@@ -95,6 +125,12 @@ def main() -> None:
     else:
         figures["gb_received_per_rank_and_step"] = two["received"] / 1e9
         figures["received_over_formula"] = two["received"] / two["formula"]
+    for way, found in ways.items():
+        figures[f"{way}: tokens_per_second"] = 2 * config.micro_batch_size * config.tokens / found["ours"]
+        figures[f"{way}: gb_received"] = found["received"] / 1e9
+        figures[f"{way}: received_over_formula"] = found["received"] / found["formula"]
+        figures[f"{way}: peak_gb_per_rank"] = found["peak"] / 1e9
+        figures |= {f"{way}: {name}": found[name] for name in ("fetches", "collectives", "waits", "waits_of_ours")}
     common.write(config.json, figures)
 
 
@@ -108,11 +144,11 @@ def write_model(config: ScalingBenchmark, directory: Path) -> None:
     AutoModelForCausalLM.from_config(shape, dtype=torch.float32).save_pretrained(directory)
 
 
-def start(config: ScalingBenchmark, model: Path, ranks: int) -> dict[str, float]:
+def start(config: ScalingBenchmark, model: Path, ranks: int, way: str = "now") -> dict[str, Any]:
     """The figures of ``ranks`` ranks, from a process for each."""
     flags = [f"--{name}={getattr(config, name)}" for name in ("tokens", "micro_batch_size", "repeats", "deepspeed")]
     launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", ranks, "--master_port", free_port()]
-    command = [str(part) for part in (*launcher, __file__, *flags, f"--worker={model}")]
+    command = [str(part) for part in (*launcher, __file__, *flags, f"--worker={model}", f"--way={way}")]
     subprocess.run(command, check=True)
     return json.loads((model / f"{ranks}.json").read_text())
 
@@ -123,9 +159,11 @@ def rank(config: ScalingBenchmark, model: Path) -> None:
     size = config.micro_batch_size
     settings = TrainConfig(steps=1000, batch_size=ranks * size, micro_batch_size=size)
     ds_config = deepspeed_json.resolve(config.deepspeed, settings.ds_settings(ranks))
+    ds_config["zero_optimization"] |= WAYS[config.way]
+    whole_teacher = not config.way.startswith("both")
     engines.init_distributed()
     data = RandomSequences(config.tokens, LlamaConfig.from_pretrained(model).vocab_size)
-    teacher = engines.Teacher(str(model), deepspeed_json.for_teacher(ds_config))
+    teacher = engines.Teacher(str(model), deepspeed_json.for_teacher(ds_config), whole=whole_teacher)
     student = engines.student_engine(
         str(model), QuantConfig(), ds_config, settings.lr_factor, settings.gradient_checkpointing
     )
@@ -133,9 +171,8 @@ def rank(config: ScalingBenchmark, model: Path) -> None:
     log = RunLog(model / "log.jsonl", student, state, settings.steps) if cli.is_first_rank() else None
 
     def ours() -> None:
-        figures, _ = loop.take_step(student, teacher, data, settings, state, stop)
-        loop.check_sane(figures, settings, state, model)
-        loop.update_average(state, figures["loss"])
+        taken = loop.take_step(student, teacher, data, settings, state, stop)
+        figures, _ = loop.read(taken, settings, state, model)
         if log:
             log.step(state, figures)
 
@@ -154,18 +191,50 @@ def rank(config: ScalingBenchmark, model: Path) -> None:
             if turn > 1:
                 seconds[name].append(taken)
                 received.append(came)
+    with Counts() as counts:
+        found = waits(bare)
     checkpoint.save(student, model / "checkpoints", state, keep=1)
     if cli.is_first_rank():
         shape, machine = LlamaConfig.from_pretrained(model), plan.Machine(gpus=ranks)
         planned = plan.training(
-            shape, ds_config, ds_config, machine, config.tokens, device().type, sequences=config.micro_batch_size
-        )
-        figures = {name: statistics.median(values) for name, values in seconds.items()}
+            shape, ds_config, ds_config, machine, config.tokens, device().type, sequences=config.micro_batch_size,
+            whole_teacher=whole_teacher,
+        )  # fmt: skip
+        figures: dict[str, Any] = {name: statistics.median(values) for name, values in seconds.items()}
         figures |= {"received": statistics.median(received), "peak": memory.peak()}
         figures |= {"formula": planned.received_per_step, "planned": memory.planned_peak(planned.needs)}
         saved = json.loads(next((model / "checkpoints").glob(f"*/{manifest.MANIFEST}")).read_text())
         figures |= {"saved": saved["bytes"], "saving": saved["seconds"]}
+        figures |= {"fetches": counts.fetches, "collectives": counts.collectives}
+        figures |= {"waits": sum(found.values()), "waits_of_ours": sum(ours_alone(found).values())}
         (model / f"{ranks}.json").write_text(json.dumps(figures))
+
+
+class Counts(TorchDispatchMode):
+    """In its context: how often DeepSpeed fetches a module's weights, and the collectives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetches = self.collectives = 0
+
+    def __enter__(self) -> Self:
+        fetch = PartitionedParameterCoordinator.fetch_sub_module
+
+        def counting(coordinator: Any, module: Any, forward: bool) -> None:
+            self.fetches += 1
+            fetch(coordinator, module, forward)
+
+        self._patch = patch.object(PartitionedParameterCoordinator, "fetch_sub_module", counting)
+        self._patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._patch.stop()
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.collectives += operator.namespace == "c10d"
+        return operator(*args, **(kwargs or {}))
 
 
 class RandomSequences:

@@ -10,7 +10,6 @@ random.
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,7 +119,7 @@ def unquantized(master: PreTrainedModel) -> PreTrainedModel:
 
 def targets(teacher: PreTrainedModel, ids: Tensor) -> TeacherTargets:
     with torch.no_grad():
-        return TeacherTargets(predicting(teacher, ids), lambda: nullcontext(teacher.lm_head.weight))
+        return TeacherTargets(predicting(teacher, ids), teacher.lm_head.weight)
 
 
 def released_loss(student: PreTrainedModel, teacher: PreTrainedModel, ids: Tensor) -> Tensor:

@@ -71,9 +71,9 @@ def main() -> None:
     with ranks.doing("loading the teacher"):
         teacher = engines.Teacher(model, deepspeed_json.for_teacher(ds_config))
     if config.top_k == 0:
-        with teacher.head() as weight, ranks.doing("writing the output weight"):
+        with ranks.doing("writing the output weight"):
             if cli.is_first_rank():
-                cache.write_head(weight)
+                cache.write_head(teacher.head)
             ranks.meet("the output weight is written")
     turns = list(zip_longest(*(missing[0][rank :: cli.ranks()] for rank in range(cli.ranks()))))
     total = sum(steps_of(turn, len(data)) for turn in turns)

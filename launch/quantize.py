@@ -11,13 +11,15 @@ from typing import Any
 from launch import cli
 from qat.data.sequences import TrainingData
 from qat.ptq import METHODS, writer
-from qat.ptq.stream import calibration_sequences
-from qat.quant.config import QuantConfig
+from qat.ptq.stream import calibration_sequences, measured_scales
+from qat.quant.config import SCALES_FILE, QuantConfig
 from qat.quant.prepare import prepare
 from qat.runtime.errors import UserError, check_least
 from qat.runtime.table import check_choices, choice
 from qat.store import models, rotate
 from qat.store.model_folder import ModelFolder
+from qat.store.sidecars import save_tensor_scales
+from qat.store.student_folder import weight_scales
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Quantization:
         model: the full-precision model: a Hugging Face directory or hub name
         output: folder of the quantized model
         method: the post-training method
-        data: folder of calibration shards, made by launch/generate.py or from a corpus, for methods that need text
+        data: folder of calibration shards, made by launch/generate.py or from a corpus, for methods that need text, and
+            for activations whose scales are measured (nvfp4, fp8_tensor)
         sequences: calibrate on this many of its first sequences; 0 for all
     """
 
@@ -41,16 +44,6 @@ class Quantization:
     def __post_init__(self) -> None:
         check_choices(self)
         check_least(self, sequences=0)
-        needs_text = METHODS[self.method].needs_text
-        if needs_text and self.data is None:
-            raise UserError(
-                f"method={self.method} needs calibration text: give --data, a folder of launch/generate.py."
-            )
-        if self.data is not None and not needs_text:
-            others = [name for name, method in METHODS.items() if method.needs_text]
-            raise UserError(
-                f"method={self.method} looks at no text: leave out --data, or give method={' or '.join(others)}."
-            )
 
 
 def main() -> None:
@@ -73,6 +66,8 @@ def main() -> None:
     if data:
         models.check_ids(model.config, data.largest, f"The text in {settings.data}")
     with writer.appearing(folder, settings.output, quant, record, rotate.base_model(source, settings.model)) as output:
+        if quant.scales_inputs and not (output / SCALES_FILE).is_file():
+            save_tensor_scales(weight_scales(source, quant) | measured_scales(source, quant, sequences), output)
         method.write(output, quant, sequences)
     print(f"{settings.output}: {settings.method}, {quant}")
 
@@ -81,9 +76,8 @@ def check(settings: Quantization, quant: QuantConfig, options: dict[str, Any]) -
     """Raise UserError for settings that cannot be combined; ``options`` are the settings of each method."""
     if quant.activations.learned:
         raise UserError("a_quantizer=lsq has learned steps, and nothing is trained here: give minmax.")
-    if quant.scales_inputs:
-        raise UserError("a_quantizer=nvfp4 has scales that launch/train.py measures first: give mxfp4 or fp8 here.")
     METHODS[settings.method].check(quant)
+    _check_text(settings, quant)
     for name, own in options.items():
         given = [key for key, value in asdict(own).items() if value != getattr(type(own)(), key)]
         if given and name != settings.method:
@@ -91,6 +85,24 @@ def check(settings: Quantization, quant: QuantConfig, options: dict[str, Any]) -
                 f"{given[0]}={getattr(own, given[0])} is a setting of method={name}, and method is "
                 f"{settings.method}: leave it out, or give method={name}."
             )
+
+
+def _check_text(settings: Quantization, quant: QuantConfig) -> None:
+    """Raise UserError for calibration text that is missing, or that nothing looks at."""
+    if settings.data is None and METHODS[settings.method].needs_text:
+        raise UserError(
+            f"method={settings.method} needs calibration text: give --data, a folder of launch/generate.py."
+        )
+    if settings.data is None and quant.scales_inputs:
+        raise UserError(
+            "a_quantizer=nvfp4 or fp8_tensor has scales that are measured on calibration text: give --data, a folder "
+            "of launch/generate.py, or another a_quantizer."
+        )
+    if settings.data is not None and not METHODS[settings.method].needs_text and not quant.scales_inputs:
+        others = [name for name, method in METHODS.items() if method.needs_text]
+        raise UserError(
+            f"method={settings.method} looks at no text: leave out --data, or give method={' or '.join(others)}."
+        )
 
 
 def described(

@@ -25,9 +25,9 @@ import yaml
 
 from datagen.sampling import STRATEGIES
 from launch import cli
-from launch.paper import claims, curve, plots
+from launch.paper import claims, curve, plots, served
 from launch.stages import CPU_ONLY, Stages, free_port, interrupt
-from qat.evaluate import heldout
+from qat.evaluate import heldout, llama_quantize
 from qat.ptq import METHODS
 from qat.quant.config import QuantConfig
 from qat.runtime.errors import UserError, check_choice, check_least, differences
@@ -45,6 +45,8 @@ TABLES = (
     "distillation",
     "quantizers",
     "data",
+    "floats",
+    "served",
     "rotations",
     "budget",
     "low_bits",
@@ -54,13 +56,15 @@ TABLES = (
 _LAUNCH = Path(__file__).parent
 _ROOT = _LAUNCH.parent
 _RECIPES = _LAUNCH / "recipes" / "reproduce"
-_PTQ = tuple(name for name in METHODS if name != "rtn")  # RTN needs no stage: launch/evaluate.py rounds by itself
-_METHODS = ("full_precision", *METHODS, "qat")
+_RTN = "rtn"
+_PTQ = tuple(name for name in METHODS if name != _RTN)
+_LLAMA_CPPS = {f"llama_{kind}": kind for kind in llama_quantize.KINDS}
+_METHODS = ("full_precision", *METHODS, "qat", *_LLAMA_CPPS)
 PEERS = "peers.json"
 """What benchmarks/peers.py wrote, in the folder of the results."""
 
-TEXTS, TASKS, WHOLE_TASKS = "texts", "tasks", "tasks-whole"
-"""The kinds of measurement: on texts; on the first documents of tasks; on all of them."""
+TEXTS, TASKS, WHOLE_TASKS, SERVED = "texts", "tasks", "tasks-whole", "served"
+"""The kinds of measurement: on texts; on the first documents of tasks; on all of them; of what llama.cpp serves."""
 
 _CALIBRATION = 64
 """Number of sequences that the post-training methods calibrate on."""
@@ -82,10 +86,10 @@ class Reproduction:
 
     Args:
         model: a Hugging Face directory or hub name
-        tables: tables, with commas between: main, recipes, kv, distillation, quantizers, data, rotations, budget,
-            low_bits, chat
+        tables: tables, with commas between: main, recipes, kv, distillation, quantizers, data, floats, served,
+            rotations, budget, low_bits, chat
         cells: only cells whose name matches one of these patterns, with commas between, say qat_4-8-4*; a cell's
-            accuracy is called qat_4-8-4.tasks
+            accuracy is called qat_4-8-4.tasks, what llama.cpp serves of it qat_4-8-4.served
         minutes: stop cleanly after this many; 0 for no limit
         output: folder of the results
         work: folder of everything else: training data, runs
@@ -143,7 +147,8 @@ class Cell:
     """One cell of a table: a method and its settings.
 
     Args:
-        method: full_precision, qat, or a method of launch/quantize.py
+        method: full_precision, qat, a method of launch/quantize.py, or llama_ with one of llama.cpp's own, which are
+            only served
         quant: what is quantized, and how
         budget: of the training and of the measurement
         data: what is trained or calibrated on: top1, sample, hybrid or chat (written by the teacher), or a text
@@ -171,14 +176,18 @@ class Cell:
 
     @property
     def changes(self) -> list[str]:
-        """Return all settings that differ from the usual ones."""
+        """Return all settings that differ from the usual ones, some of which are recorded only then."""
         usual = Cell(self.method, dataclasses.replace(QuantConfig(), **_bits(str(self.quant))), Budget())
         own, others = _flat(self), _flat(usual)
-        return [f"{key}={own[key]}" for key in own if own[key] != others.get(key)]
+        changed = {key: value for key, value in own.items() if value != others.get(key)}
+        for pattern, settings in changed.pop("overrides", {}).items():
+            changed |= {f"{pattern}.{key}": value for key, value in settings.items()}
+        return [f"{key}={value}" for key, value in changed.items()]
 
     @property
     def name(self) -> str:
-        return "_".join([self.method, str(self.quant), *self.changes]).replace(",", "+")  # --cells has commas between
+        name = "_".join([self.method, str(self.quant), *self.changes])
+        return name.replace("/", "+").replace(",", "+")  # it names files, and --cells has commas between
 
 
 @dataclass(frozen=True)
@@ -194,19 +203,31 @@ class Tasks:
     limit: int = 200
 
 
+@dataclass(frozen=True)
+class Served:
+    """The KV caches with which a cell is measured in llama.cpp, in place of its simulation.
+
+    Args:
+        caches: as launch/evaluate.py takes it; "" for none
+    """
+
+    caches: str = ""
+
+
 class Job(NamedTuple):
-    """A measurement of a cell: its perplexity and KL or, with ``tasks``, its accuracy; and its priority: the lowest
-    number comes first."""
+    """A measurement of a cell: its perplexity and KL, also as it is ``served``, or, with ``tasks``, its accuracy; and
+    its priority: the lowest number comes first."""
 
     priority: int
     cell: Cell
-    tasks: Tasks | None
+    tasks: Tasks | None = None
+    served: Served | None = None
 
     @property
     def kind(self) -> str:
         """Return what is measured, and with how many documents."""
         if self.tasks is None:
-            return TEXTS
+            return SERVED if self.served else TEXTS
         return TASKS if self.tasks.limit else WHOLE_TASKS
 
     @property
@@ -271,20 +292,22 @@ def _jobs(settings: dict[str, Any], path: Path) -> list[Job]:
         names = [field.name for field in fields(kind) if field.name in settings]
         return {name: settings.pop(name) for name in names}
 
-    tasks = Tasks(**take(Tasks))
+    tasks, in_llama_cpp = Tasks(**take(Tasks)), Served(**take(Served))
     cell = Cell(quant=QuantConfig(**take(QuantConfig)), budget=Budget(**take(Budget)), **take(Cell))
     if settings:
         raise UserError(f"{path} has {min(settings)!r}, which is no setting of a cell.")
-    return [Job(priority, cell, None)] + ([Job(tasks_priority, cell, tasks)] if tasks.tasks else [])
+    if in_llama_cpp.caches:
+        return [Job(priority, cell, served=in_llama_cpp)]
+    return [Job(priority, cell), *([Job(tasks_priority, cell, tasks)] if tasks.tasks else [])]
 
 
 def queue(tables: dict[str, list[Job]], patterns: str) -> list[Job]:
     """Return the chosen jobs of all tables, each once: by priority, then in the order of the tables."""
     jobs = sorted((job for jobs in tables.values() for job in jobs), key=lambda job: job.priority)
     chosen = [job for job in jobs if any(fnmatch.fnmatch(job.name, pattern) for pattern in patterns.split(","))]
-    unique: dict[tuple[Cell, Tasks | None], Job] = {}
+    unique: dict[tuple[Any, ...], Job] = {}
     for job in chosen:
-        unique.setdefault((job.cell, job.tasks), job)
+        unique.setdefault(job[1:], job)
     return list(unique.values())
 
 
@@ -314,13 +337,14 @@ class _Runner:
     def _claim_cell(self, job: Job, folder: Path) -> None:
         """Raise UserError if the work in ``folder`` was made with other settings, which its name does not show."""
         folder.mkdir(parents=True, exist_ok=True)
-        record, settings = folder / "cell.json", self.settings(job._replace(tasks=None))
+        record, settings = folder / "cell.json", self.settings(Job(0, job.cell))
         if record.exists() and (listed := differences(json.loads(record.read_text()), settings)):
             raise UserError(f"{folder} holds work of other settings ({listed}): delete it, or give another --work.")
         write_atomically(record, json.dumps(settings, indent=1) + "\n")
 
     def settings(self, job: Job) -> dict[str, Any]:
-        return {"model": self.fingerprint, **_flat(job.cell), **(asdict(job.tasks) if job.tasks else {})}
+        more = job.tasks or job.served
+        return {"model": self.fingerprint, **_flat(job.cell), **(asdict(more) if more else {})}
 
     def path(self, job: Job) -> Path:
         return self.cells / f"{job.name}.json"
@@ -334,13 +358,17 @@ class _Runner:
         folder = self.work / "cells" / cell.name
         self._claim_cell(job, folder)
         stages = Stages(folder / "stages.json", self.environment, self.deadline)
-        self._make(cell, folder, stages)
+        self._make(job, folder, stages)
         evaluation = folder / f"{job.kind}.json"
         evaluate = [sys.executable, _LAUNCH / "evaluate.py", "--output", evaluation]
-        if cell.method == "rtn":
+        if job.served:
+            evaluate += ["--engine=llama.cpp", "--cache", job.served.caches]
+        if cell.method in _LLAMA_CPPS:
+            evaluate += ["--method", _LLAMA_CPPS[cell.method]]
+        if on_the_fly := _rounds_by_itself(job):
             evaluate += ["--method=rtn", *_flags(cell.quant)]
-        trained = (folder / FINAL).exists()
-        evaluate += ["--model", folder / FINAL if trained else self._rotated(cell, stages)]
+        has_own = (folder / FINAL).exists() and not on_the_fly
+        evaluate += ["--model", folder / FINAL if has_own else self._rotated(cell, stages)]
         if job.tasks:
             evaluate += ["--text=none", "--tasks", job.tasks.tasks, "--limit", job.tasks.limit]
         else:
@@ -365,18 +393,19 @@ class _Runner:
         if not (keep_model or self.reproduction.keep_models):
             shutil.rmtree(folder / FINAL, ignore_errors=True)
 
-    def _make(self, cell: Cell, folder: Path, stages: Stages) -> None:
+    def _make(self, job: Job, folder: Path, stages: Stages) -> None:
         """Make the cell's model, if it has one of its own that does not exist yet."""
+        cell = job.cell
         if (folder / FINAL).exists():
             return
         if cell.method == "qat":
             self._train(cell, folder, stages)
-        elif cell.method in _PTQ:
+        elif cell.method in METHODS and not _rounds_by_itself(job):
             self._quantize(cell, cell.method, folder / FINAL, stages)
 
     def _quantize(self, cell: Cell, method: str, output: Path, stages: Stages) -> None:
         quantize = [sys.executable, _LAUNCH / "quantize.py", "--method", method, *_flags(cell.quant)]
-        if METHODS[method].needs_text:
+        if METHODS[method].needs_text or cell.quant.scales_inputs:
             quantize += ["--data", self._data(cell, _CALIBRATION, stages), "--sequences", _CALIBRATION]
         stages.run("quantize", quantize, ["--model", self._rotated(cell, stages), "--output", output])
 
@@ -486,11 +515,17 @@ class _Runner:
         """Write the results so far: each table as JSON, and all of them as a page with plots."""
         done = {(job.cell.name, job.kind): job for jobs in tables.values() for job in jobs if self.is_done(job)}
         found = {key: json.loads(self.path(job).read_text()) for key, job in done.items()}
-        cells, accuracies, whole = (
-            {name: found[name, kind] for name, kind in found if kind == of} for of in (TEXTS, TASKS, WHOLE_TASKS)
+        cells, accuracies, whole, in_llama_cpp = (
+            {name: found[name, kind] for name, kind in found if kind == of}
+            for of in (TEXTS, TASKS, WHOLE_TASKS, SERVED)
         )
         output = self.reproduction.output
         names = {table: list(dict.fromkeys(job.cell.name for job in jobs)) for table, jobs in tables.items()}
+        to_serve = names.pop("served", [])
+        shown = [in_llama_cpp[name] for name in to_serve if name in in_llama_cpp]
+        write_atomically(output / "served.json", json.dumps(served.rows(shown), indent=1) + "\n")
+        if shown:
+            plots.plot_served(shown, output / "served.png")
         for table, listed in names.items():
             rows = [_row(cells[name], accuracies.get(name)) for name in listed if name in cells]
             write_atomically(output / f"{table}.json", json.dumps(rows, indent=1) + "\n")
@@ -500,12 +535,21 @@ class _Runner:
             plots.plot_curves(curves, output / "curve.png")
         averages = claims.zero_shot_averages(accuracies)
         plots.plot_bits([*cells.values()], averages, claims.SETTINGS, output / "bits.png")
-        write_atomically(output / "README.md", claims.markdown(names, cells, accuracies, whole, _json(output / PEERS)))
+        page = claims.markdown(
+            names, cells, accuracies, whole, _json(output / PEERS), served.markdown(shown, len(to_serve))
+        )
+        write_atomically(output / "README.md", page)
 
 
 def _json(path: Path) -> dict[str, Any]:
     """Return the content of a file; empty if there is none."""
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _rounds_by_itself(job: Job) -> bool:
+    """Return whether launch/evaluate.py makes a cell's model: it rounds to nearest where nothing is to be measured, but
+    not for an engine."""
+    return job.cell.method == _RTN and not job.served and not job.cell.quant.scales_inputs
 
 
 def _settings_of(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ class Paths:
         data: folder of training shards, made by launch/generate.py
         output: folder of this run: checkpoints, log.jsonl, and the trained student in final/
         deepspeed: DeepSpeed configuration of the student
-        teacher_deepspeed: DeepSpeed configuration of the teacher; by default the student's, without optimizer
+        teacher_deepspeed: DeepSpeed configuration of a sharded teacher; by default each rank holds all of the teacher
+            if the plan says that it fits, else the student's, without optimizer
         teacher_cache: folder made by launch/cache_teacher.py or generate.py --teacher_cache; no teacher is loaded
     """
 
@@ -183,17 +185,20 @@ def main() -> int:
         be_deterministic()
     engines.init_distributed()
     without_teacher = cache is not None or not LOSSES[config.loss].needs_teacher
-    planned = None
+    taught_by = None if without_teacher else teacher_json
+    memory_for_whole = 0.0 if paths.teacher_deepspeed else memory.of_rank()
+    planned = plan_of(config_of_model, student_json, taught_by, data.longest, config, quant, memory_for_whole)
+    whole_teacher = engines.on_all_ranks(planned.whole_teacher)
     if cli.is_first_rank():
-        taught_by = None if without_teacher else teacher_json
-        planned = plan_of(config_of_model, student_json, taught_by, data.longest, config, quant)
         warn_if_short(planned)
     steps, scales = None, scales_of_run(trunk or paths.output, Path(begin), quant)
     if without_teacher:
         targets: Callable[[Row], Targets] = cache or engines.labels(config.loss)
     else:
         with ranks.doing("loading the teacher"):
-            targets = teacher = engines.Teacher(model, deepspeed_json.for_teacher(teacher_json), config.loss)
+            cli.say(f"The teacher is {'whole on each rank' if whole_teacher else 'sharded over the ranks'}.")
+            teacher_json = deepspeed_json.for_teacher(teacher_json)
+            targets = teacher = engines.Teacher(model, teacher_json, config.loss, whole_teacher)
         if quant.activations.learned:
             ranks.announce("measuring activations")
             steps = teacher.initial_steps(Row.of(data.sample(cli.rank())).to(device()), quant)
@@ -219,7 +224,7 @@ def main() -> int:
         claim(paths.output, identity, student_json, places)
     stop = StopSignal()  # before this, a signal ends the process at once: there is nothing to save
     complete = train(student, targets, data, config, paths.output, stop, texts, paths.continue_from)
-    if planned:
+    if cli.is_first_rank():
         print(memory.beside_plan(planned.needs), flush=True)
     if complete:
         engines.save_student(student, final, quant, companions)
@@ -242,12 +247,15 @@ def plan_of(
     tokens: int,
     config: TrainConfig,
     quant: QuantConfig,
+    memory_for_whole: float = 0.0,
 ) -> Plan:
-    """Plan this run by the DeepSpeed JSONs of the student and of the teacher, if one is loaded."""
+    """Plan this run by the DeepSpeed JSONs of the student and of the teacher, if one is loaded, which is whole on each
+    rank if a rank with ``memory_for_whole`` bytes has room for it."""
     nodes = cli.ranks() // local_ranks()
     ranks = Machine(gpus=cli.ranks(), nodes=nodes if nodes and cli.ranks() % nodes == 0 else 1)
     kind, checkpointing, packed = device().type, config.gradient_checkpointing, config.micro_batch_size
-    return plan.training(model, student, teacher, ranks, tokens, kind, checkpointing, packed, quant)
+    given = (model, student, teacher, ranks, tokens, kind, checkpointing, packed, quant)
+    return plan.with_whole_teacher(memory_for_whole, partial(plan.training, *given))
 
 
 def warn_if_short(planned: Plan) -> None:

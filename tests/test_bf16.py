@@ -115,9 +115,8 @@ def _check_model(model: str, ds_config: dict, ids: Tensor, quants: tuple[QuantCo
     teacher = engines.Teacher(model, deepspeed_json.for_teacher(ds_config))
     found = teacher(Row.of(Sample(0, ids)))
     assert torch.equal(found.hidden, predicting(plain, ids)), model
-    with teacher.head() as weight:
-        assert torch.equal(weight, plain.lm_head.weight)
-    _check_released(teacher._engine.module)
+    assert torch.equal(teacher.head, plain.lm_head.weight)
+    _check_released(teacher.language_model)
     for quant in quants:
         expected, found = Logits(), Logits()
         student = Distiller(prepare(models.load(model, torch.bfloat16), quant))

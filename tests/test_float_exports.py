@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,11 +19,12 @@ import qat
 from qat.export import export
 from qat.export.formats import FORMATS, GGUF
 from qat.infer import packed, simulated
-from qat.ptq import gptq
+from qat.ptq import gptq, stream
+from qat.ptq.smoothquant import SmoothQuant
 from qat.quant.config import CONFIG_FILE, SCALES_FILE, QuantConfig
 from qat.quant.linear import quant_linears
 from qat.quant.number_format import Format, dequantize, quantize
-from qat.quant.prepare import prepare, set_tensor_scales, tensor_scales_in
+from qat.quant.prepare import calibrate, prepare, set_tensor_scales, tensor_scales_in
 from qat.runtime.errors import UserError
 from qat.store import models, student_folder
 from qat.store.compressed_tensors import FLOAT8, INTEGERS, LAYOUTS, MXFP4, NVFP4, PACKED
@@ -36,9 +38,18 @@ CASES = [
     (FLOAT8, QuantConfig(8, 8, 8, w_quantizer="fp8", a_quantizer="fp8", kv_quantizer="fp8")),
     (PACKED, QuantConfig(4, 8, 16, a_quantizer="fp8", w_group_size=32)),
     (PACKED, QuantConfig(4, 4, 16, a_quantizer="nvfp4")),
+    (NVFP4, QuantConfig(4, 4, 16, w_quantizer="nvfp4_4over6", a_quantizer="nvfp4")),
+    (FLOAT8, QuantConfig(8, 8, 16, w_quantizer="fp8", a_quantizer="fp8_tensor")),
+    (FLOAT8, QuantConfig(8, 8, 16, w_quantizer="fp8_tensor", a_quantizer="fp8_tensor")),
 ]
 NAMES = [f"{form} {quant}" for form, quant in CASES]
-FORMATS_OF_WEIGHTS = [Format(4, "nvfp4", 16, tensor_scale=512.0), Format(4, "mxfp4", 32), Format(8, "fp8")]
+FORMATS_OF_WEIGHTS = [
+    Format(4, "nvfp4", 16, tensor_scale=512.0),
+    Format(4, "nvfp4_4over6", 16, tensor_scale=512.0),
+    Format(4, "mxfp4", 32),
+    Format(8, "fp8"),
+    Format(8, "fp8_tensor", tensor_scale=2.0**-6),
+]
 WIDE = {"head_dim": 32}  # blocks of the cache
 
 
@@ -62,7 +73,7 @@ def test_an_export_is_what_was_trained_in_memory_and_packed(form, quant, dtype, 
     assert torch.equal(model.generate(tokens[:, :6], **how), by_forwards)
 
 
-@pytest.mark.parametrize(("form", "quant"), CASES[2:5], ids=NAMES[2:5])
+@pytest.mark.parametrize(("form", "quant"), [*CASES[2:5], CASES[-1]], ids=[*NAMES[2:5], NAMES[-1]])
 def test_transformers_own_loader_reads_the_same_weights(form, quant, tmp_path):
     """4-bit floats it unpacks to bf16, in which they are exact."""
     dtype = torch.float32 if form == FLOAT8 else torch.bfloat16
@@ -75,7 +86,7 @@ def test_transformers_own_loader_reads_the_same_weights(form, quant, tmp_path):
         assert torch.equal(theirs.get_parameter(name), weight), name
 
 
-@pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])
+@pytest.mark.parametrize("name", ["nvfp4", "nvfp4_4over6", "mxfp4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gguf_holds_them_without_loss(name, dtype, tmp_path):
     """Read by gguf's own dequantizer; q and k are reordered there, and NVFP4's scale of the tensor stands beside it."""
@@ -104,10 +115,22 @@ def test_gptq_with_an_identity_hessian_is_rtn(form):
     assert gptq.error_of(weight - better, hessian) < 0.8 * error
 
 
-@pytest.mark.parametrize(("form", "method"), [(NVFP4, "gptq"), (MXFP4, "smoothquant"), (FLOAT8, "gptq")])
-def test_post_training_methods_make_students_that_are_exported(form, method, tiny_directory, tiny_data, tmp_path):
-    quantizer = {NVFP4: "nvfp4", MXFP4: "mxfp4", FLOAT8: "fp8"}[form]
-    settings = [f"--w_quantizer={quantizer}", f"--w_bits={8 if form == FLOAT8 else 4}", "--a_quantizer=fp8"]
+@pytest.mark.parametrize(
+    ("form", "method", "weights", "inputs"),
+    [
+        (NVFP4, "gptq", "nvfp4", "nvfp4"),
+        (MXFP4, "smoothquant", "mxfp4", "mxfp4"),
+        (MXFP4, "gptq", "mxfp4", "fp8"),
+        (FLOAT8, "gptq", "fp8_tensor", "fp8_tensor"),
+        (FLOAT8, "rtn", "fp8", "fp8_tensor"),
+    ],
+)
+def test_post_training_methods_make_students_that_are_exported(
+    form, method, weights, inputs, tiny_directory, tiny_data, tmp_path
+):
+    bits = {"nvfp4": 4, "mxfp4": 4, "fp8": 8, "fp8_tensor": 8}
+    settings = [f"--w_quantizer={weights}", f"--w_bits={bits[weights]}"]
+    settings += [f"--a_quantizer={inputs}", f"--a_bits={bits[inputs]}"]
     places = [f"--model={tiny_directory}", f"--data={tiny_data}", f"--output={tmp_path / 'student'}"]
     run_python("quantize", f"--method={method}", "--sequences=4", *places, *settings)
     student = student_folder.find(tmp_path / "student")
@@ -115,6 +138,20 @@ def test_post_training_methods_make_students_that_are_exported(form, method, tin
     export.verify(student, tmp_path / "export", form, WINDOWS)
     model = qat.load(str(tmp_path / "student"))
     assert torch.equal(model(WINDOWS).logits, qat.load(str(tmp_path / "export"))(WINDOWS).logits)
+
+
+@pytest.mark.parametrize("quantizer", ["nvfp4", "fp8_tensor"])
+def test_scales_measured_layer_by_layer_are_those_of_the_whole_model(quantizer, tiny_directory):
+    bits = 4 if quantizer == "nvfp4" else 8
+    quant = QuantConfig(
+        4, bits, 4, a_quantizer=quantizer, overrides={"*.down_proj": {"a_quantizer": "fp8", "a_bits": 8}}
+    )
+    teacher = models.load(str(tiny_directory), torch.float32)
+    student = prepare(models.load(str(tiny_directory), torch.float32), quant)
+    calibrate(student, teacher, WINDOWS)
+    found = stream.measured_scales(Path(tiny_directory), quant, [WINDOWS[:1], WINDOWS[1:]])
+    assert found == tensor_scales_in(student)
+    assert len(found) == 2 * 6
 
 
 def test_layers_that_engines_fuse_share_the_scale_of_their_tensors(tmp_path):
@@ -166,6 +203,8 @@ def test_refusals_name_the_format_that_fits(tmp_path):
         prepare(tiny_model(), QuantConfig(kv_quantizer="mxfp4"))
     with pytest.raises(UserError, match="lm_head can have integers alone"):
         prepare(tiny_model(), QuantConfig(overrides={"lm_head": {"w_bits": 8, "w_quantizer": "fp8"}}))
+    with pytest.raises(UserError, match="method=smoothquant changes the inputs whose scales are measured"):
+        SmoothQuant.check(QuantConfig(4, 4, 4, a_quantizer="nvfp4"))
     with pytest.raises(UserError, match="kv_quantizer='nvfp4' is invalid"):
         QuantConfig(kv_quantizer="nvfp4")
     save_tensor_scales(student.tensor_scales | {"model.layers.0.mlp.up_proj.weight": math.inf}, tmp_path / "final")

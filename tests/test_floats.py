@@ -24,6 +24,7 @@ from qat.quant.number_format import (  # noqa: E402
     fake_quantize,
     grid_of,
     inside,
+    may_clip,
     quantize,
     round_to_grid,
 )
@@ -37,6 +38,7 @@ FORMATS = {
     "mxfp4": Format(4, "mxfp4", 32),
     "fp8": Format(8, "fp8"),
     "fp8 in groups": Format(8, "fp8", 32),
+    "fp8_tensor": Format(8, "fp8_tensor", tensor_scale=2.0**-6),
 }
 SCHEMES = {"nvfp4": "NVFP4A16", "mxfp4": "MXFP4A16", "fp8": "FP8_DYNAMIC"}
 X = ((37 * torch.arange(64)) % 64 - 31).float()[None] / 8
@@ -169,7 +171,67 @@ def test_what_saturates_gets_no_gradient():
     assert x.grad.flatten().tolist() == [float(value <= 3136) for value in x.flatten()]
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@given(blocks(), st.sampled_from([1.0, 672.0, 2.0**-20, 2.0**9, 5e4]))
+def test_where_the_scales_say_so_nothing_was_clipped(x, tensor_scale):
+    form = Format(4, "nvfp4", 16, tensor_scale=tensor_scale)
+    grid = grid_of(x, form)
+    assert may_clip(form, grid) or inside(x, form, grid).all()
+
+
+def test_scales_say_so_but_for_the_smallest_and_the_largest():
+    form = Format(4, "nvfp4", 16, tensor_scale=512.0)
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    assert not may_clip(form, grid_of(x, form))
+    assert may_clip(form, grid_of(torch.cat([x, x[:1] * 100]), form))
+    assert may_clip(form, grid_of(torch.cat([x, x[:1] * 1e-5]), form))
+    assert may_clip(form, grid_of(torch.cat([x, x[:1] * math.nan]), form))
+
+
+@given(blocks(), st.sampled_from([1.0, 672.0, 2.0**9, 5e4]))
+def test_four_over_six_takes_the_better_of_two_scales_that_nvfp4_can_store(x, tensor_scale):
+    forms = [Format(4, name, 16, tensor_scale=tensor_scale) for name in ("nvfp4_4over6", "nvfp4")]
+    better, usual = (quantize(x, form) for form in forms)
+    error, most = (
+        (dequantize(one, torch.float64) - x).unflatten(-1, (-1, 16)).square().sum(-1) for one in (better, usual)
+    )
+    changed = better.grid.scale != usual.grid.scale
+    assert (error[changed] < most[changed]).all()
+    assert torch.equal(error[~changed], most[~changed])
+    assert may_clip(forms[0], better.grid) or inside(x, forms[0], better.grid).all()
+    read = unpack(pack(better, forms[0]), forms[1])
+    same(dequantize(read, torch.float32), round_to_grid(x, forms[0])[0])
+
+
+def test_four_over_six_errs_less():
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    error = {
+        name: (round_to_grid(x, Format(4, name, 16, tensor_scale=256.0))[0] - x).square().mean()
+        for name in ("nvfp4", "nvfp4_4over6")
+    }
+    assert error["nvfp4_4over6"] < 0.9 * error["nvfp4"]
+
+
+@given(blocks(), st.integers(-12, 12))
+def test_fp8_of_a_tensor_is_that_of_compressed_tensors_and_clips(x, exponent):
+    """Whose scale is any number; and dividing by ours is multiplying by its inverse."""
+    form, scale = Format(8, "fp8_tensor", tensor_scale=2.0**exponent), torch.tensor([2.0**exponent])
+    args = preset_name_to_scheme("FP8", ["Linear"]).weights
+    codes = theirs.quantize(x, scale, torch.zeros(1), args)
+    values, grid = round_to_grid(x, form)
+    same(quantize(x, form).codes, codes)
+    same(values, codes.float() * scale)
+    same(values.bfloat16(), values)
+    assert torch.equal(inside(x, form, grid), x.abs() <= 448 * scale)
+
+
+@given(st.floats(1e-25, 1e25))
+def test_a_tensor_in_fp8_fits_its_scale(largest):
+    scale = FORMATS["fp8_tensor"].by.scale_of_tensor(largest)
+    assert math.frexp(scale)[0] == 0.5
+    assert 224 * (1 - 1e-6) <= largest / scale <= 448 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "fp8_tensor"])
 def test_nan_stays_in_its_own_group_and_a_scale_that_nobody_set_is_noticed(name):
     x = torch.ones(2, 32)
     x[0, 3] = math.nan
@@ -201,12 +263,25 @@ def test_rounding_is_to_the_nearest_number_and_to_even_between_two(mantissa, nor
     assert round_(torch.tensor([largest * 1.1, -1e30])).tolist() == [largest, -largest]
 
 
+@pytest.mark.parametrize(("mantissa", "normal", "largest"), [(1, 2.0, 12.0), (3, 2.0**-6, 448.0)])
+def test_rounding_has_the_bits_of_a_division_by_the_step(mantissa, normal, largest):
+    """The sign of zero and NaN for infinity among them; for all numbers of bf16, and many of fp32."""
+    bf16 = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    bits = torch.randint(-(2**31), 2**31, (1_000_000,), generator=torch.Generator().manual_seed(0))
+    x = torch.cat([bf16, bits.to(torch.int32).view(torch.float32)])
+    step = torch.ldexp(torch.ones_like(x), torch.frexp(x.abs().clamp(min=normal)).exponent - 1 - mantissa)
+    step = torch.where(x.isfinite(), step, torch.nan)
+    expected, got = (torch.round(x / step) * step).clamp(-largest, largest), nearest(x, mantissa, normal, largest)
+    same(got, expected)
+    assert torch.equal(got.signbit()[x.isfinite()], expected.signbit()[x.isfinite()])
+
+
 @given(st.floats(-448, 448, width=32))
 def test_rounding_to_e4m3_is_torchs_cast(x):
     same(nearest_e4m3(torch.tensor([x])), torch.tensor([x]).to(E4M3))
 
 
-@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "fp8"])
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "fp8", "fp8_tensor"])
 def test_compiled_equals_eager_bit_for_bit(name):
     """Denormal and huge blocks, zeros, halves and NaN; and another scale of the tensor compiles nothing again."""
     needs_compiler()

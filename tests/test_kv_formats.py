@@ -39,6 +39,7 @@ VECTORS = {
     "ggml_iq4_nl": "23a8cf26ae036be138cf159df25bd137be14",
     "vllm_int8": "8518ad40d467fc9124b94be073089d30c457ec7f14a93cd063f88d20b547dc6f",
     "vllm_fp8": "fe6af976f27bd6fc70f878ee7d5efb72",
+    "vllm_fp8_unscaled": bytes(KNOWN.to(torch.float8_e4m3fn).view(torch.uint8).flatten().tolist()).hex(),
 }
 ROTATED = {
     "ggml_q4_0": ((0.5, -0.5, -1, 0, 0, -2), "003849c78688484408888888c4440888c4cc"),
@@ -132,7 +133,8 @@ def test_nothing_hides_a_nan(name):
     x = torch.randn(1, 1, 3, 64)
     x[0, 0, 1, 7] = torch.nan
     found = KV_FORMATS[name].round(x, torch.float32)
-    assert found[0, 0, 1, :32].isnan().all()
+    alone = name == "vllm_fp8_unscaled"  # nothing is shared with it
+    assert found[0, 0, 1, 7 if alone else slice(32)].isnan().all()
     assert not found[0, 0, ::2].isnan().any()
 
 
@@ -169,6 +171,14 @@ def test_what_clips_in_q4_0():
     x.requires_grad_()
     KV_FORMATS["ggml_q4_0"].round(x, torch.float32).sum().backward()
     assert x.grad[0, 0, 0, :6].tolist() == [1, 1, 1, 0, 0, 1]
+
+
+def test_what_clips_without_a_scale():
+    x = torch.tensor([447.0, 448, 449, 1e6, -448, -464, 0.001, 0]).view(1, 1, 1, 8).requires_grad_()
+    found = KV_FORMATS["vllm_fp8_unscaled"].round(x, torch.float32)
+    found.sum().backward()
+    assert found.flatten().tolist() == [448, 448, 448, 448, -448, -448, 2**-9, 0]
+    assert x.grad.flatten().tolist() == [1, 1, 0, 0, 1, 0, 1, 1]
 
 
 @pytest.mark.parametrize(

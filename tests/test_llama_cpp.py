@@ -138,8 +138,11 @@ def test_evaluate_measures_what_llama_cpp_serves_beside_the_simulation(tmp_path,
     flags += ["--window=64", "--windows=4", f"--output={tmp_path / 'found.json'}", "--engine=llama.cpp"]
     monkeypatch.setattr("sys.argv", ["evaluate.py", *flags])
     evaluate.main()
-    assert "llama.cpp with a cache of q8_0 keys and q4_0 values" in capsys.readouterr().out
-    served, simulated = json.loads((tmp_path / "found.json").read_text())["texts"].values()
+    assert "with a cache of q8_0 keys and q4_0 values" in capsys.readouterr().out
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["served"]["file_MB"] > 0.1
+    assert found["served"]["tokens_per_second"]["q8_0/q4_0"] > 0
+    served, simulated = found["texts"].values()
     assert served["tokens"] == simulated["tokens"] == 4 * 63
     assert served["nll"] != simulated["nll"]
     assert served["nll"] == pytest.approx(simulated["nll"], abs=0.1)

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -42,6 +43,7 @@ def test_a_rank_holds_its_part_of_llama_7b():
     parameters = 6_738_415_616  # arXiv 2302.13971's "6.7B"
     device = planned("zero3.json", Machine(gpus=8)).device
     assert device["parameters"] == device["teacher"] == 2 * parameters / 8
+    assert device["teacher's output layer"] == 2 * 32000 * 4096
     assert device["gradients"] == 4 * parameters / 8
     assert device["optimizer states"] == 12 * parameters / 8
 
@@ -104,9 +106,26 @@ def test_no_teacher_and_no_checkpointing_are_counted():
     )
     passes = usual.seconds["compute"] / 5  # the teacher's, the student's twice, and backward, which is two
     assert alone.seconds["compute"] == pytest.approx(4 * passes) == all_kept.seconds["compute"]
-    assert usual.received_per_step - alone.received_per_step == pytest.approx(2 * 6_738_415_616 * 7 / 8)
+    gathered = 6_738_415_616 - 32000 * 4096 - 65 * 4096  # but for the output layer and the norms, which are whole
+    assert usual.received_per_step - alone.received_per_step == pytest.approx(2 * gathered * 7 / 8)
     assert "teacher" not in alone.device
     assert alone.peak < usual.peak < all_kept.peak
+
+
+def test_the_teacher_is_whole_where_it_fits_and_then_nothing_of_it_is_received(monkeypatch, capsys):
+    ds_config = deepspeed_json.read(ROOT / "ds_configs" / "zero3.json")
+    for model, fits in (("llama-7b", True), ("llama-13b", True), ("llama-30b", False)):
+        given = (config_of(model), ds_config, ds_config, Machine(gpus=8), 1024)
+        sharded, alone = plan.training(*given), plan.training(*given[:2], None, *given[3:])
+        chosen = plan.with_whole_teacher(80e9, partial(plan.training, *given))
+        assert chosen.whole_teacher == fits
+        assert (chosen.received_per_step, chosen.fetches) == (
+            (alone.received_per_step, alone.fetches) if fits else (sharded.received_per_step, sharded.fetches)
+        )
+    output = said(monkeypatch, capsys, "--model=llama-7b")
+    assert re.search(r"teacher on each rank +│ whole +│ whole", output)
+    given = ["--deepspeed=ds_configs/zero3.json", "--teacher_deepspeed=ds_configs/teacher_zero3.json"]
+    assert re.search(r"teacher on each rank +│ a part", said(monkeypatch, capsys, "--model=llama-7b", *given))
 
 
 def test_generation_holds_what_the_decoder_makes():

@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, finish, kill, start, start_command, tiny_model
+from conftest import ROOT, finish, kill, start, start_command, tiny_model, tiny_tokenizer
 from test_launch import error_of
 
 from launch.reproduce import Budget, Cell, Job, Reproduction, _Runner, queue, read_recipe
@@ -52,6 +52,25 @@ def test_killed_and_started_again(tiny_directory, tmp_path):
     tiny_model().save_pretrained(tmp_path / "other")
     output, _ = start(0, "reproduce", *flags(tmp_path / "other", tmp_path)).communicate(timeout=100)
     assert "holds results of another model" in output
+
+
+def test_what_llama_cpp_serves_is_a_table(tmp_path):
+    """RTN is written as a student first."""
+    model = tmp_path / "model"
+    tiny_model(head_dim=64, hidden_size=256, intermediate_size=256).save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    results, cells = tmp_path / "results", "--cells=rtn_4-8-16_w_quantizer*"
+    where = [f"--model={model}", f"--output={results}", f"--work={tmp_path / 'work'}", "--tables=served", cells]
+    finish(start(0, "reproduce", *where))
+    rows = json.loads((results / "served.json").read_text())
+    assert [row["cache"] for row in rows] == ["f16", "q8_0", "q8_0/q4_0", "q4_0"]
+    assert all(row["kl"].keys() == {"encyclopedia", "howto"} for row in rows)
+    assert all(row["tokens_per_second"] > 0 < row["file_MB"] for row in rows)
+    assert rows[0]["cache_costs"] == 0 < rows[3]["cache_costs_stderr"]
+    page = (results / "README.md").read_text()
+    assert "| RTN | 4-8-16 | w_quantizer=ggml_q4_0, a_quantizer=ggml_q8_0, lm_head.w_bits=8, lm_head.w_quant" in page
+    assert "1 of 13 models." in page
+    assert (results / "served.png").is_file()
 
 
 def test_a_users_or_damaged_file_among_the_cells_is_not_counted(tiny_directory, tmp_path):

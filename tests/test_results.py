@@ -167,6 +167,9 @@ def test_a_recipe_stands_for_every_combination_once_and_in_order(tmp_path):
 
 def test_a_cells_name_says_what_is_unusual():
     assert Cell("qat", QuantConfig(), Budget()).name == "qat_4-8-4"
+    quant = QuantConfig(4, 8, 8, kv_format="ggml_q8_0/ggml_q4_0", overrides={"lm_head": {"w_bits": 8, "a_bits": 8}})
+    served = Cell("qat", quant, Budget())
+    assert served.name == "qat_4-8-8_kv_format=ggml_q8_0+ggml_q4_0_lm_head.w_bits=8_lm_head.a_bits=8"
     changed = Cell("qat", QuantConfig(4, 6, 16, kv_rotation="hadamard"), Budget(steps=400), data="top1", seed=2)
     assert changed.name == "qat_4-6-16_kv_rotation=hadamard_steps=400_data=top1_seed=2"
 

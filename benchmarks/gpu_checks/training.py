@@ -2,7 +2,6 @@
 
 import gc
 import json
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from gpu_checks.bench import Bench, profiled, seconds
+from gpu_checks.waits import ours, waits
 from qat.data.sequences import Sample
 from qat.quant.config import QuantConfig
 from qat.quant.forward import predicting
@@ -23,7 +23,7 @@ from qat.store import models
 from qat.train import checkpoint, deepspeed_json, engines, plan
 from qat.train.checkpoint import TrainState
 from qat.train.distill import Distiller, TeacherTargets
-from qat.train.loop import TrainConfig, take_step
+from qat.train.loop import Taken, TrainConfig, read, take_step
 
 _QUANT = QuantConfig(4, 8, 4)
 _CONFIG = TrainConfig(steps=100, lr=1e-3, batch_size=1)
@@ -56,8 +56,11 @@ class _Run:
 
     def steps(self, data: Any, count: int) -> list[float]:
         """The losses of the next steps."""
-        step = lambda: take_step(self.student, self.teacher, data, _CONFIG, self.state, self._stop)  # noqa: E731
-        return [step()[0]["loss"] for _ in range(count)]
+        return [read(self.take(data), _CONFIG, self.state, Path())[0]["loss"] for _ in range(count)]
+
+    def take(self, data: Any) -> Taken:
+        """Take a step without reading its figures."""
+        return take_step(self.student, self.teacher, data, _CONFIG, self.state, self._stop)
 
     @property
     def frequencies(self) -> Tensor:
@@ -65,7 +68,7 @@ class _Run:
 
     def close(self) -> None:
         self.student.destroy()
-        self.teacher._engine.destroy()
+        self.teacher._run.destroy()
         del self.student, self.teacher
         gc.collect()
         if torch.cuda.is_available():
@@ -116,20 +119,25 @@ def zero3(bench: Bench) -> tuple[dict, dict]:
 
 
 def leaf_modules(bench: Bench) -> tuple[dict, dict]:
-    """A step with each decoder layer fetched as a whole, beside one with each of its 13 modules fetched alone."""
+    """A step with each decoder layer fetched as a whole, beside one with each of its 13 modules fetched alone; and who
+    waits for the device in it."""
     engines.init_distributed()
     s = bench.shapes
     figures: dict = {}
     with bench.directory() as model:
         bench.model(s.layers).save_pretrained(model)
-        for name, zero in {"modules": {}, "layers": {"leaf_module": {"classes": ["LlamaDecoderLayer"]}}}.items():
+        for name, zero in {"modules": {"leaf_module": {"classes": []}}, "layers": {}}.items():
             run = _Run(bench, model, zero)
             data = _Sequences(bench, [s.tokens])
             losses = run.steps(data, 3)
             figures[name] = {"losses": losses, **profiled(lambda: run.steps(data, 1), 0)}  # noqa: B023
+            figures[name]["waits"] = waits(lambda: run.take(data))  # noqa: B023
             run.close()
     off = max(abs(a - b) for a, b in zip(figures["layers"]["losses"], figures["modules"]["losses"], strict=True))
-    return figures | {"loss_off_by": off}, {"losses": off < 1e-2}
+    return figures | {"loss_off_by": off}, {
+        "losses": off < 1e-2,
+        "none of our own waits": not ours(figures["layers"]["waits"]),
+    }
 
 
 def resume(bench: Bench) -> tuple[dict, dict]:
@@ -185,7 +193,7 @@ def _plain_losses(bench: Bench, model: Path, lengths: list[int]) -> list[float]:
         optimizer.param_groups[0]["lr"] = _CONFIG.lr * _CONFIG.lr_factor(step)
         ids = bench.ids(length, step).to(bench.device)
         with torch.no_grad():
-            targets = TeacherTargets(predicting(teacher, ids), lambda: nullcontext(teacher.lm_head.weight))
+            targets = TeacherTargets(predicting(teacher, ids), teacher.lm_head.weight)
         loss, _ = student(ids, targets)
         loss.backward()
         for master, parameter in zip(masters, student.parameters(), strict=True):

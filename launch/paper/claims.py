@@ -31,6 +31,7 @@ TITLES = {
     "budget": "How long to train",
     "low_bits": "Weights of 4, 3 and 2 bits",
     "chat": "Dialogues among the training data",
+    "floats": "Formats of floats: NVFP4, MXFP4, FP8",
 }
 SETTINGS = ("4-8-4", "4-8-8", "4-6-16", "4-8-16", "4-16-16", "8-8-4", "8-8-8", "8-8-16")
 """The paper's settings, W-A-KV."""
@@ -273,6 +274,18 @@ CLAIMS = (
         "Not the paper's: a rotated KV cache is better, untrained and trained",
         [(f"{cell}_kv_rotation=hadamard", cell) for cell in ("rtn_16-16-4", "rtn_4-8-4", "qat_4-8-4")],
     ),
+    Claim(
+        "Not the paper's: LLM-QAT is better than RTN and GPTQ in 4-bit floats",
+        [
+            (f"qat_{floats}", f"{method}_{floats}")
+            for floats in (
+                "4-4-16_w_quantizer=nvfp4_a_quantizer=nvfp4",
+                "4-16-16_w_quantizer=nvfp4",
+                "4-4-16_w_quantizer=mxfp4_a_quantizer=mxfp4",
+            )
+            for method in ("rtn", "gptq")
+        ],
+    ),
 )
 
 
@@ -377,6 +390,7 @@ def markdown(
     accuracies: Mapping[str, Cell],
     whole: Mapping[str, Cell],
     peers: Mapping[str, Any],
+    served: str = "",
 ) -> str:
     """Return the page of results: the claims, then every table.
 
@@ -386,6 +400,7 @@ def markdown(
         accuracies: what each cell measured on tasks, by name
         whole: the same on all documents
         peers: what benchmarks/peers.py wrote; empty if it did not yet
+        served: the section on what is served
     """
     claims = [
         "| claim of the paper | at this scale | KL of the first less KL of the second, nats per token |",
@@ -407,7 +422,7 @@ def markdown(
         parts += filter(None, [_in_floats(there, cells)])
         parts += [f"![{TITLES[table]}]({table}.png)"] if there else []
         parts += filter(None, [curve.markdown(curve.curves({name: cells[name] for name in there}))])
-    parts += _peers(peers)
+    parts += [*filter(None, [served]), *_peers(peers)]
     parts += ["## Perplexity and accuracy against bits", "![The four methods in the paper's settings](bits.png)"]
     return "\n\n".join(parts) + "\n"
 

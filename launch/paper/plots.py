@@ -19,6 +19,8 @@ LABELS = {
     "gptq": "GPTQ",
     "smoothquant": "SmoothQuant",
     "qat": "LLM-QAT",
+    "llama_q4_0": "llama.cpp's Q4_0",
+    "llama_q4_k_m": "llama.cpp's Q4_K_M",
 }
 """The methods' names in tables and plots."""
 
@@ -77,6 +79,27 @@ def plot_curves(curves: Sequence["Curve"], path: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="tokens trained on", ylabel="KL(teacher ‖ student), nats per token")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def plot_served(cells: list[dict[str, Any]], path: Path) -> None:
+    """Plot the KL to the teacher of what llama.cpp serves, the mean over its texts: a row for each model, a point for
+    each KV cache."""
+    figure = _figure(10, 1.6 + 0.3 * len(cells))
+    axes = figure.add_subplot()
+    for cache, marker in zip(cells[0]["served"]["tokens_per_second"], "o^sD", strict=False):
+        scores = [
+            [score["kl"] for name, score in cell["texts"].items() if name.endswith(f", {cache} cache")]
+            for cell in cells
+        ]
+        axes.plot([statistics.fmean(values) for values in scores], range(len(cells)), marker, label=f"{cache} cache")
+    axes.set_yticks(
+        range(len(cells)), [f"{cell['name']} ({cell['served']['file_MB']:.0f} MB)" for cell in cells], fontsize=7
+    )
+    axes.invert_yaxis()
+    axes.set(xlabel="KL(teacher ‖ what llama.cpp serves), nats per token (lower is better)", xlim=(0, None))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     _save(figure, path)
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qat.data.shards import ShardFolder
 from qat.runtime.errors import UserError
+from qat.runtime.machine import send
 from qat.store.models import tokenizer_fingerprint
 
 
@@ -49,7 +50,8 @@ class Row:
         return tuple(length - 1 for length in self.lengths)
 
     def to(self, device: torch.device) -> "Row":
-        return replace(self, input_ids=self.input_ids.to(device))
+        """Send the row to ``device``, without waiting for it."""
+        return replace(self, input_ids=send(self.input_ids, device))
 
 
 class TrainingData:

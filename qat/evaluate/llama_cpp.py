@@ -6,6 +6,9 @@ The structs are those of include/llama.h in one version of the wheel; another ve
 
 import ctypes
 import importlib.metadata
+import statistics
+import time
+import weakref
 from collections.abc import Iterable
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_int64, c_size_t, c_uint8, c_uint32, c_void_p
 from functools import cache
@@ -42,7 +45,7 @@ class _ModelParams(ctypes.Structure):
         ("devices", c_void_p), ("buffer_types", c_void_p),
         *((name, c_int32) for name in ("n_gpu_layers", "split_mode", "load_mode", "lazy_mode", "main_gpu")),
         *((name, c_void_p) for name in ("tensor_split", "progress", "progress_data", "kv_overrides")),
-        *((f"bool_{number}", c_bool) for number in range(6)),
+        ("vocab_only", c_bool), *((f"bool_{number}", c_bool) for number in range(1, 6)),
     )  # fmt: skip
 
 
@@ -105,6 +108,7 @@ def library() -> ctypes.CDLL:
         ("llama_free", None, (c_void_p,)),
         ("llama_model_get_vocab", c_void_p, (c_void_p,)),
         ("llama_vocab_n_tokens", c_int32, (c_void_p,)),
+        ("llama_tokenize", c_int32, (c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool)),
         ("llama_get_memory", c_void_p, (c_void_p,)),
         ("llama_memory_clear", None, (c_void_p, c_bool)),
         ("llama_batch_init", _Batch, (c_int32, c_int32, c_int32)),
@@ -135,6 +139,52 @@ def types_of(quant: QuantConfig) -> tuple[str, str]:
     if quant.kv.quantizes and keys.engine == "llama.cpp" and quant.one_kv_format:
         return keys.type, values.type
     return "f16", "f16"
+
+
+class Ids(NamedTuple):
+    """Token ids, where callers of transformers' tokenizers look for them."""
+
+    input_ids: list[int]
+
+
+class Vocabulary:
+    """How a GGUF file reads text, by llama.cpp's own tokenizer; called as one of transformers. Raises UserError if
+    llama.cpp does not load the file.
+
+    Attributes:
+        size: number of tokens
+    """
+
+    def __init__(self, file: Path):
+        self._library = library()
+        how = self._library.llama_model_default_params()
+        how.vocab_only = True
+        model = self._library.llama_model_load_from_file(str(file).encode(), how)
+        if not model:
+            raise UserError(f"llama.cpp does not load {file}: export it again.")
+        weakref.finalize(self, self._library.llama_model_free, model)
+        self._vocabulary = self._library.llama_model_get_vocab(model)
+        self.size = self._library.llama_vocab_n_tokens(self._vocabulary)
+
+    def __call__(self, text: str, **how: Any) -> Ids:
+        """Return the ids of a text, no special ones among them."""
+        encoded = text.encode()
+        most = len(encoded) + 1
+        found = (c_int32 * most)()
+        count = self._library.llama_tokenize(self._vocabulary, encoded, len(encoded), found, most, False, False)
+        return Ids(found[:count])
+
+
+def types(cache: str) -> tuple[str, str]:
+    """Return the types of keys and values that ``cache`` names: TYPE for both, or KEYS/VALUES; raise UserError for
+    types that a cache cannot have."""
+    keys, _, values = cache.partition("/")
+    if unknown := {keys, values or keys} - TYPES.keys():
+        raise UserError(
+            f"cache={cache} has the type {min(unknown)!r}, which llama.cpp's KV cache cannot have: choose "
+            f"{', '.join(TYPES)}, one, or two as KEYS/VALUES."
+        )
+    return keys, values or keys
 
 
 class CachedLayer(NamedTuple):
@@ -213,6 +263,20 @@ class Engine:
         self._position += count
         found = np.ctypeslib.as_array(self._library.llama_get_logits(self._context), (count, self.vocabulary))
         return torch.from_numpy(found.copy())
+
+    def tokens_per_second(self, tokens: Tensor) -> float:
+        """Return how fast it writes: the median over the last half of token ids [tokens], one after another in a
+        sequence that begins with the first half."""
+        self.forget()
+        context, following = tokens.chunk(2)
+        self.logits(context)
+        seconds = []
+        for token in following.split(1):
+            began = time.perf_counter()
+            self.logits(token)
+            seconds.append(time.perf_counter() - began)
+        self.forget()
+        return 1 / statistics.median(seconds)
 
     def tensors(self, tokens: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
         """Append token ids as ``logits`` does; return fp32 tensors of the computation by llama.cpp's names, such as

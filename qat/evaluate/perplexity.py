@@ -6,9 +6,9 @@ window of its own, and only the tokens of the answers count.
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -115,7 +115,7 @@ def perplexity(model: PreTrainedModel, windows: Tensor) -> TextScore:
     return TextScore.of(score_windows(model, windows))
 
 
-def text_windows(paragraphs: Iterable[str], tokenizer: Tokenizer, window: int, most: int) -> Tensor:
+def text_windows(paragraphs: Iterable[str], tokenizer: Callable[..., Any], window: int, most: int) -> Tensor:
     """Return token ids [windows, window] of a text; at most ``most`` windows if that is not 0.
 
     Raises UserError if the text is shorter than one window.

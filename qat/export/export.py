@@ -30,11 +30,11 @@ def check(student: Student, form: str) -> None:
             f"{student.directory} has no tokenizer ({', '.join(_TOKENIZERS)}): copy that of the model it began with "
             "there."
         )
-    _check_rotation(student, form)
+    check_rotation(student, form)
     FORMATS[form].check(student)
 
 
-def _check_rotation(student: Student, form: str) -> None:
+def check_rotation(student: Student, form: str) -> None:
     """Raise UserError for a student that computes more online than the format can state."""
     rotation = rotation_of(read_config(str(student.directory)))
     if rotation and rotation.head_map:

@@ -11,6 +11,7 @@ from qat.ptq import writer
 from qat.ptq.stream import Stream, Weights
 from qat.quant.config import QuantConfig
 from qat.quant.quantizers.base import Grid
+from qat.store.sidecars import load_tensor_scales
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Method(ABC):
 
     @abstractmethod
     def write(self, output: Path, quant: QuantConfig, sequences: list[Tensor]) -> None:
-        """Write the quantized model's weight files into ``output``.
+        """Write the quantized model's weight files into ``output``, which has the scales of tensors already if those of
+        inputs had to be measured.
 
         Args:
             sequences: calibration text, token ids [1, tokens]; empty unless the method needs text
@@ -68,5 +70,5 @@ class LayerByLayer(Method):
         """
 
     def write(self, output: Path, quant: QuantConfig, sequences: list[Tensor]) -> None:
-        stream = Stream(self.source, quant, sequences)
+        stream = Stream(self.source, quant, sequences, load_tensor_scales(output))
         writer.write(stream, output, type(self).__name__.lower(), self.quantize_layer)

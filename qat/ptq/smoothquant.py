@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qat.ptq.method import LayerByLayer
 from qat.ptq.stream import Stream, Weights, fill
 from qat.quant.architecture import Smoothed, decoder_layers, head_dim
+from qat.quant.config import QuantConfig
 from qat.quant.quantizers.base import Grid
 from qat.quant.rotated import smoothed
 from qat.runtime.errors import UserError
@@ -53,6 +54,14 @@ Alphas = Mapping[Smoothed, float]
 class SmoothQuant(LayerByLayer):
     meaning = "moves outlier channels from inputs into weights, then rounds to nearest (arXiv 2211.10438)"
     config = SmoothQuantConfig
+
+    @classmethod
+    def check(cls, quant: QuantConfig) -> None:
+        if quant.scales_inputs:
+            raise UserError(
+                "method=smoothquant changes the inputs whose scales are measured before, for a_quantizer=nvfp4 or "
+                "fp8_tensor: give mxfp4 or fp8, or method=rtn or gptq."
+            )
 
     def __init__(self, source: Path, settings: SmoothQuantConfig):
         super().__init__(source, settings)

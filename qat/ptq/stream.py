@@ -5,7 +5,7 @@ The model is a skeleton on the meta device. A layer gets its weights for its tur
 model of any size needs the memory of one layer, its Hessians, and the sequences' hidden states.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,15 @@ from qat.quant.architecture import architecture_of, decoder_layers, input_embedd
 from qat.quant.config import QuantConfig
 from qat.quant.embedding import QuantEmbedding
 from qat.quant.linear import quant_linears
-from qat.quant.prepare import prepare, prepared_with, set_tensor_scales, tensor_scales
+from qat.quant.number_format import FULL_PRECISION
+from qat.quant.prepare import (
+    input_scales,
+    largest_inputs,
+    prepare,
+    prepared_with,
+    set_tensor_scales,
+    tensor_scales,
+)
 from qat.quant.quantizers.base import Grid
 from qat.runtime import machine
 from qat.runtime.machine import device
@@ -63,13 +71,20 @@ class Stream:
         hidden: they themselves, on the CPU
     """
 
-    def __init__(self, source: Path, quant: QuantConfig, sequences: list[Tensor]):
-        """Raise UserError if the model's blocks cannot be quantized, or its weights are not those of its config."""
+    def __init__(
+        self, source: Path, quant: QuantConfig, sequences: list[Tensor], scales: Mapping[str, float] | None = None
+    ):
+        """Begin before the first layer. ``scales`` are those of inputs, and of weights, that were measured before; by
+        default weights give their own.
+
+        Raise UserError if the model's blocks cannot be quantized, or its weights are not those of its config."""
         self.device = device()
         self.dtype = machine.inference_dtype()
         folder = ModelFolder.read(source)
         self.files = WeightFiles(folder)
         self.model = prepare(folder.skeleton(), quant)
+        self._scales = dict(scales or {})
+        set_tensor_scales(self.model, self._scales)
         self.layers = decoder_layers(self.model)
         self.position = 0
         self._arguments: dict[int, list[dict[str, Any]]] = {}
@@ -93,7 +108,7 @@ class Stream:
         layer, prefix = self.layers[self.position], self.prefix(self.position)
         fill(layer, weights, self.device)
         named = ((prefix + name, weight) for name, weight in weights.items())
-        set_tensor_scales(self.model, tensor_scales(self.model, prepared_with(self.model), named))
+        set_tensor_scales(self.model, tensor_scales(self.model, prepared_with(self.model), named) | self._scales)
         for linear in quant_linears(layer).values():
             linear.thaw()  # it may have been rounded before
         return layer
@@ -162,6 +177,24 @@ class Stream:
             del layer.forward
         input_embedding(self.model).to("meta")
         return embedded
+
+
+@torch.inference_mode()
+def measured_scales(source: Path, quant: QuantConfig, sequences: list[Tensor]) -> dict[str, float]:
+    """Measure the scales of the inputs that need one (``QuantConfig.scales_inputs``), by ``NAME.input``: the model in
+    full precision reads the sequences, one decoder layer in memory at a time."""
+    bits = dict.fromkeys(("w_bits", "a_bits", "kv_bits"), FULL_PRECISION)
+    stream = Stream(source, quant.everywhere(**bits), sequences)
+
+    def run() -> None:
+        for number in range(len(stream.layers)):
+            layer = stream.load_rounded(stream.files.layer(number), {})
+            stream.hidden = [stream.run(layer, hidden).cpu() for hidden in stream.hidden]
+            stream.unload()
+            stream.position += 1
+
+    largest = largest_inputs(stream.model, quant, run)
+    return input_scales(stream.model, quant, {name: value.item() for name, value in largest.items()})
 
 
 def fill(module: nn.Module, weights: Weights, device: torch.device | str) -> None:

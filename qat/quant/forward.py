@@ -29,19 +29,24 @@ def run(
         the final hidden states [tokens - 1 of each sequence, hidden] that predict a token of it, and, if
         ``all_layers``, the hidden states [1, tokens, hidden] of every layer
     """
-    asked: dict[str, Any] = {}
-    if record is not None or len(lengths) > 1:
-        attend(model)  # only qat's attention records, and keeps packed sequences apart
-    if record is not None:
-        asked["attention_record"] = record
-    if len(lengths) > 1:
-        positions = torch.cat([torch.arange(length, device=input_ids.device) for length in lengths])
-        # transformers passes a mask of four dimensions on as it is; without one it would make one of tokens x tokens.
-        no_mask = torch.empty(1, 1, 1, 1, device=input_ids.device)
-        asked |= {"position_ids": positions[None], "attention_mask": no_mask, "sequence_lengths": lengths}
-    output = model.base_model(input_ids=input_ids, use_cache=False, output_hidden_states=all_layers, **asked)
+    lengths = lengths or (input_ids.shape[1],)
+    attend(model)  # only qat's attention records, and keeps packed sequences apart
+    positions = torch.cat([torch.arange(length, device=input_ids.device) for length in lengths])
+    # transformers passes a mask of four dimensions on as it is, and qat's attention needs none. Without one, it would
+    # ask the device whether the positions are those of several sequences, and make one of tokens x tokens if so.
+    no_mask = torch.empty(1, 1, 1, 1, device=input_ids.device)
+    asked: dict[str, Any] = {} if record is None else {"attention_record": record}
+    output = model.base_model(
+        input_ids=input_ids,
+        position_ids=positions[None],
+        attention_mask=no_mask,
+        sequence_lengths=lengths,
+        use_cache=False,
+        output_hidden_states=all_layers,
+        **asked,
+    )
     final = output.last_hidden_state[0]
-    ends = [sequence[:-1] for sequence in final.split(lengths or len(final))]
+    ends = [sequence[:-1] for sequence in final.split(lengths)]
     return ends[0] if len(ends) == 1 else torch.cat(ends), output.hidden_states if all_layers else ()
 
 

@@ -124,7 +124,7 @@ def quantized_attention(
             sdpa_attention_forward(module, q, k, v, _window_mask(q, window), scaling=scaling, **kwargs)[0]
             for q, k, v in parts
         ]
-        output = torch.cat(outputs, 1)
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
     else:
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     return output if kv is None else kv.output(output), None

@@ -24,6 +24,7 @@ from qat.quant.number_format import (
     dequantize,
     inside,
     learned_gradients,
+    may_clip,
     passed,
     quantize,
     round_to_grid,
@@ -310,7 +311,7 @@ class _QuantLinear(torch.autograd.Function):
         kept = (x,) if shared is None else (shared.quantized.codes, *shared.quantized.grid)
         ctx.save_for_backward(weight, *grid, *kept)
         ctx.passes = None
-        if shared is not None and layer.input_format.clips:
+        if shared is not None and may_clip(layer.input_format, shared.quantized.grid):
             ctx.passes = inside(x, layer.input_format, shared.quantized.grid)
         return y if bias is None else y.add_(bias)
 

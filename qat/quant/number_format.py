@@ -141,8 +141,15 @@ def inside(x: Tensor, form: Format, grid: Grid) -> Tensor:
     return _fused_inside(_rows(x, form), *_rowed(grid), form.by, form.qmax).view(x.shape)
 
 
+def may_clip(form: Format, grid: Grid) -> bool:
+    """Return whether values may have been clipped on the grid that they gave."""
+    return form.clips and form.by_on(grid.scale.device).may_clip(grid)
+
+
 def passed(grad: Tensor, x: Tensor, form: Format, grid: Grid) -> Tensor:
-    """Return the gradient [..., n] of rounded values, 0 where x was clipped."""
+    """Return the gradient [..., n] of rounded values, 0 where x, which gave the grid, was clipped."""
+    if not may_clip(form, grid):
+        return grad
     return _fused_pass(_rows(grad, form), _rows(x, form), *_rowed(grid), form.by, form.qmax).view(grad.shape)
 
 

@@ -36,10 +36,6 @@ _log = logging.getLogger(__name__)
 _PREPARED = "_prepared_with"
 """Name of the attribute that holds a prepared model's QuantConfig."""
 
-_MARGIN = 4
-"""How much larger than the text that was looked at other text may be, in the scales of inputs. It costs no precision:
-see qat.quant.quantizers.nvfp4."""
-
 
 def prepare(model: PreTrainedModel, config: QuantConfig) -> PreTrainedModel:
     """Quantize ``model`` in place as ``config`` specifies; with 16-16-16 nothing is changed.
@@ -235,10 +231,11 @@ def largest_inputs(model: PreTrainedModel, config: QuantConfig, run: Callable[[]
     return found
 
 
-def input_scales(config: QuantConfig, largest: Mapping[str, float]) -> dict[str, float]:
-    """Return the scales of inputs with the given ``largest_inputs``, and room for what other text brings."""
-    by = next(own.activations.by for own in config.all_settings() if own.activations.scales_tensors)
-    return {name: by.scale_of_tensor(_MARGIN * value) for name, value in largest.items()}
+def input_scales(model: PreTrainedModel, config: QuantConfig, largest: Mapping[str, float]) -> dict[str, float]:
+    """Return the scales of the inputs of ``model``, which need have no weights, with the given ``largest_inputs``, and
+    room for what other text brings."""
+    by = {f"{name}.input": own.activations.by for name, own in layer_settings(model, config).items()}
+    return {name: by[name].scale_of_tensor(by[name].margin * value) for name, value in largest.items()}
 
 
 def calibrate(student: PreTrainedModel, teacher: PreTrainedModel, input_ids: Tensor) -> None:
@@ -246,7 +243,8 @@ def calibrate(student: PreTrainedModel, teacher: PreTrainedModel, input_ids: Ten
     those that the full-precision ``teacher`` has for input_ids [batch, tokens]."""
     config = prepared_with(student)
     largest = largest_inputs(teacher, config, lambda: teacher(input_ids))
-    set_tensor_scales(student, input_scales(config, {name: value.item() for name, value in largest.items()}))
+    found = {name: value.item() for name, value in largest.items()}
+    set_tensor_scales(student, input_scales(student, config, found))
 
 
 def set_tensor_scales(model: nn.Module, scales: Mapping[str, float]) -> None:

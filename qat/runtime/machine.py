@@ -3,9 +3,11 @@
 import functools
 import os
 import platform
+import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 
 def take_gpu() -> None:
@@ -23,6 +25,29 @@ def device() -> torch.device:
     """Return this process's GPU, if there is one, else the CPU."""
     take_gpu()
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor from the CPU to ``device``; to a GPU from pinned memory, so that neither waits for the other."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+class Moment:
+    """The moment at which this process's device has done what it was told so far: on a CPU now, on a GPU later."""
+
+    def __init__(self) -> None:
+        self._event = torch.cuda.Event(enable_timing=True) if torch.cuda.is_available() else None
+        if self._event:
+            self._event.record()
+        self._time = time.monotonic()
+
+    def since(self, earlier: "Moment") -> float:
+        """Wait for the moment; return the seconds since an earlier one."""
+        if not self._event:
+            return self._time - earlier._time
+        self._event.synchronize()
+        assert earlier._event
+        return earlier._event.elapsed_time(self._event) / 1e3
 
 
 @functools.cache

@@ -4,7 +4,7 @@
                      ``weight_shape`` [2], ``weight_scale`` [out, groups], and, if there are zero points,
                      ``weight_zero_point`` [out * bits / 32, groups]
 ``int-quantized``    a code in an int8, for vLLM on CPUs. ``weight`` [out, in], ``weight_scale`` [out, 1]
-``float-quantized``  e4m3 codes. ``weight`` [out, in], ``weight_scale`` [out, 1]
+``float-quantized``  e4m3 codes. ``weight`` [out, in], ``weight_scale`` [out, 1], or [1] for the whole tensor
 ``nvfp4-pack-quantized``, ``mxfp4-pack-quantized``
                      two e2m1 codes in a byte, the first in its low half. ``weight_packed`` uint8 [out, in / 2],
                      ``weight_scale`` [out, groups] as e4m3, with ``weight_global_scale`` [1] that divides them, or as
@@ -29,8 +29,10 @@ from qat.store.weight_files import FLOATS
 PACKED, INTEGERS, FLOAT8 = "pack-quantized", "int-quantized", "float-quantized"
 NVFP4, MXFP4 = "nvfp4-pack-quantized", "mxfp4-pack-quantized"
 
-INPUT_SCALE = "input_global_scale"
-"""The tensor [1] that holds the scale of a layer's inputs, where their format has one."""
+INPUT_SCALES = {"tensor_group": "input_global_scale", "tensor": "input_scale"}
+"""The tensor [1] that holds the scale of a layer's inputs, by the strategies of the formats that have one."""
+
+_TENSOR = "tensor"
 
 _MXFP4_BLOCKS = {
     "num_bits": 4,
@@ -52,6 +54,7 @@ _NVFP4_BLOCKS = {
 }
 _FLOAT_INPUTS: dict[str, dict[str, Any]] = {
     "fp8": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True},
+    "fp8_tensor": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": _TENSOR, "dynamic": False},
     "mxfp4": {**_MXFP4_BLOCKS, "dynamic": True},
     "nvfp4": {**_NVFP4_BLOCKS, "dynamic": "local"},
 }
@@ -159,6 +162,10 @@ class Layout(ABC):
             **(grouped if quant.weights.group_size else {"strategy": "channel"}),
         }
 
+    def input_scale(self, quant: QuantConfig) -> str | None:
+        """Return the name of the tensor with the scale of a layer's inputs; None if engines read none."""
+        return INPUT_SCALES.get(self._inputs(quant)["strategy"]) if self.serves_inputs(quant) else None
+
     def _inputs(self, quant: QuantConfig) -> dict[str, Any]:
         if quant.activations.by.is_float:
             return _FLOAT_INPUTS[quant.a_quantizer]
@@ -246,28 +253,31 @@ class _Integers(Layout):
 
 
 class _Float8(Layout):
-    """Engines have kernels for a scale per output channel."""
+    """Engines have kernels for a scale per output channel, and for one per tensor."""
 
     name = FLOAT8
     suffixes = "weight", "weight_scale"
     stored_bits: ClassVar[Mapping[int, int]] = {8: 8}
-    float_inputs = ("fp8",)
+    float_inputs = "fp8", "fp8_tensor"
     code_dtypes = (torch.float8_e4m3fn,)
 
     def holds(self, form: Format) -> bool:
-        return form.quantizer == "fp8" and not form.group_size
+        return form.quantizer in ("fp8", "fp8_tensor") and not form.group_size
 
     def _weights(self, quant: QuantConfig) -> dict[str, Any]:
-        return {**super()._weights(quant), "type": "float"}
+        strategy = {"strategy": _TENSOR} if quant.weights.scales_tensors else {}
+        return {**super()._weights(quant), "type": "float", **strategy}
 
     def encode(self, name: str, quantized: Quantized, form: Format) -> dict[str, Tensor]:
-        return {f"{name}.weight": quantized.codes, f"{name}.weight_scale": quantized.grid.scale}
+        scale = quantized.grid.scale[0] if form.scales_tensors else quantized.grid.scale
+        return {f"{name}.weight": quantized.codes, f"{name}.weight_scale": scale.clone()}
 
     def shapes(self, name: str, rows: int, columns: int, bits: int) -> Shapes:
         return {f"{name}.weight": ((rows, columns), frozenset({"F8_E4M3"}))}
 
     def join(self, parts: Mapping[str, Tensor], bits: int) -> Quantized:
-        return Quantized(parts["weight"], Grid(parts["weight_scale"]))
+        codes, scale = parts["weight"], parts["weight_scale"]
+        return Quantized(codes, Grid(scale.repeat(len(codes), 1) if scale.dim() == 1 else scale))
 
 
 class _Float4(Layout):
@@ -275,10 +285,10 @@ class _Float4(Layout):
 
     suffixes: tuple[str, ...] = "weight_packed", "weight_scale"
     stored_bits: ClassVar[Mapping[int, int]] = {4: 4}
-    quantizer: str
+    quantizers: tuple[str, ...]
 
     def holds(self, form: Format) -> bool:
-        return form.quantizer == self.quantizer
+        return form.quantizer in self.quantizers
 
     def encode(self, name: str, quantized: Quantized, form: Format) -> dict[str, Tensor]:
         by, scale = form.by_on(quantized.codes.device), quantized.grid.scale
@@ -298,12 +308,12 @@ class _Float4(Layout):
         return Quantized(codes, Grid(by.scale_from_bits(parts["weight_scale"].view(torch.uint8))))
 
     def _form(self, parts: Mapping[str, Tensor]) -> Format:
-        return Format(4, self.quantizer)
+        return Format(4, self.quantizers[0])
 
 
 class _MXFP4(_Float4):
     name = MXFP4
-    quantizer = "mxfp4"
+    quantizers = ("mxfp4",)
     float_inputs = "mxfp4", "fp8"
     scale_dtype = "U8"
 
@@ -313,7 +323,7 @@ class _MXFP4(_Float4):
 
 class _NVFP4(_Float4):
     name = NVFP4
-    quantizer = "nvfp4"
+    quantizers = "nvfp4", "nvfp4_4over6"
     suffixes = "weight_packed", "weight_scale", "weight_global_scale"
     float_inputs = ("nvfp4",)
     scale_dtype = "F8_E4M3"
@@ -332,7 +342,7 @@ class _NVFP4(_Float4):
         }
 
     def _form(self, parts: Mapping[str, Tensor]) -> Format:
-        return Format(4, self.quantizer, tensor_scale=parts["weight_global_scale"].item())
+        return Format(4, self.quantizers[0], tensor_scale=parts["weight_global_scale"].item())
 
 
 def transform_config(layers: list[str], width: int, block: int) -> dict[str, Any]:
@@ -359,10 +369,11 @@ def layout(name: str, shape: Sequence[int], config: dict[str, Any]) -> Shapes:
     settings, inputs = group["weights"], group["input_activations"]
     rows, columns = shape
     kind = LAYOUTS[config["format"]]
-    scale = (rows, columns // settings.get("group_size", columns)), frozenset({kind.scale_dtype})
+    shape = (1,) if settings["strategy"] == _TENSOR else (rows, columns // settings.get("group_size", columns))
+    scale = shape, frozenset({kind.scale_dtype})
     known = kind.shapes(name, rows, columns, settings["num_bits"]) | {f"{name}.weight_scale": scale}
-    if inputs and inputs["strategy"] == "tensor_group":
-        known[f"{name}.{INPUT_SCALE}"] = (1,), frozenset({"F32"})
+    if inputs and inputs["strategy"] in INPUT_SCALES:
+        known[f"{name}.{INPUT_SCALES[inputs['strategy']]}"] = (1,), frozenset({"F32"})
     if not settings["symmetric"]:
         groups, per_word = columns // settings.get("group_size", columns), 32 // settings["num_bits"]
         known[f"{name}.{_ZERO_POINT}"] = (-(-rows // per_word), groups), frozenset({"I32"})
@@ -392,7 +403,7 @@ def decode(stored: Iterable[tuple[str, Tensor]], config: dict[str, Any]) -> Iter
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in stored:
         layer, _, suffix = name.rpartition(".")
-        if suffix == INPUT_SCALE:  # it stands in a file of our own, too
+        if suffix in INPUT_SCALES.values():  # it stands in a file of our own, too
             continue
         if suffix not in (*kind.suffixes, _ZERO_POINT) or (suffix == "weight" and tensor.dtype not in kind.code_dtypes):
             yield name, tensor

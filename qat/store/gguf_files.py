@@ -87,6 +87,19 @@ _SPLITS = {"{1,3}".join(_SPLIT): "llama-bpe", "".join(_SPLIT): "qwen2"}
 """llama.cpp's names for the ways in which a text is split before BPE."""
 
 
+def find(path: Path) -> Path | None:
+    """Return the GGUF file at ``path``: the file itself, or that of the folder of an export; None if there is none."""
+    file = path / FILE if path.is_dir() else path
+    return file if file.suffix == ".gguf" and file.is_file() else None
+
+
+def longest(file: Path) -> int:
+    """Return the number of positions that the model in a GGUF file declares."""
+    fields = gguf.GGUFReader(file).fields
+    architecture = fields["general.architecture"].contents()
+    return int(fields[f"{architecture}.context_length"].contents())
+
+
 def check(student: Student) -> None:
     """Raise UserError for weights that no GGUF type can hold, and for models that are not mapped here."""
     for own in student.settings.values():
@@ -105,7 +118,7 @@ def check(student: Student) -> None:
             )
     config = AutoConfig.from_pretrained(student.directory)
     _check_computed(config)
-    block = max(gguf.GGML_QUANT_SIZES[type_of(form)][0] for form in student.weight_formats.values())
+    block = max((gguf.GGML_QUANT_SIZES[type_of(form)][0] for form in student.weight_formats.values()), default=1)
     if config.hidden_size % block or config.intermediate_size % block:
         raise UserError(
             f"The model is {config.hidden_size} and {config.intermediate_size} wide: GGUF wants multiples of {block}."
@@ -172,7 +185,7 @@ def write(student: Student, output: Path) -> None:
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     forms = student.weight_formats
     writer = gguf.GGUFWriter(output / FILE, gguf.MODEL_ARCH_NAMES[architecture], use_temp_file=True)
-    _add_config(writer, config, _FILE_TYPES[type_of(student.quant.weights)])
+    _add_config(writer, config, _file_type(student))
     for key, value in _tokenizer(student.directory).items():
         getattr(writer, f"add_{key}")(value)
     gguf.SpecialVocab(student.directory, load_merges=True, n_vocab=config.vocab_size).add_to_gguf(writer, quiet=True)
@@ -207,6 +220,14 @@ def write(student: Student, output: Path) -> None:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+
+
+def _file_type(student: Student) -> gguf.LlamaFileType:
+    """Return the type of most of the weights."""
+    if student.quant.weights.quantizes:
+        return _FILE_TYPES[type_of(student.quant.weights)]
+    in_bf16 = student.dtype == torch.bfloat16
+    return gguf.LlamaFileType.MOSTLY_BF16 if in_bf16 else gguf.LlamaFileType.ALL_F32
 
 
 def blocks(quantized: Quantized, kind: Type) -> np.ndarray:

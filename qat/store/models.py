@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -199,8 +200,15 @@ def weights_fingerprint(directory: str) -> str:
     """
     folder = Path(directory)
     more = [folder / name for name in NO_WEIGHTS if (folder / name).is_file()]
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted([*weight_files(folder), *more]):
+    files = sorted([*weight_files(folder), *more])
+    return files_fingerprint(files, (folder / "config.json").read_bytes())
+
+
+def files_fingerprint(files: Iterable[Path], content: bytes = b"") -> str:
+    """Return an identifier of ``content`` and of files, without reading them all: by the name, size and ends of
+    each."""
+    digest = hashlib.sha256(content)
+    for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as stream:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from qat.quant.architecture import architecture_of, is_tied, quantizable_linears
 from qat.quant.config import CONFIG_FILE, QuantConfig
 from qat.quant.linear import quant_linears
-from qat.quant.number_format import Format, Quantized, dequantize, quantize
+from qat.quant.number_format import FULL_PRECISION, Format, Quantized, dequantize, quantize
 from qat.quant.prepare import (
     layer_settings,
     prepared_with,
@@ -285,6 +285,12 @@ def find(path: Path, model: str | None = None) -> Student:
     return Student(
         path, directory, QuantConfig.load(path), ModelFolder.read(directory).dtype, run_settings(path.parent)
     )
+
+
+def full_precision(directory: str) -> Student:
+    """Return the full-precision model in a Hugging Face directory, as a student of which nothing is quantized."""
+    path, bits = Path(directory), FULL_PRECISION
+    return Student(path, path, QuantConfig(bits, bits, bits), ModelFolder.read(path).dtype, {})
 
 
 def _of_checkpoint(path: Path, model: str | None) -> Student:

@@ -31,6 +31,16 @@ def partitioned_reading(ds_config: dict[str, Any]) -> Iterator[None]:
     del keep
 
 
+def without_sequential_gathering(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration for an engine whose weights were read with ``stage3_allgather_sequential``.
+
+    ``zero.Init`` determines how weights are gathered. An engine that finds the setting would, for no reason that its
+    source gives, prefetch one Parameter at a time; most of a layer that is fetched whole would then be waited for.
+    """
+    zero = {key: value for key, value in ds_config["zero_optimization"].items() if key != "stage3_allgather_sequential"}
+    return ds_config | {"zero_optimization": zero}
+
+
 def gathered_weights(engine: DeepSpeedEngine) -> Mapping[str, Tensor]:
     """Return all weights, gathered, on the first rank, in the dtype that the engine computes in."""
     return engine._consolidated_16bit_state_dict()

@@ -14,6 +14,9 @@ _FP32_BUFFERS = "inv_freq"
 """RoPE's frequencies. ``zero.Init`` and the engine cast all floating tensors to bf16, which would shift a phase of
 thousands of radians by whole radians; DeepSpeed leaves the buffers in this list alone."""
 
+_OF_THE_MODEL = ("zero_optimization.stage3_prefetch_bucket_size", "zero_optimization.stage3_max_live_parameters")
+"""Settings that may be "auto" until the model is known: ``fetch_layers`` fills them in."""
+
 _REFUSED = {
     "fp16.enabled": "the student computes in bf16 on GPUs and in fp32 on CPUs",
     "torch_autocast.enabled": "it would cast what the quantizers compute in fp32",
@@ -48,6 +51,7 @@ def read(path: Path) -> dict[str, Any]:
             raise UserError(f"{path} sets {key}, which is refused: {reason}. Remove it.")
     kept = _get(ds_config, "data_types.keep_in_fp32_modules")
     _set(ds_config, "data_types.keep_in_fp32_modules", [*(kept if isinstance(kept, list) else []), _FP32_BUFFERS])
+    ds_config.setdefault("timers", {"throughput": {"enabled": False}})  # it would wait for the GPU twice in a step
     return ds_config
 
 
@@ -85,7 +89,7 @@ def resolve(path: Path, learning: dict[str, Any]) -> dict[str, Any]:
                 f'{path} says {key} = {there}, the flags say {value}: change one, or write "auto" in the JSON.'
             )
         _set(ds_config, key, value)
-    if unresolved := _autos(ds_config):
+    if unresolved := [key for key in _autos(ds_config) if key not in _OF_THE_MODEL]:
         raise UserError(f'{path} says {unresolved[0]} = "auto", but no flag sets it: give a value.')
     return ds_config
 
@@ -102,6 +106,23 @@ def for_teacher(ds_config: dict[str, Any]) -> dict[str, Any]:
     if nvme := _get(zero, "offload_param.nvme_path"):
         # An engine empties its parameter folder when it is made: student and teacher must not share one.
         zero["offload_param"]["nvme_path"] = str(Path(nvme) / "teacher")
+    return config
+
+
+def fetch_layers(ds_config: dict[str, Any], layer: int, head: int) -> dict[str, Any]:
+    """Return the configuration with what is "auto" until the model is known, when each decoder layer is fetched whole:
+    while one computes, the next one is on its way, beside the layers that ``stage3_max_reuse_distance`` keeps for the
+    backward pass, and the output layer.
+
+    Args:
+        layer: elements of the largest decoder layer
+        head: elements of the output weight
+    """
+    config = copy.deepcopy(ds_config)
+    reused = int(config["zero_optimization"].get("stage3_max_reuse_distance", 1e9)) // 2
+    for key, value in zip(_OF_THE_MODEL, (layer, 2 * layer + head + reused), strict=True):
+        if _get(config, key) == "auto":
+            _set(config, key, value)
     return config
 
 

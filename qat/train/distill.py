@@ -9,8 +9,7 @@ the teacher's most likely tokens (``TopKTargets``), or the next token (``LabelTa
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -70,7 +69,7 @@ class TeacherTargets(Targets):
 
     Args:
         hidden: the teacher's final hidden states [tokens, hidden]
-        head: opens the teacher's output weight [vocabulary, hidden] (under ZeRO-3: gathers it)
+        head: the teacher's output weight [vocabulary, hidden]
         loss: one that needs a teacher
         records: what ``loss.run`` recorded of the teacher
         lengths: the number of predicted tokens of each sequence; by default there is one
@@ -79,7 +78,7 @@ class TeacherTargets(Targets):
     def __init__(
         self,
         hidden: Tensor,
-        head: Callable[[], AbstractContextManager[Tensor]],
+        head: Tensor,
         loss: Loss = LOSSES["logits"],
         records: Records = Targets.records,
         lengths: tuple[int, ...] = (),
@@ -94,13 +93,12 @@ class TeacherTargets(Targets):
         """Compute the predictions of ``teacher``, which is not sharded, after each token but the last of input_ids [1,
         tokens]."""
         hidden, records = loss.run(teacher, input_ids)
-        return cls(hidden, lambda: nullcontext(output_layer(teacher).weight), loss, records)
+        return cls(hidden, output_layer(teacher).weight, loss, records)
 
     def logits(self, tokens: int) -> Iterator[Tensor]:
         """Yield the teacher's logits [up to ``tokens``, vocabulary], chunk by chunk."""
-        with self.head() as weight:
-            for hidden in self._split(self.hidden, tokens):
-                yield matmul(hidden, weight.t())
+        for hidden in self._split(self.hidden, tokens):
+            yield matmul(hidden, self.head.t())
 
     def chunks(self, tokens: int) -> Iterator[ChunkLoss]:
         for teacher_logits in self.logits(tokens):

@@ -1,18 +1,19 @@
-"""Two DeepSpeed engines: the student, which learns, and the teacher, which only runs forward.
+"""The student, which learns in a DeepSpeed engine, and the teacher, which only runs forward.
 
-Under ZeRO-3 both are partitioned while they are read from disk, and both are sharded over all ranks.
+Under ZeRO-3 both are partitioned while they are read from disk, and sharded over all ranks; but where a plan says that
+it fits, each rank holds all of the teacher, and receives nothing of it.
 """
 
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
@@ -61,6 +62,13 @@ def init_distributed() -> None:
         dist.barrier()
 
 
+def on_all_ranks(flag: bool) -> bool:
+    """Return whether ``flag`` holds on all ranks."""
+    flags: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(flags, flag)
+    return all(flags)
+
+
 def student_engine(
     model: str,
     quant: QuantConfig,
@@ -95,18 +103,44 @@ def student_engine(
         prepare.train_only_scales(student)
     student.train()
     if gradient_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
+        # To keep the state of random numbers waits for the GPU, in every layer.
+        student.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": _drops_out(student)})
     distiller = Distiller(student)
     engine, *_ = deepspeed.initialize(
         model=distiller,
         model_parameters=[parameter for parameter in distiller.parameters() if parameter.requires_grad],
-        config=ds_config,
+        config=_fetching_layers(student, ds_config),
         lr_scheduler=lambda optimizer: LambdaLR(optimizer, lr_factor),
     )
     if engine.zero_nvme_offload_optimizer():
         _check_nvme_parts(engine)
     _check_rope(student)
     return engine
+
+
+def _drops_out(model: PreTrainedModel) -> bool:
+    return any(value for name, value in model.config.to_dict().items() if name.endswith(("dropout", "pdrop")))
+
+
+def _fetching_layers(model: PreTrainedModel, ds_config: dict[str, Any]) -> dict[str, Any]:
+    """Make DeepSpeed fetch each decoder layer of ``model`` as a whole, by one hook instead of one for each of its 13
+    modules, unless the JSON says otherwise; return the configuration for the engine."""
+    layers = architecture.decoder_layers(model)
+    if "leaf_module" not in ds_config["zero_optimization"]:
+        embedding = architecture.input_embedding(model)
+        learns = any(parameter.requires_grad for parameter in embedding.parameters())
+        frozen = all(not parameter.requires_grad for parameter in model.parameters())
+        # DeepSpeed takes a whole layer's gradients when that of its input is there: the input must have one.
+        for layer in layers if learns or frozen else layers[1:]:
+            set_z3_leaf_module(layer, True)
+    largest = max(map(_elements, layers))
+    ds_config = deepspeed_json.fetch_layers(ds_config, largest, _elements(architecture.output_layer(model)))
+    return deepspeed_internals.without_sequential_gathering(ds_config)
+
+
+def _elements(module: nn.Module) -> int:
+    """Return the number of elements of a module's Parameters, partitioned or not."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
 
 
 def follow(engine: deepspeed.DeepSpeedEngine, lr_factor: Callable[[int], float]) -> None:
@@ -138,24 +172,35 @@ def _check_nvme_parts(engine: deepspeed.DeepSpeedEngine) -> None:
 
 
 class Teacher:
-    """The full-precision teacher in an engine without an optimizer: samples in, targets out.
+    """The full-precision teacher, which only runs forward: samples in, targets out.
 
     Args:
+        ds_config: its DeepSpeed JSON
         loss: its name in LOSSES; it determines the content of the targets
+        whole: hold all of it on each rank, without DeepSpeed, which the JSON then determines the dtype of; else an
+            engine shards it over the ranks, which must call the teacher together
     """
 
-    def __init__(self, model: str, ds_config: dict[str, Any], loss: str = "logits"):
-        language_model = _read_partitioned(model, ds_config).requires_grad_(False)
-        speed_up(language_model)
+    def __init__(self, model: str, ds_config: dict[str, Any], loss: str = "logits", whole: bool = False):
         self._loss = LOSSES[loss]
-        self._engine, *_ = deepspeed.initialize(model=_HiddenStates(language_model, self._loss), config=ds_config)
-        self._engine.eval()
-        _check_rope(language_model)
+        self.language_model = (_read_whole if whole else _read_partitioned)(model, ds_config)
+        self.language_model.requires_grad_(False)
+        speed_up(self.language_model)
+        weight = architecture.output_layer(self.language_model).weight
+        with deepspeed.zero.GatheredParameters([weight], enabled=not whole):
+            self.head = weight.detach() if whole else weight.detach().clone()
+        """The output weight [vocabulary, hidden]; sharded, it would have to be gathered in every step."""
+        self._run: nn.Module = _HiddenStates(self.language_model, self._loss)
+        if not whole:
+            ds_config = _fetching_layers(self.language_model, ds_config)
+            self._run, *_ = deepspeed.initialize(model=self._run, config=ds_config)
+        self._run.eval()
+        _check_rope(self.language_model)
 
     @torch.no_grad()
     def __call__(self, row: Row) -> TeacherTargets:
         """Compute the teacher's predictions after each of the samples' tokens but the last."""
-        hidden, records = self._engine(row.input_ids, row.lengths)
+        hidden, records = self._run(row.input_ids, row.lengths)
         return TeacherTargets(hidden, self.head, self._loss, records, row.predicted)
 
     @torch.no_grad()
@@ -163,8 +208,7 @@ class Teacher:
         """Compute the initial steps of a learned quantizer of the activations, by layer: the mean over all ranks'
         samples."""
         found: dict[str, Tensor] = {}
-        language_model = self._engine.module.language_model
-        inputs = {name: own.activations for name, own in prepare.layer_settings(language_model, quant).items()}
+        inputs = {name: own.activations for name, own in prepare.layer_settings(self.language_model, quant).items()}
 
         def note(name: str, x: Tensor) -> None:
             if learned := inputs[name].learned:
@@ -172,7 +216,7 @@ class Teacher:
 
         hooks = [
             linear.register_forward_pre_hook(lambda _, x, name=name: note(name, x[0]))
-            for name, linear in architecture.quantizable_linears(language_model).items()
+            for name, linear in architecture.quantizable_linears(self.language_model).items()
         ]
         self(row)
         for hook in hooks:
@@ -183,18 +227,12 @@ class Teacher:
 
     def input_scales(self, row: Row, quant: QuantConfig) -> dict[str, float]:
         """Compute the scales of inputs, by ``NAME.input``, for all ranks' rows."""
-        language_model = self._engine.module.language_model
-        found = prepare.largest_inputs(language_model, quant, lambda: self(row))
+        found = prepare.largest_inputs(self.language_model, quant, lambda: self(row))
         together = torch.stack([found[name] for name in sorted(found)])
         dist.all_reduce(together, dist.ReduceOp.MAX)
-        return prepare.input_scales(quant, dict(zip(sorted(found), together.tolist(), strict=True)))
-
-    @contextmanager
-    def head(self) -> Iterator[Tensor]:
-        """Yield the complete output weight [vocabulary, hidden]; all ranks must call this together."""
-        weight = architecture.output_layer(self._engine.module.language_model).weight
-        with deepspeed.zero.GatheredParameters([weight]):
-            yield weight
+        return prepare.input_scales(
+            self.language_model, quant, dict(zip(sorted(found), together.tolist(), strict=True))
+        )
 
 
 def labels(loss: str) -> Callable[[Row], LabelTargets]:
@@ -234,6 +272,15 @@ def _read_partitioned(model: str, ds_config: dict[str, Any]) -> PreTrainedModel:
         language_model = models.load(model, deepspeed_json.dtype(ds_config))
     models.renew_rope(language_model)
     machine.place(architecture.rotation(language_model))  # zero.Init has placed the rest
+    return language_model
+
+
+def _read_whole(model: str, ds_config: dict[str, Any]) -> PreTrainedModel:
+    """Load the whole model at ``model`` onto each rank's device; at once onto a GPU, since the host may have no room
+    for one copy of each rank."""
+    language_model = models.load(model, deepspeed_json.dtype(ds_config), device_map=machine.device())
+    models.renew_rope(language_model)
+    machine.place(architecture.rotation(language_model))
     return language_model
 
 

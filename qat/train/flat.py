@@ -19,15 +19,12 @@ _SURE = 2.0
 """Number of standard errors by which the slope must be below zero."""
 
 
-def found(state: TrainState, kl: float, steps: int) -> bool:
-    """Note the KL of the step just taken in ``state``, and judge it with those before if these are ``steps`` together;
-    return whether it was found flat."""
-    state.recent.append(kl)
-    if len(state.recent) < steps:
-        return False
-    if is_flat(state.recent):
+def found(state: TrainState, steps: int) -> bool:
+    """Judge the KL of the steps since the last judgement, if they are ``steps``: a run that continued from a checkpoint
+    may have taken fewer; return whether it was found flat."""
+    recent, state.recent = state.recent, []
+    if len(recent) == steps and is_flat(recent):
         state.flat_at = state.step
-    state.recent = []
     return bool(state.flat_at)
 
 

@@ -1,7 +1,6 @@
 """The training loop."""
 
 import math
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -11,13 +10,14 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from qat.data.sequences import Row, TrainingData
 from qat.quant.config import QuantConfig
 from qat.quant.linear import ARITHMETIC, can_multiply_codes
 from qat.runtime import ranks
 from qat.runtime.errors import UserError, check_least
-from qat.runtime.machine import device
+from qat.runtime.machine import Moment, device, send
 from qat.runtime.preemption import StopSignal
 from qat.runtime.table import check_choices, choice
 from qat.train import checkpoint, engines, flat, flops
@@ -156,24 +156,38 @@ def train(
 ) -> bool:
     """Train to the end from the run's last complete checkpoint; return False if a signal stopped it before.
 
+    The figures of a step are read while the next one runs, so that no rank waits for its GPU in between; they are read
+    at once where something depends on them: a checkpoint, a measurement, a judgement of the KL, the end.
+
     Args:
         begin: checkpoint of another run, from which a new run continues
     """
     state = checkpoint.resume(student, run / CHECKPOINTS, begin)
     config = _shortened(config, state, student)
+    unread: Taken | None = None
     stopped = False
     with RunLog(run / LOG, student, state, config.steps) if dist.get_rank() == 0 else nullcontext() as log:
         while state.step < config.steps and not stopped:
-            figures, stopped = take_step(student, teacher, data, config, state, stop)
-            check_sane(figures, config, state, run / CHECKPOINTS)
-            update_average(state, figures["loss"])
-            judged = config.stop_when_flat and config.warmup_steps < state.step < config.steps - config.decay_steps
-            if judged and flat.found(state, figures.get("kl", figures["loss"]), config.stop_when_flat):
+            taken = take_step(student, teacher, data, config, unread or state, stop)
+            if unread:
+                figures, stopped = read(unread, config, state, run / CHECKPOINTS)
+                if log is not None:
+                    log.step(state, figures)
+            unread = taken
+            last = taken.step == config.steps
+            due = held_out and taken.step // config.eval_every > state.measured // config.eval_every
+            judged = (
+                _counts(taken.step, config, state) and not (taken.step - config.warmup_steps) % config.stop_when_flat
+            )
+            if not (stopped or last or due or judged or taken.step % config.save_every == 0):
+                continue
+            unread, told_before = None, stopped
+            figures, stopped = read(taken, config, state, run / CHECKPOINTS)
+            stopped |= told_before
+            if judged and flat.found(state, config.stop_when_flat):
                 config = _shortened(config, state, student)
                 if log is not None:
                     log.ends_early(state, config.steps)
-            last = state.step == config.steps
-            due = state.step // config.eval_every > state.measured // config.eval_every
             if held_out and (last or (due and not stopped)):  # a stopped run saves first, and measures later
                 figures |= {PERPLEXITY + name: ppl for name, ppl in perplexities(student, held_out, device()).items()}
                 state.measured = state.step
@@ -182,6 +196,12 @@ def train(
             if state.step % config.save_every == 0 or last or stopped:
                 checkpoint.save(student, run / CHECKPOINTS, state, config.keep)
     return state.step == config.steps
+
+
+def _counts(step: int, config: TrainConfig, state: TrainState) -> bool:
+    """Return whether a step is among those by which ``stop_when_flat`` judges: at constant learning rate."""
+    judging = config.stop_when_flat and not state.flat_at
+    return bool(judging) and config.warmup_steps < step < config.steps - config.decay_steps
 
 
 def _shortened(config: TrainConfig, state: TrainState, student: deepspeed.DeepSpeedEngine) -> TrainConfig:
@@ -209,24 +229,42 @@ def arithmetic_of(settings: dict[str, Any], run: Path) -> str:
     return "products of floats" if in_floats and can_multiply_codes(quant.weights, quant.activations) else ARITHMETIC
 
 
+@dataclass(frozen=True)
+class Taken:
+    """An optimizer step whose figures may still be on their way from the device.
+
+    Args:
+        step, samples: as TrainState's, after it
+        lr: its learning rate
+        figures: summed over all ranks and sequences: loss, KL, tokens, FLOPs, signals to stop; and the gradient norm
+        began, ended: on the device
+    """
+
+    step: int
+    samples: int
+    lr: float
+    figures: Tensor
+    began: Moment
+    ended: Moment
+
+
 def take_step(
     student: deepspeed.DeepSpeedEngine,
     teacher: Callable[[Row], Targets],
     data: TrainingData,
     config: TrainConfig,
-    state: TrainState,
+    after: TrainState | Taken,
     stop: StopSignal,
-) -> tuple[dict[str, float], bool]:
-    """Take one optimizer step on the next ``config.batch_size`` samples; return its figures, and whether any rank must
-    stop."""
+) -> Taken:
+    """Take one optimizer step on the ``config.batch_size`` samples that follow, without waiting for the device."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    began, lr = time.monotonic(), student.get_lr()[0]
+    began, lr, samples = Moment(), student.get_lr()[0], after.samples
     learned = torch.zeros(2, dtype=torch.float64, device=device())  # loss, KL
     done = [0.0, 0.0]  # tokens, FLOPs
     size = config.micro_batch_size
     for _ in range(config.batch_size // world_size // size):
-        ranks.announce("reading a sample", state.step + 1)
-        numbers = range(state.samples + rank, state.samples + size * world_size, world_size)
+        ranks.announce("reading a sample", after.step + 1)
+        numbers = range(samples + rank, samples + size * world_size, world_size)
         row = Row.of(*map(data.sample, numbers)).to(device())
         torch.manual_seed(config.seed + numbers[0])  # dropout, where a model has it, belongs to the sample
         ranks.announce("forward and backward")
@@ -240,23 +278,37 @@ def take_step(
         for tokens in row.predicted:
             done[0] += tokens
             done[1] += flops.distillation(student.module.student.config, tokens, isinstance(teacher, Teacher))
-        state.samples += size * world_size
-    sums = torch.cat([learned, learned.new_tensor([*done, stop.received])])
-    dist.all_reduce(sums)
-    loss_sum, kl_sum, token_sum, flops_sum, told_to_stop = sums.tolist()
-    seconds = time.monotonic() - began
-    state.step += 1
+        samples += size * world_size
+    figures = torch.cat([learned, send(torch.tensor([*done, stop.received], dtype=torch.float64), device())])
+    dist.all_reduce(figures)
+    norm = torch.as_tensor(student.get_global_grad_norm(), dtype=torch.float64, device=device())
+    figures = torch.cat([figures, norm.view(1)]).to("cpu", non_blocking=True)
+    return Taken(after.step + 1, samples, lr, figures, began, ended=Moment())
+
+
+def read(taken: Taken, config: TrainConfig, state: TrainState, checkpoints: Path) -> tuple[dict[str, float], bool]:
+    """Wait for the figures of a step; bring ``state``, which is that of the step before, up to it.
+
+    Returns the figures, and whether any rank must stop. Raises UserError, on all ranks alike, as ``check_sane`` does.
+    """
+    seconds = taken.ended.since(taken.began)  # waits; only then are the figures there
+    loss_sum, kl_sum, token_sum, flops_sum, told_to_stop, norm = taken.figures.tolist()
+    state.step, state.samples = taken.step, taken.samples
     state.tokens += int(token_sum)
     state.seconds += seconds
     figures = {
         "loss": loss_sum / config.batch_size,
         **({} if config.loss == "label" else {"kl": kl_sum / config.batch_size}),  # KL needs a teacher
-        "lr": lr,
-        "grad_norm": float(student.get_global_grad_norm()),
+        "lr": taken.lr,
+        "grad_norm": norm,
         "tokens_per_second": round(token_sum / seconds, 1),
     }
     if config.peak_flops:
-        figures["mfu"] = round(flops_sum / seconds / (world_size * config.peak_flops), 4)
+        figures["mfu"] = round(flops_sum / seconds / (dist.get_world_size() * config.peak_flops), 4)
+    check_sane(figures, config, state, checkpoints)
+    update_average(state, figures["loss"])
+    if _counts(state.step, config, state):
+        state.recent.append(figures.get("kl", figures["loss"]))
     return figures, told_to_stop > 0
 
 

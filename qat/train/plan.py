@@ -4,25 +4,28 @@ docs/training.md explains them, with what they were checked against. Nothing is 
 device from its config.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from qat.quant.architecture import architecture_of
+from qat.quant.architecture import architecture_of, decoder_layers, is_tied
 from qat.quant.config import QuantConfig
 from qat.quant.prepare import vocabulary_settings
 from qat.runtime.errors import UserError
 from qat.runtime.memory import PROCESS
-from qat.train import flops
+from qat.train import deepspeed_json, flops
 from qat.train.distill import CHUNK_TOKENS, VOCABULARY_BLOCK
 
 _KEPT_ON_CPU = {"alone": 0.55, "with others": 1.0}
 """Fraction of the temporary memory that a CPU rank holds in addition: freed memory that the C library keeps in pieces
 (qat/runtime/malloc.py), and gloo's copies of what ranks exchange. Fitted to two models; docs/training.md checks it on a
 third."""
+
+_FILLED = 0.9
+"""Fraction of a rank's memory that a plan may fill for a whole teacher: without it the run works too."""
 
 _ADAM_TRAFFIC = 28
 """Bytes that Adam reads and writes per parameter: weight and moments (both ways), and gradient, in fp32."""
@@ -84,6 +87,9 @@ class Plan:
         nvme: of a node's disks
         received_per_step: what a rank receives from the others
         seconds: of a step, by what takes them
+        fetches: how often DeepSpeed fetches a decoder layer, or a module in it, for a rank's forward and backward
+            passes over one row: each is some Python hooks and, unless the weights are there, collectives
+        whole_teacher: whether each rank holds all of the teacher
     """
 
     device: Mapping[str, float]
@@ -92,6 +98,8 @@ class Plan:
     nvme: float
     received_per_step: float
     seconds: Mapping[str, float]
+    fetches: int
+    whole_teacher: bool
 
     @property
     def needs(self) -> Mapping[str, float]:
@@ -123,6 +131,13 @@ def at_once(passing: Mapping[str, float]) -> float:
     return sum(passing.values()) - min(passing["activations"] + passing["logits"], passing["optimizer step"])
 
 
+def with_whole_teacher(memory: float, planned: Callable[..., Plan]) -> Plan:
+    """Return the plan with the whole teacher on each rank, if that leaves a tenth of its ``memory`` (bytes), since
+    plans are estimates; else the one with a sharded teacher. ``planned`` is ``training`` with all else given."""
+    whole = planned(whole_teacher=True)
+    return whole if whole.peak <= _FILLED * memory else planned()
+
+
 def training(
     config: PretrainedConfig,
     student: dict[str, Any],
@@ -133,6 +148,7 @@ def training(
     checkpointing: bool = True,
     sequences: int = 1,
     quant: QuantConfig | None = None,
+    whole_teacher: bool = False,
 ) -> Plan:
     """Plan the training of ``config``'s model with loss=logits.
 
@@ -144,11 +160,17 @@ def training(
         checkpointing: whether gradient checkpointing is on
         sequences: how many a rank packs into one forward pass
         quant: the student's quantization, which matters if it is that of the output layer too
+        whole_teacher: whether each rank holds all of the teacher, which its JSON then says nothing of
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     output_layer = config.vocab_size * config.hidden_size
+    of_student = _Elements.of(model, student)
+    student = deepspeed_json.fetch_layers(student, of_student.layer, output_layer)
+    sharded = None  # the teacher's JSON, if it means anything
+    if teacher and not whole_teacher:
+        sharded = deepspeed_json.fetch_layers(teacher, of_student.layer, output_layer)
     ranks, zero = machine.gpus, student["zero_optimization"]
     own = parameters / ranks
     bf16 = student.get("bf16", {}).get("enabled", False)
@@ -166,9 +188,13 @@ def training(
     }
     if optimizer_on == "gpu":
         del places["gradients again, for the optimizer"]  # made for one group at a time
-    if teacher:
-        teacher_on = teacher["zero_optimization"].get("offload_param", {}).get("device", "gpu")
+    teacher_on = "gpu"
+    if sharded:
+        teacher_on = sharded["zero_optimization"].get("offload_param", {}).get("device", "gpu")
         places["teacher"] = (width * own, teacher_on)
+        places["teacher's output layer"] = (width * output_layer, "gpu")
+    elif teacher:
+        places["teacher"] = (width * parameters, "gpu")
     in_rank = {"gpu"} if device == "cuda" else {"gpu", "cpu"}  # a CPU rank offloads to its own memory
     held = {name: size for name, (size, place) in places.items() if place in in_rank}
     held["process"] = PROCESS[device]
@@ -179,8 +205,8 @@ def training(
     chunk = min(tokens, CHUNK_TOKENS[device])
     bucket = min(zero.get("reduce_bucket_size", 5e8), parameters)
     passing = {
-        "gathered student": width * _live(student, parameters),
-        "gathered teacher": width * _live(teacher, parameters) if teacher else 0.0,
+        "gathered student": width * max(_live(student, parameters), of_student.kept_whole),
+        "gathered teacher": width * _live(sharded, parameters) if sharded else 0.0,
         "gradients in flight": width * (2 * bucket + output_layer),
         "activations": _activations(config, sequences * tokens, width, checkpointing),
         "logits": chunk * config.vocab_size * (2 * width + 3 * 4) + _rounded_output(model, quant, width),
@@ -188,9 +214,12 @@ def training(
     }
     if device == "cpu":
         passing["kept on CPU"] = _KEPT_ON_CPU["alone" if ranks == 1 else "with others"] * at_once(passing)
-    received = _received(student, teacher, parameters, output_layer, ranks, width)
+    elements = parameters + _gathered(student, of_student)  # gradients, and weights
+    if sharded:
+        elements += _gathered(sharded, _Elements.of(model, sharded), forward_only=True)
+    received = width * elements * (ranks - 1) / ranks
     moved = (2 * width * own * (parameters_on != "gpu")) + (4 + width) * own * (optimizer_on != "gpu")
-    if teacher:
+    if sharded:
         moved += width * own * (teacher_on != "gpu")
     passes = 3 + checkpointing + bool(teacher)  # backward counts twice
     seconds = {
@@ -203,7 +232,8 @@ def training(
             "nvme": 2 * nvme / machine.disk,
         }[optimizer_on],
     }
-    return Plan(held, passing, host, nvme, received, seconds)
+    fetches = (2 + checkpointing) * _fetches(model, student) + (_fetches(model, sharded) if sharded else 0)
+    return Plan(held, passing, host, nvme, received, seconds, fetches, teacher is not None and whole_teacher)
 
 
 def _rounded_output(model: PreTrainedModel, quant: QuantConfig | None, width: int) -> float:
@@ -233,25 +263,53 @@ def _activations(config: PretrainedConfig, tokens: int, width: int, checkpointin
     return tokens * (inputs + block * (1 if checkpointing else config.num_hidden_layers))
 
 
-def _received(
-    student: dict[str, Any],
-    teacher: dict[str, Any] | None,
-    parameters: int,
-    output_layer: int,
-    ranks: int,
-    width: int,
-) -> float:
-    """Return the bytes that a rank receives per step: weights for the student's forward and backward and the teacher's
-    forward, and the gradients' parts.
+@dataclass(frozen=True)
+class _Elements:
+    """Numbers of a model's elements.
 
-    Weights that are used again soon enough stay gathered between the student's two passes: the last blocks, but neither
-    the embedding nor the output layer.
+    Args:
+        all: of all Parameters
+        kept_whole: of those that are whole on each rank between steps: too small to be worth sharding, by the JSON
+        output_layer: of the output weight
+        tied: of the output weight again, if it is the embedding too
+        layer: of the largest decoder layer
     """
-    reuse = student["zero_optimization"].get("stage3_max_reuse_distance", 1e9)
-    kept = min(_live(student, parameters), reuse / 2, parameters - 2 * output_layer)
-    gathered = [(student, 2 * parameters - kept)] + ([(teacher, float(parameters))] if teacher else [])
-    elements = 0.0
-    for ds_config, number in gathered:
-        by_reduction = ds_config["zero_optimization"].get("stage3_use_all_reduce_for_fetch_params", False)
-        elements += number * (2 if by_reduction else 1)
-    return width * (elements + parameters) * (ranks - 1) / ranks
+
+    all: int
+    kept_whole: int
+    output_layer: int
+    tied: int
+    layer: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, ds_config: dict[str, Any]) -> "_Elements":
+        sizes = [parameter.numel() for parameter in model.parameters()]
+        small = ds_config["zero_optimization"].get("stage3_param_persistence_threshold", 1e5)
+        layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in decoder_layers(model)]
+        head = model.config.vocab_size * model.config.hidden_size
+        whole = sum(size for size in sizes if size <= small)
+        return cls(sum(sizes), whole, head, head if is_tied(model) else 0, max(layers))
+
+
+def _gathered(ds_config: dict[str, Any], elements: _Elements, forward_only: bool = False) -> float:
+    """Return the elements that a rank gathers per step, those that it has itself included.
+
+    The student's are gathered for forward and backward, but for what stays gathered between the two, since it is used
+    again soon enough: the last layers, but neither the embedding nor the output layer. What is kept whole is gathered
+    once, after the optimizer's step. The teacher's are gathered for forward, but for the output layer, which is whole.
+    """
+    zero, sharded = ds_config["zero_optimization"], elements.all - elements.kept_whole
+    twice = 2 if zero.get("stage3_use_all_reduce_for_fetch_params", False) else 1
+    if forward_only:
+        return twice * max(0, sharded - elements.output_layer + elements.tied)
+    reused = min(_live(ds_config, sharded), zero.get("stage3_max_reuse_distance", 1e9) / 2)
+    if "leaf_module" not in zero:
+        reused -= reused % elements.layer
+    reused = max(0.0, min(reused, sharded - 2 * elements.output_layer))
+    return twice * (2 * sharded - reused) + elements.kept_whole
+
+
+def _fetches(model: PreTrainedModel, ds_config: dict[str, Any]) -> int:
+    """Return how often decoder layers, or modules in them, are fetched in a pass over the model."""
+    as_a_whole = "leaf_module" not in ds_config["zero_optimization"]
+    return sum(1 if as_a_whole else sum(1 for _ in layer.modules()) for layer in decoder_layers(model))

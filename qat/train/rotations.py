@@ -63,7 +63,8 @@ def learn(
         raise UserError("a_quantizer=lsq has learned steps, and no weights are trained here: give minmax.")
     if any(form.scales_tensors for own in quant.all_settings() for form in (own.weights, own.activations)):
         raise UserError(
-            "nvfp4 has scales of tensors, which change with the rotation: learn it for mxfp4, or leave out --data."
+            "nvfp4 and fp8_tensor have scales of tensors, which change with the rotation: learn it for mxfp4 or fp8, "
+            "or leave out --data."
         )
     rotating = Rotating(folder, rotation, quant)
     matrices = start.to(machine.device()).to(torch.float64)

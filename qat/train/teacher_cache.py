@@ -12,7 +12,6 @@ A folder of ``targets-*.safetensors``, each for some consecutive sequences of a 
 """
 
 import json
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from qat.data.sequences import Row, Sample
 from qat.runtime.checksums import appearing_with_checksum, damage
 from qat.runtime.errors import UserError, differences
 from qat.runtime.files import load_tensors, lock, read_json, save_tensors, write_atomically, writing
+from qat.runtime.machine import send
 from qat.train.distill import CHUNK_TOKENS, TeacherTargets, TopKTargets
 from qat.train.losses import LOSSES
 
@@ -120,14 +120,13 @@ class TeacherCache:
     def __call__(self, row: Row) -> TeacherTargets | TopKTargets:
         """Load the teacher's targets for samples of the data, onto their device."""
         entries, device = [self._entry(sample) for sample in row.samples], row.input_ids.device
-        joined = {name: torch.cat([entry[name] for entry in entries]).to(device) for name in entries[0]}
+        joined = {name: send(torch.cat([entry[name] for entry in entries]), device) for name in entries[0]}
         loss, lengths = LOSSES[self.loss], row.predicted
         if "ids" in joined:
             return TopKTargets(joined["ids"], joined["log_probabilities"], loss, lengths)
         if self._head is None:
             self._head = load_tensors(self.directory / _HEAD)["weight"].to(device)
-        head = self._head
-        return TeacherTargets(joined["hidden"], lambda: nullcontext(head), loss, lengths=lengths)
+        return TeacherTargets(joined["hidden"], self._head, loss, lengths=lengths)
 
     def _entry(self, sample: Sample) -> dict[str, Tensor]:
         """Load what the cache has of a sample."""

@@ -104,14 +104,19 @@ class ExportFormat(ABC):
 
 def trained_activations(quant: QuantConfig) -> str:
     """Return the beginning of a sentence on quantized activations."""
-    group = quant.activations.group_size
-    return f"Activations: trained with {quant.a_bits} bits {f'in blocks of {group}' if group else 'per token'}"
+    return f"Activations: trained with {quant.a_bits} bits {_groups(quant)}"
+
+
+def _groups(quant: QuantConfig) -> str:
+    """Say which activations share a scale."""
+    if group := quant.activations.group_size:
+        return f"in blocks of {group}"
+    return "per tensor" if quant.activations.scales_tensors else "per token"
 
 
 def trained_output(quant: QuantConfig) -> str:
     """Return the beginning of a sentence on the input of the output layer, whose settings are given."""
-    group = quant.activations.group_size
-    how = f"with {quant.a_bits} bits {f'in blocks of {group}' if group else 'per token'}"
+    how = f"with {quant.a_bits} bits {_groups(quant)}"
     return f"Output layer: its input was trained {'in full precision' if quant.a_bits == FULL_PRECISION else how}"
 
 

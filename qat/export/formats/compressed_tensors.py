@@ -23,7 +23,6 @@ from qat.runtime.errors import UserError
 from qat.runtime.files import load_tensors, save_tensors
 from qat.store.compressed_tensors import (
     FLOAT8,
-    INPUT_SCALE,
     INTEGERS,
     LAYOUTS,
     MXFP4,
@@ -104,9 +103,8 @@ class CompressedTensors(ExportFormat):
             if isinstance(weight, Quantized):
                 layer = name.removesuffix(".weight")
                 yield from self.layout.encode(layer, weight, forms[layer]).items()
-                scale = student.tensor_scales.get(f"{layer}.input")
-                if scale is not None and self.layout.serves_inputs(settings[layer]):
-                    yield f"{layer}.{INPUT_SCALE}", torch.tensor([scale])
+                if scale := self.layout.input_scale(settings[layer]):
+                    yield f"{layer}.{scale}", torch.tensor([student.tensor_scales[f"{layer}.input"]])
             else:
                 yield name, weight
 
@@ -202,6 +200,7 @@ def _online(student: Student) -> dict[str, tuple[int, int]]:
 
 _FLOAT_GPUS = {
     "fp8": "GPUs of compute capability 8.9 or later",
+    "fp8_tensor": "GPUs of compute capability 8.9 or later",
     "mxfp4": "GPUs of compute capability 10.0 or later",
     "nvfp4": "GPUs of compute capability 10.0 or later",
 }

@@ -4,6 +4,7 @@ from qat.quant.kv_formats.base import KVFormat
 from qat.quant.kv_formats.ggml import Q8_0, Iq4Nl, Minimum, Signed
 from qat.quant.kv_formats.integers import Integers
 from qat.quant.kv_formats.vllm_fp8 import VllmFp8
+from qat.quant.kv_formats.vllm_fp8_unscaled import VllmFp8Unscaled
 from qat.quant.kv_formats.vllm_int4 import VllmInt4
 from qat.quant.kv_formats.vllm_int8 import VllmInt8
 from qat.quant.number_format import Format
@@ -18,6 +19,7 @@ KV_FORMATS: Table[KVFormat] = Table(
     vllm_int4=VllmInt4(),
     vllm_int8=VllmInt8(),
     vllm_fp8=VllmFp8(),
+    vllm_fp8_unscaled=VllmFp8Unscaled(),
     ggml_q8_0=Q8_0(),
     ggml_q4_0=Signed("q4_0", 4),
     ggml_q5_0=Signed("q5_0", 5),

@@ -2,6 +2,7 @@
 
 from qat.quant.quantizers.base import Quantizer
 from qat.quant.quantizers.fp8 import FP8
+from qat.quant.quantizers.fp8_tensor import FP8Tensor
 from qat.quant.quantizers.ggml_q4_0 import GgmlQ4_0
 from qat.quant.quantizers.ggml_q5_0 import GgmlQ5_0
 from qat.quant.quantizers.ggml_q8_0 import GgmlQ8_0
@@ -12,6 +13,7 @@ from qat.quant.quantizers.minmax_full import MinMaxFull
 from qat.quant.quantizers.minmax_signed import MinMaxSigned
 from qat.quant.quantizers.mxfp4 import MXFP4
 from qat.quant.quantizers.nvfp4 import NVFP4
+from qat.quant.quantizers.nvfp4_4over6 import NVFP4FourOverSix
 from qat.quant.quantizers.seq import SEQ
 from qat.quant.quantizers.statsq import StatsQ
 from qat.quant.quantizers.ternary import Ternary
@@ -31,8 +33,10 @@ QUANTIZERS: Table[Quantizer] = Table(
     ggml_q5_0=GgmlQ5_0(),
     ggml_q8_0=GgmlQ8_0(),
     nvfp4=NVFP4(),
+    nvfp4_4over6=NVFP4FourOverSix(),
     mxfp4=MXFP4(),
     fp8=FP8(),
+    fp8_tensor=FP8Tensor(),
 )
 
 

@@ -52,8 +52,9 @@ class Quantizer:
             made before the scale is rounded, as ggml makes them
         gguf_types: the types of GGUF that hold its codes as weights, by bits
         learned: whether the grid is that of Parameters, see LearnedQuantizer
-        scales_tensors: whether the groups' scales are in units of a scale of the tensor's, which is fixed before
-            training; ``grid`` is then that of ``for_tensor``
+        scales_tensors: whether the groups' scales are in units of a scale of the tensor's, or are that scale, which is
+            fixed before training; ``grid`` is then that of ``for_tensor``
+        margin: how much larger than the text that was looked at other text may be, in such scales of inputs
         scale_bytes: the bytes in which ``scale_to_bits`` keeps a scale
     """
 
@@ -77,7 +78,9 @@ class Quantizer:
     }
     learned: ClassVar[bool] = False
     scales_tensors: ClassVar[bool] = False
+    margin: ClassVar[float] = 1.0
     scale_bytes: ClassVar[int] = 4
+    tensor_scale: Tensor
 
     def scale_of_tensor(self, largest: float) -> float:
         """Compute the scale of a tensor, or of several that engines fuse, whose largest magnitude is given."""
@@ -85,7 +88,9 @@ class Quantizer:
 
     def for_tensor(self, scale: Tensor) -> "Quantizer":
         """Return this quantizer for tensors with the given scale, fp32 []."""
-        raise NotImplementedError
+        bound = copy(self)
+        bound.tensor_scale = scale
+        return bound
 
     @property
     def scale_can_learn(self) -> bool:
@@ -126,6 +131,10 @@ class Quantizer:
             return rows.abs() <= grid.scale * qmax
         low, high = (-qmax - 1 - grid.zero_point) * grid.scale, (qmax - grid.zero_point) * grid.scale
         return (low <= rows) & (rows <= high)
+
+    def may_clip(self, grid: Grid) -> bool:
+        """Return whether a value may lie beyond the last codes of the grid that its group gave."""
+        return self.clips
 
     def to_bits(self, codes: Tensor) -> Tensor:
         """Return codes, of ``code_dtype``, as they are kept in memory: in the last bits of an int8."""

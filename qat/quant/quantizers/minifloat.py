@@ -14,9 +14,12 @@ from qat.quant.quantizers.base import Grid, Quantizer
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
+E4M3_NORMAL = 2.0**-6
 E2M1_MAX = 6.0
 
 _EXPONENT = 0x7F800000
+_TWICE_ONE = 2 * 0x3F800000
+"""The exponents of a power of two and of its inverse add up to twice that of 1."""
 
 
 def nearest(x: Tensor, mantissa: int, normal: float, largest: float) -> Tensor:
@@ -24,12 +27,13 @@ def nearest(x: Tensor, mantissa: int, normal: float, largest: float) -> Tensor:
     large to the largest. Below ``normal``, the smallest normal number, they are evenly spaced. NaN stays NaN."""
     power = (x.view(torch.int32) & _EXPONENT).view(torch.float32)  # 2**floor(log2|x|)
     step = power.clamp(min=normal) * 2.0**-mantissa
-    return (torch.round(x / step) * step).clamp(-largest, largest)
+    steps = (_TWICE_ONE - step.view(torch.int32)).clamp(min=0).view(torch.float32)  # 1 / step, as it is a power of two
+    return (torch.round(x * steps) * step).clamp(-largest, largest)
 
 
 def nearest_e4m3(x: Tensor) -> Tensor:
     """Round fp32 x to e4m3, as fp32."""
-    return nearest(x, 3, 2.0**-6, E4M3_MAX)
+    return nearest(x, 3, E4M3_NORMAL, E4M3_MAX)
 
 
 class E2M1(Quantizer):

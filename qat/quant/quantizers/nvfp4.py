@@ -3,7 +3,7 @@
     scale of a block = e4m3(max|x| / 6 * G) / G        0.125 / G where e4m3 rounds to 0
 
 The rule of compressed-tensors and, but for blocks 2**-14 of the largest, of ModelOpt and torchao, which raise smaller
-scales. "Four over six" (max|x| / 4 where that errs less) is not offered.
+scales. "Four over six" (max|x| / 4 where that errs less) is ``nvfp4_4over6``.
 
 G keeps e4m3 in its range and is fixed before training. Ours are powers of two: dividing by G, multiplying by 1 / G and
 scaling the product by 1 / G, as engines variously do, are then the same, and every value is exact in bf16. It costs no
@@ -17,8 +17,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qat.quant.quantizers.base import Grid, Quantizer, divided
-from qat.quant.quantizers.minifloat import E2M1, E2M1_MAX, E4M3, E4M3_MAX, nearest_e4m3
+from qat.quant.quantizers.base import Grid, divided
+from qat.quant.quantizers.minifloat import E2M1, E2M1_MAX, E4M3, E4M3_MAX, E4M3_NORMAL, nearest_e4m3
 
 _SMALLEST = 0.125
 _HEADROOM = 1
@@ -29,18 +29,13 @@ _LARGEST_EXPONENT = 100
 
 class NVFP4(E2M1):
     meaning = "4-bit floats, blocks of 16 with 8-bit scales, and a scale of the tensor"
-    parts = ("weights", "activations")
+    parts: ClassVar[tuple[str, ...]] = ("weights", "activations")
     clips = True
     group_size = 16
     scale_bytes = 1
     gguf_types: ClassVar[Mapping[int, str]] = {4: "NVFP4"}
     scales_tensors = True
-    tensor_scale: Tensor
-
-    def for_tensor(self, scale: Tensor) -> Quantizer:
-        bound = type(self)()
-        bound.tensor_scale = scale
-        return bound
+    margin = 4.0
 
     def scale_of_tensor(self, largest: float) -> float:
         if not largest > 0:
@@ -49,14 +44,25 @@ class NVFP4(E2M1):
         return 2.0 ** max(-_LARGEST_EXPONENT, min(exponent, _LARGEST_EXPONENT))
 
     def grid(self, rows: Tensor, qmax: int) -> Grid:
+        return Grid(self.block_scale(rows, int(E2M1_MAX)))
+
+    def block_scale(self, rows: Tensor, end: int) -> Tensor:
+        """Return half the scale [groups, 1] with which each block's largest magnitude is ``end`` scales."""
         largest = rows.abs().amax(-1, keepdim=True).float()
-        scale = nearest_e4m3(divided(largest, int(E2M1_MAX)) * self.tensor_scale)
-        return Grid(torch.where(scale == 0, _SMALLEST, scale) / self.tensor_scale * 0.5)
+        scale = nearest_e4m3(divided(largest, end) * self.tensor_scale)
+        return torch.where(scale == 0, _SMALLEST, scale) / self.tensor_scale * 0.5
 
     def inside(self, rows: Tensor, grid: Grid, qmax: int) -> Tensor:
         """A block's scale follows its largest value but for rounding, so values up to 7 times it pass, which e2m1 would
         round to 6 if it went on: beyond are those of a scale that is saturated, or subnormal."""
         return rows.abs() <= grid.scale * 14
+
+    def may_clip(self, grid: Grid) -> bool:
+        """Look at the scales, which are few, on CPUs; to look at a GPU's is to wait for it."""
+        if grid.scale.device.type != "cpu":
+            return True
+        least, most = (2 * scale.item() * self.tensor_scale.item() for scale in grid.scale.aminmax())
+        return not (least >= E4M3_NORMAL and most < E4M3_MAX)  # True for NaN
 
     def scale_to_bits(self, scale: Tensor) -> Tensor:
         return nearest_e4m3(scale * 2 * self.tensor_scale).to(E4M3).view(torch.uint8)

@@ -1,0 +1,46 @@
+"""The file that llama.cpp serves for a model: the user's own, the export of a student, a full-precision model as it is,
+or what llama.cpp's own quantization makes of that."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qat.evaluate import llama_quantize
+from qat.export import export
+from qat.export.formats import GGUF
+from qat.quant.config import CONFIG_FILE
+from qat.runtime.errors import UserError
+from qat.store import gguf_files, student_folder
+from qat.store.model_folder import quantization_of
+
+
+@contextmanager
+def file_of(model: str, method: str) -> Iterator[Path]:
+    """Give the GGUF file of ``model`` in this context: a GGUF file, or the folder of one, of a student or of a
+    full-precision model.
+
+    Args:
+        method: "as_is", or one of llama_quantize.KINDS for a full-precision model
+    """
+    folder = Path(model)
+    if (file := gguf_files.find(folder)) is not None:
+        yield file
+        return
+    if quantization_of(folder):
+        raise UserError(f"{model} is an integer export: give the student that it was made from, or its gguf export.")
+    with tempfile.TemporaryDirectory() as made:
+        if (folder / CONFIG_FILE).is_file():
+            student = student_folder.find(folder)
+            export.check(student, GGUF)
+            export.export(student, Path(made), GGUF)
+        else:
+            full = student_folder.full_precision(model)
+            export.check_rotation(full, GGUF)
+            gguf_files.check(full)
+            gguf_files.write(full, Path(made))
+        file = Path(made) / gguf_files.FILE
+        if method in llama_quantize.KINDS:
+            source = file.rename(file.with_name("full-precision.gguf"))
+            llama_quantize.quantize_file(source, file, method)
+        yield file

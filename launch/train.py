@@ -141,8 +141,8 @@ def main() -> int:
         )
     if is_rotated and quant.scales_inputs:
         raise UserError(
-            "a_quantizer=nvfp4 takes its scales from the teacher's activations, and the student's are rotated: give "
-            f"--model {begin}."
+            "a_quantizer=nvfp4 or fp8_tensor takes its scales from the teacher's activations, and the student's are "
+            f"rotated: give --model {begin}."
         )
     if config.train != "weights":
         check_scales_can_learn(prepared)
@@ -331,8 +331,8 @@ def check_teacher(cache: Path | None, quant: QuantConfig, config: TrainConfig) -
         )
     if quant.scales_inputs and (cache or not loss.needs_teacher):
         raise UserError(
-            "a_quantizer=nvfp4 takes its scales from the teacher's activations: give a loss that runs the teacher, and "
-            "no --teacher_cache."
+            "a_quantizer=nvfp4 or fp8_tensor takes its scales from the teacher's activations: give a loss that runs "
+            "the teacher, and no --teacher_cache."
         )
 
 

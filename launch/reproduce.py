@@ -1,4 +1,4 @@
-"""The paper's tables, one cell after another, with the real commands.
+"""The paper's tables and those beyond it, one cell after another, with the real commands.
 
 python launch/reproduce.py runs all that is missing; --tables and --cells choose, --minutes limits. Stop it at any
 moment, kill it, start it again: it resumes, and a cell whose JSON is there, with the same
@@ -25,7 +25,7 @@ import yaml
 
 from datagen.sampling import STRATEGIES
 from launch import cli
-from launch.paper import claims, plots, served
+from launch.paper import claims, curve, plots, served
 from launch.stages import CPU_ONLY, Stages, free_port, interrupt
 from qat.evaluate import heldout, llama_quantize
 from qat.ptq import METHODS
@@ -33,11 +33,25 @@ from qat.quant.config import QuantConfig
 from qat.runtime.errors import UserError, check_choice, check_least, differences
 from qat.runtime.files import lock, read_lines, wait_until_free, write_atomically
 from qat.runtime.preemption import RESUMABLE_EXIT, handle_signals
-from qat.store import models, smollm2
+from qat.store import models, rotate, smollm2
 from qat.train import checkpoint
 from qat.train.loop import CHECKPOINTS, FINAL, LOG, TrainConfig
+from qat.train.rotations import LearnConfig
 
-TABLES = ("main", "recipes", "kv", "distillation", "quantizers", "data", "floats", "served")
+TABLES = (
+    "main",
+    "recipes",
+    "kv",
+    "distillation",
+    "quantizers",
+    "data",
+    "floats",
+    "served",
+    "rotations",
+    "budget",
+    "low_bits",
+    "chat",
+)
 
 _LAUNCH = Path(__file__).parent
 _ROOT = _LAUNCH.parent
@@ -46,8 +60,21 @@ _RTN = "rtn"
 _PTQ = tuple(name for name in METHODS if name != _RTN)
 _LLAMA_CPPS = {f"llama_{kind}": kind for kind in llama_quantize.KINDS}
 _METHODS = ("full_precision", *METHODS, "qat", *_LLAMA_CPPS)
+PEERS = "peers.json"
+"""What benchmarks/peers.py wrote, in the folder of the results."""
+
+TEXTS, TASKS, WHOLE_TASKS, SERVED = "texts", "tasks", "tasks-whole", "served"
+"""The kinds of measurement: on texts; on the first documents of tasks; on all of them; of what llama.cpp serves."""
+
 _CALIBRATION = 64
 """Number of sequences that the post-training methods calibrate on."""
+
+_ROTATIONS = ("none", *rotate.KINDS, "learned")
+_LEARNING = LearnConfig(batch_size=2)
+"""How rotations are learned: on the tokens of the usual training."""
+
+_LATER = ("rotation", "train", "chat_share", "decay_steps", "sequences")
+"""Settings that cells of earlier versions do not record: they are recorded only where they are not the default."""
 
 _START = "start"
 """Name, in a cell's folder, of the student's starting weights, if they are not the model's."""
@@ -59,8 +86,8 @@ class Reproduction:
 
     Args:
         model: a Hugging Face directory or hub name
-        tables: tables, with commas between: main, recipes, kv, distillation, quantizers, data,
-            floats, served
+        tables: tables, with commas between: main, recipes, kv, distillation, quantizers, data, floats, served,
+            rotations, budget, low_bits, chat
         cells: only cells whose name matches one of these patterns, with commas between, say qat_4-8-4*; a cell's
             accuracy is called qat_4-8-4.tasks, what llama.cpp serves of it qat_4-8-4.served
         minutes: stop cleanly after this many; 0 for no limit
@@ -96,6 +123,9 @@ class Budget:
         max_length: longest training sequence, in tokens
         lr: peak learning rate
         warmup_steps: its linear warm-up
+        decay_steps: the last steps, over which the learning rate falls; those before are at a constant rate, and cells
+            that differ in their number alone share them. 0: it falls over all steps
+        sequences: that are generated; 0 for as many as the steps take. Cells that share steps must say the same
         text: as launch/evaluate.py takes it
         window: tokens of a window
         windows: of each text
@@ -105,6 +135,8 @@ class Budget:
     max_length: int = 256
     lr: float = 2e-4
     warmup_steps: int = 4
+    decay_steps: int = 0
+    sequences: int = 0
     text: str = "encyclopedia,howto"
     window: int = 512
     windows: int = 16
@@ -119,7 +151,10 @@ class Cell:
             only served
         quant: what is quantized, and how
         budget: of the training and of the measurement
-        data: what is trained or calibrated on: top1, sample or hybrid (written by the teacher), or a text
+        data: what is trained or calibrated on: top1, sample, hybrid or chat (written by the teacher), or a text
+        chat_share: with data=chat, the share of the sequences that are dialogues; the others are hybrid
+        rotation: of the weights, and in front of the MLP's last layer, before anything else
+        train: as launch/train.py takes it
         loss: as launch/train.py takes it
         student: what the training begins with: model, or the post-training method that makes its weights
         seed: of the data and of its order
@@ -132,9 +167,12 @@ class Cell:
     loss: str = "logits"
     student: str = "model"
     seed: int = 0
+    chat_share: float = 1.0
+    rotation: str = "none"
+    train: str = "weights"
 
     def __post_init__(self) -> None:
-        check_choice(self, method=_METHODS, student=("model", *_PTQ))
+        check_choice(self, method=_METHODS, student=("model", *_PTQ), rotation=_ROTATIONS)
 
     @property
     def changes(self) -> list[str]:
@@ -148,7 +186,8 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return "_".join([self.method, str(self.quant), *self.changes]).replace("/", "+")  # it names files
+        name = "_".join([self.method, str(self.quant), *self.changes])
+        return name.replace("/", "+").replace(",", "+")  # it names files, and --cells has commas between
 
 
 @dataclass(frozen=True)
@@ -157,7 +196,7 @@ class Tasks:
 
     Args:
         tasks: as launch/evaluate.py takes it; "" for none
-        limit: documents of each
+        limit: documents of each; 0 for all
     """
 
     tasks: str = ""
@@ -186,11 +225,14 @@ class Job(NamedTuple):
 
     @property
     def kind(self) -> str:
-        return "tasks" if self.tasks else "served" if self.served else "texts"
+        """Return what is measured, and with how many documents."""
+        if self.tasks is None:
+            return SERVED if self.served else TEXTS
+        return TASKS if self.tasks.limit else WHOLE_TASKS
 
     @property
     def name(self) -> str:
-        return self.cell.name if self.kind == "texts" else f"{self.cell.name}.{self.kind}"
+        return self.cell.name if self.kind == TEXTS else f"{self.cell.name}.{self.kind}"
 
 
 def main() -> int:
@@ -326,7 +368,7 @@ class _Runner:
         if on_the_fly := _rounds_by_itself(job):
             evaluate += ["--method=rtn", *_flags(cell.quant)]
         has_own = (folder / FINAL).exists() and not on_the_fly
-        evaluate += ["--model", folder / FINAL if has_own else self.model]
+        evaluate += ["--model", folder / FINAL if has_own else self._rotated(cell, stages)]
         if job.tasks:
             evaluate += ["--text=none", "--tasks", job.tasks.tasks, "--limit", job.tasks.limit]
         else:
@@ -365,25 +407,35 @@ class _Runner:
         quantize = [sys.executable, _LAUNCH / "quantize.py", "--method", method, *_flags(cell.quant)]
         if METHODS[method].needs_text or cell.quant.scales_inputs:
             quantize += ["--data", self._data(cell, _CALIBRATION, stages), "--sequences", _CALIBRATION]
-        stages.run("quantize", quantize, ["--model", self.model, "--output", output])
+        stages.run("quantize", quantize, ["--model", self._rotated(cell, stages), "--output", output])
 
     def _train(self, cell: Cell, folder: Path, stages: Stages) -> None:
-        data, begin = self._data(cell, 2 * cell.budget.steps, stages), []
-        if cell.student in _PTQ:
-            begin = ["--student", folder / _START]
-            self._quantize(cell, cell.student, folder / _START, stages)
         budget = cell.budget
         config = TrainConfig(
             loss=cell.loss,
+            train=cell.train,
             steps=budget.steps,
             lr=budget.lr,
             warmup_steps=budget.warmup_steps,
+            decay_steps=budget.decay_steps,
             batch_size=2,
             gradient_checkpointing=False,
             save_every=25,
             keep=1,
             seed=cell.seed,
         )
+        begin: list[object] = []
+        if cell.student in _PTQ:
+            begin = ["--student", folder / _START]
+            self._quantize(cell, cell.student, folder / _START, stages)
+        elif cell.rotation != "none":
+            begin = ["--student", self._rotated(cell, stages)]
+        if budget.decay_steps:
+            begin += ["--continue_from", self._trunk(cell, config, begin, stages)]
+        self._learn(cell, config, folder, begin, stages)
+
+    def _learn(self, cell: Cell, config: TrainConfig, folder: Path, begin: list[object], stages: Stages) -> None:
+        data = self._data(cell, cell.budget.sequences or 2 * cell.budget.steps, stages)
         wait_until_free(folder)  # a killed reproduction leaves its training running, which saves and ends by itself
         stages.run(
             "train",
@@ -392,12 +444,56 @@ class _Runner:
             ["--model", self.model, "--data", data, "--output", folder, *begin],
         )
 
+    def _trunk(self, cell: Cell, config: TrainConfig, begin: list[object], stages: Stages) -> Path:
+        """Return the checkpoint from which the learning rate of the cell's training falls: of a run at constant rate,
+        which continues from the longest shorter one that there is."""
+        shared = dataclasses.replace(cell.budget, steps=Budget.steps, decay_steps=0)
+        trunk = self.work / "trunks" / dataclasses.replace(cell, budget=shared).name
+        steps = config.steps - config.decay_steps
+        run = trunk / str(steps)
+        found = checkpoint.at(run / CHECKPOINTS, steps)
+        if (run / FINAL).exists() and found.exists():
+            return found
+        record = run / "continues"  # what a stopped run began with
+        if not record.exists():
+            runs = sorted((path for path in trunk.glob("[0-9]*") if int(path.name) < steps), key=lambda p: int(p.name))
+            longest = [checkpoint.at(path / CHECKPOINTS, int(path.name)) for path in runs if (path / FINAL).exists()]
+            run.mkdir(parents=True, exist_ok=True)
+            write_atomically(record, str(longest[-1]) if longest else "")
+        before = record.read_text()
+        config = dataclasses.replace(config, steps=steps, decay_steps=0, min_lr_ratio=1.0)
+        self._learn(cell, config, run, [*begin, *(["--continue_from", before] if before else [])], stages)
+        return found
+
+    def _rotated(self, cell: Cell, stages: Stages) -> Path | str:
+        """Return the full-precision model that the cell quantizes; rotate it first if that is asked for."""
+        if cell.rotation == "none":
+            return self.model
+        # The matrices are those of its name: drawn ones depend on the seed alone, learned ones on what is quantized.
+        usual = Cell("rtn", cell.quant, Budget(), rotation=cell.rotation, seed=cell.seed)
+        folder = self.work / "rotated" / (usual.name if cell.rotation == "learned" else f"{cell.rotation}-{cell.seed}")
+        if folder.exists():
+            return folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        settings: list[object] = ["--seed", cell.seed]
+        if cell.rotation == "learned":
+            data = self._data(usual, 2 * Budget.steps, stages)
+            settings += ["--data", data, *_flags(_LEARNING), *_flags(cell.quant)]
+        else:
+            settings += ["--kind", cell.rotation]
+        settings += ["--down=blocks"]  # the R4 that vLLM serves too
+        command = [sys.executable, _LAUNCH / "rotate.py", "--model", self.model, "--output", folder]
+        stages.run("rotate", command, settings)
+        return folder
+
     def _data(self, cell: Cell, sequences: int, stages: Stages) -> Path:
         """Return the folder of the cell's training sequences; make it if it does not exist."""
         budget = cell.budget
-        folder = self.work / "data" / f"{cell.data}-{sequences}x{budget.max_length}-seed{cell.seed}"
+        share = [f"--chat_share={cell.chat_share}"] if cell.data == "chat" else []
+        name = f"chat{cell.chat_share}" if share else cell.data
+        folder = self.work / "data" / f"{name}-{sequences}x{budget.max_length}-seed{cell.seed}"
         if cell.data in STRATEGIES:
-            source = ["--strategy", cell.data, "--seed", cell.seed, "--batch_size=50"]
+            source = ["--strategy", cell.data, "--seed", cell.seed, "--batch_size=50", *share]
         else:
             source = ["--corpus", self._corpus(cell)]
         sizes = ["--sequences", sequences, "--max_length", budget.max_length, "--sequences_per_shard=50"]
@@ -419,8 +515,9 @@ class _Runner:
         """Write the results so far: each table as JSON, and all of them as a page with plots."""
         done = {(job.cell.name, job.kind): job for jobs in tables.values() for job in jobs if self.is_done(job)}
         found = {key: json.loads(self.path(job).read_text()) for key, job in done.items()}
-        cells, accuracies, in_llama_cpp = (
-            {name: found[name, kind] for name, kind in found if kind == of} for of in ("texts", "tasks", "served")
+        cells, accuracies, whole, in_llama_cpp = (
+            {name: found[name, kind] for name, kind in found if kind == of}
+            for of in (TEXTS, TASKS, WHOLE_TASKS, SERVED)
         )
         output = self.reproduction.output
         names = {table: list(dict.fromkeys(job.cell.name for job in jobs)) for table, jobs in tables.items()}
@@ -434,10 +531,19 @@ class _Runner:
             write_atomically(output / f"{table}.json", json.dumps(rows, indent=1) + "\n")
             if rows:
                 plots.plot_cells([cells[name] for name in listed if name in cells], output / f"{table}.png")
+        if curves := curve.curves(cells):
+            plots.plot_curves(curves, output / "curve.png")
         averages = claims.zero_shot_averages(accuracies)
         plots.plot_bits([*cells.values()], averages, claims.SETTINGS, output / "bits.png")
-        page = claims.markdown(names, cells, accuracies, served.markdown(shown, len(to_serve)))
+        page = claims.markdown(
+            names, cells, accuracies, whole, _json(output / PEERS), served.markdown(shown, len(to_serve))
+        )
         write_atomically(output / "README.md", page)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Return the content of a file; empty if there is none."""
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _rounds_by_itself(job: Job) -> bool:
@@ -469,9 +575,9 @@ def _row(cell: dict[str, Any], accuracy: dict[str, Any] | None) -> dict[str, Any
     """Return a cell as it appears in a table: without what was measured per window, per document or per step."""
     row = {key: cell[key] for key in ("name", "method", "bits", "seed", "settings", "budget", "machine", "versions")}
     row["budget"] = row["budget"] | {"trained": {k: v for k, v in row["budget"]["trained"].items() if k != "kl"}}
-    for measure in ("perplexity", "nll", "nll_stderr", "kl", "kl_stderr", "top1"):
-        if found := {text: score[measure] for text, score in cell["texts"].items() if measure in score}:
-            row[measure] = found
+    for measure in ("perplexity", "nll", "nll_stderr", "kl", "kl_stderr", "kl_p99", "top1", "top1_stderr"):
+        if values := {text: score[measure] for text, score in cell["texts"].items() if measure in score}:
+            row[measure] = values  # earlier versions lack some
     if accuracy:
         for measure in ("metric", "accuracy", "stderr", "documents"):
             row[f"task_{measure}"] = {task: score[measure] for task, score in accuracy["tasks"].items()}
@@ -480,7 +586,9 @@ def _row(cell: dict[str, Any], accuracy: dict[str, Any] | None) -> dict[str, Any
 
 def _flat(cell: Cell) -> dict[str, Any]:
     own = asdict(cell) | {"quant": cell.quant.record()}
-    return {"method": own.pop("method"), **own.pop("quant"), **own.pop("budget"), **own}
+    flat = {"method": own.pop("method"), **own.pop("quant"), **own.pop("budget"), **own}
+    defaults = {one.name: one.default for kind in (Cell, Budget) for one in fields(kind)}
+    return {key: value for key, value in flat.items() if key not in _LATER or value != defaults[key]}
 
 
 def _bits(short: str) -> dict[str, Any]:

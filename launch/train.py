@@ -4,6 +4,7 @@ deepspeed launch/train.py --deepspeed ds_configs/zero3.json --model DIR --data D
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -29,6 +30,7 @@ from qat.runtime.files import check_partial, lock, using, write_atomically, writ
 from qat.runtime.machine import be_deterministic, device, local_ranks
 from qat.runtime.preemption import RESUMABLE_EXIT, StopSignal
 from qat.store import models, student_folder
+from qat.store.manifest import MANIFEST
 from qat.store.model_folder import ModelFolder, head_weight, read_config, shapes, skeleton
 from qat.store.sidecars import save_tensor_scales
 from qat.train import deepspeed_json, engines, plan
@@ -43,6 +45,9 @@ from qat.train.validation import Texts
 CHANGES_NO_RESULT = ("save_every", "keep", "eval_every", "max_loss_ratio", "peak_flops")
 """Settings that may change when a run resumes."""
 
+CHANGES_FROM_A_CHECKPOINT = ("steps", "min_lr_ratio", "decay_steps", "stop_when_flat")
+"""Settings that may also be others than those of the run whose checkpoint a new one continues from."""
+
 
 @dataclass(frozen=True)
 class Paths:
@@ -52,6 +57,8 @@ class Paths:
         model: the pretrained model, teacher and starting point: a Hugging Face directory or hub name
         student: another starting point: what launch/rotate.py or launch/quantize.py wrote, or the final/ of an earlier
             run
+        continue_from: checkpoint of another run (RUN/checkpoints/step-N), from which this one continues, Adam's state
+            included; of the settings only steps and the decay of the learning rate may be others
         data: folder of training shards, made by launch/generate.py
         output: folder of this run: checkpoints, log.jsonl, and the trained student in final/
         deepspeed: DeepSpeed configuration of the student
@@ -64,6 +71,7 @@ class Paths:
     data: Path
     output: Path
     student: Path | None = None
+    continue_from: Path | None = None
     deepspeed: Path = Path("ds_configs/zero3.json")
     teacher_deepspeed: Path | None = None
     teacher_cache: Path | None = None
@@ -161,6 +169,10 @@ def main() -> int:
         "bf16": student_json.get("bf16"),
         "arithmetic": linear.arithmetic_of(quant),
     }
+    trunk = None
+    if paths.continue_from:
+        trunk = paths.continue_from.resolve().parent.parent
+        identity["continues"] = check_continues(paths.continue_from, identity)
     open_folder(paths.output, identity)
     final = paths.output / FINAL
     if final.exists():
@@ -179,7 +191,7 @@ def main() -> int:
     whole_teacher = engines.on_all_ranks(planned.whole_teacher)
     if cli.is_first_rank():
         warn_if_short(planned)
-    steps, scales = None, scales_of_run(paths.output, Path(begin), quant)
+    steps, scales = None, scales_of_run(trunk or paths.output, Path(begin), quant)
     if without_teacher:
         targets: Callable[[Row], Targets] = cache or engines.labels(config.loss)
     else:
@@ -190,7 +202,7 @@ def main() -> int:
         if quant.activations.learned:
             ranks.announce("measuring activations")
             steps = teacher.initial_steps(Row.of(data.sample(cli.rank())).to(device()), quant)
-        if quant.scales_inputs and not (paths.output / SETTINGS).exists():
+        if quant.scales_inputs and not ((trunk or paths.output) / SETTINGS).exists():
             ranks.announce("measuring activations")
             scales |= teacher.input_scales(Row.of(data.sample(cli.rank())).to(device()), quant)
     with ranks.doing("loading the student"):
@@ -212,7 +224,7 @@ def main() -> int:
         places = {"model": paths.model, "data": str(paths.data)} | ({"student": begin} if is_rotated else {})
         claim(paths.output, identity, student_json, places)
     stop = StopSignal()  # before this, a signal ends the process at once: there is nothing to save
-    complete = train(student, targets, data, config, paths.output, stop, texts)
+    complete = train(student, targets, data, config, paths.output, stop, texts, paths.continue_from)
     if cli.is_first_rank():
         print(memory.beside_plan(planned.needs), flush=True)
     if complete:
@@ -325,6 +337,37 @@ def check_teacher(cache: Path | None, quant: QuantConfig, config: TrainConfig) -
         )
 
 
+def check_continues(folder: Path, settings: dict[str, Any]) -> str:
+    """Return what identifies the checkpoint in ``folder``; raise UserError if there is none, or if a run with
+    ``settings`` cannot continue from it."""
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"{folder} is no checkpoint: give RUN/checkpoints/step-N, of a run that kept it.")
+    run = folder.resolve().parent.parent
+    theirs = student_folder.run_settings(run).get("settings")
+    if theirs is None:
+        raise UserError(f"{run} holds a checkpoint without its {SETTINGS}: put that back.")
+    theirs = {key: value for key, value in theirs.items() if key != "continues"}
+    free = {name: settings[name] for name in (*CHANGES_NO_RESULT, *CHANGES_FROM_A_CHECKPOINT)}
+    if listed := differences(_compared(_defaults() | theirs | free), _compared(settings)):
+        raise UserError(
+            f"{folder} is of a run with other settings ({listed}): give the same, but for "
+            f"{', '.join(CHANGES_FROM_A_CHECKPOINT)}."
+        )
+    taken = int(folder.resolve().name.removeprefix("step-"))
+    if taken >= settings["steps"]:
+        raise UserError(f"{folder} has taken {taken} steps already: give more --steps, which count from the beginning.")
+    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()[:16]
+
+
+def _defaults() -> dict[str, Any]:
+    """Return the settings that an earlier version may not have recorded, as they were without being known."""
+    return QuantConfig().record() | {
+        field.name: field.default
+        for field in dataclasses.fields(TrainConfig)
+        if field.default is not dataclasses.MISSING
+    }
+
+
 def open_folder(output: Path, settings: dict[str, Any]) -> None:
     """Check that the folder can be written to, and that a run in it is resumed with the settings that it was started
     with.
@@ -346,13 +389,8 @@ def open_folder(output: Path, settings: dict[str, Any]) -> None:
                 f"{output} was begun by a version that computed otherwise ({began_with}; now {today}), and would "
                 "not resume with the same losses: finish it with that version, or give another --output."
             )
-        defaults = QuantConfig().record() | {
-            field.name: field.default
-            for field in dataclasses.fields(TrainConfig)
-            if field.default is not dataclasses.MISSING
-        }
         free = {name: settings[name] for name in CHANGES_NO_RESULT}
-        began = defaults | started | free  # an earlier version may lack some of them
+        began = _defaults() | started | free
         if listed := differences(_compared(began), _compared(settings)):
             raise UserError(f"{output} was started with other settings ({listed}): give the same, or another --output.")
     elif (output / FINAL).exists() or checkpoints(output / CHECKPOINTS):

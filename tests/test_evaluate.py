@@ -176,7 +176,8 @@ def test_two_ranks_find_what_one_finds_and_nothing_is_measured_twice(tiny_direct
     capsys.readouterr()
     assert evaluate(*all_of_it) == found
     assert "is there already" in capsys.readouterr().out
-    more = evaluate("--text=none", "--tasks=arc_easy,piqa", "--limit=5")
+    more = evaluate("--text=none", "--tasks=arc_easy,piqa", "--limit=5", f"--baseline={two}")
+    assert f"arc_easy: 0 of 5 flip (0 become wrong, 0 right), 0 answers change, from {two}" in capsys.readouterr().out
     assert more["texts"] == found["texts"]
     assert more["tasks"].keys() == {"arc_easy", "openbookqa", "piqa"}
     message = error_of(monkeypatch, "evaluate", *where, f"--output={one}", f"--text={text}", "--limit=6", "--w_bits=5")

@@ -101,6 +101,27 @@ def test_the_answers_likelihoods_are_those_of_the_whole_logits(model_and_tokeniz
     assert [value for value, _ in ours] == pytest.approx([value for value, _ in theirs], rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["boolq", "piqa", "openbookqa", "winogrande"])
+def test_an_answer_is_right_where_it_is_the_right_choice(name, model_and_tokenizer, monkeypatch):
+    """For each of the harness's ways to compare likelihoods: as they are, by length, without the question."""
+    samples, score = [], harness._score
+    monkeypatch.setattr(harness, "_score", lambda metric, own: samples.extend(own) or score(metric, own))
+    found = harness.run_task(*model_and_tokenizer, name, 12, taskdata.parts(name))
+    gold = [int(sample["doc"]["answer"]) - 1 if name == "winogrande" else int(sample["target"]) for sample in samples]
+    assert [int(answer) == right for answer, right in zip(found.answers, gold, strict=True)] == [
+        value == "1" for value in found.correct
+    ]
+
+
+def test_flips_count_what_accuracies_hide():
+    before = {"correct": "1100", "answers": "0011"}
+    now = {"correct": "1010", "answers": "0112"}
+    assert tasks.Flips.of(before, now) == tasks.Flips(documents=4, lost=1, gained=1, changed=2)
+    assert str(tasks.Flips.of(before, {"correct": "1010"})) == "2 of 4 flip (1 become wrong, 1 right)"
+    with pytest.raises(UserError, match="of 4 documents, the other of 2"):
+        tasks.Flips.of(before, {"correct": "10"})
+
+
 @pytest.fixture(scope="module")
 def model_and_tokenizer(tokenizer):
     return tiny_model(), tokenizer

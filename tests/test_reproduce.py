@@ -2,12 +2,16 @@
 
 import json
 import time
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, finish, kill, start, start_command, tiny_model, tiny_tokenizer
 from test_launch import error_of
 
-from launch.reproduce import Reproduction, _Runner, queue, read_recipe
+from launch.reproduce import Budget, Cell, Job, Reproduction, _Runner, queue, read_recipe
+from launch.stages import Stages
+from qat.quant.config import QuantConfig
 from qat.runtime.errors import UserError
 
 
@@ -84,3 +88,80 @@ def test_a_users_or_damaged_file_among_the_cells_is_not_counted(tiny_directory, 
     runner.path(job).write_text(json.dumps({"settings": runner.settings(job) | {"model": "another"}}))
     with pytest.raises(UserError, match="holds results of another model"):
         _Runner(reproduction, None)
+
+
+def point(steps: int) -> Cell:
+    """A point of a curve, a fifth of whose steps are its own."""
+    return Cell("qat", QuantConfig(w_bits=3), Budget(steps, 32, 1e-3, 2, steps // 5, 60, "howto", 64, 2))
+
+
+class Written(Stages):
+    """Stages that only note their commands, and leave what the next ones look for."""
+
+    def __init__(self, path, environment, deadline=None):
+        super().__init__(path, environment, deadline)
+        self.commands: list[dict[str, str]] = []
+
+    def run(self, name, *parts) -> None:
+        words = [str(word) for part in parts for word in part]
+        flags = dict(word[2:].split("=", 1) for word in words if word.startswith("--") and "=" in word)
+        flags |= {word[2:]: after for word, after in pairwise(words) if word[:2] == "--" != after[:2]}
+        self.commands.append({"stage": name, **flags})
+        output = Path(flags["output"])
+        output.mkdir(parents=True, exist_ok=True)
+        if name == "train":
+            (output / "final").mkdir()
+            (output / "checkpoints" / f"step-{int(flags['steps']):06d}").mkdir(parents=True)
+
+
+@pytest.fixture
+def runner(tiny_directory, tmp_path):
+    (tmp_path / "work").mkdir()
+    return _Runner(Reproduction(model=str(tiny_directory), output=tmp_path / "results", work=tmp_path / "work"), None)
+
+
+def test_points_of_a_curve_share_the_steps_of_their_trunk(runner, tmp_path):
+    stages = Written(tmp_path / "stages.json", {})
+    for steps in (10, 20, 15):
+        runner._train(point(steps), tmp_path / str(steps), stages)
+    trained = [command for command in stages.commands if command["stage"] == "train"]
+    assert [(own["steps"], own["min_lr_ratio"], own["decay_steps"]) for own in trained] == [
+        ("8", "1.0", "0"), ("10", "0.0", "2"), ("16", "1.0", "0"), ("20", "0.0", "4"), ("12", "1.0", "0"),
+        ("15", "0.0", "3"),
+    ]  # fmt: skip
+    begun = [Path(own["continue_from"]).name if "continue_from" in own else None for own in trained]
+    assert begun == [None, *("step-000008", "step-000008", "step-000016", "step-000008", "step-000012")]
+    assert len({own["data"] for own in trained}) == 1
+    assert point(10).name != point(20).name
+
+
+def test_a_rotated_cell_learns_from_the_original(runner, tiny_directory, tmp_path):
+    stages = Written(tmp_path / "stages.json", {})
+    quant = QuantConfig(4, 4, 4, kv_rotation="hadamard")
+    for cell in (
+        Cell("qat", quant, Budget(), rotation="learned", student="gptq"),
+        Cell("qat", quant, Budget(), rotation="hadamard"),
+    ):
+        runner._train(cell, tmp_path / cell.rotation, stages)
+    made = [command for command in stages.commands if command["stage"] != "generate"]
+    assert [command["stage"] for command in made] == ["rotate", "quantize", "train", "rotate", "train"]
+    learned, quantized, begun, drawn, other = made
+    assert (learned["a_bits"], drawn["kind"]) == ("4", "hadamard")
+    assert quantized["model"] == learned["output"]
+    assert (begun["model"], begun["student"]) == (str(tiny_directory), quantized["output"])
+    assert (other["model"], other["student"]) == (str(tiny_directory), drawn["output"])
+
+
+@pytest.mark.slow
+def test_cells_beyond_the_paper_by_the_real_commands(runner, tmp_path):
+    """A point of a curve, and 4-4-4 with rotations that are learned, GPTQ's weights and scales that learn."""
+    small = Budget(4, 32, 1e-3, 2, text="howto", window=64, windows=2)
+    rotated = Cell("qat", QuantConfig(4, 4, 4), small, rotation="learned", student="gptq", train="all")
+    for cell in (point(10), point(15), rotated):
+        job = Job(0, cell, None)
+        runner.run(job, keep_model=False)
+        assert runner.is_done(job)
+    made = [json.loads(runner.path(Job(0, point(steps), None)).read_text()) for steps in (10, 15)]
+    tokens = [cell["budget"]["trained"]["tokens"] for cell in made]
+    assert 1.4 * tokens[0] < tokens[1] < 1.6 * tokens[0], "the trunk's tokens count too"
+    assert len(made[1]["budget"]["trained"]["kl"]) == 3

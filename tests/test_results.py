@@ -5,8 +5,9 @@ from dataclasses import asdict
 import pytest
 from conftest import ROOT
 
-from launch.paper import claims
-from launch.paper.claims import Claim, Difference, Finding, closes
+from launch.paper import claims, curve, flips
+from launch.paper.claims import Claim, Difference, Finding, Goal, closes
+from launch.paper.curve import Law
 from launch.reproduce import Budget, Cell, queue, read_recipe
 from qat.evaluate.tasks import ZERO_SHOT
 from qat.quant.config import QuantConfig
@@ -107,6 +108,14 @@ def test_accuracy_differs_by_pairs():
     assert claims.accuracy_difference([(a, b), (b, a)]) == Difference(0, 0)
 
 
+def test_flips_differ_by_pairs():
+    """The first pair's cell flips on one document where the other flips on all four."""
+    teacher, a, b = (accuracies(outcome) for outcome in ("1100", "1101", "0011"))
+    difference = claims.flip_difference([(a, b)], teacher)
+    assert difference.mean == pytest.approx(100 * (1 - 4) / 4)
+    assert claims.flip_difference([(a, a)], teacher) == Difference(0, 0)
+
+
 def test_accuracies_without_a_rival_leave_their_column_empty():
     """Two students and full precision, as --cells 'full*,qat*' leaves them."""
     made = {}
@@ -132,12 +141,15 @@ def test_the_claims_name_cells_that_the_recipes_make():
     made = {job.cell.name for job in queue({path.stem: read_recipe(path) for path in RECIPES.glob("*.yaml")}, "*")}
     claimed = {name for claim in claims.CLAIMS for pair in claim.pairs for name in pair}
     claimed |= {name for names in claims.RECIPES_4_8_4.values() for name in names}
+    goals = [claim for claim in claims.BEYOND if isinstance(claim, claims.Goal)]
+    claimed |= {name for claim in claims.BEYOND if isinstance(claim, Claim) for pair in claim.pairs for name in pair}
+    claimed |= {name for goal in goals for name in (goal.cell, goal.of) if name}
     assert claimed <= made
 
 
 def test_the_page_shows_every_cell_and_every_claim():
     cells = {"qat_4-8-4": cell("qat", 0)}
-    page = claims.markdown({"main": ["qat_4-8-4", "rtn_4-8-4"]}, cells, {})
+    page = claims.markdown({"main": ["qat_4-8-4", "rtn_4-8-4"]}, cells, {}, {}, {})
     assert "| LLM-QAT | 4-8-4 |" in page
     assert "1 of 2 cells." in page
     assert "100 optimizer steps of 2 sequences of at most 256 tokens (1,234 tokens" in page
@@ -160,3 +172,53 @@ def test_a_cells_name_says_what_is_unusual():
     assert served.name == "qat_4-8-8_kv_format=ggml_q8_0+ggml_q4_0_lm_head.w_bits=8_lm_head.a_bits=8"
     changed = Cell("qat", QuantConfig(4, 6, 16, kv_rotation="hadamard"), Budget(steps=400), data="top1", seed=2)
     assert changed.name == "qat_4-6-16_kv_rotation=hadamard_steps=400_data=top1_seed=2"
+
+
+def test_the_law_of_a_curve_is_found_with_and_without_a_floor():
+    tokens = [1e4 * 2**step for step in range(6)]
+    law = Law.of(tokens, [3 * n**-0.3 for n in tokens])
+    assert (law.scale, law.exponent, law.error) == pytest.approx((3, 0.3, 0), abs=1e-9)
+    floored = Law.with_floor(tokens, [0.1 + 3 * n**-0.3 for n in tokens])
+    assert floored(1e8) == pytest.approx(0.1 + 3 * 1e8**-0.3, rel=0.02)
+    plain = Law.of(tokens, [0.1 + 3 * n**-0.3 for n in tokens])
+    assert plain(1e8) < 0.9 * floored(1e8), "without the floor it promises too much"
+
+
+def test_a_curve_is_of_the_cells_that_differ_in_length_alone():
+    changes = ["steps=50", "decay_steps=10", "sequences=60"]
+    cells = {"rtn_4-8-4_w_group_size=64": cell("rtn", 1)}
+    for number, tokens in enumerate((1000, 4000, 2000)):
+        own = cell("qat", 0.1 * number, decay_steps=10) | {"changes": ["w_group_size=64", *changes]}
+        own["budget"]["trained"]["tokens"] = tokens
+        cells[f"{number}"] = own
+    cells["another rate"] = cell("qat", 0, decay_steps=10) | {"changes": ["lr=1", *changes]}
+    (found,) = curve.curves(cells)
+    assert (found.name, found.tokens) == ("4-8-4 w_group_size=64", [1000, 2000, 4000])
+    assert found.untrained == cells["rtn_4-8-4_w_group_size=64"]["texts"]["prose"]["kl"]
+    assert "1k, 2k, 4k" in curve.markdown([found])
+    assert curve.markdown([]) == ""
+
+
+def test_flips_are_shown_beside_the_difference_that_hides_them():
+    made = {
+        name: {"method": method, "tasks": {"piqa": {"correct": correct}}}
+        for name, method, correct in (("f", "full_precision", "1100"), ("q", "qat", "1010"))
+    }
+    page = flips.markdown({"all": made, "none": {}})
+    assert "| q | 4 (all) | +0.0 ± 35.4 | 50.0% ± 25.0% | 25.0% | 25.0% |  |" in page
+    assert flips.markdown({"all": {"q": made["q"]}}) == ""
+
+
+def test_a_goal_is_a_distance_or_a_part_of_another():
+    cells = {"q": cell("qat", 0), "r": cell("rtn", 10)}  # 2.5 and 12.5 nats
+    assert Goal("", "q", 2.6, on="prose").check(cells).verdict == "holds"
+    assert Goal("", "q", 0.1, "r", on="prose").check(cells).verdict == "does not hold"
+    assert "80.0% of r's 12.502 gone" in Goal("", "q", 0.3, "r", on="prose").check(cells).numbers
+    assert Goal("", "q", 1, "missing").check(cells) == claims.NOT_MEASURED
+
+
+def test_other_texts_are_no_counterpart():
+    cells = {"f": cell("full_precision", 0, text="prose"), "q": cell("qat", 0, text="dialogues")}
+    assert claims.counterpart(cells["q"], "full_precision", cells) is None
+    cells |= {"r": cell("rtn", 1, rotation="hadamard"), "o": cell("rtn", 1), "q": cell("qat", 0, rotation="hadamard")}
+    assert claims.counterpart(cells["q"], "rtn", cells) is cells["o"], "the distance is that of RTN without rotation"

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from launch.paper import curve, flips
 from launch.paper.plots import LABELS
 from qat.evaluate.perplexity import standard_error
 from qat.evaluate.tasks import FEW_SHOT, ZERO_SHOT, zero_shot_average
@@ -26,6 +27,10 @@ TITLES = {
     "distillation": "What the student learns from",
     "quantizers": "Quantizers",
     "data": "Training data",
+    "rotations": "Rotated weights and 4-bit activations",
+    "budget": "How long to train",
+    "low_bits": "Weights of 4, 3 and 2 bits",
+    "chat": "Dialogues among the training data",
     "floats": "Formats of floats: NVFP4, MXFP4, FP8",
 }
 SETTINGS = ("4-8-4", "4-8-8", "4-6-16", "4-8-16", "4-16-16", "8-8-4", "8-8-8", "8-8-16")
@@ -93,6 +98,20 @@ def accuracy_difference(pairs: Sequence[tuple[Cell, Cell]]) -> Difference:
     return Difference(statistics.fmean(means), math.sqrt(squares) / len(means))
 
 
+def flip_difference(pairs: Sequence[tuple[Cell, Cell]], teacher: Cell) -> Difference:
+    """Compute the share of documents that the first of each pair answers right where ``teacher`` is wrong, or the other
+    way, minus that of the second, in points, averaged over the pairs; paired by documents."""
+    gained: list[float] = []
+    for task in sorted(set.intersection(*(set(cell["tasks"]) for pair in pairs for cell in (teacher, *pair)))):
+        right = teacher["tasks"][task]["correct"]
+        outcomes = [[cell["tasks"][task]["correct"] for cell in pair] for pair in pairs]
+        flipped = [
+            [100 * ((x != own) - (y != own)) for x, y, own in zip(a, b, right, strict=True)] for a, b in outcomes
+        ]
+        gained += [statistics.fmean(document) for document in zip(*flipped, strict=True)]
+    return Difference(statistics.fmean(gained), standard_error(gained))
+
+
 def zero_shot_averages(accuracies: Mapping[str, Cell]) -> dict[str, tuple[float, float]]:
     """Return mean accuracy and standard error, by name, of each cell that has all of the zero-shot tasks."""
     whole = {name: cell["tasks"] for name, cell in accuracies.items() if set(ZERO_SHOT) <= set(cell["tasks"])}
@@ -109,26 +128,32 @@ def gap_closed(cell: Cell, rtn: Cell, full_precision: Cell) -> dict[str, float]:
 
 
 def counterpart(cell: Cell, method: str, cells: Mapping[str, Cell]) -> Cell | None:
-    """Return the cell of ``method`` with the same quantization; for full precision, the only one; None if there is
-    none."""
-    same = QuantConfig.__dataclass_fields__
+    """Return the cell of ``method`` with the same quantization and, but for RTN, the same rotation of the weights,
+    measured on the same texts; for full precision, the only one of these; None if there is none."""
+    same = {"text", "window", "windows"}
+    if method != "full_precision":
+        same |= QuantConfig.__dataclass_fields__.keys()
+    rotation = cell["settings"].get("rotation") if method not in ("rtn", "full_precision") else None
     for other in cells.values():
-        if other["method"] == method and (
-            method == "full_precision" or all(other["settings"].get(key) == cell["settings"].get(key) for key in same)
-        ):
+        theirs = other["settings"]
+        alike = all(theirs.get(key) == cell["settings"].get(key) for key in same)
+        if other["method"] == method and alike and theirs.get("rotation") == rotation:
             return other
     return None
 
 
 def seeds(cells: Mapping[str, Cell]) -> list[tuple[Cell, Cell]]:
     """Return pairs of the cells that were made twice: with seed 0, and with another seed."""
-    bases = [(cells.get(name.removesuffix(f"_seed={cell['seed']}")), cell) for name, cell in cells.items()]
+    bases = [(cells.get(name.replace(f"_seed={cell['seed']}", "")), cell) for name, cell in cells.items()]
     return [(base, cell) for base, cell in bases if base and base is not cell]
 
 
-def seed_spread(cells: Mapping[str, Cell]) -> float:
-    """Return the largest change of the mean KL that another seed makes; 0 if no other was tried."""
-    return max((abs(mean_kl(base) - mean_kl(cell)) for base, cell in seeds(cells)), default=0.0)
+def seed_spread(cells: Mapping[str, Cell], *bits: str) -> float:
+    """Return the largest change of the mean KL that another seed makes with one of these bits or, if none was tried
+    with them, in any of the paper's settings; 0 if none was."""
+    found = seeds(cells)
+    near = [pair for pair in found if pair[0]["bits"] in bits] or [p for p in found if p[0]["bits"] in SETTINGS]
+    return max((abs(mean_kl(base) - mean_kl(cell)) for base, cell in near), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -149,13 +174,14 @@ class Claim:
     on: tuple[str | None, ...] = ()
 
     def check(self, cells: Mapping[str, Cell]) -> Finding:
-        found, by_seed = [], seed_spread(cells)
+        found = []
         for (first, second), on in zip(self.pairs, self.on or [None] * len(self.pairs), strict=True):
             if first in cells and second in cells:
                 difference = Difference.of(cells[first], cells[second], on)
                 trained = "qat" in (cells[first]["method"], cells[second]["method"])
                 where = f" on {on}" if on else ""
-                verdict = self._verdict(difference, by_seed if trained else 0.0)
+                by_seed = seed_spread(cells, cells[first]["bits"], cells[second]["bits"]) if trained else 0.0
+                verdict = self._verdict(difference, by_seed)
                 found.append((verdict, f"{first} - {second}{where}: {difference}"))
         return _together(found, len(self.pairs))
 
@@ -164,6 +190,10 @@ class Claim:
             return UNDECIDED if self.strictly else HOLDS
         return HOLDS if difference.mean < 0 else FAILS
 
+
+TALK = "text=encyclopedia+dialogues_windows=64"
+CHATS = (f"{TALK}_data=chat_chat_share=0.25", f"{TALK}_data=chat_chat_share=0.5", f"{TALK}_data=chat")
+"""The unusual settings of the cells that are measured on dialogues; and of those that learn from dialogues too."""
 
 _PAPERS_RTN = "rtn_4-8-4_kv_granularity=token"
 
@@ -258,6 +288,85 @@ CLAIMS = (
     ),
 )
 
+
+@dataclass(frozen=True)
+class Goal:
+    """The goal that a cell's KL on a text is at most ``most`` nats, or, if ``of`` names another cell, at most that part
+    of the other's."""
+
+    text: str
+    cell: str
+    most: float
+    of: str | None = None
+    on: str = "encyclopedia"
+
+    def check(self, cells: Mapping[str, Cell]) -> Finding:
+        if self.cell not in cells or (self.of and self.of not in cells):
+            return NOT_MEASURED
+        kl = cells[self.cell]["texts"][self.on]["kl"]
+        other = cells[self.of]["texts"][self.on]["kl"] if self.of else 1.0
+        said = f"{self.cell}: {kl:.3f} nats" + (
+            f", {1 - kl / other:.1%} of {self.of}'s {other:.3f} gone" * bool(self.of)
+        )
+        return Finding(HOLDS if kl <= self.most * other else FAILS, f"{said}, on {self.on}")
+
+
+_ROTATED = "4-4-4_kv_rotation=hadamard_rotation"
+_SERVED = "4-8-4_w_quantizer=minmax_asymmetric_kv_format=vllm_int4"
+
+BEYOND = (
+    Claim(
+        "4-4-4: rotated weights are better, untrained and trained",
+        [
+            (f"{method}_{_ROTATED}=hadamard", f"{method}_4-4-4_kv_rotation=hadamard")
+            for method in ("rtn", "gptq", "qat")
+        ],
+    ),
+    Claim(
+        "4-4-4: learned rotations are better than drawn ones",
+        [(f"{method}_{_ROTATED}=learned", f"{method}_{_ROTATED}=hadamard") for method in ("rtn", "gptq", "qat")],
+    ),
+    Claim(
+        "4-4-4: training is better than GPTQ, both rotated",
+        [(f"qat_{_ROTATED}={kind}", f"gptq_{_ROTATED}={kind}") for kind in ("hadamard", "learned")],
+    ),
+    Claim(
+        "3-bit weights, trained, are better than 4-bit weights rounded to nearest",
+        [(f"qat_3-8-16{own}", f"rtn_4-8-16{own}") for own in ("", "_w_quantizer=minmax_asymmetric")],
+    ),
+    Claim(
+        "Grids with all codes are better than the paper's, trained",
+        [
+            (f"qat_{bits}-8-16_w_quantizer=minmax_{kind}", f"qat_{bits}-8-16")
+            for bits in (4, 3, 2)
+            for kind in ("full", "signed", "asymmetric")
+        ],
+    ),
+    Claim(
+        "Scales that learn are better than those of the largest weight",
+        [(f"qat_{bits}-8-16_train=all", f"qat_{bits}-8-16") for bits in (4, 3, 2)],
+    ),
+    Claim(
+        "Dialogues in the data are better on dialogues",
+        [(f"qat_4-8-4_kv_rotation=hadamard_{data}", f"qat_4-8-4_kv_rotation=hadamard_{TALK}") for data in CHATS],
+        on=("dialogues",) * 3,
+    ),
+    Claim(
+        "… and no worse on prose",
+        [(f"qat_4-8-4_kv_rotation=hadamard_{data}", f"qat_4-8-4_kv_rotation=hadamard_{TALK}") for data in CHATS],
+        strictly=False,
+        on=("encyclopedia",) * 3,
+    ),
+    Goal("4-4-4, trained under rotations, is within 0.6 nats of the teacher", f"qat_{_ROTATED}=hadamard", 0.6),
+    Goal(
+        "4-8-4 with vLLM's cache closes 90 % of RTN's distance in KL",
+        f"qat_{_SERVED}_steps=1600_decay_steps=320_sequences=3200",
+        0.1,
+        f"rtn_{_SERVED}",
+    ),
+)
+"""What the tables beyond the paper are to show."""
+
 RECIPES_4_8_4 = {
     "the paper's recipe": ["qat_4-8-4_kv_granularity=token_lr=2e-05"],
     "the same with the learning rate that suits so few steps": ["qat_4-8-4_kv_granularity=token"],
@@ -276,7 +385,12 @@ RECIPES_4_8_4 = {
 
 
 def markdown(
-    tables: Mapping[str, list[str]], cells: Mapping[str, Cell], accuracies: Mapping[str, Cell], served: str = ""
+    tables: Mapping[str, list[str]],
+    cells: Mapping[str, Cell],
+    accuracies: Mapping[str, Cell],
+    whole: Mapping[str, Cell],
+    peers: Mapping[str, Any],
+    served: str = "",
 ) -> str:
     """Return the page of results: the claims, then every table.
 
@@ -284,6 +398,8 @@ def markdown(
         tables: the names of each table's cells, in order
         cells: what each cell measured on texts, by name
         accuracies: what each cell measured on tasks, by name
+        whole: the same on all documents
+        peers: what benchmarks/peers.py wrote; empty if it did not yet
         served: the section on what is served
     """
     claims = [
@@ -294,14 +410,19 @@ def markdown(
     target = f"4-8-4 closes {_TARGET:.0%} of the distance to full precision of RTN with the paper's quantization"
     targets = [f"| {target} | | share of it |", "|-|-|-|"]
     targets += [_finding_line(recipe, closes(names, cells)) for recipe, names in RECIPES_4_8_4.items()]
-    parts = [*filter(None, [_INTRODUCTION, _budget(cells)]), "## Claims", "\n".join(claims), "\n".join(targets)]
+    beyond = ["| beyond the paper | | KL, nats per token |", "|-|-|-|"]
+    beyond += [_finding_line(claim.text, claim.check(cells)) for claim in BEYOND]
+    parts = [*filter(None, [_INTRODUCTION, _budget(cells)]), "## Claims", *map("\n".join, (claims, targets, beyond))]
     parts += filter(None, [_spread(cells), _accuracies_by_pairs(accuracies)])
+    if flipped := flips.markdown({"the first of each task": accuracies, "all of some tasks": whole}):
+        parts += ["## Flips", flipped, *filter(None, [_flips_by_pairs(accuracies)])]
     for table, names in tables.items():
         there = [name for name in names if name in cells]
         parts += [f"## {TITLES[table]}", _table(there, cells, accuracies), f"{len(there)} of {len(names)} cells."]
         parts += filter(None, [_in_floats(there, cells)])
         parts += [f"![{TITLES[table]}]({table}.png)"] if there else []
-    parts += filter(None, [served])
+        parts += filter(None, [curve.markdown(curve.curves({name: cells[name] for name in there}))])
+    parts += [*filter(None, [served]), *_peers(peers)]
     parts += ["## Perplexity and accuracy against bits", "![The four methods in the paper's settings](bits.png)"]
     return "\n\n".join(parts) + "\n"
 
@@ -313,7 +434,8 @@ seeds, versions, times and the machine is a JSON in [cells/](cells). How to read
 student) in nats per token, ± its standard error over the windows, on two texts that we did not train on; *closed* is
 the share of RTN's distance to full precision, in log-perplexity, that is gone (both texts); a difference counts as one
 when it is larger than two standard errors of the differences by pairs, window by window, and, where one of the two was
-trained, larger than what another seed has changed anywhere."""
+trained, larger than what another seed has changed with as many bits (if none was tried, in any of the paper's
+settings)."""
 
 
 def _budget(cells: Mapping[str, Cell]) -> str:
@@ -346,29 +468,56 @@ def _spread(cells: Mapping[str, Cell]) -> str:
 def _accuracies_by_pairs(accuracies: Mapping[str, Cell]) -> str:
     """Return a table of LLM-QAT's zero-shot average minus that of every other method with the same quantization, one by
     one and together."""
-    if not accuracies:
-        return ""
-    first = next(iter(accuracies.values()))
-    comparable = {name: c for name, c in accuracies.items() if c["settings"]["limit"] == first["settings"]["limit"]}
-    rivals = ("full_precision", *_PTQ)
-    rows = {
-        name: [[(cell, other)] if (other := counterpart(cell, method, comparable)) else [] for method in rivals]
-        for name, cell in comparable.items()
-        if cell["method"] == "qat"
-    }
+    rows = _rivals(accuracies)
     if not rows:
         return ""
-    if len(rows) > 1:
-        rows["all of these"] = [[*itertools.chain(*column)] for column in zip(*rows.values(), strict=True)]
+    first = next(iter(accuracies.values()))
     counts = {task: score["documents"] for task, score in first["tasks"].items()}
     usual = statistics.mode(counts.values())
     others = "".join(f", {count} of {task}" for task, count in counts.items() if count != usual)
     said = f"Accuracies are of {usual} documents of each task{others}. By pairs of documents, LLM-QAT's differ by:"
-    head = ["zero-shot average, points", *(f"less {LABELS[method]}" for method in rivals)]
+    head = ["zero-shot average, points", *(f"less {LABELS[method]}" for method in _RIVALS)]
     lines = [head, ["-"] * len(head)]
     lines += [[name, *(_points(accuracy_difference(p)) if p else "" for p in row)] for name, row in rows.items()]
     table = "\n".join([said, "", *(f"| {' | '.join(line)} |" for line in lines)])
     return "\n\n".join(filter(None, [table, _measured_on(accuracies.values())]))
+
+
+def _flips_by_pairs(accuracies: Mapping[str, Cell]) -> str:
+    """Return a table of the share of documents on which LLM-QAT flips minus that of every post-training method with the
+    same quantization, one by one and together."""
+    teacher = next((cell for cell in accuracies.values() if cell["method"] == "full_precision"), None)
+    rows = _rivals(accuracies)
+    if not rows or teacher is None:
+        return ""
+    head = ["flips, points", *(f"less {LABELS[method]}" for method in _PTQ)]
+    lines = [head, ["-"] * len(head)]
+    lines += [
+        [name, *(_points(flip_difference(p, teacher)) if p else "" for p in row[1:])] for name, row in rows.items()
+    ]
+    return "\n".join(
+        ["By pairs of documents, LLM-QAT's share differs by:", "", *(f"| {' | '.join(x)} |" for x in lines)]
+    )
+
+
+_RIVALS = ("full_precision", *_PTQ)
+
+
+def _rivals(accuracies: Mapping[str, Cell]) -> dict[str, list[list[tuple[Cell, Cell]]]]:
+    """Return, for each cell of LLM-QAT, its pairs with each of the rivals, of which there may be none; and for all of
+    them, if they are several."""
+    first = next(iter(accuracies.values()), None)
+    if first is None:
+        return {}
+    comparable = {name: c for name, c in accuracies.items() if c["settings"]["limit"] == first["settings"]["limit"]}
+    rows = {
+        name: [[(cell, other)] if (other := counterpart(cell, method, comparable)) else [] for method in _RIVALS]
+        for name, cell in comparable.items()
+        if cell["method"] == "qat"
+    }
+    if len(rows) > 1:
+        rows["all of these"] = [[*itertools.chain(*column)] for column in zip(*rows.values(), strict=True)]
+    return rows
 
 
 def _measured_on(cells: Iterable[Cell]) -> str:
@@ -416,10 +565,12 @@ def _points(difference: Difference) -> str:
 
 
 def _table(names: list[str], cells: Mapping[str, Cell], accuracies: Mapping[str, Cell]) -> str:
-    texts = list(next(iter(cells.values()))["texts"]) if cells else []
+    texts = list(cells[names[0]]["texts"]) if names else []
     head = ["method", "W-A-KV", "settings", *(f"ppl {t}" for t in texts), *(f"KL {t}" for t in texts), "closed"]
-    with_top = any(_top(cells[name]) for name in names)
-    head += ["same top token"] * with_top
+    with_top1 = any(score.get("top1") is not None for name in names for score in cells[name]["texts"].values())
+    head += [
+        f"{measure} {text}" for measure in ("KL, 1 in 100 above,", "same top token,") for text in texts
+    ] * with_top1
     with_accuracy = any(name in accuracies for name in names)
     head += ["zero-shot average", "MMLU", "TriviaQA"] * with_accuracy
     lines = [" | ".join(head), "|".join("-" * len(head))]
@@ -432,17 +583,10 @@ def _table(names: list[str], cells: Mapping[str, Cell], accuracies: Mapping[str,
         rtn, full = counterpart(cell, "rtn", cells), counterpart(cell, "full_precision", cells)
         closes_a_gap = rtn and full and cell["method"] not in ("rtn", "full_precision")
         row.append(" / ".join(f"{v:.0%}" for v in gap_closed(cell, rtn, full).values()) if closes_a_gap else "")  # type: ignore[arg-type]
-        row += [" / ".join(_top(cell))] * with_top
+        row += _top1_columns(scores) * with_top1
         row += _accuracy_columns(accuracies.get(name)) * with_accuracy
         lines.append(" | ".join(row))
     return "\n".join(f"| {line} |" for line in lines)
-
-
-def _top(cell: Cell) -> list[str]:
-    """Return, for each text, the share of the tokens for which the teacher has the same top token; none for a cell of a
-    version that did not measure it."""
-    shares = [score.get("top1") for score in cell["texts"].values()]
-    return [] if None in shares else [f"{share:.1%}" for share in shares]
 
 
 def _accuracy_columns(cell: Cell | None) -> list[str]:
@@ -454,3 +598,31 @@ def _accuracy_columns(cell: Cell | None) -> list[str]:
         score = cell["tasks"].get(task)
         values.append((score["accuracy"], score["stderr"]) if score else None)
     return [f"{100 * value[0]:.1f} ± {100 * value[1]:.1f}" if value else "" for value in values]
+
+
+def _top1_columns(scores: list[dict[str, Any]]) -> list[str]:
+    """Return the 99th percentiles of the KL and the shares of tokens with the teacher's top token; empty where an
+    earlier version measured."""
+    if any(score.get("top1") is None for score in scores):
+        return [""] * 2 * len(scores)
+    shares = [f"{score['top1']:.1%} ± {score['top1_stderr']:.1%}" for score in scores]
+    return [*(f"{score['kl_p99']:.2f}" for score in scores), *shares]
+
+
+def _peers(peers: Mapping[str, Any]) -> list[str]:
+    """Return the section on the code that users would pick instead, by the JSON of benchmarks/peers.py."""
+    if not peers:
+        return []
+    head = ["arm", "weights", "method", "KL", "perplexity", "tokens/s", "peak GB", "exports"]
+    lines = [head, ["-"] * len(head)]
+    for arm in peers["arms"]:
+        speed = "" if arm["tokens_per_second"] is None else f"{arm['tokens_per_second']:.0f}"
+        kl = f"{arm['kl']:.4f} ± {arm['kl_stderr']:.4f}"
+        figures = [kl, f"{arm['perplexity']:.2f}", speed, f"{arm['peak_gb']:.1f}"]
+        lines.append([arm["name"], arm["grid"], arm["method"], *figures, arm["exports"]])
+    said = (
+        f"{peers['bits']}, {peers['steps']} steps of {peers['batch_size']} sequences on {peers['machine']}: the same "
+        "teacher, data and schedule, each arm in a process of its own, one after the other (benchmarks/peers.py, with "
+        f"{', '.join(f'{name} {version}' for name, version in peers['versions'].items())})."
+    )
+    return ["## Beside other code", said, "\n".join(f"| {' | '.join(line)} |" for line in lines)]

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from launch.paper.curve import Curve
+
 _BLUE, _RED, _GREY, _GREEN, _ORANGE = "#2563eb", "#dc2626", "#6b7280", "#16a34a", "#ea580c"
 _COLOURS = {"full_precision": _GREY, "rtn": _RED, "gptq": _GREEN, "smoothquant": _ORANGE, "qat": _BLUE}
 LABELS = {
@@ -62,6 +64,21 @@ def plot_cells(cells: list[dict[str, Any]], path: Path) -> None:
     axes.set_yticks(range(len(cells)), [cell["name"] for cell in reversed(cells)], fontsize=8)
     axes.set(xlabel="KL(teacher ‖ student), nats per token (lower is better)")
     axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def plot_curves(curves: Sequence["Curve"], path: Path) -> None:
+    """Plot KL against the tokens of training, both logarithmic, with the two laws that are fitted to the points."""
+    figure = _figure(7, 4.5)
+    axes = figure.add_subplot()
+    for curve, colour in zip(curves, (_BLUE, _ORANGE, _GREEN, _RED, _GREY) * len(curves), strict=False):
+        axes.plot(curve.tokens, curve.kl, "o", color=colour, label=f"{curve.name}, {curve.text}")
+        ahead = [curve.tokens[0] * 1.25**step for step in range(40)]
+        for law, style in zip(curve.laws, (":", "--"), strict=True):
+            axes.plot(ahead, [law(tokens) for tokens in ahead], style, color=colour, linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel="tokens trained on", ylabel="KL(teacher ‖ student), nats per token")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", frameon=False, fontsize=8)
     _save(figure, path)
 
 

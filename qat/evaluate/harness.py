@@ -46,6 +46,7 @@ class TaskScore:
         documents: how many questions
         others: the means of the harness's other metrics
         correct: "1" or "0" for each document, in order
+        answers: the answer to each document: the number of the choice, as one digit, or what was written
     """
 
     metric: str
@@ -54,6 +55,7 @@ class TaskScore:
     documents: int
     others: dict[str, float]
     correct: str
+    answers: str | list[str]
 
 
 def run_task(
@@ -171,4 +173,23 @@ def _score(metric: str, samples: list[dict[str, Any]]) -> TaskScore:
         documents=len(correct),
         others={name: sum(float(sample[name]) for sample in samples) / len(samples) for name in sorted(others)},
         correct="".join(str(int(value)) for value in correct),
+        answers=_answers(metric, samples),
     )
+
+
+def _answers(metric: str, samples: list[dict[str, Any]]) -> str | list[str]:
+    """Return the answers to all documents: by the likelihood that the metric compares, or as they were written."""
+    if metric == "exact_match":
+        return [str(sample["filtered_resps"][0]).strip() for sample in samples]
+    return "".join(str(_choice(metric, sample)) for sample in samples)
+
+
+def _choice(metric: str, sample: dict[str, Any]) -> int:
+    """Return the number of the most likely choice, as the harness's own ``metric`` finds it."""
+    scores = [response[0] for response in sample["filtered_resps"]]
+    if metric == "acc_mutual_info":  # the second half are the likelihoods without the question
+        half = len(scores) // 2
+        scores = [given - alone for given, alone in zip(scores[:half], scores[half:], strict=True)]
+    if metric == "acc_norm":  # by the characters of the choice, without the space in front of it
+        scores = [score / (len(pair[1]) - 1) for score, pair in zip(scores, sample["arguments"], strict=True)]
+    return max(range(len(scores)), key=scores.__getitem__)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from qat.runtime.errors import UserError
@@ -42,3 +43,38 @@ def zero_shot_average(scores: Mapping[str, Mapping[str, Any]]) -> tuple[float, f
     own = [scores[name] for name in ZERO_SHOT]
     squares = sum(score["stderr"] ** 2 for score in own)
     return sum(score["accuracy"] for score in own) / len(own), math.sqrt(squares) / len(own)
+
+
+@dataclass(frozen=True)
+class Flips:
+    """How many answers to the documents of a task are others than before, by another model.
+
+    Args:
+        documents: of the task
+        lost: right before, wrong now
+        gained: wrong before, right now
+        changed: another answer, right or wrong; None where one of the two did not record its answers
+    """
+
+    documents: int
+    lost: int
+    gained: int
+    changed: int | None
+
+    @classmethod
+    def of(cls, before: Mapping[str, Any], now: Mapping[str, Any]) -> "Flips":
+        """Compare two scores of a task, as dictionaries; raise UserError if they are not of the same documents."""
+        if len(before["correct"]) != len(now["correct"]):
+            raise UserError(
+                f"One score is of {len(before['correct'])} documents, the other of {len(now['correct'])}: give both "
+                "the same --limit."
+            )
+        pairs = list(zip(before["correct"], now["correct"], strict=True))
+        answers = [score.get("answers") for score in (before, now)]  # earlier versions did not record them
+        changed = sum(a != b for a, b in zip(*answers, strict=True)) if all(answers) else None
+        return cls(len(pairs), pairs.count(("1", "0")), pairs.count(("0", "1")), changed)
+
+    def __str__(self) -> str:
+        flipped = self.lost + self.gained
+        said = f"{flipped} of {self.documents} flip ({self.lost} become wrong, {self.gained} right)"
+        return said if self.changed is None else f"{said}, {self.changed} answers change"

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from contextlib import AbstractContextManager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,8 @@ class TrainState:
         seconds: wall time spent training
         average_loss: of the steps so far, the newest weigh most
         measured: the step of the last measurement on held-out sequences
+        flat_at: the step at which the KL was found to fall no more; 0 if it was not
+        recent: the KL of the steps since it was last judged
     """
 
     step: int = 0
@@ -62,6 +64,8 @@ class TrainState:
     seconds: float = 0.0
     average_loss: float = 0.0
     measured: int = 0
+    flat_at: int = 0
+    recent: list[float] = field(default_factory=list)
 
 
 def save(engine: deepspeed.DeepSpeedEngine, directory: Path, state: TrainState, keep: int) -> None:
@@ -70,7 +74,7 @@ def save(engine: deepspeed.DeepSpeedEngine, directory: Path, state: TrainState, 
     Raises UserError on all ranks, and deletes what was written of it, if any rank cannot write its part.
     """
     began = time.monotonic()
-    folder = directory / f"step-{state.step:06d}"
+    folder = at(directory, state.step)
     if dist.get_rank() == 0:
         with ranks.doing("deleting a broken checkpoint"):
             shutil.rmtree(folder, ignore_errors=True)  # left by an earlier start, half-written or damaged
@@ -110,8 +114,9 @@ def save(engine: deepspeed.DeepSpeedEngine, directory: Path, state: TrainState, 
     ranks.meet("old checkpoints are deleted")
 
 
-def resume(engine: deepspeed.DeepSpeedEngine, directory: Path) -> TrainState:
-    """Load the newest complete checkpoint into ``engine``; without one, return the state of a new run.
+def resume(engine: deepspeed.DeepSpeedEngine, directory: Path, begin: Path | None = None) -> TrainState:
+    """Load the newest complete checkpoint in ``directory`` into ``engine``; without one, return the state of a new run,
+    which continues from ``begin``, a checkpoint of another run, if it is given.
 
     Raises UserError if there was a complete one, and none is left.
     """
@@ -128,13 +133,19 @@ def resume(engine: deepspeed.DeepSpeedEngine, directory: Path) -> TrainState:
         raise UserError(
             f"No checkpoint in {directory} is whole any more: put one back, or delete the folder to start anew."
         )
-    return TrainState()
+    # Whether the KL still falls is judged anew: the settings of this may be others.
+    return replace(_load(engine, begin), flat_at=0, recent=[]) if begin else TrainState()
 
 
 def checkpoints(directory: Path) -> list[Path]:
     """Return the run's checkpoints, complete or not, oldest first. Other files and folders among them are the
     user's."""
     return _folders(directory, _NAME)
+
+
+def at(directory: Path, step: int) -> Path:
+    """Return the folder of the checkpoint after ``step`` steps."""
+    return directory / f"step-{step:06d}"
 
 
 def delete_all(directory: Path) -> None:

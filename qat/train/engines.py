@@ -149,6 +149,11 @@ def _elements(module: nn.Module) -> int:
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
 
 
+def follow(engine: deepspeed.DeepSpeedEngine, lr_factor: Callable[[int], float]) -> None:
+    """Let the student's learning rate follow another schedule from the next step on."""
+    engine.lr_scheduler.lr_lambdas = [lr_factor] * len(engine.lr_scheduler.lr_lambdas)
+
+
 def _on_device(grids: dict[str, Grid]) -> dict[str, Grid]:
     return {name: grid.map(lambda part: part.to(machine.device())) for name, grid in grids.items()}
 
@@ -231,7 +236,9 @@ class Teacher:
         found = prepare.largest_inputs(self.language_model, quant, lambda: self(row))
         together = torch.stack([found[name] for name in sorted(found)])
         dist.all_reduce(together, dist.ReduceOp.MAX)
-        return prepare.input_scales(self.language_model, quant, dict(zip(sorted(found), together.tolist(), strict=True)))
+        return prepare.input_scales(
+            self.language_model, quant, dict(zip(sorted(found), together.tolist(), strict=True))
+        )
 
 
 def labels(loss: str) -> Callable[[Row], LabelTargets]:

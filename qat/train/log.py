@@ -70,6 +70,11 @@ class RunLog:
                 _log.info("step %d: perplexity %.3f on the held-out %s", state.step, value, text)
         self._try("the progress bar", self._show, figures)
 
+    def ends_early(self, state: TrainState, steps: int) -> None:
+        """Say that the KL no longer falls, and that the run ends after ``steps``."""
+        _log.info("step %d: the KL no longer falls; the run ends at step %d", state.step, steps)
+        self._bar.total = self._steps = steps
+
     def _show(self, figures: dict[str, Any]) -> None:
         shown = {name: f"{figures[name]:.3f}" for name in ("loss", "kl") if name in figures}
         self._bar.set_postfix(shown | {"tok_s": f"{figures['tokens_per_second']:.0f}"}, refresh=False)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from qat.runtime.errors import UserError, check_least
 from qat.runtime.machine import Moment, device, send
 from qat.runtime.preemption import StopSignal
 from qat.runtime.table import check_choices, choice
-from qat.train import checkpoint, flops
+from qat.train import checkpoint, engines, flat, flops
 from qat.train.checkpoint import TrainState
 from qat.train.distill import Targets
 from qat.train.engines import Teacher
@@ -54,6 +54,9 @@ class TrainConfig:
         lr: peak learning rate
         warmup_steps: steps of linear warm-up before the cosine
         min_lr_ratio: the cosine ends at this fraction of lr
+        decay_steps: the cosine takes this many steps at the end, and lr is constant before; 0: all steps after warm-up
+        stop_when_flat: judge the KL every so many steps at constant lr; if it no longer falls, the decay_steps follow,
+            and the run ends; 0 never does
         batch_size: sequences per optimizer step, over all ranks, however many there are (the paper: one on each of 8
             GPUs)
         micro_batch_size: sequences that a rank packs into one row of a forward pass, without padding; each attends to
@@ -75,6 +78,8 @@ class TrainConfig:
     lr: float = 2e-5
     warmup_steps: int = 0
     min_lr_ratio: float = 0.0
+    decay_steps: int = 0
+    stop_when_flat: int = 0
     batch_size: int = 8
     micro_batch_size: int = 1
     gradient_clipping: float = 1.0
@@ -90,15 +95,26 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         check_least(self, steps=0, warmup_steps=0, min_lr_ratio=0, gradient_clipping=0, max_loss_ratio=0, peak_flops=0)
-        check_least(self, batch_size=1, micro_batch_size=1, save_every=1, keep=1, eval_every=1)
+        check_least(self, batch_size=1, micro_batch_size=1, save_every=1, keep=1, eval_every=1, decay_steps=0)
+        if self.stop_when_flat and self.stop_when_flat < flat.FEWEST:
+            raise UserError(
+                f"stop_when_flat={self.stop_when_flat} is invalid: choose 0, or {flat.FEWEST} or more steps, say 100."
+            )
+        if self.stop_when_flat and not self.decay_steps:
+            raise UserError(
+                "stop_when_flat judges steps at constant lr, and with decay_steps=0 there are none: give decay_steps "
+                "too, say a fifth of the steps."
+            )
         if not 0 < self.lr < 1:
             raise UserError(f"lr={self.lr} is invalid: choose a learning rate above 0 and below 1, say 2e-5.")
 
     def lr_factor(self, step: int) -> float:
-        """Return the learning rate of optimizer step ``step`` (from 0) over ``lr``: linear warm-up, then a cosine."""
+        """Return the learning rate of optimizer step ``step`` (from 0) over ``lr``: linear warm-up, then a cosine, with
+        constant steps between the two where there are decay_steps."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        begin = max(self.warmup_steps, self.steps - self.decay_steps if self.decay_steps else 0)
+        progress = max(0, step - begin) / max(1, self.steps - begin)
         return self.min_lr_ratio + (1 - self.min_lr_ratio) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
 
     def ds_settings(self, world_size: int) -> dict[str, object]:
@@ -136,13 +152,18 @@ def train(
     run: Path,
     stop: StopSignal,
     held_out: Texts,
+    begin: Path | None = None,
 ) -> bool:
-    """Train to ``config.steps`` from the run's last complete checkpoint; return False if a signal stopped it before.
+    """Train to the end from the run's last complete checkpoint; return False if a signal stopped it before.
 
     The figures of a step are read while the next one runs, so that no rank waits for its GPU in between; they are read
-    at once where something depends on them: a checkpoint, a measurement, the end.
+    at once where something depends on them: a checkpoint, a measurement, a judgement of the KL, the end.
+
+    Args:
+        begin: checkpoint of another run, from which a new run continues
     """
-    state = checkpoint.resume(student, run / CHECKPOINTS)
+    state = checkpoint.resume(student, run / CHECKPOINTS, begin)
+    config = _shortened(config, state, student)
     unread: Taken | None = None
     stopped = False
     with RunLog(run / LOG, student, state, config.steps) if dist.get_rank() == 0 else nullcontext() as log:
@@ -155,11 +176,18 @@ def train(
             unread = taken
             last = taken.step == config.steps
             due = held_out and taken.step // config.eval_every > state.measured // config.eval_every
-            if not (stopped or last or due or taken.step % config.save_every == 0):
+            judged = (
+                _counts(taken.step, config, state) and not (taken.step - config.warmup_steps) % config.stop_when_flat
+            )
+            if not (stopped or last or due or judged or taken.step % config.save_every == 0):
                 continue
             unread, told_before = None, stopped
             figures, stopped = read(taken, config, state, run / CHECKPOINTS)
             stopped |= told_before
+            if judged and flat.found(state, config.stop_when_flat):
+                config = _shortened(config, state, student)
+                if log is not None:
+                    log.ends_early(state, config.steps)
             if held_out and (last or (due and not stopped)):  # a stopped run saves first, and measures later
                 figures |= {PERPLEXITY + name: ppl for name, ppl in perplexities(student, held_out, device()).items()}
                 state.measured = state.step
@@ -168,6 +196,21 @@ def train(
             if state.step % config.save_every == 0 or last or stopped:
                 checkpoint.save(student, run / CHECKPOINTS, state, config.keep)
     return state.step == config.steps
+
+
+def _counts(step: int, config: TrainConfig, state: TrainState) -> bool:
+    """Return whether a step is among those by which ``stop_when_flat`` judges: at constant learning rate."""
+    judging = config.stop_when_flat and not state.flat_at
+    return bool(judging) and config.warmup_steps < step < config.steps - config.decay_steps
+
+
+def _shortened(config: TrainConfig, state: TrainState, student: deepspeed.DeepSpeedEngine) -> TrainConfig:
+    """Return the settings of a run that ends early because its KL was found flat, and let the student's learning rate
+    follow them."""
+    if state.flat_at and config.stop_when_flat:
+        config = replace(config, steps=state.flat_at + config.decay_steps)
+        engines.follow(student, config.lr_factor)
+    return config
 
 
 def arithmetic_of(settings: dict[str, Any], run: Path) -> str:
@@ -264,6 +307,8 @@ def read(taken: Taken, config: TrainConfig, state: TrainState, checkpoints: Path
         figures["mfu"] = round(flops_sum / seconds / (dist.get_world_size() * config.peak_flops), 4)
     check_sane(figures, config, state, checkpoints)
     update_average(state, figures["loss"])
+    if _counts(state.step, config, state):
+        state.recent.append(figures.get("kl", figures["loss"]))
     return figures, told_to_stop > 0
 
 

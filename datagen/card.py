@@ -1,14 +1,18 @@
 """The data card: describes a finished folder of shards in figures, examples and a plot."""
 
+from __future__ import annotations
+
 import io
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qat.data.shards import MANIFEST, SCHEMA, ShardFolder
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 CARD, PLOT = "README.md", "lengths.png"
 

@@ -4,6 +4,8 @@ The documents are tokenized, joined by the end-of-text token if the tokenizer ha
 length; each begins with BOS if the tokenizer adds one.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import tempfile
@@ -11,16 +13,18 @@ from array import array
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qat.runtime import progress
 from qat.runtime.errors import UserError
 from qat.runtime.files import utf8, writing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 HUB = {
     "wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1"),

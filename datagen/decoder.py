@@ -5,15 +5,16 @@ computation (a test checks that the results are equal), over a static KV cache w
 larger products.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import embedding, linear, rms_norm
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from datagen import sampling
 from datagen.attention import Attention
@@ -31,6 +32,9 @@ from qat.quant.architecture import (
 from qat.quant.rotated import check_plain
 from qat.runtime.errors import UserError
 from qat.runtime.machine import has_onednn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 Product = Callable[[Tensor], Tensor]
 
@@ -73,7 +77,7 @@ class Decoder:
         assert block is not None
         self.device, self.slots, self.max_length = model.device, slots, max_length
         self.eps = config.rms_norm_eps
-        self.parallel = isinstance(linear_in(layers[0], block.out).weight, DTensor)
+        self.parallel = hasattr(linear_in(layers[0], block.out).weight, "to_local")  # a DTensor
         self.embedding = _weight(input_embedding(model))
         size = head_dim(config)
         groups = config.num_attention_heads // config.num_key_value_heads
@@ -177,7 +181,7 @@ class Decoder:
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight.shape, weight, self.eps)
 
-    def _with_normed_heads(self, qkv: Tensor, layer: "_Layer") -> Tensor:
+    def _with_normed_heads(self, qkv: Tensor, layer: _Layer) -> Tensor:
         """Normalize every head of Q and K, as Qwen3 does."""
         query_norm, key_norm = layer.head_norms
         kv_heads, head_dim = layer.attention.values.shape[1], len(key_norm)
@@ -245,4 +249,4 @@ def _weight(module: nn.Module) -> Tensor:
 def _local(parameter: Tensor) -> Tensor:
     """Return this rank's part of a parameter."""
     parameter = parameter.detach()
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter

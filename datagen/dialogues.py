@@ -4,16 +4,20 @@ After the template's opening of a user's turn, an instruct model writes a user's
 arXiv 2406.08464) has it do; after the template's opening of an answer, it answers. Or the questions come from a file.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from typing import TYPE_CHECKING
 
 from datagen import sampling
 from qat.runtime.errors import UserError
 from qat.store.dialogues import Message, encoded, message, rendered
 from qat.store.models import special_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 _QUESTION, _ANSWER, _NEXT = "AQUESTION", "ANANSWER", "ANEXTQUESTION"
 """Contents by which the template's own text is told from what is said."""
@@ -32,7 +36,7 @@ class Dialogues:
     between: list[list[int]]
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, turns: int, system: str, max_length: int) -> "Dialogues":
+    def of(cls, tokenizer: Tokenizer, turns: int, system: str, max_length: int) -> Dialogues:
         """Return the texts of dialogues of ``turns`` questions and answers, all by the model.
 
         Args:
@@ -53,7 +57,7 @@ class Dialogues:
     @classmethod
     def of_prompts(
         cls, tokenizer: Tokenizer, prompts: list[list[Message]], turns: int, system: str, max_length: int
-    ) -> "Dialogues":
+    ) -> Dialogues:
         """Return the texts of dialogues that begin with ``prompts``, which the model answers, before it writes
         ``turns`` - 1 more questions and answers.
 

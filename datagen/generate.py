@@ -9,12 +9,10 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from datagen import sampling
 from datagen.decoder import Decoder
@@ -23,6 +21,10 @@ from qat.data.shards import Sequence
 from qat.runtime.errors import UserError, check_choice, check_least
 from qat.store.model_folder import read_config
 from qat.store.models import load_generation_config, special_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 ENGINES = ("torch", "vllm")
 
@@ -152,7 +154,7 @@ class Vocabulary:
     stop: list[int]
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, directory: str) -> "Vocabulary":
+    def of(cls, tokenizer: "Tokenizer", directory: str) -> "Vocabulary":
         """Return the vocabulary of the model in ``directory``, whose configuration names the tokens that end a
         sequence."""
         stop = load_generation_config(directory).eos_token_id
@@ -287,7 +289,7 @@ class _Writing:
 
 
 def write_sequences(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     vocabulary: Vocabulary,
     config: GenerateConfig,
     indices: range,

@@ -1,15 +1,20 @@
 """Memory that writing sequences will need: the formula, which docs/generation.md explains."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from datagen.cuda_graphs import COLUMNS
 from datagen.generate import GenerateConfig
 from datagen.sampling import Truncation
 from qat.quant.architecture import head_dim
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _CHOOSING, _CHOOSING_TRUNCATED = 9, 43
 """Bytes that ``sampling.choose`` holds at most for each logit, measured; sorting the vocabulary (top_p) takes the
@@ -25,6 +30,8 @@ def needs(config: PretrainedConfig, settings: GenerateConfig, device: str) -> Ma
     Args:
         device: type of the ranks' devices: cuda, which computes in bf16, or cpu, in fp32
     """
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     width = 2 if device == "cuda" else 4

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from datagen import sampling
 from datagen.generate import Beginnings, GenerateConfig, Vocabulary
@@ -95,6 +94,8 @@ class VllmEngine:
 def _cache_bytes(model: str, dtype: torch.dtype, config: GenerateConfig) -> int:
     """Return the bytes that the keys and values of a full batch need: on CPUs vLLM would take nearly all of the host's
     memory."""
+    from transformers import AutoConfig
+
     shape = AutoConfig.from_pretrained(model)
     row = 2 * shape.num_hidden_layers * shape.num_key_value_heads * head_dim(shape) * dtype.itemsize
     return config.batch_size * (config.max_length + _SPARE) * row

@@ -5,17 +5,21 @@ python launch/chat.py --model DIR
 
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import PreTrainedModel, TextStreamer
 
 import qat
 from launch import cli
 from qat.infer.packed import memory
 from qat.runtime.errors import UserError
 from qat.store import models
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 Turn = dict[str, str]
 """One turn of a conversation: its role and its content."""
@@ -62,9 +66,11 @@ def main() -> None:
             print(f"not answered: {error}", file=sys.stderr, flush=True)
 
 
-def _answer(model: PreTrainedModel, tokenizer: models.Tokenizer, history: list[Turn], settings: Chat) -> list[Turn]:
+def _answer(model: "PreTrainedModel", tokenizer: "Tokenizer", history: list[Turn], settings: Chat) -> list[Turn]:
     """Print the model's next turn as it is generated, and return the conversation with it. A model without a chat
     template continues the last turn."""
+    from transformers import TextStreamer
+
     inputs, history = _fitting(model, tokenizer, history, settings.max_new_tokens)
     inputs = inputs.to(model.device)
     sampled = {"temperature": settings.temperature} if settings.temperature else {}
@@ -81,7 +87,7 @@ def _answer(model: PreTrainedModel, tokenizer: models.Tokenizer, history: list[T
 
 
 def _fitting(
-    model: PreTrainedModel, tokenizer: models.Tokenizer, history: list[Turn], max_new_tokens: int
+    model: "PreTrainedModel", tokenizer: "Tokenizer", history: list[Turn], max_new_tokens: int
 ) -> tuple[Tensor, list[Turn]]:
     """Return the token ids [1, tokens] of the conversation, and the conversation, without its oldest turns if the model
     has no room for them.
@@ -102,7 +108,7 @@ def _fitting(
     return ids, history
 
 
-def _encoded(tokenizer: models.Tokenizer, history: list[Turn]) -> Tensor:
+def _encoded(tokenizer: "Tokenizer", history: list[Turn]) -> Tensor:
     """Return token ids [1, tokens] by the tokenizer's chat template; without one, those of the last message."""
     if not tokenizer.chat_template:
         return tokenizer(history[-1]["content"], return_tensors="pt", verbose=False).input_ids
@@ -113,7 +119,7 @@ def _encoded(tokenizer: models.Tokenizer, history: list[Turn]) -> Tensor:
     return tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids
 
 
-def _describe(model: PreTrainedModel) -> str:
+def _describe(model: "PreTrainedModel") -> str:
     held = memory(model)
     return (
         f"{held.weights / 1e6:.1f} MB of weights, {held.cache_per_token / 1e3:.2f} MB of KV cache per 1000 tokens; "

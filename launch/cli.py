@@ -19,9 +19,9 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 import yaml
+from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
 from jsonargparse import ArgumentError, ArgumentParser
-from transformers.utils.logging import disable_progress_bar
 
 from qat.runtime import launcher, malloc, progress
 from qat.runtime.errors import UserError
@@ -44,7 +44,7 @@ def run(main: Callable[[], int | None]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # from DeepSpeed's calls
     if not sys.stderr.isatty():
-        disable_progress_bar()  # transformers' bar, which redraws itself
+        disable_progress_bars()  # the hub's, and with it transformers' when it is imported: they redraw themselves
     hub_logging.set_verbosity_error()  # it logs a line for each of many retries; the outcome is reported once
     if is_first_rank():
         logging.basicConfig(format="%(message)s", handlers=[progress.LogHandler()])

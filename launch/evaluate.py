@@ -13,11 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedModel
 
 from launch import cli, served
 from qat.evaluate import heldout, llama_cpp, llama_quantize, vllm
@@ -42,14 +41,18 @@ from qat.runtime.machine import inference_dtype, machine, place
 from qat.store import gguf_files, models
 from qat.store.model_folder import read_config
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+    _Tokenizer = Tokenizer | llama_cpp.Vocabulary
+
 NO_TEXT = "none"
 _NOT_RECORDED = ("text", "tasks", "cache", "output", "baseline")
 """Settings that may change when a file of results is added to."""
 
 _LLAMA_CPP = "llama.cpp"
 _SIMULATED = ", simulated"
-
-_Tokenizer = models.Tokenizer | llama_cpp.Vocabulary
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ class _Subject(NamedTuple):
     """
 
     name: str
-    tokenizer: _Tokenizer
+    tokenizer: "_Tokenizer"
     positions: int
     weights: str
     quant: QuantConfig | None
@@ -263,7 +266,7 @@ def _as_served(texts: dict[str, Windows], quant: QuantConfig | None, evaluation:
     return found | {text + _SIMULATED: _Measurement(windows) for text, windows in texts.items() if quant}
 
 
-def windows_of(text: str, tokenizer: _Tokenizer, window: int, evaluation: Evaluation) -> Windows:
+def windows_of(text: str, tokenizer: "_Tokenizer", window: int, evaluation: Evaluation) -> Windows:
     """Return what is measured of a text, or of dialogues."""
     dialogues = heldout.dialogues(text)
     if dialogues is None:
@@ -281,7 +284,7 @@ def windows_of(text: str, tokenizer: _Tokenizer, window: int, evaluation: Evalua
     return dialogue_windows(dialogues, tokenizer, window, evaluation.windows)
 
 
-def check_teacher(teacher: str, model: str, tokenizer: models.Tokenizer) -> None:
+def check_teacher(teacher: str, model: str, tokenizer: "Tokenizer") -> None:
     """Raise UserError unless model and teacher predict the same tokens: without that there is no KL between them."""
     sizes = {name: read_config(name).vocab_size for name in (teacher, model)}
     if sizes[teacher] != sizes[model]:
@@ -309,7 +312,7 @@ def check_teacher_of_file(
             )
 
 
-def _load(name: str, rtn: QuantConfig | None) -> PreTrainedModel:
+def _load(name: str, rtn: QuantConfig | None) -> "PreTrainedModel":
     """Load the model, as it is or rounded by ``rtn``."""
     with ranks.doing("loading the model"):
         model = simulated.load(name, inference_dtype())
@@ -320,7 +323,7 @@ def _load(name: str, rtn: QuantConfig | None) -> PreTrainedModel:
 
 
 def _measure_texts(
-    model: PreTrainedModel, teacher_name: str | None, texts: dict[str, Windows], results: "_Results"
+    model: "PreTrainedModel", teacher_name: str | None, texts: dict[str, Windows], results: "_Results"
 ) -> None:
     teacher = None
     if texts and teacher_name:
@@ -363,7 +366,7 @@ def _measure_in_llama_cpp(
 
 
 def _measure_tasks(
-    model: PreTrainedModel, tokenizer: models.Tokenizer, tasks: list[str], evaluation: Evaluation, results: "_Results"
+    model: "PreTrainedModel", tokenizer: "Tokenizer", tasks: list[str], evaluation: Evaluation, results: "_Results"
 ) -> None:
     if not tasks:
         return
@@ -522,7 +525,7 @@ def _meet_ranks() -> None:
     dist.init_process_group("gloo", timeout=ranks.TIMEOUT)
 
 
-def _score(model: PreTrainedModel, windows: Windows, teacher: PreTrainedModel | None) -> list[WindowScore]:
+def _score(model: "PreTrainedModel", windows: Windows, teacher: "PreTrainedModel | None") -> list[WindowScore]:
     """Return the scores of all windows, in order: this rank computes its share, and every rank gets all."""
     ours = slice(cli.rank(), None, cli.ranks())
     counted = windows.counted and windows.counted[ours]

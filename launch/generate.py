@@ -9,8 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-
-from transformers.distributed import DistributedConfig
+from typing import TYPE_CHECKING
 
 from datagen import card, decoder, plan
 from datagen.corpus import HUB, Corpus
@@ -25,6 +24,10 @@ from qat.runtime.errors import UserError
 from qat.runtime.preemption import RESUMABLE_EXIT, StopSignal
 from qat.store import dialogues, models
 from qat.train.teacher_cache import SEQUENCES_PER_FILE, Observed, TeacherCache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
 
 Writer = Callable[[range, Watch | None], list[Sequence]]
 """Writes the sequences of a range of indices, and shows what the model predicts."""
@@ -121,7 +124,7 @@ def main() -> int:
 
 
 def write_generated(
-    folder: ShardFolder, directory: str, tokenizer: models.Tokenizer, config: GenerateConfig, prompts: Path | None
+    folder: ShardFolder, directory: str, tokenizer: "Tokenizer", config: GenerateConfig, prompts: Path | None
 ) -> None:
     vllm = config.engine == "vllm"
     if vllm and cli.ranks() > 1:
@@ -196,7 +199,7 @@ def warn_if_short(needs: Mapping[str, float], config: GenerateConfig) -> None:
     )
 
 
-def dialogues_of(tokenizer: models.Tokenizer, config: GenerateConfig, prompts: Path | None) -> Dialogues | None:
+def dialogues_of(tokenizer: "Tokenizer", config: GenerateConfig, prompts: Path | None) -> Dialogues | None:
     """Return what is given of the dialogues, if there are any; raise UserError if that cannot be found out."""
     if config.strategy != "chat":
         return None
@@ -214,7 +217,7 @@ def dialogues_of(tokenizer: models.Tokenizer, config: GenerateConfig, prompts: P
 
 def writer(
     directory: str,
-    tokenizer: models.Tokenizer,
+    tokenizer: "Tokenizer",
     config: GenerateConfig,
     given: Dialogues | None,
     group: Group,
@@ -222,6 +225,8 @@ def writer(
 ) -> Writer:
     """Return a function that writes the sequences of a range of indices, with the model loaded into the chosen
     engine."""
+    from transformers.distributed import DistributedConfig
+
     vocabulary = Vocabulary.of(tokenizer, directory)
     if config.engine == "vllm":
         from datagen.vllm_engine import VllmEngine
@@ -238,7 +243,7 @@ def writer(
 
 
 def write_corpus(
-    corpus: Corpus, folder: ShardFolder, directory: str, tokenizer: models.Tokenizer, config: GenerateConfig
+    corpus: Corpus, folder: ShardFolder, directory: str, tokenizer: "Tokenizer", config: GenerateConfig
 ) -> None:
     """Write the shards from a corpus; raise UserError for settings that apply only when a model writes."""
     useless = [f.name for f in fields(config) if f.name not in _OF_TEXT and getattr(config, f.name) != f.default]
@@ -268,7 +273,7 @@ def write_corpus(
 
 
 def check(
-    directory: str, tokenizer: models.Tokenizer, config: GenerateConfig, given: Dialogues | None, tensor_parallel: int
+    directory: str, tokenizer: "Tokenizer", config: GenerateConfig, given: Dialogues | None, tensor_parallel: int
 ) -> None:
     """Raise UserError if the model cannot write sequences with these settings, or what is ``given`` of dialogues."""
     model = models.read_config(directory)

@@ -8,11 +8,11 @@ The formulas are those of qat/train/plan.py; docs/training.md explains them.
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaConfig, PretrainedConfig
 
 from launch import cli
 from qat.runtime.errors import UserError, check_least
@@ -20,6 +20,9 @@ from qat.store import models, smollm2
 from qat.store.model_folder import check_runs, read_config, without_weights
 from qat.train import deepspeed_json, plan
 from qat.train.plan import Machine, Plan
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 LLAMA = {
     "llama-7b": (4096, 11008, 32, 32),
@@ -92,7 +95,9 @@ def main() -> None:
     print(f"{fitting[0]} fits: about {hours:.1f} hours for {question.sequences} sequences of {question.tokens} tokens.")
 
 
-def config_of(model: str) -> PretrainedConfig:
+def config_of(model: str) -> "PretrainedConfig":
+    from transformers import LlamaConfig
+
     if model in LLAMA:
         hidden, intermediate, layers, heads = LLAMA[model]
         return LlamaConfig(

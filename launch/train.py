@@ -10,10 +10,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PretrainedConfig
 
 from launch import cli
 from qat.data.sequences import Row, TrainingData
@@ -41,6 +40,10 @@ from qat.train.losses import LOSSES
 from qat.train.plan import Machine, Plan
 from qat.train.teacher_cache import TeacherCache
 from qat.train.validation import Texts
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 CHANGES_NO_RESULT = ("save_every", "keep", "eval_every", "max_loss_ratio", "peak_flops")
 """Settings that may change when a run resumes."""
@@ -96,7 +99,7 @@ class HeldOut:
     def __post_init__(self) -> None:
         check_least(self, eval_window=2, eval_sequences=2)
 
-    def read(self, tokenizer: models.Tokenizer, data: TrainingData) -> Texts:
+    def read(self, tokenizer: "Tokenizer", data: TrainingData) -> Texts:
         """Return the token ids; raise UserError for a folder that is trained on."""
         texts = {}
         if self.eval_data:
@@ -242,7 +245,7 @@ def scales_of_run(output: Path, model: Path, quant: QuantConfig) -> dict[str, fl
 
 
 def plan_of(
-    model: PretrainedConfig,
+    model: "PretrainedConfig",
     student: dict[str, Any],
     teacher: dict[str, Any] | None,
     tokens: int,

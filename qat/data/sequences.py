@@ -1,18 +1,22 @@
 """Training sequences from shards, in an order that depends on the seed and the sample's number alone."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qat.data.shards import ShardFolder
 from qat.runtime.errors import UserError
 from qat.runtime.machine import send
 from qat.store.models import tokenizer_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
 class Sample(NamedTuple):
@@ -35,7 +39,7 @@ class Row:
     input_ids: Tensor
 
     @classmethod
-    def of(cls, *samples: Sample) -> "Row":
+    def of(cls, *samples: Sample) -> Row:
         """Pack the samples."""
         return cls(samples, torch.cat([sample.input_ids for sample in samples], 1))
 
@@ -49,7 +53,7 @@ class Row:
         """Return the number of predicted tokens of each sample: all but the first."""
         return tuple(length - 1 for length in self.lengths)
 
-    def to(self, device: torch.device) -> "Row":
+    def to(self, device: torch.device) -> Row:
         """Send the row to ``device``, without waiting for it."""
         return replace(self, input_ids=send(self.input_ids, device))
 

@@ -4,11 +4,13 @@ Every document's outcome is kept: two models' accuracies on the same documents a
 them much better than their standard errors do.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lm_eval
 import torch
@@ -18,8 +20,6 @@ from lm_eval.models import huggingface
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qat.evaluate.perplexity import standard_error
 from qat.evaluate.tasks import FEW_SHOT, METRICS
@@ -27,6 +27,10 @@ from qat.runtime import ranks
 from qat.runtime.errors import UserError
 from qat.runtime.progress import bar
 from qat.store import models
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 _SHOTS = 5
 _BATCH = {"cpu": 8, "cuda": 32}

@@ -4,6 +4,8 @@ tensors that it computes on the way.
 The structs are those of include/llama.h in one version of the wheel; another version is refused.
 """
 
+from __future__ import annotations
+
 import ctypes
 import importlib.metadata
 import statistics
@@ -14,13 +16,12 @@ from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_int64,
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
-from transformers import PreTrainedModel
 
 from qat.evaluate.perplexity import Windows, WindowScore
 from qat.quant.architecture import output_layer
@@ -29,6 +30,9 @@ from qat.quant.forward import predicting
 from qat.runtime import ranks
 from qat.runtime.errors import UserError
 from qat.runtime.progress import bar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 VERSION = "2026.10.11549"
 """The version of xllamacpp that was read."""
@@ -229,7 +233,7 @@ class Engine:
         self.vocabulary = self._library.llama_vocab_n_tokens(self._library.llama_model_get_vocab(self._model))
         self._position = 0
 
-    def __enter__(self) -> "Engine":
+    def __enter__(self) -> Engine:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:

@@ -4,18 +4,18 @@ One concatenated text is cut into windows that do not overlap; each starts witho
 window of its own, and only the tokens of the answers count.
 """
 
+from __future__ import annotations
+
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qat.quant.architecture import output_layer
 from qat.quant.forward import predicting
@@ -23,6 +23,10 @@ from qat.runtime import ranks
 from qat.runtime.errors import UserError
 from qat.runtime.progress import bar
 from qat.store.dialogues import Message, with_answers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 _CHUNK_TOKENS = 512
 """Number of tokens whose logits exist at one time."""
@@ -83,7 +87,7 @@ class TextScore:
     window_top1: list[float]
 
     @classmethod
-    def of(cls, scores: list[WindowScore]) -> "TextScore":
+    def of(cls, scores: list[WindowScore]) -> TextScore:
         """Return the score of a text from those of its windows."""
         nll = [score.nll for score in scores]
         kl = [score.kl for score in scores if score.kl is not None]

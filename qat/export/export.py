@@ -1,11 +1,13 @@
 """Writes a student in one of ``qat.export.formats``, and compares the export with the student."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from qat.evaluate.perplexity import perplexity
 from qat.export.formats import FORMATS, ExportFormat
@@ -17,6 +19,9 @@ from qat.runtime.files import writing
 from qat.store import weight_files
 from qat.store.model_folder import read_config
 from qat.store.student_folder import Student
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 

@@ -4,16 +4,20 @@
 fake-quantized model does.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from qat.quant.architecture import attentions
 from qat.quant.kv_cache import KVQuantizer, mark_stored
 from qat.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class IntegerCache(Cache):

@@ -8,17 +8,16 @@ It computes what training simulated: the same codes, scales and roundings. Engin
 (see docs/export.md); this one is exact, and needs nothing but torch and transformers.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
 
 from qat.infer import simulated
-from qat.infer.integer_cache import IntegerCache
 from qat.quant import products
 from qat.quant.architecture import attentions, output_layer
 from qat.quant.config import CONFIG_FILE
@@ -34,6 +33,11 @@ from qat.store import models
 from qat.store.model_folder import skeleton
 from qat.store.sidecars import load_steps
 from qat.store.student_folder import scales_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from qat.infer.integer_cache import IntegerCache
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,8 @@ def load(directory: str) -> PreTrainedModel:
 
 def memory(model: PreTrainedModel) -> Memory:
     """Measure the memory of ``model``; its cache is the one that its ``generate`` uses."""
+    from transformers.cache_utils import DynamicCache
+
     kept = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
     cache = model.new_cache() if isinstance(model, _CachesIntegers) else DynamicCache()
     tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
@@ -190,6 +196,8 @@ class _CachesIntegers:
     """Mixed into a model's class: ``generate`` uses an IntegerCache unless the caller chooses a cache."""
 
     def new_cache(self) -> IntegerCache:
+        from qat.infer.integer_cache import IntegerCache
+
         return IntegerCache(self)  # type: ignore[arg-type]
 
     def generate(self, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:

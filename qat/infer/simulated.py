@@ -1,12 +1,13 @@
 """Models for evaluation: they compute what training simulated, with weights rounded once."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from qat.quant.config import CONFIG_FILE, QuantConfig
 from qat.quant.number_format import Quantized, dequantize
@@ -17,6 +18,9 @@ from qat.runtime.errors import UserError
 from qat.store import compressed_tensors, models, student_folder
 from qat.store.model_folder import ModelFolder, quantization_of, shapes
 from qat.store.sidecars import load_steps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Weights = Iterator[tuple[str, Tensor | Quantized]]
 """The weights of a complete model, by name, one at a time."""

@@ -4,15 +4,19 @@ No other file knows a layer's name. A new architecture is one description and on
 adds it with ``ARCHITECTURES.add(model_type, Architecture(...))``.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
 
 from qat.runtime.errors import UserError
 from qat.runtime.table import Table
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 class Smoothed(NamedTuple):

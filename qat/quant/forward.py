@@ -1,12 +1,16 @@
 """Forward passes to the final hidden states, which the loss and perplexity multiply by the output layer themselves."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from qat.quant.kv_cache import AttentionRecord, attend
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def run(

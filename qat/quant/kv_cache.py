@@ -9,15 +9,17 @@ The keys and values that a cache would store are rounded per token before they a
 ``qat.infer.integer_cache`` stores for real what is simulated here.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from qat.quant.kv_formats import KVFormat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ATTENTION = "qat_sdpa"
 """The name under which ``quantized_attention`` is registered with transformers."""
@@ -73,7 +75,7 @@ class AttentionRecord:
     def __init__(self) -> None:
         self.layers: dict[int, tuple[Tensor, Tensor, float, int | None]] = {}
 
-    def split(self, lengths: tuple[int, ...]) -> "list[AttentionRecord]":
+    def split(self, lengths: tuple[int, ...]) -> list[AttentionRecord]:
         """Return a record for each of the packed sequences of ``lengths`` tokens."""
         records = [AttentionRecord() for _ in lengths]
         for layer, (query, key, scaling, window) in self.layers.items():
@@ -86,6 +88,9 @@ class AttentionRecord:
 def attend(model: PreTrainedModel) -> None:
     """Make ``model`` attend by ``quantized_attention``, if it does not yet. The mask function is registered under the
     same name, or the mask would be dropped."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
     if model.config._attn_implementation == ATTENTION:
         return
     AttentionInterface.register(ATTENTION, quantized_attention)
@@ -110,6 +115,8 @@ def quantized_attention(
     are rotated and on their grid already. Of the packed sequences of ``sequence_lengths`` tokens each attends to itself
     alone; no scores of one with another are computed.
     """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
     kv: KVQuantizer | None = getattr(module, "kv_quantizer", None)
     if kv is not None:
         query = kv.query(query)

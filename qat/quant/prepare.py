@@ -1,14 +1,15 @@
 """``prepare`` turns the Linear layers and the attention of a model, and its embedding where that is asked for, into
 quantized ones, in place."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from qat.quant import kv_cache
 from qat.quant.architecture import (
@@ -30,6 +31,9 @@ from qat.quant.number_format import Format, grid_of
 from qat.quant.quantizers.base import Grid
 from qat.quant.rotated import check_rotates
 from qat.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _log = logging.getLogger(__name__)
 

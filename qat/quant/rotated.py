@@ -11,17 +11,21 @@ embeddings the map that stands for the final norm's weight and R1 in front of th
 2405.16406); QuaRot (Ashkboos et al. 2024, arXiv 2404.00456).
 """
 
+from __future__ import annotations
+
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from qat.quant.architecture import Block, Smoothed, architecture_of, decoder_layers, linear_in
 from qat.quant.hadamard import block_size, largest_power_of_two, transform
 from qat.runtime.errors import UserError
 from qat.runtime.table import check_choices, choice
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 RECORD = "rotation"
 """The entry of ``config.json`` that says how a model was rotated, and what it computes online."""
@@ -143,6 +147,8 @@ class Rotated:
 def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Return the class of the model that ``config`` describes: transformers', or a subclass with its online
     rotations."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
     plain: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # type: ignore[assignment]
     rotation = rotation_of(config)
     return _rotated(plain) if rotation and rotation.is_online else plain  # type: ignore[arg-type]  # mypy: hashable?

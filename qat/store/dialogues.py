@@ -1,14 +1,19 @@
 """Dialogues, each a list of messages: read from a file, and turned into text and tokens by a model's chat template."""
 
+from __future__ import annotations
+
 import json
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qat.runtime.errors import UserError
 from qat.runtime.files import utf8
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 Message = dict[str, str]
 """One turn: its ``role`` (system, user or assistant) and its ``content``."""

@@ -10,6 +10,8 @@ MXFP4 and NVFP4 have types of their own, without any loss. The scale of an NVFP4
 ``blk.0.ffn_gate.scale``; llama.cpp multiplies the product by it.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import json
 import subprocess
@@ -18,14 +20,13 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qat.quant.architecture import architecture_of, head_dim, windowed_layers
 from qat.quant.number_format import Format, Quantized, dequantize
@@ -35,6 +36,9 @@ from qat.runtime.errors import UserError
 from qat.runtime.files import writing
 from qat.store.models import load_tokenizer
 from qat.store.student_folder import Student
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 FILE = "model.gguf"
 
@@ -102,6 +106,8 @@ def longest(file: Path) -> int:
 
 def check(student: Student) -> None:
     """Raise UserError for weights that no GGUF type can hold, and for models that are not mapped here."""
+    from transformers import AutoConfig
+
     for own in student.settings.values():
         types, has_zero_points = own.weights.by.gguf_types, not own.weights.symmetric
         if own.weights.quantizes and (
@@ -180,6 +186,8 @@ def _minimum(quantized: Quantized) -> Tensor:
 
 def write(student: Student, output: Path) -> None:
     """Write ``output/model.gguf``. The weights pass through a temporary file: one tensor is in memory at a time."""
+    from transformers import AutoConfig
+
     config = AutoConfig.from_pretrained(student.directory)
     architecture = _ARCHITECTURES[architecture_of(config).gguf]
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
@@ -272,6 +280,8 @@ def load(directory: Path) -> PreTrainedModel:
     Biases and scaled positions, which transformers' reader ignores, are read here. Raises UserError if the latter are
     not those of ``write``.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
+
     config = AutoConfig.from_pretrained(directory, gguf_file=FILE)
     reader = gguf.GGUFReader(directory / FILE)
     tensors = {tensor.name: tensor.data for tensor in reader.tensors}
@@ -294,6 +304,8 @@ def load(directory: Path) -> PreTrainedModel:
 
 
 def _load_scaled(config: PreTrainedConfig, reader: gguf.GGUFReader) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
     names = gguf.get_tensor_name_map(_ARCHITECTURES[architecture_of(config).gguf], config.num_hidden_layers)
     read = {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
@@ -401,6 +413,8 @@ def _rope_metadata(config: PreTrainedConfig) -> dict[str, str | float | int]:
 def _rope_factors(config: PreTrainedConfig) -> Tensor | None:
     """Return the divisors of the frequencies for llama.cpp, fp32 [head_dim / 2]; None if the frequencies are the
     default ones or follow from the metadata."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     rope = config.rope_parameters
     if rope["rope_type"] != "llama3":
         return None
@@ -411,6 +425,8 @@ def _rope_factors(config: PreTrainedConfig) -> Tensor | None:
 
 def _tokenizer(directory: Path) -> dict[str, object]:
     """Return the tokenizer's data for GGUFWriter, by its ``add_`` methods."""
+    from transformers import AutoConfig
+
     vocabulary_size = AutoConfig.from_pretrained(directory).vocab_size
     if (directory / "tokenizer.model").is_file():
         # As many tokens as the embedding has rows: llama.cpp accepts no other number. The model cannot read the

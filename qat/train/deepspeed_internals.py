@@ -4,22 +4,26 @@ tests/test_upstream.py checks that the parts still exist, so that an incompatibl
 message.
 """
 
+from __future__ import annotations
+
 import copy
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
 from torch.nn import Parameter
 from transformers.integrations import HfDeepSpeedConfig
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 Sharded = Any
 """A Parameter with the attributes that ZeRO-3 gives it."""

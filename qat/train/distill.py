@@ -8,14 +8,15 @@ hidden states.
 the teacher's most likely tokens (``TopKTargets``), or the next token (``LabelTargets``).
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from qat.quant.architecture import output_layer
 from qat.quant.linear import QuantLinear
@@ -26,6 +27,9 @@ from qat.quant.quantizers.base import Grid
 from qat.runtime.errors import UserError
 from qat.train.losses import LOSSES, ChunkLoss, Loss, Records
 from qat.train.losses.base import at_least_fp32
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CHUNK_TOKENS = {"cpu": 128, "cuda": 1024}
 """Number of tokens whose logits exist at one time: few keep the memory small, a GPU needs many to keep its GEMMs
@@ -91,7 +95,7 @@ class TeacherTargets(Targets):
 
     @classmethod
     @torch.no_grad()
-    def of(cls, teacher: PreTrainedModel, input_ids: Tensor, loss: Loss = LOSSES["logits"]) -> "TeacherTargets":
+    def of(cls, teacher: PreTrainedModel, input_ids: Tensor, loss: Loss = LOSSES["logits"]) -> TeacherTargets:
         """Compute the predictions of ``teacher``, which is not sharded, after each token but the last of input_ids [1,
         tokens]."""
         hidden, records = loss.run(teacher, input_ids)
@@ -146,7 +150,7 @@ class DistillationHead(nn.Linear):
     """
 
     @classmethod
-    def convert(cls, linear: nn.Linear) -> "DistillationHead":
+    def convert(cls, linear: nn.Linear) -> DistillationHead:
         """Turn ``linear``, quantized or not, into a DistillationHead in place; raise UserError if it has a bias, which
         the loss does not support."""
         if linear.bias is not None:

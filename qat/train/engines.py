@@ -4,11 +4,13 @@ Under ZeRO-3 both are partitioned while they are read from disk, and sharded ove
 it fits, each rank holds all of the teacher, and receives nothing of it.
 """
 
+from __future__ import annotations
+
 import os
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
@@ -16,7 +18,6 @@ import torch.distributed as dist
 from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel
 
 from qat.data.sequences import Row
 from qat.quant import architecture, prepare
@@ -32,6 +33,9 @@ from qat.train import codes, deepspeed_internals, deepspeed_json
 from qat.train.deepspeed_internals import partitioned_reading
 from qat.train.distill import Distiller, LabelTargets, TeacherTargets
 from qat.train.losses import LOSSES, Loss, Records
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def init_distributed() -> None:

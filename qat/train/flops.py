@@ -1,8 +1,13 @@
 """Floating-point operations of a training step, for model FLOP utilisation and for planning."""
 
-from transformers import PretrainedConfig
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from qat.quant.architecture import head_dim
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def matrix_elements(config: PretrainedConfig) -> int:

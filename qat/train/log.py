@@ -1,17 +1,20 @@
 """The output of a run: one JSON line per step in ``log.jsonl``, a progress bar, and DeepSpeed's monitors."""
 
+from __future__ import annotations
+
 import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
-
-import deepspeed
+from typing import TYPE_CHECKING, Any, Self
 
 from qat.runtime import memory, progress
 from qat.runtime.errors import first_line
 from qat.runtime.files import read_lines, write_atomically, writing
 from qat.train.checkpoint import TrainState
+
+if TYPE_CHECKING:
+    import deepspeed
 
 PERPLEXITY = "ppl_"
 """Prefix of the names of the figures that were measured on held-out texts; the text's name follows."""

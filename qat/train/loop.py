@@ -5,9 +5,8 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -27,6 +26,9 @@ from qat.train.engines import Teacher
 from qat.train.log import PERPLEXITY, RunLog
 from qat.train.losses import LOSSES
 from qat.train.validation import Texts, perplexities
+
+if TYPE_CHECKING:
+    import deepspeed
 
 SETTINGS, CHECKPOINTS, LOG, TENSORBOARD, FINAL = "settings.json", "checkpoints", "log.jsonl", "tensorboard", "final"
 """Names in a run's folder: its settings, its checkpoints, one JSON line per step, the same for TensorBoard, and the
@@ -145,7 +147,7 @@ class TrainConfig:
 
 
 def train(
-    student: deepspeed.DeepSpeedEngine,
+    student: "deepspeed.DeepSpeedEngine",
     teacher: Callable[[Row], Targets],
     data: TrainingData,
     config: TrainConfig,
@@ -249,7 +251,7 @@ class Taken:
 
 
 def take_step(
-    student: deepspeed.DeepSpeedEngine,
+    student: "deepspeed.DeepSpeedEngine",
     teacher: Callable[[Row], Targets],
     data: TrainingData,
     config: TrainConfig,

@@ -6,10 +6,9 @@ device from its config.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from qat.quant.architecture import architecture_of, decoder_layers, is_tied
 from qat.quant.config import QuantConfig
@@ -19,6 +18,9 @@ from qat.runtime.errors import UserError
 from qat.runtime.memory import PROCESS
 from qat.train import deepspeed_json, flops
 from qat.train.distill import CHUNK_TOKENS, VOCABULARY_BLOCK
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _KEPT_ON_CPU = {"alone": 0.55, "with others": 1.0}
 """Fraction of the temporary memory that a CPU rank holds in addition: freed memory that the C library keeps in pieces
@@ -143,7 +145,7 @@ def with_whole_teacher(memory: float, planned: Callable[..., Plan]) -> Plan:
 
 
 def training(
-    config: PretrainedConfig,
+    config: "PretrainedConfig",
     student: dict[str, Any],
     teacher: dict[str, Any] | None,
     machine: Machine,
@@ -168,6 +170,8 @@ def training(
         whole_teacher: whether each rank holds all of the teacher, which its JSON then says nothing of
         memory: bytes of a rank, in whose rest codes are kept; without, none are
     """
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -294,7 +298,7 @@ def _live(ds_config: dict[str, Any], parameters: int) -> float:
     return min(parameters, zero.get("stage3_max_live_parameters", 1e9))
 
 
-def _activations(config: PretrainedConfig, tokens: int, width: int, checkpointing: bool) -> float:
+def _activations(config: "PretrainedConfig", tokens: int, width: int, checkpointing: bool) -> float:
     """Return the bytes of the activations. With gradient checkpointing, which computes the student's forward pass
     twice: each block's input, and one block's own; without it, all blocks' own. A block's own are, for each token, the
     codes of the linear layers' inputs, their outputs, and what norms and SwiGLU compute between them."""

@@ -9,10 +9,10 @@ One process; the model and its rotated copy are in memory.
 import copy
 from dataclasses import dataclass
 from math import cos, pi
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from qat.data.sequences import TrainingData
 from qat.quant import architecture
@@ -25,6 +25,9 @@ from qat.store import models, rotate
 from qat.store.model_folder import ModelFolder, head_weight, without_weights
 from qat.store.rotate import Matrices
 from qat.train.distill import Distiller, TeacherTargets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ class Rotating:
         return total / len(samples), Matrices(leaves.residual.grad, leaves.values.grad)  # type: ignore[arg-type]
 
 
-def replace_weights(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
+def replace_weights(model: "PreTrainedModel", weights: dict[str, Tensor]) -> None:
     """Put tensors, by name, in the place of a model's Parameters: they may be results of other ones, and stay for the
     backward pass."""
     if model.config.tie_word_embeddings:

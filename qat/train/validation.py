@@ -1,15 +1,20 @@
 """Perplexity of the student during training, on sequences that it does not learn from."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from qat.runtime import ranks
 from qat.train.distill import LabelTargets
+
+if TYPE_CHECKING:
+    import deepspeed
 
 Texts = Mapping[str, list[Tensor]]
 """Held-out sequences [1, tokens], by the name of their source."""

@@ -1,18 +1,22 @@
 """The base of export formats: each is a file with a subclass of it, and a line in ``qat.export.formats.FORMATS``."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from qat.quant.config import QuantConfig
 from qat.quant.number_format import FULL_PRECISION, Format, Quantized
 from qat.store import weight_files
 from qat.store.model_folder import ModelFolder, write_companions
 from qat.store.student_folder import Student
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class ExportFormat(ABC):

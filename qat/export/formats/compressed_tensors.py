@@ -5,12 +5,14 @@ qat.store.compressed_tensors.
 that qat.load reads them exactly as trained. ``differences`` concern other engines.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from qat.export.formats.base import ExportFormat, trained_activations, trained_cache, write_folder
 from qat.infer import simulated
@@ -34,6 +36,9 @@ from qat.store.compressed_tensors import (
 from qat.store.model_folder import shapes, skeleton
 from qat.store.sidecars import STEPS_FILE, save_tensor_scales
 from qat.store.student_folder import Student
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _SERVED_SCALES = {
     dtype: f"Weights: vLLM keeps these scales in the dtype that it computes in: exact with --dtype {exact}."

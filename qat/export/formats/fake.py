@@ -1,14 +1,19 @@
 """``hf-fake``: the rounded weights as floats, a plain Hugging Face directory for engines without quantization."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 
 from qat.export.formats.base import ExportFormat, write_folder
 from qat.infer import simulated
 from qat.quant.number_format import Quantized, dequantize
 from qat.store.student_folder import Student
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Fake(ExportFormat):

@@ -1,17 +1,22 @@
 """``gguf``: one file for llama.cpp; see qat.store.gguf_files."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
 
 from qat.export.formats.base import ExportFormat, trained_activations, trained_cache, trained_output
 from qat.quant.config import QuantConfig
 from qat.quant.number_format import FULL_PRECISION, Format, Quantized
 from qat.store import gguf_files
 from qat.store.student_folder import Student
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Gguf(ExportFormat):
@@ -23,6 +28,8 @@ class Gguf(ExportFormat):
         gguf_files.check(student)
 
     def longest(self, student: Student) -> int:
+        from transformers import AutoConfig
+
         return gguf_files.positions(AutoConfig.from_pretrained(student.directory))
 
     def write(self, student: Student, output: Path, file_bytes: int) -> None:

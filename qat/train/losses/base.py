@@ -6,16 +6,21 @@ output weight and the hidden states. A comparison of anything between the embedd
 term, which autograd differentiates.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from qat.quant.forward import run
 from qat.quant.kv_cache import AttentionRecord
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ChunkLoss = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 """``Loss.chunk`` or ``Loss.top_k`` without its first arguments: N, and the student's logits of a chunk."""
@@ -33,7 +38,7 @@ class Records:
     hidden_states: tuple[Tensor, ...] = ()
     attention: AttentionRecord | None = None
 
-    def split(self, lengths: tuple[int, ...]) -> "list[Records]":
+    def split(self, lengths: tuple[int, ...]) -> list[Records]:
         """Return the records of each of the packed sequences of ``lengths`` tokens."""
         states = [layer.split(lengths, 1) for layer in self.hidden_states]
         attention = self.attention.split(lengths) if self.attention else [None] * len(lengths)

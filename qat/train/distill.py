@@ -31,7 +31,7 @@ from qat.train.losses.base import at_least_fp32
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHUNK_TOKENS = {"cpu": 128, "cuda": 1024}
+CHUNK_TOKENS = {"cpu": 256, "cuda": 1024}
 """Number of tokens whose logits exist at one time: few keep the memory small, a GPU needs many to keep its GEMMs
 large."""
 
@@ -205,7 +205,7 @@ class _DistillationLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight) if needs_weight else None
+        grad_weight: Tensor | None = None
         lengths, chunk, first = targets.lengths, CHUNK_TOKENS[hidden.device.type], 0
         sums = torch.zeros(2, len(lengths), dtype=at_least_fp32(hidden.dtype), device=hidden.device)  # loss, KL
         product = _QuantProduct(hidden, weight, head) if isinstance(head, QuantLinear) else _Product(hidden, weight)
@@ -218,11 +218,8 @@ class _DistillationLoss(torch.autograd.Function):
             sums[1, sequence] += chunk_kl
             if grad_hidden is not None:
                 grad_hidden[rows] = product.grad_hidden(logits)
-            if grad_weight is not None:
-                for some, grad in zip(
-                    logits.split(VOCABULARY_BLOCK, 1), grad_weight.split(VOCABULARY_BLOCK), strict=True
-                ):
-                    grad += matmul(some.t(), product.hidden[rows])
+            if needs_weight:
+                grad_weight = _plus_product(grad_weight, logits, product.hidden[rows])
             del logits  # before the next ones are made
         product.mask(grad_hidden, grad_weight)
         ctx.grads = grad_hidden, grad_weight  # not saved_tensors: backward must be able to release them
@@ -239,6 +236,17 @@ class _DistillationLoss(torch.autograd.Function):
             raise RuntimeError("backward through a distillation loss works once: compute the loss again.")
         grads, ctx.grads = ctx.grads, None
         return *(None if part is None else part.mul_(grad) for part in grads), None, None
+
+
+def _plus_product(total: Tensor | None, grad: Tensor, hidden: Tensor) -> Tensor:
+    """Add the output weight's gradient of some tokens, of their logits [tokens, vocabulary] and their hidden states
+    [tokens, hidden], to the total [vocabulary, hidden] of those before, in place. The first of them are the total: it
+    need not be filled with zeros and added to."""
+    if total is None:
+        return matmul(grad.t(), hidden)
+    for part, some in zip(total.split(VOCABULARY_BLOCK), grad.split(VOCABULARY_BLOCK, 1), strict=True):
+        part += matmul(some.t(), hidden)
+    return total
 
 
 class _Product:

@@ -6,7 +6,7 @@ if TYPE_CHECKING:
     from qat.ptq.method import Method
     from qat.runtime.table import Table
 
-    METHODS: Table[type[Method]]
+    METHODS: "Table[type[Method]]"
 
 
 def __getattr__(name: str) -> Any:

@@ -326,7 +326,7 @@ class _Elements:
     layer: int
 
     @classmethod
-    def of(cls, model: PreTrainedModel, ds_config: dict[str, Any]) -> "_Elements":
+    def of(cls, model: "PreTrainedModel", ds_config: dict[str, Any]) -> "_Elements":
         sizes = [parameter.numel() for parameter in model.parameters()]
         small = ds_config["zero_optimization"].get("stage3_param_persistence_threshold", 1e5)
         layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in decoder_layers(model)]
@@ -358,7 +358,7 @@ def _reused(ds_config: dict[str, Any], elements: _Elements) -> float:
     return max(0.0, min(reused, sharded - 2 * elements.output_layer))
 
 
-def _fetches(model: PreTrainedModel, ds_config: dict[str, Any]) -> int:
+def _fetches(model: "PreTrainedModel", ds_config: dict[str, Any]) -> int:
     """Return how often decoder layers, or modules in them, are fetched in a pass over the model."""
     as_a_whole = "leaf_module" not in ds_config["zero_optimization"]
     return sum(1 if as_a_whole else sum(1 for _ in layer.modules()) for layer in decoder_layers(model))

@@ -10,9 +10,11 @@ gradient passes: not those that clip or have a learned scale. What every rank ho
 either.
 """
 
-from collections.abc import Callable, Mapping
+from __future__ import annotations
 
-import deepspeed
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
 import torch
 import torch.distributed as dist
 from deepspeed import comm
@@ -28,8 +30,11 @@ from qat.runtime import machine
 from qat.train import deepspeed_internals
 from qat.train.deepspeed_internals import Fetcher
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
-def gather_codes(engine: deepspeed.DeepSpeedEngine, room: float) -> "WeightCodes":
+
+def gather_codes(engine: DeepSpeedEngine, room: float) -> WeightCodes:
     """Make the engine of a prepared student gather codes wherever it can; return them.
 
     Args:

@@ -265,7 +265,7 @@ class _Codes(NamedTuple):
     size: int
 
 
-def _codes(model: PreTrainedModel, quant: QuantConfig, ds_config: dict[str, Any], ranks: int) -> _Codes:
+def _codes(model: "PreTrainedModel", quant: QuantConfig, ds_config: dict[str, Any], ranks: int) -> _Codes:
     """Return what travels as codes if all weights learn."""
     zero = ds_config["zero_optimization"]
     if zero.get("offload_param", {}).get("device") == "nvme":
@@ -282,7 +282,7 @@ def _codes(model: PreTrainedModel, quant: QuantConfig, ds_config: dict[str, Any]
     return _Codes(sum(weight.numel() for weight in packed), size)
 
 
-def _rounded_output(model: PreTrainedModel, quant: QuantConfig, width: int) -> float:
+def _rounded_output(model: "PreTrainedModel", quant: QuantConfig, width: int) -> float:
     """Return the bytes that the loss holds of a quantized output layer: a code for each weight, and the values of a
     block of rows."""
     own = vocabulary_settings(model, quant).get(architecture_of(model.config).head)

@@ -32,7 +32,7 @@ from qat.runtime.errors import UserError, check_least
 from qat.runtime.files import write_atomically
 from qat.runtime.machine import machine
 from qat.store import models, smollm2
-from qat.train.loop import TrainConfig
+from qat.train.config import TrainConfig
 
 GRIDS = {0: "per channel", 32: "groups of 32"}
 

@@ -27,7 +27,7 @@ from qat.runtime import memory
 from qat.store import models
 from qat.store.weight_files import weights_size
 from qat.train import deepspeed_internals, deepspeed_json, engines
-from qat.train.loop import TrainConfig
+from qat.train.config import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,8 @@ from qat.runtime.machine import device
 from qat.runtime.preemption import StopSignal
 from qat.store import manifest
 from qat.train import checkpoint, deepspeed_json, engines, loop, plan
+from qat.train.config import TrainConfig
 from qat.train.log import RunLog
-from qat.train.loop import TrainConfig
 
 WAYS: dict[str, dict[str, Any]] = {
     "now": {},

@@ -18,7 +18,7 @@ from qat.runtime.errors import UserError, check_least
 from qat.runtime.machine import device
 from qat.store import models
 from qat.store.model_folder import read_config
-from qat.train import deepspeed_json, engines
+from qat.train import deepspeed_json
 from qat.train.teacher_cache import SEQUENCES_PER_FILE, TeacherCache, entry_of
 
 
@@ -59,6 +59,8 @@ def main() -> None:
     cache = TeacherCache(config.output)
     if cli.is_first_rank():
         cache.claim(settings(model, data) | {"top_k": config.top_k})
+
+    from qat.train import engines  # with DeepSpeed, whose import no refusal above has to wait for
 
     engines.init_distributed()
     with ranks.doing("checking the files that are there"):

@@ -22,7 +22,7 @@ from qat.quant.config import QuantConfig
 from qat.runtime.files import lock, read_lines, wait_until_free, write_atomically, writing
 from qat.runtime.preemption import handle_signals
 from qat.store import models, smollm2, weight_files
-from qat.train.loop import FINAL, LOG, SETTINGS
+from qat.train.config import FINAL, LOG, SETTINGS
 
 _LAUNCH = Path(__file__).parent
 _ROOT = _LAUNCH.parent

@@ -35,7 +35,7 @@ from qat.runtime.files import lock, read_lines, wait_until_free, write_atomicall
 from qat.runtime.preemption import RESUMABLE_EXIT, handle_signals
 from qat.store import models, rotate, smollm2
 from qat.train import checkpoint
-from qat.train.loop import CHECKPOINTS, FINAL, LOG, TrainConfig
+from qat.train.config import CHECKPOINTS, FINAL, LOG, TrainConfig
 from qat.train.rotations import LearnConfig
 
 TABLES = (

@@ -32,10 +32,10 @@ from qat.store import models, student_folder
 from qat.store.manifest import MANIFEST
 from qat.store.model_folder import ModelFolder, head_weight, read_config, shapes, skeleton
 from qat.store.sidecars import save_tensor_scales
-from qat.train import deepspeed_json, engines, plan
+from qat.train import deepspeed_json, plan
 from qat.train.checkpoint import checkpoints
+from qat.train.config import CHECKPOINTS, FINAL, SETTINGS, TENSORBOARD, TrainConfig, arithmetic_of
 from qat.train.distill import Targets
-from qat.train.loop import CHECKPOINTS, FINAL, SETTINGS, TENSORBOARD, TrainConfig, arithmetic_of, train
 from qat.train.losses import LOSSES
 from qat.train.plan import Machine, Plan
 from qat.train.teacher_cache import TeacherCache
@@ -186,6 +186,9 @@ def main() -> int:
     companions = folder.companions()
     if config.deterministic:
         be_deterministic()
+    from qat.train import engines  # with DeepSpeed, whose import no refusal above has to wait for
+    from qat.train.loop import train
+
     engines.init_distributed()
     without_teacher = cache is not None or not LOSSES[config.loss].needs_teacher
     taught_by = None if without_teacher else teacher_json

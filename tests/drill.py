@@ -24,7 +24,7 @@ from conftest import ROOT, generate_flags, kill, run_python, start_training, tin
 from launch import cli
 from qat.store.manifest import MANIFEST
 from qat.train.checkpoint import LATEST
-from qat.train.loop import CHECKPOINTS, FINAL, LOG
+from qat.train.config import CHECKPOINTS, FINAL, LOG
 
 RANKS = 2
 STEPS_PER_KILL = 8

@@ -13,7 +13,7 @@ from qat.quant.config import QuantConfig
 from qat.quant.forward import predicting
 from qat.store import models
 from qat.store.sidecars import STEPS_FILE
-from qat.train.loop import TrainConfig
+from qat.train.config import TrainConfig
 from qat.train.teacher_cache import TeacherCache
 
 JSON = f"--deepspeed={ROOT / 'ds_configs' / 'zero3_cpu.json'}"

@@ -30,8 +30,8 @@ from qat.runtime.errors import UserError
 from qat.store import models, rotate
 from qat.store.model_folder import ModelFolder
 from qat.train import deepspeed_json, engines
+from qat.train.config import TrainConfig
 from qat.train.distill import ChunkLoss, Distiller, Targets
-from qat.train.loop import TrainConfig
 
 POSITIONS = 1000
 SHAPE = {"hidden_size": 128, "head_dim": 64, "num_attention_heads": 2, "max_position_embeddings": 2048}

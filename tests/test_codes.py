@@ -28,8 +28,9 @@ from qat.quant.number_format import Format, dequantize, quantize
 from qat.quant.packing import STAND_IN, pack_rows, stand_in, stand_in_rows
 from qat.store.model_folder import ModelFolder
 from qat.train import checkpoint, codes, deepspeed_json, engines
+from qat.train.config import TrainConfig
 from qat.train.deepspeed_internals import gathered_weights
-from qat.train.loop import TrainConfig, read, take_step
+from qat.train.loop import read, take_step
 
 STEPS = 2
 VOCABULARY = {"model.embed_tokens": {"w_bits": 4}, "lm_head": {"w_bits": 4, "a_bits": 8}}

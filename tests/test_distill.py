@@ -14,8 +14,8 @@ from qat.quant.forward import predicting
 from qat.quant.prepare import prepare
 from qat.runtime.errors import UserError
 from qat.train import distill
+from qat.train.config import TrainConfig
 from qat.train.distill import Distiller, LabelTargets, TeacherTargets, TopKTargets
-from qat.train.loop import TrainConfig
 from qat.train.losses import LOSSES, Loss
 from qat.train.losses.base import log_softmax
 from qat.train.teacher_cache import TeacherCache

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 from dataclasses import is_dataclass
 from itertools import chain
@@ -131,3 +132,19 @@ def test_one_file_knows_the_layers_names(module):
 )
 def test_what_writes_and_reads_exports_names_no_format(module):
     assert not [name for name in FORMATS if name in FILES[module].read_text()]
+
+
+def test_help_imports_neither_transformers_nor_deepspeed():
+    """Each takes longer than the rest together, and refusing a wrong flag needs neither."""
+    code = """
+import contextlib, io, runpy, sys
+for script in sys.argv[1:]:
+    sys.argv = [script, "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
+        runpy.run_path(script, run_name="__main__")
+    assert "usage: " in printed.getvalue(), script
+    assert not {"transformers", "deepspeed", "lm_eval"} & sys.modules.keys(), script
+"""
+    scripts = [str(file) for file in (ROOT / "launch").glob("*.py") if "cli.run(main)" in file.read_text()]
+    assert len(scripts) > 9
+    subprocess.run([sys.executable, "-c", code, *sorted(scripts)], check=True, timeout=300)

@@ -27,7 +27,7 @@ from qat.quant.config import QuantConfig
 from qat.quant.linear import ARITHMETIC, WITH_ZERO_POINTS, arithmetic_of
 from qat.runtime.errors import UserError
 from qat.runtime.files import lock
-from qat.train.loop import TrainConfig
+from qat.train.config import TrainConfig
 
 JSON = ROOT / "ds_configs" / "zero3_cpu.json"
 

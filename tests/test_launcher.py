@@ -16,7 +16,7 @@ from test_train import flags
 
 from launch.stages import free_port
 from qat.train.checkpoint import LATEST
-from qat.train.loop import CHECKPOINTS
+from qat.train.config import CHECKPOINTS
 
 STARTER = "import subprocess, sys; subprocess.Popen(sys.argv[1:]).wait()"
 RANK = """

@@ -25,8 +25,8 @@ from qat.quant.number_format import Format, Quantized, dequantize, grid_of, lear
 from qat.quant.prepare import learn_scales, prepare, train_only_scales
 from qat.store import models, student_folder
 from qat.store.sidecars import GRIDS_FILE, load_grids
+from qat.train.config import TrainConfig
 from qat.train.distill import Distiller, TeacherTargets
-from qat.train.loop import TrainConfig
 
 FORMS = [
     Format(4),

@@ -15,8 +15,8 @@ from qat.quant.config import QuantConfig
 from qat.quant.prepare import prepare
 from qat.runtime.errors import UserError
 from qat.train import engines
+from qat.train.config import TrainConfig
 from qat.train.distill import Distiller, TeacherTargets, TopKTargets
-from qat.train.loop import TrainConfig
 from qat.train.losses import LOSSES
 
 LENGTHS = (17, 2, 40, 9)

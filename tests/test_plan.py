@@ -28,7 +28,7 @@ from qat.quant.config import QuantConfig
 from qat.runtime import memory
 from qat.store import models, smollm2
 from qat.train import deepspeed_json, plan
-from qat.train.loop import TrainConfig
+from qat.train.config import TrainConfig
 from qat.train.plan import Machine
 
 JSONS = sorted((ROOT / "ds_configs").glob("zero3*.json"))

@@ -14,7 +14,7 @@ from test_launch import error_of
 
 from qat.runtime.errors import UserError
 from qat.train import flat
-from qat.train.loop import TrainConfig
+from qat.train.config import TrainConfig
 
 CONSTANT = "--min_lr_ratio=1"
 

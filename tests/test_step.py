@@ -27,8 +27,9 @@ from qat.quant.config import QuantConfig
 from qat.store import models
 from qat.train import deepspeed_json, engines, plan
 from qat.train.checkpoint import TrainState
+from qat.train.config import TrainConfig
 from qat.train.distill import Distiller, TeacherTargets
-from qat.train.loop import Taken, TrainConfig, read, take_step
+from qat.train.loop import Taken, read, take_step
 
 sys.path.append(str(ROOT / "benchmarks"))
 from gpu_checks.waits import ours, waits

@@ -47,8 +47,9 @@ from qat.runtime.preemption import RESUMABLE_EXIT
 from qat.store import models, student_folder
 from qat.train import flops, loop
 from qat.train.checkpoint import TrainState
+from qat.train.config import TrainConfig
 from qat.train.distill import Distiller, TeacherTargets
-from qat.train.loop import TrainConfig, check_sane, update_average
+from qat.train.loop import check_sane, update_average
 
 STEPS = 12  # two passes over the 12 sequences
 CONFIG = TrainConfig(steps=STEPS, lr=1e-3, warmup_steps=2, batch_size=2)

@@ -22,8 +22,9 @@ from qat.runtime.machine import be_deterministic
 from qat.store import models
 from qat.train import checkpoint, deepspeed_json, engines, plan
 from qat.train.checkpoint import TrainState
+from qat.train.config import TrainConfig
 from qat.train.distill import Distiller, TeacherTargets
-from qat.train.loop import Taken, TrainConfig, read, take_step
+from qat.train.loop import Taken, read, take_step
 
 _QUANT = QuantConfig(4, 8, 4)
 _CONFIG = TrainConfig(steps=100, lr=1e-3, batch_size=1)

@@ -32,9 +32,6 @@ from qat.runtime.files import appearing_folder, write_atomically
 from qat.store import manifest
 from qat.store.manifest import MANIFEST
 from qat.store.pickles import as_data
-from qat.train import deepspeed_internals
-from qat.train.deepspeed_internals import Writer
-from qat.train.universal import REFUSED
 
 if TYPE_CHECKING:
     import deepspeed
@@ -77,13 +74,15 @@ def save(engine: deepspeed.DeepSpeedEngine, directory: Path, state: TrainState, 
 
     Raises UserError on all ranks, and deletes what was written of it, if any rank cannot write its part.
     """
+    from qat.train import deepspeed_internals
+
     began = time.monotonic()
     folder = at(directory, state.step)
     if dist.get_rank() == 0:
         with ranks.doing("deleting a broken checkpoint"):
             shutil.rmtree(folder, ignore_errors=True)  # left by an earlier start, half-written or damaged
     ranks.meet("a broken checkpoint is deleted")
-    writer = Writer()
+    writer = deepspeed_internals.Writer()
     deepspeed_internals.write_with(engine, writer)
     with ranks.doing("writing a checkpoint"), _meeting(engine, "the checkpoint is written"):
         engine.save_checkpoint(
@@ -174,6 +173,8 @@ def latest(directory: Path) -> str:
 
 
 def _load(engine: deepspeed.DeepSpeedEngine, folder: Path) -> TrainState:
+    from qat.train import deepspeed_internals
+
     writers = json.loads((folder / MANIFEST).read_text())["ranks"]
     universal = writers != dist.get_world_size()
     if universal:
@@ -210,6 +211,8 @@ def _converted(folder: Path, writers: int) -> Path:
 
 
 def _convert(folder: Path, universal: Path, writers: int) -> None:
+    from qat.train.universal import REFUSED
+
     _log.info("converting %s, written by %d ranks, for %d ...", folder, writers, dist.get_world_size())
     workers = ["--num_extract_workers=1", f"--num_merge_workers={min(8, len(os.sched_getaffinity(0)))}"]
     with appearing_folder(universal) as partial:
@@ -229,6 +232,8 @@ def _convert(folder: Path, universal: Path, writers: int) -> None:
 
 def _meeting(engine: deepspeed.DeepSpeedEngine, what: str) -> AbstractContextManager[None]:
     """Make every rank wait, in this context, for all others before weights are gathered."""
+    from qat.train import deepspeed_internals
+
     return deepspeed_internals.before_the_gathering(engine, lambda: ranks.meet(what))
 
 

@@ -11,19 +11,22 @@ from torch import Tensor
 from qat.quant.quantizers.base import Grid
 from qat.quant.quantizers.nvfp4 import NVFP4
 
+_PART = 2.0**-20
+"""Errors are counted in such parts of a scale: no block's squares reach 2**53, so that fp64 adds them exactly, and in
+any order, as compiled code may. Where that does not hold, both scales are saturated, and the same."""
+
 
 class NVFP4FourOverSix(NVFP4):
     meaning = "nvfp4 whose blocks end at 6 or at 4, by the smaller error"
     parts = ("weights",)
-    is_exact = False
 
     def grid(self, rows: Tensor, qmax: int) -> Grid:
-        grids = [Grid(self.block_scale(rows, end)) for end in (6, 4)]
-        by_six, by_four = (self._error(rows, grid, qmax) for grid in grids)
-        return Grid(torch.where(by_four < by_six, grids[1].scale, grids[0].scale))
+        by_six, by_four = (Grid(self.block_scale(rows, end)) for end in (6, 4))
+        unit = by_six.scale.double() * _PART
+        better = self._error(rows, by_four, unit, qmax) < self._error(rows, by_six, unit, qmax)
+        return Grid(torch.where(better, by_four.scale, by_six.scale))
 
-    def _error(self, rows: Tensor, grid: Grid, qmax: int) -> Tensor:
-        """Return the squared error of each block [groups, 1] on a grid, in squares of the tensor's own unit: in fp64,
-        as squares of tiny values are no fp32 numbers."""
+    def _error(self, rows: Tensor, grid: Grid, unit: Tensor, qmax: int) -> Tensor:
+        """Return the squared error of each block [groups, 1] on a grid, in whole squares of ``unit``."""
         values = self.codes(rows, grid, qmax) * grid.scale
-        return (values.double() - rows.double()).square().sum(-1, keepdim=True)
+        return ((values.double() - rows.double()) / unit).square().round().sum(-1, keepdim=True)

@@ -17,9 +17,14 @@ from triton.compiler import ASTSource
 
 from qat.quant.kernels import device, host
 
-LENGTHS = (64, 128, 11008, 32768)
-KINDS = (("bf16", "i8", True), ("bf16", "bf16", True), ("fp32", "fp32", False))
-"""What is rounded, to what, and whether without zero points."""
+LENGTHS = (64, 128, 4096, 11008, 32768)
+KINDS = (
+    ("bf16", "i8", True, False),
+    ("bf16", "bf16", True, True),
+    ("fp32", "fp32", False, False),
+    ("fp16", "fp16", False, True),
+)
+"""What is rounded, to what, whether without zero points, and whether on a grid that is given."""
 
 INT32S = ("rows", "stride", "x_stride", "weight_stride")
 
@@ -29,18 +34,20 @@ def main() -> None:
     for columns in LENGTHS:
         rows, block, warps = host.tile(columns)
         sizes = {"COLUMNS": columns, "ROWS": rows, "BLOCK": block}
-        for source, result, symmetric in KINDS:
+        for source, result, symmetric, given in KINDS:
             pointers = {"x": source, "result": result, "scales": "fp32"} | ({} if symmetric else {"zeros": "fp32"})
-            grid = {"GIVEN": False, "SYMMETRIC": symmetric, "SCALE": tl.float32, "QMAX": 7, "LOW": -8, "HIGH": 7}
+            grid = {"GIVEN": given, "SYMMETRIC": symmetric, "SCALE": tl.float32, "QMAX": 7, "LOW": -8, "HIGH": 7}
             found[f"round {columns} {source} to {result}"] = compiled(device.round, pointers, grid | sizes, warps)
-    pointers = {"codes": "i8", "result": "bf16", "scales": "fp32"}
-    found[f"values {columns} to bf16"] = compiled(device.values, pointers, {"SYMMETRIC": True} | sizes, warps)
+        for result, more in (("bf16", {}), ("fp16", {"zeros": "fp32"})):
+            pointers = {"codes": "i8", "result": result, "scales": "fp32"} | more
+            grid = {"SYMMETRIC": not more}
+            found[f"values {columns} to {result}"] = compiled(device.values, pointers, grid | sizes, warps)
     zeros = dict.fromkeys(("x_zeros", "weight_zeros", "x_sums", "weight_sums"), "i32")
-    for rows, more in ((64, zeros), (1024, zeros), (1024, {})):
-        pointers = {"x": "i8", "weight": "i8", "result": "bf16", "x_scales": "fp32", "weight_scales": "fp32"} | more
+    for rows, more, result in ((64, zeros, "bf16"), (1024, zeros, "bf16"), (1024, {}, "bf16"), (1024, zeros, "fp32")):
+        pointers = {"x": "i8", "weight": "i8", "result": result, "x_scales": "fp32", "weight_scales": "fp32"} | more
         tile = host.product_tile(rows)
         sizes = {"COLUMNS": 4096, "OUT": 11008, "ROWS": tile.rows, "OUTS": tile.outs, "INNER": tile.inner}
-        name = f"multiply {rows}{' with zeros' if more else ''} to bf16"
+        name = f"multiply {rows}{' with zeros' if more else ''} to {result}"
         found[name] = compiled(device.multiply, pointers, {"ZEROS": bool(more)} | sizes, tile.warps, tile.stages)
     print(json.dumps(found))
 

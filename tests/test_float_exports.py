@@ -187,6 +187,21 @@ def test_memory_is_what_the_format_promises(form, code_bytes, scale_bytes, tmp_p
     assert packed.memory(model).cache_per_token == 2 * 2 * 2 * per_head
 
 
+@pytest.mark.parametrize("quantizer", ["nvfp4", "fp8_tensor"])
+@pytest.mark.parametrize("broken", [math.inf, math.nan])
+def test_a_scale_that_no_number_fits_is_refused_with_the_layers_name(quantizer, broken, tiny_directory):
+    bits = 4 if quantizer == "nvfp4" else 8
+    sound, teacher, student = (models.load(str(tiny_directory), torch.float32) for _ in range(3))
+    with torch.no_grad():
+        for model in (teacher, student):
+            model.get_submodule("model.layers.1.mlp.up_proj").weight[0, 0] = broken
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight has (inf|nan) among its values"):
+        prepare(student, QuantConfig(bits, 16, 16, w_quantizer=quantizer))
+    student = prepare(sound, QuantConfig(16, bits, 16, a_quantizer=quantizer))
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.down_proj\.input has (inf|nan) among its values"):
+        calibrate(student, teacher, WINDOWS)
+
+
 def test_refusals_name_the_format_that_fits(tmp_path):
     student = write_student(tmp_path / "final", CASES[0][1])
     for form in (PACKED, INTEGERS, MXFP4, FLOAT8):
@@ -199,6 +214,8 @@ def test_refusals_name_the_format_that_fits(tmp_path):
         QuantConfig(w_bits=8, w_quantizer="nvfp4")
     with pytest.raises(UserError, match="whose scales are for 16 weights: leave w_group_size out"):
         QuantConfig(w_quantizer="nvfp4", w_group_size=32)
+    with pytest.raises(UserError, match="one scale per tensor: leave w_group_size out"):
+        QuantConfig(w_bits=8, w_quantizer="fp8_tensor", w_group_size=32)
     with pytest.raises(UserError, match="blocks of 32, which do not divide the model's 16 channels per head"):
         prepare(tiny_model(), QuantConfig(kv_quantizer="mxfp4"))
     with pytest.raises(UserError, match="lm_head can have integers alone"):

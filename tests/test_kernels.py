@@ -179,7 +179,7 @@ def test_the_product_is_exact_and_scaled_as_by_torch(rows, columns, out, symmetr
         assert same(found, expected)
 
 
-def test_what_they_cannot_do_torch_does(used):
+def test_what_they_cannot_do_torch_does(used, monkeypatch):
     """Other grids, other floats, rows too long to be kept in registers."""
     minmax, x = QUANTIZERS["minmax"], torch.randn(3, 32, device=DEVICE)
     assert host.quantize(x, QUANTIZERS["minmax_full"], 7) is None
@@ -187,26 +187,87 @@ def test_what_they_cannot_do_torch_does(used):
     assert host.round_rows(torch.zeros(1, 40000, device=DEVICE), minmax, 7) is None
     assert host.round_rows_on(x, torch.ones(3, 1, device=DEVICE), None, QUANTIZERS["ggml_q4_0"], 7) is None
     assert host.dequantize(x.to(torch.float8_e4m3fn), torch.ones(3, 1, device=DEVICE), None, torch.float32) is None
-    for name in ("minmax_full", "nvfp4", "fp8", "ggml_q4_0"):
-        form = Format(QUANTIZERS[name].bits[-1], name, QUANTIZERS[name].group_size, tensor_scale=512.0)
-        assert round_to_grid(x, form)[0].shape == x.shape
+    others = {name: QUANTIZERS[name] for name in ("minmax_full", "nvfp4", "fp8", "ggml_q4_0")}
+    forms = [Format(by.bits[-1], name, by.group_size, tensor_scale=512.0) for name, by in others.items()]
+    found = [(round_to_grid(x, form)[0], quantize(x, form).codes) for form in forms]
+    monkeypatch.setattr(kernels, "on", lambda device: None)
+    for form, (values, codes) in zip(forms, found, strict=True):
+        assert same(values, round_to_grid(x, form)[0])
+        assert torch.equal(codes.float(), quantize(x, form).codes.float())
 
 
-def test_cpus_have_none():
+def test_cpus_have_none_nor_has_who_wants_none(monkeypatch, caplog):
     assert kernels.on("cpu") is None
+    monkeypatch.setattr(torch, "device", lambda kind: DEVICE)
+    assert kernels.on.__wrapped__("cuda") is host
+    monkeypatch.setenv("QAT_KERNELS", "0")
+    assert kernels.on.__wrapped__("cuda") is None
+    assert not caplog.text
 
 
+@pytest.mark.parametrize("name", ["quantize", "round_rows", "quantize_on", "round_rows_on", "dequantize"])
 @pytest.mark.parametrize("breaks", [RuntimeError("no such GPU"), None])
-def test_kernels_that_do_not_run_or_give_other_codes_are_not_used(breaks, monkeypatch, caplog):
-    def run(rows, by, qmax):
+def test_kernels_that_do_not_run_or_give_other_codes_are_not_used(name, breaks, monkeypatch, caplog):
+    right = getattr(host, name)
+
+    def run(*args):
         if breaks:
             raise breaks
-        return torch.zeros(rows.shape, dtype=torch.int8), torch.ones(len(rows), 1), None
+        result = right(*args)
+        (result[0] if isinstance(result, tuple) else result)[-1, -1] += 1
+        return result
 
-    monkeypatch.setattr(torch, "device", lambda kind: "cpu")
-    monkeypatch.setattr(host, "quantize", run)
+    monkeypatch.setattr(torch, "device", lambda kind: DEVICE)
+    monkeypatch.setattr(host, name, run)
     assert kernels.on.__wrapped__("cuda") is None
-    assert ("no such GPU" if breaks else "are not those of torch") in caplog.text
+    assert ("no such GPU" if breaks else "is not what torch does") in caplog.text
+
+
+def _nan(result):
+    result[-1, -1] = math.nan
+    return result
+
+
+def _raises(result):
+    raise RuntimeError("out of shared memory")
+
+
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize(
+    ("changes", "seconds", "with_zeros_alone", "expected"),
+    [
+        (lambda y: y, (1, 2), False, True),
+        (lambda y: y, (2, 1), False, False),
+        (lambda y: torch.nextafter(y, torch.full_like(y, math.inf)), (1, 2), False, False),
+        (_nan, (1, 2), True, False),
+        (_raises, (1, 2), False, False),
+    ],
+    ids=["right and faster", "slower", "one bit off", "wrong with zeros", "does not run"],
+)
+def test_our_product_is_used_where_it_is_right_and_faster(
+    few, changes, seconds, with_zeros_alone, expected, monkeypatch
+):
+    """The device is a CPU, and the kernel is torch."""
+    rows, took = [], iter(seconds)
+
+    class Own:
+        @staticmethod
+        def multiply(codes, weight, x_scale, weight_scale, zeros, dtype):
+            rows.append(len(codes))
+            total = products.float_blocks(codes, weight)
+            if zeros:
+                y = products._corrected(total, *zeros, x_scale, weight_scale, codes.shape[1], dtype)
+            else:
+                y = products._scaled(total, x_scale, weight_scale, dtype)
+            return changes(y) if zeros or not with_zeros_alone else y
+
+    monkeypatch.setattr(kernels, "on", lambda device: Own() if device == "cpu" else None)
+    monkeypatch.setattr(products, "_seconds", lambda call, device: next(took))
+    monkeypatch.setattr(products, "_TEST_SIZE", {"cpu": 96})
+    found = products.own_is_faster.__wrapped__(products.float_blocks, torch.device("cpu"), 7, few)
+    assert found == expected
+    if expected:
+        assert set(rows) == {17, kernels.FEW_ROWS if few else 96}
 
 
 @pytest.fixture(scope="module")

@@ -298,21 +298,23 @@ def test_files_name_a_format_only_if_it_is_not_the_default(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("form", "name", "flags"),
+    ("form", "name", "flags", "served"),
     [
-        (GGUF, PAIR, "-ctk q8_0 -ctv q4_0 -fa on"),
-        (GGUF, "vllm_int4", ""),
-        (PACKED, "vllm_int4", "--kv-cache-dtype int4_per_token_head"),
-        (PACKED, "ggml_q8_0", ""),
-        (INTEGERS, "vllm_int8", ""),  # vLLM on CPUs has no such cache
+        (GGUF, PAIR, "-ctk q8_0 -ctv q4_0 -fa on", ";"),
+        (GGUF, "vllm_int4", "", ""),
+        (PACKED, "vllm_int4", "--kv-cache-dtype int4_per_token_head", " (GPUs rotate in bf16"),
+        (PACKED, "vllm_fp8", "--kv-cache-dtype fp8_per_token_head", " (GPUs divide"),
+        (PACKED, "vllm_fp8_unscaled", "--kv-cache-dtype fp8", " (FlashAttention 3 rounds queries"),
+        (PACKED, "ggml_q8_0", "", ""),
+        (INTEGERS, "vllm_int8", "", ""),  # vLLM on CPUs has no such cache
     ],
 )
-def test_exports_name_the_flag_that_serves_what_was_trained(form, name, flags, tmp_path):
+def test_exports_name_the_flag_that_serves_what_was_trained(form, name, flags, served, tmp_path):
     student = write_student(tmp_path / "final", quant_of(name), head_dim=64)
     assert FORMATS[form].cache_flags(student.quant) == flags
     (said,) = (sentence for sentence in FORMATS[form].all_differences(student) if "KV cache" in sentence)
     assert f"trained as {name}" in said
-    assert not flags or flags in said
+    assert not flags or f"{flags}{served}" in said
     export.export(student, tmp_path / "export", form)
     model_card.write(student, form, model_card.Origin("", ""), "", tmp_path / "export")
     card = (tmp_path / "export" / "README.md").read_text()

@@ -79,8 +79,11 @@ def product_kernel(bench: Bench) -> tuple[dict, dict]:
         }
         mismatches += _different(*(call() for call in steps.values()))
         us[rows] = {name: 1e6 * device_seconds(call, 50) for name, call in steps.items()}
-    used = products.own_is_faster(product, bench.device, _W4.qmax)
-    return {"used": used, "mismatches": mismatches, "us_by_rows": us}, {"equal": not mismatches}
+    used = {
+        f"used for {rows} rows": products.own_is_faster(product, bench.device, _W4.qmax, few)
+        for rows, few in (("few", True), ("many", False))
+    }
+    return {**used, "mismatches": mismatches, "us_by_rows": us}, {"equal": not mismatches}
 
 
 def compiled_quantizers(bench: Bench) -> tuple[dict, dict]:

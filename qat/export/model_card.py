@@ -93,14 +93,17 @@ def _made(student: Student, base: str, form: str) -> str:
     method = "LLM-QAT (arXiv 2305.17888)" if student.run else student.ptq_method or "a method that is not recorded"
     weights, activations = quant.weights, quant.activations
     group = f"one per {weights.group_size} input channels" if weights.group_size else "one per output channel"
-    if weights.scales_tensors and not weights.group_size:
-        group = "one per tensor"
+    measured = "measured before training" if student.run else "measured on calibration text"
+    fused = "one per tensor, shared by what engines fuse (q, k and v; gate and up)"
+    if weights.scales_tensors:
+        group = f"{group}, over {fused}" if weights.group_size else fused
     if (dtype := str(weights.by.scale_dtype).removeprefix("torch.")) != "float32":
         group += f", {dtype}"
     inputs = f"one per {activations.group_size} channels of a token" if activations.group_size else "one per token"
     inputs = "one per layer, learned" if activations.learned else f"{inputs}, dynamic"
-    if activations.scales_tensors and not activations.group_size:
-        inputs = "one per tensor, measured before training"
+    if activations.scales_tensors:
+        static = f"one per tensor, {measured}"
+        inputs = f"{inputs}, over {static}" if activations.group_size else static
     return "\n".join(
         [
             f"{base} in low precision, by {method}. W-A-KV {quant}; 16 means not quantized.",

@@ -167,6 +167,11 @@ class QuantConfig:
                 f"w_group_size={self.w_group_size} is invalid with {given}, whose scales are for "
                 f"{quantizer.group_size} weights: leave w_group_size out."
             )
+        if quantizer.scales_tensors and not quantizer.group_size and self.w_group_size:
+            raise UserError(
+                f"w_group_size={self.w_group_size} is invalid with {given}, which has one scale per tensor: leave "
+                "w_group_size out."
+            )
         if self.weights.by.scale_dtype == quantizer.scale_dtype:
             return
         if quantizer.scale_dtype != torch.float32 or quantizer.is_float:

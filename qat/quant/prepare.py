@@ -4,6 +4,7 @@ quantized ones, in place."""
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -206,7 +207,7 @@ def tensor_scales(
     none. Layers that read one tensor share it: engines fuse them, and read only one."""
     forms = {f"{name}.weight": own.weights for name, own in layer_settings(model, config).items()}
     forms = {name: form for name, form in forms.items() if form.scales_tensors}
-    largest = {name: weight.abs().max().item() for name, weight in weights if name in forms}
+    largest = {name: _finite(name, weight.abs().max().item()) for name, weight in weights if name in forms}
     architecture, scales = architecture_of(model.config), {}
     for number in range(len(decoder_layers(model))):
         for names in architecture.shared_inputs:
@@ -239,7 +240,16 @@ def input_scales(model: PreTrainedModel, config: QuantConfig, largest: Mapping[s
     """Return the scales of the inputs of ``model``, which need have no weights, with the given ``largest_inputs``, and
     room for what other text brings."""
     by = {f"{name}.input": own.activations.by for name, own in layer_settings(model, config).items()}
-    return {name: by[name].scale_of_tensor(by[name].margin * value) for name, value in largest.items()}
+    return {name: by[name].scale_of_tensor(by[name].margin * _finite(name, value)) for name, value in largest.items()}
+
+
+def _finite(name: str, largest: float) -> float:
+    if not math.isfinite(largest):
+        raise UserError(
+            f"{name} has {largest} among its values, and a scale that is fixed before training must fit all of them: "
+            "repair the model, or give that layer a quantizer without one (fp8, mxfp4, minmax)."
+        )
+    return largest
 
 
 def calibrate(student: PreTrainedModel, teacher: PreTrainedModel, input_ids: Tensor) -> None:

@@ -20,6 +20,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +93,7 @@ def matmul_codes(
     zeros = None if symmetric else _zeros(x.grid, codes, weight)
     own = None if product else kernels.on(device.type)
     product = product or integer_product(device, weight_qmax)
-    if own and own_is_faster(product, device, weight_qmax):
+    if own and own_is_faster(product, device, weight_qmax, len(codes) <= kernels.FEW_ROWS):
         y = own.multiply(codes, weight.codes, *scales, zeros, dtype)
     elif zeros:
         y = _corrected(_unrounded(product, codes, weight.codes, weight_qmax), *zeros, *scales, codes.shape[1], dtype)
@@ -190,27 +191,36 @@ def integer_product(device: torch.device, qmax: int) -> IntegerProduct:
 
 
 @functools.cache
-def own_is_faster(product: IntegerProduct, device: torch.device, qmax: int) -> bool:
-    """Return whether our kernel, which multiplies and scales, gives the numbers of ``product`` and ``_scaled``, in less
-    time."""
+def own_is_faster(product: IntegerProduct, device: torch.device, qmax: int, few: bool) -> bool:
+    """Return whether our kernel, which multiplies and scales, gives the numbers of ``product`` and ``_scaled``, or
+    ``_corrected``, and for ``few`` rows, or for many, is faster than the former."""
     own = kernels.on(device.type)
     assert own is not None
     codes, weight = _test_codes(device, qmax)
-    scales = torch.rand(len(codes), device=device), torch.rand(1, len(weight), device=device)
+    codes = codes[: kernels.FEW_ROWS] if few else codes
+    scales = torch.rand(len(codes), 1, device=device), torch.rand(1, len(weight), device=device)
+    # Zero points may be any codes: these are.
+    zeros = _zeros(Grid(scales[0], codes[:, 0]), codes, Quantized(weight, Grid(scales[1], weight[:, 0])))
 
-    def in_one_step(rows: int = len(codes)) -> Tensor:
-        return own.multiply(codes[:rows], weight, scales[0][:rows, None], scales[1], None, torch.bfloat16)
+    def in_one_step(rows: int = len(codes), zeros: Any = None) -> Tensor:
+        return own.multiply(codes[:rows], weight, scales[0][:rows], scales[1], zeros, torch.bfloat16)
 
     def in_two_steps(rows: int = len(codes)) -> Tensor:
-        return _scaled(product(codes[:rows], weight), scales[0][:rows, None], scales[1], torch.bfloat16)
+        return _scaled(product(codes[:rows], weight), scales[0][:rows], scales[1], torch.bfloat16)
+
+    def corrected() -> Tensor:
+        total = _unrounded(product, codes, weight, qmax)
+        return _corrected(total, *zeros, *scales, codes.shape[1], torch.bfloat16)
 
     try:
         faster = all(torch.equal(in_one_step(rows), in_two_steps(rows)) for rows in (17, len(codes)))
+        faster = faster and torch.equal(in_one_step(zeros=zeros), corrected())
         faster = faster and _seconds(in_one_step, device) < _seconds(in_two_steps, device)
     except Exception as error:  # what a GPU lacks, memory for tiles above all
         _logger.info("our kernel for integer products does not run here: %s", error)
         return False
-    _logger.info("our kernel for integer products is %s here", "used" if faster else "not the fastest")
+    use, rows = "used" if faster else "not the fastest", "few" if few else "many"
+    _logger.info("our kernel for integer products of %s rows is %s here", rows, use)
     return faster
 
 

@@ -162,9 +162,10 @@ class CompressedTensors(ExportFormat):
         if quant.kv_bits == FULL_PRECISION:
             return []
         if flags := self.cache_flags(quant):
+            served = f" ({quant.kv_formats[0].served})" if quant.kv_formats[0].served else ""
             return [
-                f"{trained_cache(quant)}. vLLM stores it so, in all layers alike, with {flags} (GPUs rotate and divide "
-                "less exactly); otherwise it keeps the dtype that it computes in."
+                f"{trained_cache(quant)}. vLLM stores it so, in all layers alike, with {flags}{served}; otherwise it "
+                "keeps the dtype that it computes in."
             ]
         known = {4: "int4_per_token_head (rotated, asymmetric)", 8: "int8_per_token_head"}
         near = None if quant.kv_formats[0].engine else known.get(quant.kv_bits)

@@ -6,18 +6,22 @@ of 128 (keys and values) and groups of 64 keep few lanes busy. It also costs the
 
 import functools
 import logging
+import os
 from types import ModuleType
 
 import torch
 
 _logger = logging.getLogger(__name__)
 
+FEW_ROWS = 64
+"""Products of so many rows, or fewer, have tiles of their own."""
+
 
 @functools.cache
 def on(device: str) -> ModuleType | None:
     """Return qat.quant.kernels.host, the kernels for tensors on a device of this type, where Triton is there and they
-    run as they should: tried once. None on CPUs."""
-    if device != "cuda":
+    run as they should: tried once. None on CPUs, and with ``QAT_KERNELS=0`` in the environment."""
+    if device != "cuda" or os.environ.get("QAT_KERNELS") == "0":
         return None
     try:
         from qat.quant.kernels import host
@@ -25,7 +29,8 @@ def on(device: str) -> ModuleType | None:
         host.check(torch.device(device))
     except Exception as error:  # whatever is missing or broken, compiled functions do the work
         _logger.warning(
-            "our kernels do not run on this GPU (%s): torch.compile makes others", str(error).partition("\n")[0]
+            "our kernels cannot be used here (%s): torch.compile makes others. QAT_KERNELS=0 does not try.",
+            str(error).partition("\n")[0],
         )
         return None
     return host

@@ -4,6 +4,7 @@ They return the same bits, or None for arguments that there is no kernel for.
 """
 
 import functools
+import math
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -12,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qat.quant.kernels import device
-from qat.quant.quantizers.base import Quantizer
+from qat.quant.kernels import FEW_ROWS, device
+from qat.quant.quantizers.base import Grid, Quantizer, values_of
 from qat.quant.quantizers.minmax import MinMax
 from qat.quant.quantizers.minmax_asymmetric import MinMaxAsymmetric
 
@@ -55,7 +56,7 @@ class ProductTile(NamedTuple):
 
 
 def product_tile(rows: int) -> ProductTile:
-    return ProductTile(128, 256, 128, 8, 3) if rows > 64 else ProductTile(64, 128, 128, 4, 4)
+    return ProductTile(128, 256, 128, 8, 3) if rows > FEW_ROWS else ProductTile(64, 128, 128, 4, 4)
 
 
 def quantize(rows: Tensor, by: Quantizer, qmax: int) -> tuple[Tensor, Tensor, Tensor | None] | None:
@@ -106,13 +107,43 @@ def multiply(
 
 def check(place: torch.device) -> None:
     """Raise RuntimeError if a kernel cannot run on this device, or gives other codes than torch does."""
-    rows = torch.randn(33, 96, generator=torch.Generator().manual_seed(0), device="cpu").to(place)
+    qmax = 7
     for by in (MinMax(), MinMaxAsymmetric()):
-        codes, grid = by.encode(rows, 7)
-        found = quantize(rows, by, 7)
-        assert found is not None
-        if not (torch.equal(found[0], codes.to(torch.int8)) and torch.equal(found[1], grid.scale)):
-            raise RuntimeError(f"their codes by {type(by).__name__} are not those of torch")
+        for rows in (_rows_to_try(33, 96).to(place), _rows_to_try(9, 4096).to(place, torch.bfloat16)):
+            codes, grid = by.encode(rows, qmax)
+            other = Grid(grid.scale * 0.7, grid.zero_point)  # so that values lie beyond the last codes
+            on_other = by.codes(rows, other, qmax)
+            whole = codes.nan_to_num(0).to(torch.int8)
+            for kernel, found, expected in (
+                ("quantize", quantize(rows, by, qmax), (codes, *grid)),
+                ("round", round_rows(rows, by, qmax), (values_of(codes, grid, rows.dtype), *grid)),
+                ("quantize on a grid", (quantize_on(rows, *other, by, qmax),), (on_other,)),
+                (
+                    "round to a grid",
+                    (round_rows_on(rows, *other, by, qmax),),
+                    (values_of(on_other, other, rows.dtype),),
+                ),
+                ("dequantize", (dequantize(whole, *grid, rows.dtype),), (values_of(whole, grid, rows.dtype),)),
+            ):
+                assert found is not None
+                if not all(_same(*parts) for parts in zip(found, expected, strict=True)):
+                    raise RuntimeError(f"what they {kernel} by {type(by).__name__} is not what torch does")
+
+
+def _rows_to_try(rows: int, columns: int) -> Tensor:
+    """Return fp32 rows with all that is special: zeros, halves between codes, NaN, infinity, one sign alone."""
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0), device="cpu")
+    x[0], x[1] = 0, torch.arange(columns) % 29 / 2 - 7
+    x[2, 3], x[3, 1], x[4, 0], x[5], x[6] = math.nan, math.inf, -math.inf, x[5].abs(), -x[6].abs()
+    return x
+
+
+def _same(found: Tensor | None, expected: Tensor | None) -> bool:
+    """Return whether all numbers are equal, but for NaN, which is no particular int8."""
+    if found is None or expected is None:
+        return found is expected
+    equal = (found == expected) | (expected.isnan() & (found.isnan() | (found.dtype == torch.int8)))
+    return bool(equal.all())
 
 
 def _found(rows: Tensor, by: Quantizer, qmax: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None] | None:

@@ -27,6 +27,7 @@ class KVFormat(ABC):
         pairs: whether the engine may store keys and values in different formats
         reorders: whether it stores the channels of keys as the engine's own copy of the model has them: see
             Architecture.interleaves
+        served: what the engine then does otherwise than training, in a few words; empty if nothing is known
     """
 
     bits: int
@@ -34,6 +35,7 @@ class KVFormat(ABC):
     type: str
     pairs: ClassVar[bool] = False
     reorders: ClassVar[bool] = False
+    served: ClassVar[str] = ""
 
     @property
     @abstractmethod

@@ -36,6 +36,7 @@ class ScaledPerTokenHead(PerTokenHead):
     """
 
     bits = 8
+    served = "GPUs divide less exactly, and round the softmax weights times the scale of the values"
     code_dtype: ClassVar[torch.dtype]
     largest: ClassVar[int]
 

@@ -17,6 +17,7 @@ class VllmFp8Unscaled(BlockFormat):
     bits = 8
     low, high = -E4M3_MAX, E4M3_MAX
     clips = True
+    served = "FlashAttention 3 rounds queries to FP8 too, and CPUs cut off where training rounds"
     meaning = "vLLM's fp8 cache: e4m3, without scales"
 
     def flags(self, values: KVFormat) -> str:

@@ -27,6 +27,7 @@ class VllmInt4(PerTokenHead):
     bits = 4
     low, high = 0.0, 15.0
     clips = True
+    served = "GPUs rotate in bf16, and divide less exactly"
     meaning = "vLLM's int4_per_token_head cache: rotated, 4 bits with a zero point, one scale per token and head"
 
     def check(self, head_dim: int) -> None:

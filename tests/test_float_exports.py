@@ -16,7 +16,7 @@ from test_train import losses
 from transformers import AutoModelForCausalLM
 
 import qat
-from qat.export import export
+from qat.export import export, model_card
 from qat.export.formats import FORMATS, GGUF
 from qat.infer import packed, simulated
 from qat.ptq import gptq, stream
@@ -185,6 +185,27 @@ def test_memory_is_what_the_format_promises(form, code_bytes, scale_bytes, tmp_p
         assert linear.packed.nbytes == groups * (code_bytes + scale_bytes)
     per_head = 16 + 1 if kv == "mxfp4" else 32 + 4
     assert packed.memory(model).cache_per_token == 2 * 2 * 2 * per_head
+
+
+@pytest.mark.parametrize(
+    ("form", "quant", "weights", "inputs"),
+    [
+        (
+            *CASES[2],
+            "one per 16 input channels, over one per tensor",
+            "one per 16 channels of a token, dynamic, over one",
+        ),
+        (*CASES[-1], "one per tensor, shared by what engines fuse", "one per tensor, measured on calibration text"),
+        (*CASES[4], "one per output channel |", "one per token, dynamic |"),
+    ],
+)
+def test_the_card_says_what_shares_a_scale_and_on_what_it_was_measured(form, quant, weights, inputs, tmp_path):
+    student = write_student(tmp_path / "final", quant)  # no training run is beside it
+    export.export(student, tmp_path / "export", form)
+    model_card.write(student, form, model_card.Origin("", ""), "", tmp_path / "export")
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert f"| {weights}" in card
+    assert f"| {inputs}" in card
 
 
 @pytest.mark.parametrize("quantizer", ["nvfp4", "fp8_tensor"])

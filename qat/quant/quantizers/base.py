@@ -47,7 +47,8 @@ class Quantizer:
         scale_dtype: the dtype in which scales are stored: they are its values, though the grid holds them in fp32
         half_step: half the distance of neighbouring codes, in scales: the largest error of what is not clipped
         is_exact: whether ``grid`` has only exact operations (min, max, abs, round) and elementwise ones, so that
-            compiled code gives the same bits as eager code. A sum is not exact: compiled code adds in another order
+            compiled code gives the same bits as eager code. A sum is not exact, as compiled code adds in another order,
+            unless it is of whole numbers that the dtype holds
         grid_gives_codes: whether ``codes`` on the grid of ``encode`` are the codes of ``encode``; not where codes are
             made before the scale is rounded, as ggml makes them
         gguf_types: the types of GGUF that hold its codes as weights, by bits

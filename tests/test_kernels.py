@@ -267,7 +267,7 @@ def test_our_product_is_used_where_it_is_right_and_faster(
     found = products.own_is_faster.__wrapped__(products.float_blocks, torch.device("cpu"), 7, few)
     assert found == expected
     if expected:
-        assert set(rows) == {17, kernels.FEW_ROWS if few else 96}
+        assert set(rows) == {17, host.FEW_ROWS if few else 96}
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ from torch.nn.functional import pad
 
 from qat.quant import kernels
 from qat.quant.fused import fused
+from qat.quant.kernels.sizes import FEW_ROWS
 from qat.quant.number_format import Quantized, dequantize
 from qat.quant.quantizers.base import Grid
 from qat.runtime.machine import has_onednn
@@ -93,7 +94,7 @@ def matmul_codes(
     zeros = None if symmetric else _zeros(x.grid, codes, weight)
     own = None if product else kernels.on(device.type)
     product = product or integer_product(device, weight_qmax)
-    if own and own_is_faster(product, device, weight_qmax, len(codes) <= kernels.FEW_ROWS):
+    if own and own_is_faster(product, device, weight_qmax, len(codes) <= FEW_ROWS):
         y = own.multiply(codes, weight.codes, *scales, zeros, dtype)
     elif zeros:
         y = _corrected(_unrounded(product, codes, weight.codes, weight_qmax), *zeros, *scales, codes.shape[1], dtype)
@@ -197,7 +198,7 @@ def own_is_faster(product: IntegerProduct, device: torch.device, qmax: int, few:
     own = kernels.on(device.type)
     assert own is not None
     codes, weight = _test_codes(device, qmax)
-    codes = codes[: kernels.FEW_ROWS] if few else codes
+    codes = codes[:FEW_ROWS] if few else codes
     scales = torch.rand(len(codes), 1, device=device), torch.rand(1, len(weight), device=device)
     # Zero points may be any codes: these are.
     zeros = _zeros(Grid(scales[0], codes[:, 0]), codes, Quantized(weight, Grid(scales[1], weight[:, 0])))

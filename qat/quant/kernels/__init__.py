@@ -13,9 +13,6 @@ import torch
 
 _logger = logging.getLogger(__name__)
 
-FEW_ROWS = 64
-"""Products of so many rows, or fewer, have tiles of their own."""
-
 
 @functools.cache
 def on(device: str) -> ModuleType | None:

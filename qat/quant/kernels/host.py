@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qat.quant.kernels import FEW_ROWS, device
+from qat.quant.kernels import device
+from qat.quant.kernels.sizes import FEW_ROWS
 from qat.quant.quantizers.base import Grid, Quantizer, values_of
 from qat.quant.quantizers.minmax import MinMax
 from qat.quant.quantizers.minmax_asymmetric import MinMaxAsymmetric

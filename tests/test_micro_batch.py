@@ -8,9 +8,9 @@ from conftest import finish, kill, start_training, tiny_model
 from safetensors.torch import load_file
 from test_train import flags, latest, log_of, losses
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
+from transformers.integrations import sdpa_attention
 
 from qat.data.sequences import Row, Sample
-from qat.quant import kv_cache
 from qat.quant.config import QuantConfig
 from qat.quant.prepare import prepare
 from qat.runtime.errors import UserError
@@ -99,13 +99,13 @@ def test_with_the_most_likely_tokens_alone():
 
 
 def test_no_scores_of_one_sequence_with_another_are_computed(monkeypatch):
-    seen, attention = [], kv_cache.sdpa_attention_forward
+    seen, attention = [], sdpa_attention.sdpa_attention_forward
 
     def noting(module, query, key, value, mask, **kwargs):
         seen.append((query.shape[2], key.shape[2], None if mask is None else tuple(mask.shape[2:])))
         return attention(module, query, key, value, mask, **kwargs)
 
-    monkeypatch.setattr(kv_cache, "sdpa_attention_forward", noting)
+    monkeypatch.setattr(sdpa_attention, "sdpa_attention_forward", noting)
     model, row = tiny_model(MistralConfig, sliding_window=WINDOW), Row.of(*samples())
     LOSSES["logits"].run(model, row.input_ids, row.lengths)
     assert seen == 2 * [(n, n, (n, n) if n > WINDOW else None) for n in LENGTHS]

@@ -151,7 +151,10 @@ def test_each_layer_is_llama_cpps_from_its_own_hidden_states(family, tmp_path):
     SERVED.save(tmp_path)
     export.export(student_folder.find(tmp_path), tmp_path / "export", GGUF)
     tokens = torch.randint(2, 300, (64,), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode(), Engine(tmp_path / "export" / gguf_files.FILE, 64, "q8_0", "q4_0") as engine:
+    with (
+        torch.inference_mode(),
+        Engine(tmp_path / "export" / gguf_files.FILE, 64, "q8_0", "q4_0", watched=True) as engine,
+    ):
         check(Seen(engine, simulated.load(str(tmp_path), torch.float32), tokens))
 
 
@@ -168,7 +171,10 @@ def test_a_real_student_is_served_as_it_is_simulated(tmp_path):
     model = simulated.load(str(tmp_path), torch.float32)
     nll = {"simulated": [score.nll for score in simulated_scores(model, windows)]}
     print(nll)
-    with torch.inference_mode(), Engine(tmp_path / "export" / gguf_files.FILE, 512, "q8_0", "q4_0") as engine:
+    with (
+        torch.inference_mode(),
+        Engine(tmp_path / "export" / gguf_files.FILE, 512, "q8_0", "q4_0", watched=True) as engine,
+    ):
         check(Seen(engine, model, windows[0, :256]))
         nll["served"] = [score.nll for score in score_windows(engine, Windows(windows))]
     del model

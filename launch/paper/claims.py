@@ -623,6 +623,7 @@ def _peers(peers: Mapping[str, Any]) -> list[str]:
     said = (
         f"{peers['bits']}, {peers['steps']} steps of {peers['batch_size']} sequences on {peers['machine']}: the same "
         "teacher, data and schedule, each arm in a process of its own, one after the other (benchmarks/peers.py, with "
-        f"{', '.join(f'{name} {version}' for name, version in peers['versions'].items())})."
+        f"{', '.join(f'{name} {version}' for name, version in peers['versions'].items())}). The peak "
+        "includes the teacher, which post-training methods do not use."
     )
     return ["## Beside other code", said, "\n".join(f"| {' | '.join(line)} |" for line in lines)]

@@ -145,6 +145,12 @@ def types_of(quant: QuantConfig) -> tuple[str, str]:
     return "f16", "f16"
 
 
+def _not_loaded(file: Path) -> UserError:
+    return UserError(
+        f"llama.cpp does not load {file}: give a whole GGUF file of an architecture that xllamacpp {VERSION} knows."
+    )
+
+
 class Ids(NamedTuple):
     """Token ids, where callers of transformers' tokenizers look for them."""
 
@@ -165,7 +171,7 @@ class Vocabulary:
         how.vocab_only = True
         model = self._library.llama_model_load_from_file(str(file).encode(), how)
         if not model:
-            raise UserError(f"llama.cpp does not load {file}: export it again.")
+            raise _not_loaded(file)
         weakref.finalize(self, self._library.llama_model_free, model)
         self._vocabulary = self._library.llama_model_get_vocab(model)
         self.size = self._library.llama_vocab_n_tokens(self._vocabulary)
@@ -229,7 +235,7 @@ class Engine:
         how.n_gpu_layers = 0
         self._model = self._library.llama_model_load_from_file(str(file).encode(), how)
         if not self._model:
-            raise UserError(f"llama.cpp does not load {file}: export it again.")
+            raise _not_loaded(file)
         settings = self._library.llama_context_default_params()
         settings.n_ctx = settings.n_batch = settings.n_ubatch = longest
         settings.n_threads = settings.n_threads_batch = threads

@@ -115,6 +115,16 @@ def test_flips_differ_by_pairs():
     difference = claims.flip_difference([(a, b)], teacher)
     assert difference.mean == pytest.approx(100 * (1 - 4) / 4)
     assert claims.flip_difference([(a, a)], teacher) == Difference(0, 0)
+    made = {
+        "q": a | {"method": "qat"},
+        "r": b | {"method": "rtn"},
+        "f": accuracies("11001") | {"method": "full_precision"},
+    }
+    for cell in made.values():
+        cell["settings"] = asdict(QuantConfig()) | {"limit": 0}
+    assert claims._flips_by_pairs(made).splitlines()[-1].replace(" ", "") == "|q||||", (
+        "the teacher's documents are others"
+    )
 
 
 def test_accuracies_without_a_rival_leave_their_column_empty():

@@ -15,8 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from qat.quant.config import QuantConfig
 from qat.quant.prepare import freeze, prepare
-from qat.quant.products import speed_up
-from qat.runtime import malloc
 from qat.train.distill import Distiller, TeacherTargets
 
 Loss = Callable[[Tensor], Tensor]
@@ -49,14 +47,12 @@ class Arm(NamedTuple):
         method: what it does, and to how many bits
         exports: what it can write, and what runs it
         packages: whose versions belong to the figures
-        start: what its process does first
     """
 
     make: Callable[[Given], Student]
     method: str
     exports: str
     packages: tuple[str, ...] = ()
-    start: Callable[[], object] = lambda: None
 
 
 def load(directory: str) -> PreTrainedModel:
@@ -66,7 +62,6 @@ def load(directory: str) -> PreTrainedModel:
 def ours(quantizer: str) -> Callable[[Given], Student]:
     def make(given: Given) -> Student:
         model = prepare(load(given.directory), QuantConfig(4, 8, 16, quantizer, w_group_size=given.group))
-        speed_up(given.teacher)  # as launch/train.py does
         distiller = Distiller(model).train()
         return Student(
             model, lambda ids: distiller(ids, TeacherTargets.of(given.teacher, ids))[0], lambda: freeze(model)
@@ -152,13 +147,11 @@ ARMS = {
         ours("minmax_asymmetric"),
         "QAT, W4A8, zero points in the weights, as the quickstart trains",
         _OUR_EXPORTS,
-        start=malloc.keep_freed_memory,  # as launch/train.py does
     ),
     "ours_symmetric": Arm(
         ours("minmax"),
         "QAT, W4A8, symmetric",
         _OUR_EXPORTS,
-        start=malloc.keep_freed_memory,  # as launch/train.py does
     ),
     "torchao": Arm(
         torchao,

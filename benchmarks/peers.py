@@ -5,8 +5,10 @@
     peers/bin/python benchmarks/peers.py --data runs/reproduce/data/hybrid-200x256-seed0
 
 Same teacher, same generated data in the same order, same steps, optimizer and schedule. Each arm runs in a process of
-its own, one after the other, per channel and in groups of 32; those that are in the output are not run again. Seconds
-are those of the steps but the first; the peak is that of the process until training ends, without the measurement.
+its own, one after the other, per channel and in groups of 32; those that are in the output are not run again. Tokens/s
+are those of the steps but the first; seconds are those of all that the arm does until the measurement, and the peak is
+that of the process until then. It includes the teacher, which is there in every arm, though post-training methods do
+not use it.
 """
 
 import importlib.metadata
@@ -27,7 +29,8 @@ from launch import cli
 from qat.data.sequences import TrainingData
 from qat.evaluate import heldout
 from qat.evaluate.perplexity import TextScore, score_windows, text_windows
-from qat.runtime import memory
+from qat.quant.products import speed_up
+from qat.runtime import malloc, memory
 from qat.runtime.errors import UserError, check_least
 from qat.runtime.files import write_atomically
 from qat.runtime.machine import machine
@@ -112,11 +115,12 @@ def main() -> None:
 
 def run_arm(settings: Peers, name: str, group: int) -> dict[str, Any]:
     """Run an arm in this process; return its figures."""
-    ARMS[name].start()
+    malloc.keep_freed_memory()  # as launch/train.py does
     directory = models.resolve_full_precision(settings.model)
     tokenizer = models.load_tokenizer(directory)
     data = TrainingData(settings.data, tokenizer, seed=0)
     teacher = peer_arms.load(directory).requires_grad_(False)
+    speed_up(teacher)  # as launch/train.py does
     calibration = [data.sample(number).input_ids for number in range(settings.calibration)]
     torch.manual_seed(0)
     began = time.monotonic()

@@ -118,6 +118,8 @@ class Evaluation:
             raise UserError(f"method={self.method} is llama.cpp's own: give --engine llama.cpp with it.")
         if self.engine != _LLAMA_CPP and self.cache:
             raise UserError(f"cache={self.cache} is llama.cpp's: give --engine llama.cpp with it.")
+        if self.baseline and not self.tasks:
+            raise UserError(f"baseline={self.baseline} has answers to tasks: give --tasks with it, or leave it out.")
         for cache in self.caches:
             llama_cpp.types(cache)
 
@@ -158,14 +160,22 @@ def main() -> None:
     ranks.join(cli.rank(), cli.ranks())
     evaluation, quant = cli.parse(__doc__, Evaluation, QuantConfig)
     in_llama_cpp, rtn = evaluation.engine == _LLAMA_CPP, evaluation.method == "rtn"
+    if in_llama_cpp:
+        llama_cpp.library()
+        if cli.ranks() > 1:
+            raise UserError("engine=llama.cpp runs in one process: start it without a launcher.")
     subject = _subject(evaluation)
     name, tokenizer = subject.name, subject.tokenizer
+    tasks = task_names(evaluation.tasks)
+    before = tasks_of_baseline(tasks, evaluation)
     teacher_name = models.resolve_full_precision(evaluation.teacher) if evaluation.teacher else None
     rounded = quant if rtn else subject.quant
     if quant not in (QuantConfig(), rounded):
+        own = evaluation.method in llama_quantize.KINDS
+        how = f"as llama.cpp's {evaluation.method}" if own else f"as it is ({subject.quant or 'in full precision'})"
         raise UserError(
-            f"{evaluation.model} is measured as it is ({subject.quant or 'in full precision'}), and the flags say how "
-            "to quantize it otherwise: give --method rtn, or leave them out."
+            f"{evaluation.model} is measured {how}, and the flags say how to quantize it otherwise: "
+            f"{'' if in_llama_cpp else 'give --method rtn, or '}leave them out."
         )
     if rtn and quant.activations.learned:
         raise UserError("method=rtn rounds without training, and a_quantizer=lsq has learned steps: give minmax.")
@@ -188,7 +198,6 @@ def main() -> None:
             check_teacher(teacher_name, name, tokenizer)
         for text, windows in texts.items():
             models.check_ids(read_config(name), max(int(ids.max()) for ids in windows.ids), f"The text {text}")
-    tasks = task_names(evaluation.tasks)
     settings = {
         **{key: value for key, value in asdict(evaluation).items() if key not in _NOT_RECORDED},
         "window": window,
@@ -203,7 +212,7 @@ def main() -> None:
     if not new and not new_tasks and evaluation.output:
         results.show([*wanted, *tasks])
         results.show_average(tasks)
-        results.show_flips(tasks, evaluation.baseline)
+        results.show_flips(before, evaluation.baseline)
         cli.say(f"{evaluation.output} is there already: these results")
         return
     if cli.is_first_rank():
@@ -223,13 +232,16 @@ def main() -> None:
             _measure_texts(model, teacher_name, simulated_too, results)
             _measure_tasks(model, tokenizer, new_tasks, evaluation, results)  # type: ignore[arg-type]  # llama.cpp has none
     results.show_average(tasks)
-    results.show_flips(tasks, evaluation.baseline)
+    results.show_flips(before, evaluation.baseline)
     if evaluation.output:
         cli.say(f"{evaluation.output}: these results")
 
 
 def _subject(evaluation: Evaluation) -> "_Subject":
-    if evaluation.engine == _LLAMA_CPP and (file := gguf_files.find(Path(evaluation.model))):
+    file = gguf_files.find(Path(evaluation.model))
+    if file and evaluation.engine != _LLAMA_CPP and not file.with_name("config.json").is_file():
+        raise UserError(f"{file} is a GGUF file: give --engine llama.cpp with it.")
+    if file and evaluation.engine == _LLAMA_CPP:
         if evaluation.method != "as_is":
             raise UserError(
                 f"method={evaluation.method} is made of a full-precision model, and {file} is a file: leave "
@@ -237,7 +249,10 @@ def _subject(evaluation: Evaluation) -> "_Subject":
             )
         return _Subject.of_file(file)
     if evaluation.method == "as_is":
-        return _Subject.of(models.resolve(evaluation.model))
+        directory = models.resolve(evaluation.model)
+        if evaluation.engine == _LLAMA_CPP:
+            served.check(directory)
+        return _Subject.of(directory)
     return _Subject.of(models.resolve_full_precision(evaluation.model))
 
 
@@ -312,6 +327,23 @@ def check_teacher_of_file(
             )
 
 
+def tasks_of_baseline(tasks: list[str], evaluation: Evaluation) -> dict[str, Any]:
+    """Return the baseline's scores of ``tasks``, by name, those that it has; none without a baseline. Raises UserError
+    if it cannot be compared with what is going to be measured."""
+    if evaluation.baseline is None:
+        return {}
+    found = _read(evaluation.baseline, "--baseline")
+    theirs = {name: found["settings"][name] for name in ("limit", "task_data") if name in found["settings"]}
+    if listed := differences(theirs, {name: getattr(evaluation, name) for name in theirs}):
+        raise UserError(f"{evaluation.baseline} has other documents of the tasks ({listed}): give the same.")
+    if not (shared := {task: found["tasks"][task] for task in tasks if task in found["tasks"]}):
+        raise UserError(
+            f"{evaluation.baseline} has none of the tasks {', '.join(tasks)}: give --tasks that it has "
+            f"({', '.join(found['tasks']) or 'none'}), or another --baseline."
+        )
+    return shared
+
+
 def _load(name: str, rtn: QuantConfig | None) -> "PreTrainedModel":
     """Load the model, as it is or rounded by ``rtn``."""
     with ranks.doing("loading the model"):
@@ -343,8 +375,6 @@ def _measure_in_llama_cpp(
     caches = dict.fromkeys(one.cache for one in wanted.values() if one.cache)
     if not caches:
         return
-    if cli.ranks() > 1:
-        raise UserError("engine=llama.cpp runs in one process: start it without a launcher.")
     teacher = simulated.load(teacher_name, inference_dtype()) if teacher_name else None
     if teacher is not None:
         place(teacher)
@@ -397,7 +427,7 @@ class _Results:
             "versions": {package: importlib.metadata.version(package) for package in packages},
         }
         if path and path.exists():
-            self._content = self._read(path)
+            self._content = _read(path, "--output")
             _check_same(self._content, settings, path)
         self.texts, self.tasks = self._content["texts"], self._content["tasks"]
 
@@ -435,16 +465,6 @@ class _Results:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=self._path.parent).close()
 
-    @staticmethod
-    def _read(path: Path) -> dict[str, Any]:
-        try:
-            content = json.loads(path.read_text())
-        except (OSError, ValueError):
-            content = None
-        if not isinstance(content, dict) or not {"settings", "texts", "tasks", "seconds"} <= content.keys():
-            raise UserError(f"{path} is no result of launch/evaluate.py: give another --output.")
-        return content
-
     def show(self, names: list[str]) -> None:
         """Print a line for each of these texts and tasks."""
         for name in names:
@@ -468,14 +488,21 @@ class _Results:
             mean, stderr = zero_shot_average(self.tasks)
             cli.say(f"zero-shot average {mean:.4f} ± {stderr:.4f}")
 
-    def show_flips(self, tasks: list[str], baseline: Path | None) -> None:
-        """Print how many answers are others than those in the file ``baseline``, for each of the tasks that it has."""
-        if baseline is None or not cli.is_first_rank():
-            return
-        before = self._read(baseline)["tasks"]
-        for task in tasks:
-            if task in before:
-                cli.say(f"{task}: {Flips.of(before[task], self.tasks[task])}, from {baseline}")
+    def show_flips(self, before: dict[str, Any], baseline: Path | None) -> None:
+        """Print how many answers are others than ``before``, the scores of tasks in the file ``baseline``."""
+        for task, score in before.items() if cli.is_first_rank() else ():
+            cli.say(f"{task}: {Flips.of(score, self.tasks[task])}, from {baseline}")
+
+
+def _read(path: Path, flag: str) -> dict[str, Any]:
+    """Return the results in the file that ``flag`` names; raise UserError if it has none."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict) or not {"settings", "texts", "tasks", "seconds"} <= content.keys():
+        raise UserError(f"{path} is no result of launch/evaluate.py: give another {flag}.")
+    return content
 
 
 def _check_same(content: dict[str, Any], settings: dict[str, Any], path: Path) -> None:

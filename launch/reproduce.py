@@ -27,7 +27,7 @@ from datagen.sampling import STRATEGIES
 from launch import cli
 from launch.paper import claims, curve, plots, served
 from launch.stages import CPU_ONLY, Stages, free_port, interrupt
-from qat.evaluate import heldout, llama_quantize
+from qat.evaluate import heldout, llama_cpp, llama_quantize
 from qat.ptq import METHODS
 from qat.quant.config import QuantConfig
 from qat.runtime.errors import UserError, check_choice, check_least, differences
@@ -250,6 +250,8 @@ def main() -> int:
     deadline = time.monotonic() + 60 * reproduction.minutes if reproduction.minutes else None
     runner = _Runner(reproduction, deadline)
     jobs = [job for job in wanted if not runner.is_done(job)]
+    if any(job.served for job in jobs):
+        llama_cpp.library()  # raises UserError now, not after hours of training
     failures = []
     try:
         for number, job in enumerate(jobs, 1):

@@ -15,10 +15,16 @@ from qat.store import gguf_files, student_folder
 from qat.store.model_folder import quantization_of
 
 
+def check(model: str) -> None:
+    """Raise UserError for the folder of an integer export, which is no GGUF file and cannot be made one."""
+    if gguf_files.find(Path(model)) is None and quantization_of(Path(model)):
+        raise UserError(f"{model} is an integer export: give the student that it was made from, or its gguf export.")
+
+
 @contextmanager
 def file_of(model: str, method: str) -> Iterator[Path]:
     """Give the GGUF file of ``model`` in this context: a GGUF file, or the folder of one, of a student or of a
-    full-precision model.
+    full-precision model, which ``check`` has accepted.
 
     Args:
         method: "as_is", or one of llama_quantize.KINDS for a full-precision model
@@ -27,8 +33,6 @@ def file_of(model: str, method: str) -> Iterator[Path]:
     if (file := gguf_files.find(folder)) is not None:
         yield file
         return
-    if quantization_of(folder):
-        raise UserError(f"{model} is an integer export: give the student that it was made from, or its gguf export.")
     with tempfile.TemporaryDirectory() as made:
         if (folder / CONFIG_FILE).is_file():
             student = student_folder.find(folder)

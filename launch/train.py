@@ -6,6 +6,7 @@ deepspeed launch/train.py --deepspeed ds_configs/zero3.json --model DIR --data D
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -124,6 +125,7 @@ def main() -> int:
     config = dataclasses.replace(config, steps=config.steps or len(data) // config.batch_size)
     if config.steps == 0:
         raise UserError(f"{paths.data} has {len(data)} sequences, a step takes {config.batch_size}: generate more.")
+    check_schedule(config)
     texts = held_out.read(tokenizer, data)
     lengths = {"data": data.longest, **{name: max(ids.shape[1] for ids in text) for name, text in texts.items()}}
     config_of_model = read_config(model)
@@ -173,7 +175,9 @@ def main() -> int:
         "arithmetic": linear.arithmetic_of(quant),
     }
     trunk = None
-    if paths.continue_from:
+    if paths.continue_from and (begun := continued_before(paths)):
+        identity["continues"] = begun
+    elif paths.continue_from:
         trunk = paths.continue_from.resolve().parent.parent
         identity["continues"] = check_continues(paths.continue_from, identity)
     open_folder(paths.output, identity)
@@ -343,6 +347,37 @@ def check_teacher(cache: Path | None, quant: QuantConfig, config: TrainConfig) -
         )
 
 
+def check_schedule(config: TrainConfig, taken: int = 0) -> None:
+    """Raise UserError for a schedule whose parts do not fit into the steps after the ``taken`` ones of another run."""
+    most = config.steps - max(config.warmup_steps, taken)
+    if config.decay_steps > max(0, most):
+        raise UserError(
+            f"decay_steps={config.decay_steps} are more than the {most} of {config.steps} steps that follow "
+            f"{'the checkpoint' if taken > config.warmup_steps else 'the warm-up'}: give at most so many, or more "
+            "--steps."
+        )
+    if not (judged := config.stop_when_flat):
+        return
+    windows_before = max(0, math.ceil((taken - config.warmup_steps) / judged))
+    first, constant = config.warmup_steps + (windows_before + 1) * judged, config.steps - config.decay_steps
+    if first >= constant:
+        raise UserError(
+            f"stop_when_flat={judged} would judge at step {first} first, and from step {constant} on the learning rate "
+            f"falls: give fewer, or more than {first + config.decay_steps} --steps."
+        )
+
+
+def continued_before(paths: Paths) -> str | None:
+    """Return what identified the checkpoint that the run continued from, if that is gone and the run has saved its
+    own."""
+    if not paths.continue_from or (paths.continue_from / MANIFEST).is_file():
+        return None
+    own = [path for path in checkpoints(paths.output / CHECKPOINTS) if (path / MANIFEST).is_file()]
+    if not own and not (paths.output / FINAL).exists():
+        return None
+    return student_folder.run_settings(paths.output).get("settings", {}).get("continues")
+
+
 def check_continues(folder: Path, settings: dict[str, Any]) -> str:
     """Return what identifies the checkpoint in ``folder``; raise UserError if there is none, or if a run with
     ``settings`` cannot continue from it."""
@@ -362,7 +397,19 @@ def check_continues(folder: Path, settings: dict[str, Any]) -> str:
     taken = int(folder.resolve().name.removeprefix("step-"))
     if taken >= settings["steps"]:
         raise UserError(f"{folder} has taken {taken} steps already: give more --steps, which count from the beginning.")
+    ours, began = _schedule_of(settings), _schedule_of(_defaults() | theirs)
+    check_schedule(ours, taken)
+    before, after = began.lr_factor(taken), ours.lr_factor(taken)
+    if not math.isclose(before, after, rel_tol=1e-6, abs_tol=1e-6):
+        raise UserError(
+            f"After {folder} the learning rate would jump from {before:.3g} to {after:.3g} of lr: give --decay_steps "
+            f"{ours.steps - taken} or fewer and a checkpoint of constant learning rate, or the schedule of its run."
+        )
     return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()[:16]
+
+
+def _schedule_of(settings: dict[str, Any]) -> TrainConfig:
+    return TrainConfig(**{field.name: settings[field.name] for field in dataclasses.fields(TrainConfig)})
 
 
 def _defaults() -> dict[str, Any]:

@@ -132,6 +132,14 @@ def test_where_a_run_is_comes_back_whole(tmp_path, monkeypatch):
     assert checkpoint.resume(engine(), tmp_path) == TrainState(**older)
 
 
+def test_a_run_does_not_continue_from_a_damaged_checkpoint_of_another(trained, tmp_path):
+    begin = max(trained.glob("step-*"))
+    assert checkpoint.resume(engine(), tmp_path / "new", begin).step > 0
+    flip(begin / OPTIMIZER_FILE)
+    with pytest.raises(UserError, match=r"step-\d+ is damaged: .* Give another checkpoint"):
+        checkpoint.resume(engine(), tmp_path / "new", begin)
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_anew_in_silence(trained):
     for folder in trained.glob("step-*"):
         flip(folder / OPTIMIZER_FILE)

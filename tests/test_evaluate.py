@@ -183,6 +183,16 @@ def test_two_ranks_find_what_one_finds_and_nothing_is_measured_twice(tiny_direct
     message = error_of(monkeypatch, "evaluate", *where, f"--output={one}", f"--text={text}", "--limit=6", "--w_bits=5")
     assert "results of other settings (limit was 5, now 6, w_bits was 4, now 5)" in message
     assert json.loads(one.read_text()) == more, "nothing is lost"
+    for flags, refusal in (
+        (["--tasks=piqa", "--limit=5"], "has none of the tasks piqa: give --tasks that it has (arc_easy, openbookqa)"),
+        (["--tasks=arc_easy"], "has other documents of the tasks (limit was 5, now 0)"),
+        ([], "give --tasks with it"),
+        (
+            ["--tasks=arc_easy", "--limit=5", f"--baseline={text}"],
+            "no result of launch/evaluate.py: give another --b",
+        ),
+    ):
+        assert refusal in error_of(monkeypatch, "evaluate", *where, f"--text={text}", f"--baseline={two}", *flags)
     text.write_text(TEXT[::-1])  # under the same name
     digests = [result["texts"][str(text)]["digest"] for result in (found, evaluate(f"--text={text}", "--limit=5"))]
     assert digests[0] != digests[1]

@@ -67,7 +67,7 @@ def test_cache_and_attention_are_llama_cpps(family, head_dim, name, exported):
     attention is its attention. From token ids our own model's codes are its codes but for 8-bit activations."""
     (keys, values), folder = settings(name).kv_formats, exported(family, head_dim)
     parts = {part: [[] for _ in range(LAYERS)] for part in ("Qcur", "Kcur", "Vcur", "kqv_out")}
-    with Engine(folder / gguf_files.FILE, LENGTH, keys.type, values.type) as engine:
+    with Engine(folder / gguf_files.FILE, LENGTH, keys.type, values.type, watched=True) as engine:
         for batch in (TOKENS[:PROMPT], *TOKENS[PROMPT:].split(1)):
             seen = engine.tensors(batch, [f"{part}-{layer}" for part in parts for layer in range(LAYERS)])
             for part, layers in parts.items():
@@ -99,7 +99,7 @@ def test_cache_and_attention_are_llama_cpps(family, head_dim, name, exported):
 def test_a_query_in_full_precision_is_not_llama_cpps(exported):
     """What rounds queries to 8 bits is seen."""
     keys, values = settings("ggml_q4_0").kv_formats
-    with Engine(exported(LlamaConfig, 64) / gguf_files.FILE, LENGTH, "q4_0", "q4_0") as engine:
+    with Engine(exported(LlamaConfig, 64) / gguf_files.FILE, LENGTH, "q4_0", "q4_0", watched=True) as engine:
         seen = engine.tensors(TOKENS, ["Qcur-0", "Kcur-0", "Vcur-0", "kqv_out-0"])
     query, key, value, out = (part.reshape(LENGTH, -1, 64).transpose(0, 1)[None] for part in seen.values())
     kv = KVQuantizer(keys, values)
@@ -115,6 +115,10 @@ def test_logits_are_of_every_token_and_do_not_depend_on_batches(exported):
         engine.forget()
         pieces = torch.cat([engine.logits(batch) for batch in TOKENS.split(7)])
     assert torch.equal(whole, pieces)
+    with Engine(exported(LlamaConfig, 64) / gguf_files.FILE, LENGTH, "q8_0", "q4_0", watched=True) as engine:
+        engine.tensors(TOKENS, ["kqv_out-0"])
+        engine.forget()
+        assert torch.equal(engine.logits(TOKENS), whole), "being watched changes nothing"
     expected = gguf_files.load(exported(LlamaConfig, 64))(TOKENS[None]).logits[0]
     assert (whole - expected).square().mean() < 0.1 * expected.var(), "but for 8-bit activations and the cache"
 

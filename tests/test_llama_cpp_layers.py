@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
@@ -40,6 +40,8 @@ LINEARS = {"self_attn.q_proj": "attn_norm", "mlp.gate_proj": "ffn_norm", "mlp.do
 
 STEPS = {"": "l_out", "post_attention_layernorm": "ffn_inp"}
 PRODUCTS = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up"}
+LAST_PRODUCTS = ("attn_out", "ffn_out")
+"""The outputs of o_proj and down_proj, before the residual is added; only LLaMA's graph names the first."""
 ATTENTION = ("Qcur", "Kcur", "Vcur", "kqv_out")
 """What our own model is given of the engine's: the inputs of modules, the outputs of products, and what attention
 reads and gives. Without it a code that flips early in a layer would flip others later in it."""
@@ -51,7 +53,7 @@ class Seen:
     def __init__(self, engine: Engine, model: PreTrainedModel, tokens: Tensor):
         self.model = model
         layers = decoder_layers(model)
-        kinds = (*STEPS.values(), *PRODUCTS.values(), *LINEARS.values(), *ATTENTION)
+        kinds = (*STEPS.values(), *PRODUCTS.values(), *LINEARS.values(), *ATTENTION, *LAST_PRODUCTS)
         names = [f"{name}-{layer}" for layer in range(len(layers)) for name in kinds]
         seen = engine.tensors(tokens, [*names, "result_norm", "result_output"])
         self.engines = {name: tensor.reshape(len(tokens), -1) for name, tensor in seen.items()}
@@ -122,13 +124,31 @@ class Seen:
         output."""
         found: dict[str, float] = {}
         for number, layer in enumerate(decoder_layers(self.model)):
-            self._compare(found, "kqv_out", *self.attention(number))
+            attention, theirs = self.attention(number)
+            self._compare(found, "kqv_out", attention, theirs)
+            read = self.own_cache.layers[number].quantizer.output(theirs).flatten(2)[0]
+            added = self.engines.get(f"attn_out-{number}")
+            if added is None and number:
+                added = self.engines[f"ffn_inp-{number}"] - self.engines[f"l_out-{number - 1}"]
+            if added is not None:
+                self._compare(found, "attn_out", layer.self_attn.o_proj(read), added)
+            self._compare(found, "Qcur", *self._lengths_of_queries(number, layer.self_attn))
+            mlp = layer.mlp.down_proj(self.engines[f"ffn_swiglu-{number}"])
+            self._compare(found, "ffn_out", mlp, self.engines[f"ffn_out-{number}"])
             for linear, name in PRODUCTS.items():
                 ours = layer.get_submodule(linear)(self.engines[f"ffn_norm-{number}"])
                 self._compare(found, name, ours, self.engines[f"{name}-{number}"])
         output = self.model.get_output_embeddings()(self.engines["result_norm"])
         self._compare(found, "result_output", output, self.engines["result_output"])
         return found
+
+    def _lengths_of_queries(self, layer: int, attention: nn.Module) -> tuple[Tensor, Tensor]:
+        """Ours, from the engine's input, and the engine's, [tokens, heads]: neither RoPE nor the cache's rotation
+        changes them."""
+        heads = (-1, head_dim(self.model.config))
+        ours = attention.q_proj(self.engines[f"attn_norm-{layer}"]).unflatten(1, heads)
+        ours = attention.q_norm(ours) if hasattr(attention, "q_norm") else ours
+        return ours.norm(dim=-1), self.engines[f"Qcur-{layer}"].unflatten(1, heads).norm(dim=-1)
 
     @staticmethod
     def _compare(found: dict[str, float], name: str, ours: Tensor, theirs: Tensor) -> None:
@@ -151,7 +171,10 @@ def test_each_layer_is_llama_cpps_from_its_own_hidden_states(family, tmp_path):
     SERVED.save(tmp_path)
     export.export(student_folder.find(tmp_path), tmp_path / "export", GGUF)
     tokens = torch.randint(2, 300, (64,), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode(), Engine(tmp_path / "export" / gguf_files.FILE, 64, "q8_0", "q4_0") as engine:
+    with (
+        torch.inference_mode(),
+        Engine(tmp_path / "export" / gguf_files.FILE, 64, "q8_0", "q4_0", watched=True) as engine,
+    ):
         check(Seen(engine, simulated.load(str(tmp_path), torch.float32), tokens))
 
 
@@ -168,7 +191,10 @@ def test_a_real_student_is_served_as_it_is_simulated(tmp_path):
     model = simulated.load(str(tmp_path), torch.float32)
     nll = {"simulated": [score.nll for score in simulated_scores(model, windows)]}
     print(nll)
-    with torch.inference_mode(), Engine(tmp_path / "export" / gguf_files.FILE, 512, "q8_0", "q4_0") as engine:
+    with (
+        torch.inference_mode(),
+        Engine(tmp_path / "export" / gguf_files.FILE, 512, "q8_0", "q4_0", watched=True) as engine,
+    ):
         check(Seen(engine, model, windows[0, :256]))
         nll["served"] = [score.nll for score in score_windows(engine, Windows(windows))]
     del model

@@ -1,5 +1,6 @@
 """Files that llama.cpp serves, of any origin: measured alike, and quantized as its own program does."""
 
+import importlib.metadata
 import json
 
 import gguf
@@ -11,13 +12,14 @@ from gguf import GGMLQuantizationType as Type
 from test_export import write_student
 
 from launch import evaluate
-from qat.evaluate import llama_quantize
+from qat.evaluate import llama_cpp, llama_quantize
 from qat.evaluate.llama_cpp import Engine, Vocabulary
 from qat.export import export
 from qat.export.formats import GGUF
 from qat.quant.config import QuantConfig
 from qat.runtime.errors import UserError
 from qat.store import gguf_files, student_folder
+from qat.store.compressed_tensors import INTEGERS
 
 CACHES = ("f16", "q8_0/q4_0")
 HOW = {"head_dim": 64, "hidden_size": 256, "intermediate_size": 256}
@@ -29,7 +31,9 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     tiny_model(**HOW).save_pretrained(folder / "teacher")
     tiny_tokenizer().save_pretrained(folder / "teacher")
-    export.export(write_student(folder / "final", QuantConfig(4, 8, 16), **HOW), folder / "export", GGUF)
+    student = write_student(folder / "final", QuantConfig(4, 8, 16), **HOW)
+    export.export(student, folder / "export", GGUF)
+    export.export(student, folder / "integers", INTEGERS)
     return folder
 
 
@@ -68,7 +72,7 @@ def test_a_full_precision_model_is_itself_in_llama_cpp_and_fewer_bits_are_farthe
 
 @pytest.mark.parametrize("kind", llama_quantize.KINDS)
 def test_each_tensor_has_the_type_and_the_bytes_of_llama_cpp(kind, folder, tmp_path):
-    """Layers 0, 1 and 7 of 8 and every third between have more bits; what 256 does not divide, a type of 32."""
+    """Layers 0 and 7 of 8 and every third between, 3 and 6, have more bits; what 256 does not divide, a type of 32."""
     model = tiny_model(**HOW | {"num_hidden_layers": 8, "intermediate_size": 96})
     model.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
@@ -92,6 +96,27 @@ def test_each_tensor_has_the_type_and_the_bytes_of_llama_cpp(kind, folder, tmp_p
     assert all(made.fields[key].contents() == value for key, value in kept.items() if not key.startswith("GGUF."))
     with Engine(tmp_path / "small.gguf", 8) as engine:
         assert engine.logits(torch.arange(20, 28)).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", llama_quantize.KINDS)
+def test_widths_that_no_block_divides_are_refused(kind, tmp_path):
+    tiny_model(**HOW | {"intermediate_size": 80}).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    gguf_files.write(student_folder.full_precision(str(tmp_path)), tmp_path)
+    with pytest.raises(UserError, match=r"ffn_down\.weight is 80 wide, .* leave --method out"):
+        llama_quantize.quantize_file(tmp_path / gguf_files.FILE, tmp_path / "small.gguf", kind)
+
+
+def test_without_llama_cpp_nothing_is_begun(folder, monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(llama_cpp.importlib.metadata, "version", missing)
+    monkeypatch.setattr(evaluate, "_subject", pytest.fail)
+    llama_cpp.library.cache_clear()
+    with pytest.raises(UserError, match=r"not installed here: pip install xllamacpp=="):
+        measured(monkeypatch, folder, f"--model={folder / 'final'}")
+    llama_cpp.library.cache_clear()
 
 
 def test_llama_cpps_tokens_are_the_tokenizers(folder):
@@ -121,6 +146,9 @@ def test_a_teacher_that_reads_otherwise_is_refused(folder, monkeypatch, tmp_path
         (["--model=final", "--method=rtn"], "leave out --tasks and --method rtn"),
         (["--model=final", "--method=q4_0"], "is quantized already"),
         (["--model=teacher", "--cache=f16", "--engine=torch"], "give --engine llama.cpp"),
+        (["--model=export/model.gguf", "--engine=torch"], r"model\.gguf is a GGUF file: give --engine llama\.cpp"),
+        (["--model=teacher", "--method=q4_0", "--w_bits=3"], "as llama.cpp's q4_0, and the flags .* otherwise: leave"),
+        (["--model=integers"], "integers is an integer export: give the student"),
         (["--model=teacher", "--method=q4_k_m", "--engine=torch"], "give --engine llama.cpp"),
     ],
 )

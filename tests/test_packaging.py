@@ -37,3 +37,27 @@ def test_the_pinned_versions_are_within_the_ranges():
     ranges = chain(PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
     for requirement in map(Requirement, ranges):
         assert requirement.specifier.contains(pins[requirement.name]), requirement
+
+
+def test_the_environment_of_vllm_is_made_anew_when_what_makes_it_changes(tmp_path):
+    """With a Python whose pip notes its calls."""
+    source, environment, python = tmp_path / "source", tmp_path / "venv", tmp_path / "python"
+    (source / "tests").mkdir(parents=True)
+    for file in ("tests/vllm_venv.sh", "requirements-vllm.txt"):
+        shutil.copy(ROOT / file, source / file)
+    pip = '#!/bin/sh\necho "$@" >> calls'
+    python.write_text(f"#!/bin/sh\nmkdir -p $3/bin\ncat > $3/bin/pip <<'END'\n{pip}\nEND\nchmod +x $3/bin/pip\n")
+    python.chmod(0o755)
+
+    def calls() -> int:
+        subprocess.run([source / "tests" / "vllm_venv.sh", environment, python], cwd=tmp_path, check=True)
+        return len((tmp_path / "calls").read_text().splitlines())
+
+    made = calls()
+    assert calls() == made
+    (environment / ".ready").write_text("")  # as an earlier version left it
+    assert calls() == 2 * made
+    with open(source / "requirements-vllm.txt", "a") as requirements:
+        requirements.write("another\n")
+    assert calls() == 3 * made
+    assert calls() == 3 * made

@@ -11,6 +11,7 @@ from test_launch import error_of
 
 from launch.reproduce import Budget, Cell, Job, Reproduction, _Runner, queue, read_recipe
 from launch.stages import Stages
+from qat.evaluate import llama_cpp
 from qat.quant.config import QuantConfig
 from qat.runtime.errors import UserError
 
@@ -25,6 +26,14 @@ def test_cells_that_there_are_not(monkeypatch, tmp_path):
     message = error_of(monkeypatch, "reproduce", "--tables=main", "--cells=qat_4-9-4", *places)
     assert "cells=qat_4-9-4 is the name of no cell of main: give a pattern that is, say full_precision" in message
     assert not list(tmp_path.iterdir())
+
+
+def test_without_llama_cpp_nothing_is_begun(tiny_directory, monkeypatch, tmp_path):
+    monkeypatch.setattr(llama_cpp, "VERSION", "0")
+    llama_cpp.library.cache_clear()
+    places = [f"--model={tiny_directory}", f"--output={tmp_path / 'results'}", f"--work={tmp_path / 'work'}"]
+    assert "is installed, and this program knows 0" in error_of(monkeypatch, "reproduce", "--tables=served", *places)
+    llama_cpp.library.cache_clear()
 
 
 def test_killed_and_started_again(tiny_directory, tmp_path):

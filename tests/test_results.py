@@ -1,11 +1,12 @@
 """Claims are told from cells: by pairs of windows, and never by more than was measured."""
 
+import math
 from dataclasses import asdict
 
 import pytest
 from conftest import ROOT
 
-from launch.paper import claims, curve, flips
+from launch.paper import claims, curve, flips, served
 from launch.paper.claims import Claim, Difference, Finding, Goal, closes
 from launch.paper.curve import Law
 from launch.reproduce import Budget, Cell, queue, read_recipe
@@ -114,6 +115,16 @@ def test_flips_differ_by_pairs():
     difference = claims.flip_difference([(a, b)], teacher)
     assert difference.mean == pytest.approx(100 * (1 - 4) / 4)
     assert claims.flip_difference([(a, a)], teacher) == Difference(0, 0)
+    made = {
+        "q": a | {"method": "qat"},
+        "r": b | {"method": "rtn"},
+        "f": accuracies("11001") | {"method": "full_precision"},
+    }
+    for cell in made.values():
+        cell["settings"] = asdict(QuantConfig()) | {"limit": 0}
+    assert claims._flips_by_pairs(made).splitlines()[-1].replace(" ", "") == "|q||||", (
+        "the teacher's documents are others"
+    )
 
 
 def test_accuracies_without_a_rival_leave_their_column_empty():
@@ -174,27 +185,44 @@ def test_a_cells_name_says_what_is_unusual():
     assert changed.name == "qat_4-6-16_kv_rotation=hadamard_steps=400_data=top1_seed=2"
 
 
+def test_what_llama_cpp_quantizes_has_no_bits_of_ours():
+    made = []
+    for method in ("full_precision", "llama_q4_0"):
+        own = cell(method, 0, text="prose") | {"machine": "a Xeon", "versions": {}, "bits": "16-16-16"}
+        score = own["texts"]["prose"] | {"nll_stderr": 0.1, "top1": 0.9, "top1_stderr": 0.1, "tokens": 9}
+        own |= {"served": {"file_MB": 9.0, "tokens_per_second": {"f16": 9.0}}, "texts": {"prose, f16 cache": score}}
+        made.append(own)
+    assert [row["bits"] for row in served.rows(made)] == ["16-16-16", None]
+    page = served.markdown(made, 2)
+    assert "| full precision | 16-16-16 |" in page
+    assert "| llama.cpp's Q4_0 |  |" in page
+
+
 def test_the_law_of_a_curve_is_found_with_and_without_a_floor():
     tokens = [1e4 * 2**step for step in range(6)]
     law = Law.of(tokens, [3 * n**-0.3 for n in tokens])
-    assert (law.scale, law.exponent, law.error) == pytest.approx((3, 0.3, 0), abs=1e-9)
+    assert (law.scale, law.exponent) == pytest.approx((3, 0.3))
     floored = Law.with_floor(tokens, [0.1 + 3 * n**-0.3 for n in tokens])
     assert floored(1e8) == pytest.approx(0.1 + 3 * 1e8**-0.3, rel=0.02)
     plain = Law.of(tokens, [0.1 + 3 * n**-0.3 for n in tokens])
     assert plain(1e8) < 0.9 * floored(1e8), "without the floor it promises too much"
+    kl = [0.1 + 3 * n**-0.3 for n in tokens]
+    assert plain.error(tokens, kl) > 10 * floored.error(tokens, kl), "both are errors of log KL"
+    assert Law(0.0, 2.0, 0.5).error(tokens, [n**-0.5 for n in tokens]) == pytest.approx(math.log(2))
 
 
 def test_a_curve_is_of_the_cells_that_differ_in_length_alone():
-    changes = ["steps=50", "decay_steps=10", "sequences=60"]
-    cells = {"rtn_4-8-4_w_group_size=64": cell("rtn", 1)}
+    changes, quant = ["steps=50", "decay_steps=10", "sequences=60"], ["kv_format=ggml_q8_0/ggml_q4_0"]
+    cells = {"other": cell("rtn", 2), "rtn": cell("rtn", 1) | {"changes": quant}}
     for number, tokens in enumerate((1000, 4000, 2000)):
-        own = cell("qat", 0.1 * number, decay_steps=10) | {"changes": ["w_group_size=64", *changes]}
+        own = cell("qat", 0.1 * number, decay_steps=10) | {"changes": [*quant, *changes]}
         own["budget"]["trained"]["tokens"] = tokens
         cells[f"{number}"] = own
     cells["another rate"] = cell("qat", 0, decay_steps=10) | {"changes": ["lr=1", *changes]}
     (found,) = curve.curves(cells)
-    assert (found.name, found.tokens) == ("4-8-4 w_group_size=64", [1000, 2000, 4000])
-    assert found.untrained == cells["rtn_4-8-4_w_group_size=64"]["texts"]["prose"]["kl"]
+    assert (found.name, found.tokens) == (f"4-8-4 {quant[0]}", [1000, 2000, 4000])
+    assert found.untrained == cells["rtn"]["texts"]["prose"]["kl"]
+    assert len(found.laws) == 1, "three points have no floor"
     assert "1k, 2k, 4k" in curve.markdown([found])
     assert curve.markdown([]) == ""
 
@@ -207,6 +235,9 @@ def test_flips_are_shown_beside_the_difference_that_hides_them():
     page = flips.markdown({"all": made, "none": {}})
     assert "| q | 4 (all) | +0.0 ± 35.4 | 50.0% ± 25.0% | 25.0% | 25.0% |  |" in page
     assert flips.markdown({"all": {"q": made["q"]}}) == ""
+    others = {"longer": {"piqa": {"correct": "10101"}}, "another": {"boolq": {"correct": "1100"}}, "empty": {}}
+    made |= {name: {"method": "qat", "tasks": tasks} for name, tasks in others.items()}
+    assert flips.markdown({"all": made, "none": {}}) == page, "what has no document in common has no row"
 
 
 def test_a_goal_is_a_distance_or_a_part_of_another():

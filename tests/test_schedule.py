@@ -12,6 +12,7 @@ from conftest import ROOT, finish, start_training
 from safetensors.torch import load_file
 from test_launch import error_of
 
+from launch.train import check_schedule
 from qat.runtime.errors import UserError
 from qat.train import flat
 from qat.train.config import TrainConfig
@@ -57,8 +58,10 @@ def test_a_trunk_in_two_runs_is_one_run(trunk, tiny_directory, tiny_data, tmp_pa
     assert_same_weights(tmp_path, trunk)
 
 
-def test_a_branch_decays_from_the_trunk_and_resumes(trunk, tiny_directory, tiny_data, tmp_path):
-    begin = f"--continue_from={trunk / 'checkpoints' / 'step-000008'}"
+def test_a_branch_decays_from_the_trunk_and_resumes(trunk, tiny_directory, tiny_data, tmp_path, monkeypatch):
+    """Without the trunk, too, once it has a checkpoint of its own."""
+    shutil.copytree(trunk, tmp_path / "trunk")
+    begin = f"--continue_from={tmp_path / 'trunk' / 'checkpoints' / 'step-000008'}"
     command = flags(tiny_directory, tiny_data, tmp_path, 12, "--decay_steps=4", begin, "--save_every=2")
     finish(start_training(1, *command))
     whole = log_of(tmp_path)
@@ -67,9 +70,12 @@ def test_a_branch_decays_from_the_trunk_and_resumes(trunk, tiny_directory, tiny_
     )
     shutil.move(tmp_path / "final", tmp_path / "uninterrupted" / "final")
     shutil.rmtree(tmp_path / "checkpoints" / "step-000012")
+    shutil.rmtree(tmp_path / "trunk")
     finish(start_training(1, *command))
     assert log_of(tmp_path) == whole
     assert_same_weights(tmp_path, tmp_path / "uninterrupted")
+    assert "the run is complete" in finish(start_training(1, *command))
+    assert "continues was " in error_of(monkeypatch, "train", *command[:-2], "--save_every=2")
 
 
 @pytest.mark.parametrize(
@@ -78,6 +84,9 @@ def test_a_branch_decays_from_the_trunk_and_resumes(trunk, tiny_directory, tiny_
         ("--lr=2e-3", "of a run with other settings (lr was 0.001, now 0.002)"),
         ("--steps=8", "has taken 8 steps already: give more --steps"),
         ("--continue_from=nowhere", "nowhere is no checkpoint"),
+        ("--min_lr_ratio=0", "would jump from 1 to 0.345 of lr: give --decay_steps 4 or fewer"),
+        ("--decay_steps=11", "decay_steps=11 are more than the 10 of 12 steps that follow the warm-up"),
+        ("--decay_steps=5", "decay_steps=5 are more than the 4 of 12 steps that follow the checkpoint"),
     ],
 )
 def test_what_cannot_continue_is_refused(changed, message, trunk, tiny_directory, tiny_data, tmp_path, monkeypatch):
@@ -126,6 +135,13 @@ def test_flat_is_what_chance_can_explain():
 def test_a_constant_rate_between_warm_up_and_decay():
     config = TrainConfig(steps=20, warmup_steps=4, decay_steps=8, min_lr_ratio=0.1)
     assert [config.lr_factor(step) for step in (0, 3, 4, 12, 16, 20)] == pytest.approx([0.25, 1, 1, 1, 0.55, 0.1])
+    check_schedule(TrainConfig(steps=21, warmup_steps=4, decay_steps=4, stop_when_flat=12))
+    with pytest.raises(UserError, match=r"would judge at step 16 first, and from step 16 on .* more than 20 --steps"):
+        check_schedule(TrainConfig(steps=20, warmup_steps=4, decay_steps=4, stop_when_flat=12))
+    branch = TrainConfig(steps=48, warmup_steps=4, decay_steps=4, stop_when_flat=12)
+    check_schedule(branch, taken=16)
+    with pytest.raises(UserError, match="would judge at step 52 first"):
+        check_schedule(branch, taken=29)
     for settings in ({"stop_when_flat": 100}, {"stop_when_flat": 9, "decay_steps": 4}, {"decay_steps": -1}):
         with pytest.raises(UserError):
             TrainConfig(**settings)

@@ -102,7 +102,7 @@ def flip_difference(pairs: Sequence[tuple[Cell, Cell]], teacher: Cell) -> Differ
     """Compute the share of documents that the first of each pair answers right where ``teacher`` is wrong, or the other
     way, minus that of the second, in points, averaged over the pairs; paired by documents."""
     gained: list[float] = []
-    for task in sorted(set.intersection(*(set(cell["tasks"]) for pair in pairs for cell in (teacher, *pair)))):
+    for task in _common_tasks([teacher, *itertools.chain(*pairs)]):
         right = teacher["tasks"][task]["correct"]
         outcomes = [[cell["tasks"][task]["correct"] for cell in pair] for pair in pairs]
         flipped = [
@@ -110,6 +110,12 @@ def flip_difference(pairs: Sequence[tuple[Cell, Cell]], teacher: Cell) -> Differ
         ]
         gained += [statistics.fmean(document) for document in zip(*flipped, strict=True)]
     return Difference(statistics.fmean(gained), standard_error(gained))
+
+
+def _common_tasks(cells: Sequence[Cell]) -> list[str]:
+    """Return the tasks that all cells were measured on, with as many documents."""
+    tasks = set.intersection(*(set(cell["tasks"]) for cell in cells))
+    return sorted(task for task in tasks if len({len(cell["tasks"][task]["correct"]) for cell in cells}) == 1)
 
 
 def zero_shot_averages(accuracies: Mapping[str, Cell]) -> dict[str, tuple[float, float]]:
@@ -493,7 +499,14 @@ def _flips_by_pairs(accuracies: Mapping[str, Cell]) -> str:
     head = ["flips, points", *(f"less {LABELS[method]}" for method in _PTQ)]
     lines = [head, ["-"] * len(head)]
     lines += [
-        [name, *(_points(flip_difference(p, teacher)) if p else "" for p in row[1:])] for name, row in rows.items()
+        [
+            name,
+            *(
+                _points(flip_difference(p, teacher)) if p and _common_tasks([teacher, *itertools.chain(*p)]) else ""
+                for p in row[1:]
+            ),
+        ]
+        for name, row in rows.items()
     ]
     return "\n".join(
         ["By pairs of documents, LLM-QAT's share differs by:", "", *(f"| {' | '.join(x)} |" for x in lines)]
@@ -623,6 +636,7 @@ def _peers(peers: Mapping[str, Any]) -> list[str]:
     said = (
         f"{peers['bits']}, {peers['steps']} steps of {peers['batch_size']} sequences on {peers['machine']}: the same "
         "teacher, data and schedule, each arm in a process of its own, one after the other (benchmarks/peers.py, with "
-        f"{', '.join(f'{name} {version}' for name, version in peers['versions'].items())})."
+        f"{', '.join(f'{name} {version}' for name, version in peers['versions'].items())}). The peak "
+        "includes the teacher, which post-training methods do not use."
     )
     return ["## Beside other code", said, "\n".join(f"| {' | '.join(line)} |" for line in lines)]

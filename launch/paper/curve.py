@@ -7,12 +7,16 @@ and says much more of long runs than of those that were measured: so both are fi
 """
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 _FEWEST = 3
 """Least number of points of a curve."""
+
+_FEWEST_WITH_FLOOR = 4
+"""Least number of points of a law with a floor, which has three parameters."""
 
 _FLOORS = 200
 """Number of floors that are tried, evenly from 0 to the smallest KL."""
@@ -26,12 +30,11 @@ AHEAD = (10_000_000, 100_000_000)
 
 @dataclass(frozen=True)
 class Law:
-    """The law; see above. ``error`` is the root mean square of what is left of log(KL - floor)."""
+    """The law; see above."""
 
     floor: float
     scale: float
     exponent: float
-    error: float
 
     def __call__(self, tokens: float) -> float:
         return self.floor + self.scale * tokens**-self.exponent
@@ -42,15 +45,17 @@ class Law:
         x, y = [math.log(value) for value in tokens], [math.log(value - floor) for value in kl]
         mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
         slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
-        left = [b - mean_y - slope * (a - mean_x) for a, b in zip(x, y, strict=True)]
-        error = math.sqrt(sum(value**2 for value in left) / len(left))
-        return cls(floor, math.exp(mean_y - slope * mean_x), -slope, error)
+        return cls(floor, math.exp(mean_y - slope * mean_x), -slope)
 
     @classmethod
     def with_floor(cls, tokens: Sequence[float], kl: Sequence[float]) -> "Law":
         """Fit the floor too: the one that leaves the least error of log KL."""
         laws = [cls.of(tokens, kl, min(kl) * step / _FLOORS) for step in range(_FLOORS)]
-        return min(laws, key=lambda law: sum(math.log(law(t) / k) ** 2 for t, k in zip(tokens, kl, strict=True)))
+        return min(laws, key=lambda law: law.error(tokens, kl))
+
+    def error(self, tokens: Sequence[float], kl: Sequence[float]) -> float:
+        """Return the root mean square of log(law / KL)."""
+        return math.sqrt(statistics.fmean(math.log(self(t) / k) ** 2 for t, k in zip(tokens, kl, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -69,9 +74,10 @@ class Curve:
     untrained: float | None
 
     @property
-    def laws(self) -> tuple[Law, Law]:
-        """Return the law without a floor, and with one."""
-        return Law.of(self.tokens, self.kl), Law.with_floor(self.tokens, self.kl)
+    def laws(self) -> list[Law]:
+        """Return the law without a floor, and, of enough points, with one."""
+        kinds = [Law.of, Law.with_floor] if len(self.tokens) >= _FEWEST_WITH_FLOOR else [Law.of]
+        return [kind(self.tokens, self.kl) for kind in kinds]
 
 
 def curves(cells: Mapping[str, dict[str, Any]]) -> list[Curve]:
@@ -88,7 +94,9 @@ def curves(cells: Mapping[str, dict[str, Any]]) -> list[Curve]:
         if len(points) < _FEWEST:
             continue
         quant = [change for change in points[0]["changes"] if change.partition("=")[0] not in (*_LENGTHS, "lr", "seed")]
-        rtn = cells.get("_".join(["rtn", points[0]["bits"], *quant]), {"texts": {}})["texts"]
+        untrained = ("rtn", points[0]["bits"], quant)
+        same = [cell for cell in cells.values() if (cell["method"], cell["bits"], cell["changes"]) == untrained]
+        rtn = same[0]["texts"] if same else {}
         for text in points[0]["texts"]:
             tokens = [cell["budget"]["trained"]["tokens"] for cell in points]
             kl = [cell["texts"][text]["kl"] for cell in points]
@@ -103,22 +111,23 @@ def markdown(found: Sequence[Curve]) -> str:
     head = ["recipe", "text", "tokens", "KL", "share of RTN's closed", "law", *(f"at {_short(n)}" for n in AHEAD)]
     lines = [head, ["-"] * len(head)]
     for curve in found:
-        plain, floored = curve.laws
+        laws = curve.laws
         closed = "" if curve.untrained is None else ", ".join(f"{1 - kl / curve.untrained:.0%}" for kl in curve.kl)
-        ahead = [" to ".join(f"{law(n):.3f}" for law in (plain, floored)) for n in AHEAD]
-        laws = f"{_formula(plain)} or {_formula(floored)}"
+        ahead = [" to ".join(f"{law(n):.3f}" for law in laws) for n in AHEAD]
+        formulas = " or ".join(f"{_formula(law)} (log error {law.error(curve.tokens, curve.kl):.3f})" for law in laws)
         points = [", ".join(map(_short, curve.tokens)), ", ".join(f"{kl:.3f}" for kl in curve.kl)]
-        lines.append([curve.name, curve.text, *points, closed, laws, *ahead])
+        lines.append([curve.name, curve.text, *points, closed, formulas, *ahead])
     said = (
         "KL in nats against the tokens of the whole training, the constant part included. The law is fitted to these "
-        "points, without a floor and with the best one; what it says of more tokens is no measurement."
+        "points, without a floor and, of four or more, with the best one; its log error is the root mean square of "
+        "log(law / KL); what it says of more tokens is no measurement."
     )
     return "\n".join([said, "", *(f"| {' | '.join(line)} |" for line in lines), "", "![KL against tokens](curve.png)"])
 
 
 def _formula(law: Law) -> str:
     floor = f"{law.floor:.3f} + " if law.floor else ""
-    return f"{floor}{law.scale:.3g} · tokens^-{law.exponent:.3f} (log error {law.error:.3f})"
+    return f"{floor}{law.scale:.3g} · tokens^-{law.exponent:.3f}"
 
 
 def _short(number: int) -> str:

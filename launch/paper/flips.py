@@ -4,7 +4,6 @@ Of two models with the same accuracy, the one with fewer flips is nearer to the 
 2407.09141).
 """
 
-import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -26,7 +25,9 @@ def markdown(measured: Mapping[str, Mapping[str, Cell]]) -> str:
     for kind, cells in measured.items():
         teachers = [cell for cell in cells.values() if cell["method"] == _TEACHER]
         others = {name: cell for name, cell in cells.items() if cell["method"] != _TEACHER}
-        lines += [_line(kind, name, teachers[0], cell) for name, cell in others.items() if teachers]
+        for name, cell in others.items() if teachers else ():
+            if found := _of_both(teachers[0], cell):
+                lines.append(_line(kind, name, found))
     if not lines:
         return ""
     head = ["cell", "documents", "accuracy less the teacher's, points", "flips", "become wrong", "become right"]
@@ -35,14 +36,18 @@ def markdown(measured: Mapping[str, Mapping[str, Cell]]) -> str:
         "Flips are documents whose answer is right by one model and wrong by the other, the teacher or the cell; "
         "± is the standard error of the share."
     )
-    table = [head, ["-"] * len(head), *itertools.chain(lines)]
+    table = [head, ["-"] * len(head), *lines]
     return "\n".join([said, "", *(f"| {' | '.join(line)} |" for line in table)])
 
 
-def _line(kind: str, name: str, teacher: Cell, cell: Cell) -> list[str]:
-    """Return a row: of all tasks that both have, with as many documents."""
-    of_both = [task for task in cell["tasks"] if task in teacher["tasks"]]
-    found = [Flips.of(teacher["tasks"][task], cell["tasks"][task]) for task in of_both]
+def _of_both(teacher: Cell, cell: Cell) -> list[Flips]:
+    """Return the flips of each task that both were measured on, with as many documents."""
+    pairs = [(teacher["tasks"][task], score) for task, score in cell["tasks"].items() if task in teacher["tasks"]]
+    return [Flips.of(*pair) for pair in pairs if len({len(score["correct"]) for score in pair}) == 1]
+
+
+def _line(kind: str, name: str, found: list[Flips]) -> list[str]:
+    """Return a row: the flips of all tasks together."""
     documents, lost, gained = (sum(getattr(own, part) for own in found) for part in ("documents", "lost", "gained"))
     flipped = (lost + gained) / documents
     gain = (gained - lost) / documents

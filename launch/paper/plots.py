@@ -68,13 +68,13 @@ def plot_cells(cells: list[dict[str, Any]], path: Path) -> None:
 
 
 def plot_curves(curves: Sequence["Curve"], path: Path) -> None:
-    """Plot KL against the tokens of training, both logarithmic, with the two laws that are fitted to the points."""
+    """Plot KL against the tokens of training, both logarithmic, with the laws that are fitted to the points."""
     figure = _figure(7, 4.5)
     axes = figure.add_subplot()
     for curve, colour in zip(curves, (_BLUE, _ORANGE, _GREEN, _RED, _GREY) * len(curves), strict=False):
         axes.plot(curve.tokens, curve.kl, "o", color=colour, label=f"{curve.name}, {curve.text}")
         ahead = [curve.tokens[0] * 1.25**step for step in range(40)]
-        for law, style in zip(curve.laws, (":", "--"), strict=True):
+        for law, style in zip(curve.laws, (":", "--"), strict=False):
             axes.plot(ahead, [law(tokens) for tokens in ahead], style, color=colour, linewidth=1)
     axes.set(xscale="log", yscale="log", xlabel="tokens trained on", ylabel="KL(teacher ‖ student), nats per token")
     axes.spines[["top", "right"]].set_visible(False)
@@ -93,9 +93,9 @@ def plot_served(cells: list[dict[str, Any]], path: Path) -> None:
             for cell in cells
         ]
         axes.plot([statistics.fmean(values) for values in scores], range(len(cells)), marker, label=f"{cache} cache")
-    axes.set_yticks(
-        range(len(cells)), [f"{cell['name']} ({cell['served']['file_MB']:.0f} MB)" for cell in cells], fontsize=7
-    )
+    own = {cell["name"]: LABELS[cell["method"]] for cell in cells if cell["method"].startswith("llama_")}
+    names = [f"{own.get(cell['name'], cell['name'])} ({cell['served']['file_MB']:.0f} MB)" for cell in cells]
+    axes.set_yticks(range(len(cells)), names, fontsize=7)
     axes.invert_yaxis()
     axes.set(xlabel="KL(teacher ‖ what llama.cpp serves), nats per token (lower is better)", xlim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)

@@ -17,6 +17,10 @@ _OF_ALL = ("windows=",)
 """Settings that all cells share."""
 
 
+_LLAMA_CPPS = "llama_"
+"""What the names of llama.cpp's own methods begin with; their cells record the bits of the original model."""
+
+
 def texts_of(cell: Cell) -> list[str]:
     return cell["settings"]["text"].split(",")
 
@@ -40,7 +44,8 @@ def rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         for cache, scores in by_cache(cell):
             first = first or scores
             cost = Difference.of({"texts": scores}, {"texts": first})
-            row = {name: cell[name] for name in ("name", "method", "bits", "settings", "machine", "versions")}
+            row = {name: cell[name] for name in ("name", "method", "settings", "machine", "versions")}
+            row["bits"] = None if cell["method"].startswith(_LLAMA_CPPS) else cell["bits"]
             row |= {"cache": cache, "file_MB": cell["served"]["file_MB"]}
             row |= {"tokens_per_second": cell["served"]["tokens_per_second"][cache]}
             for measure in ("perplexity", "nll", "nll_stderr", "kl", "kl_stderr", "top1", "top1_stderr", "tokens"):
@@ -67,7 +72,13 @@ def markdown(cells: Sequence[Cell], of: int) -> str:
         lines = [head, ["-"] * len(head)]
         settings = {cell["name"]: settings_of(cell) for cell in cells}
         for row in rows(cells):
-            line = [LABELS[row["method"]], row["bits"], settings[row["name"]], f"{row['file_MB']:.1f}", row["cache"]]
+            line = [
+                LABELS[row["method"]],
+                row["bits"] or "",
+                settings[row["name"]],
+                f"{row['file_MB']:.1f}",
+                row["cache"],
+            ]
             line += [f"{value:.2f}" for value in row["perplexity"].values()]
             line += [f"{row['kl'][text]:.4f} ± {row['kl_stderr'][text]:.4f}" for text in texts]
             line += [f"{100 * statistics.fmean(row['top1'].values()):.1f}"]

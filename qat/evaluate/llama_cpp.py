@@ -145,6 +145,12 @@ def types_of(quant: QuantConfig) -> tuple[str, str]:
     return "f16", "f16"
 
 
+def _not_loaded(file: Path) -> UserError:
+    return UserError(
+        f"llama.cpp does not load {file}: give a whole GGUF file of an architecture that xllamacpp {VERSION} knows."
+    )
+
+
 class Ids(NamedTuple):
     """Token ids, where callers of transformers' tokenizers look for them."""
 
@@ -165,7 +171,7 @@ class Vocabulary:
         how.vocab_only = True
         model = self._library.llama_model_load_from_file(str(file).encode(), how)
         if not model:
-            raise UserError(f"llama.cpp does not load {file}: export it again.")
+            raise _not_loaded(file)
         weakref.finalize(self, self._library.llama_model_free, model)
         self._vocabulary = self._library.llama_model_get_vocab(model)
         self.size = self._library.llama_vocab_n_tokens(self._vocabulary)
@@ -206,26 +212,36 @@ class Engine:
         longest: tokens of the longest sequence
         keys, values: types of the cache, of TYPES
         threads: the result does not depend on them, if keys and values are quantized
+        watched: whether ``tensors`` will be asked for; llama.cpp then calls Python for each tensor, and is slower
 
     Raises UserError if llama.cpp does not load the file, or cannot run it with such a cache.
     """
 
-    def __init__(self, file: Path, longest: int, keys: str = "f16", values: str = "f16", threads: int = 1):
+    def __init__(
+        self,
+        file: Path,
+        longest: int,
+        keys: str = "f16",
+        values: str = "f16",
+        threads: int = 1,
+        watched: bool = False,
+    ):
         self._library = library()
-        self._watched: dict[str, Tensor] = {}
+        self._seen: dict[str, Tensor] = {}
         self._names: frozenset[str] = frozenset()
-        self._callback = _Callback(self._see)
+        self._callback = _Callback(self._see) if watched else None
         self._context = None
         how = self._library.llama_model_default_params()
         how.n_gpu_layers = 0
         self._model = self._library.llama_model_load_from_file(str(file).encode(), how)
         if not self._model:
-            raise UserError(f"llama.cpp does not load {file}: export it again.")
+            raise _not_loaded(file)
         settings = self._library.llama_context_default_params()
         settings.n_ctx = settings.n_batch = settings.n_ubatch = longest
         settings.n_threads = settings.n_threads_batch = threads
         settings.type_k, settings.type_v, settings.flash_attention = TYPES[keys], TYPES[values], _FLASH_ATTENTION
-        settings.callback = ctypes.cast(self._callback, c_void_p)
+        if self._callback:
+            settings.callback = ctypes.cast(self._callback, c_void_p)
         self._context = self._library.llama_init_from_model(self._model, settings)
         if not self._context:
             self.close()
@@ -284,11 +300,13 @@ class Engine:
 
     def tensors(self, tokens: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
         """Append token ids as ``logits`` does; return fp32 tensors of the computation by llama.cpp's names, such as
-        Kcur-0, each [..., channels] in rows as it stands in memory. Of tensors of one name it is the last."""
-        self._names, self._watched = frozenset(names), {}
+        Kcur-0, each [..., channels] in rows as it stands in memory. Of tensors of one name it is the last. For an
+        engine that is ``watched``."""
+        assert self._callback, "the engine is not watched"
+        self._names, self._seen = frozenset(names), {}
         self.logits(tokens)
         self._names = frozenset()
-        return self._watched
+        return self._seen
 
     def _see(self, tensor: Any, ask: bool, data: Any) -> bool:
         seen = tensor.contents
@@ -299,7 +317,7 @@ class Engine:
         assert seen.nb[1] == 4 * seen.ne[0], f"{name} is a view in another order"
         values = np.empty(tuple(seen.ne)[::-1], np.float32)
         self._library.ggml_backend_tensor_get(tensor, values.ctypes.data_as(c_void_p), 0, values.nbytes)
-        self._watched[name] = torch.from_numpy(values).squeeze(0)
+        self._seen[name] = torch.from_numpy(values).squeeze(0)
         return True
 
     def cache(self) -> list[CachedLayer]:

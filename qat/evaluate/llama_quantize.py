@@ -17,6 +17,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 from qat.evaluate.llama_cpp import library
+from qat.runtime.errors import UserError
 from qat.runtime.files import writing
 
 _FALLBACKS = {Type.Q4_K: Type.Q5_0, Type.Q6_K: Type.Q8_0}
@@ -48,7 +49,7 @@ KINDS: dict[str, tuple[gguf.LlamaFileType, Callable[[str, int], Type]]] = {
 
 def quantize_file(source: Path, output: Path, kind: str) -> None:
     """Write what llama.cpp makes of the full-precision GGUF file ``source`` as the file ``output``; ``kind`` is one of
-    KINDS. Its matrices are in memory one at a time."""
+    KINDS. Its matrices are in memory one at a time. Raises UserError for widths that 32 does not divide."""
     file_type, rule = KINDS[kind]
     reader = gguf.GGUFReader(source)
     architecture = reader.fields["general.architecture"].contents()
@@ -68,7 +69,12 @@ def quantize_file(source: Path, output: Path, kind: str) -> None:
         is_output = tensor.name == "output.weight" or (is_tied and tensor.name == "token_embd.weight")
         wanted = Type.Q6_K if is_output else rule(tensor.name, layers)
         fits = values.shape[1] % gguf.GGML_QUANT_SIZES[wanted][0] == 0
-        held = wanted if fits else _FALLBACKS[wanted]
+        held = wanted if fits else _FALLBACKS.get(wanted, wanted)
+        if values.shape[1] % gguf.GGML_QUANT_SIZES[held][0]:
+            raise UserError(
+                f"{tensor.name} is {values.shape[1]} wide, and llama.cpp's types of 4 bits want multiples of 32: leave "
+                "--method out."
+            )
         writer.add_tensor(tensor.name, _quantized(values, held), raw_dtype=held)
     with writing(output.parent):
         writer.write_header_to_file()

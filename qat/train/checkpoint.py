@@ -121,23 +121,32 @@ def resume(engine: deepspeed.DeepSpeedEngine, directory: Path, begin: Path | Non
     """Load the newest complete checkpoint in ``directory`` into ``engine``; without one, return the state of a new run,
     which continues from ``begin``, a checkpoint of another run, if it is given.
 
-    Raises UserError if there was a complete one, and none is left.
+    Raises UserError if there was a complete one, and none is left, or if ``begin`` is damaged.
     """
     (names,) = _broadcast([path.name for path in reversed(checkpoints(directory))])
     for name in names:
-        with ranks.doing(f"checking {name}"):
-            damage = manifest.damage(directory / name, dist.get_rank(), dist.get_world_size())
-        ranks.meet(f"{name} is checked")
-        if damages := [damage for damage in _gather(damage) if damage]:
-            _log.warning("warning: the checkpoint %s is passed over: %s", directory / name, damages[0])
+        if damage := _damage(directory / name):
+            _log.warning("warning: the checkpoint %s is passed over: %s", directory / name, damage)
         else:
             return _load(engine, directory / name)
     if (directory / LATEST).is_file():
         raise UserError(
             f"No checkpoint in {directory} is whole any more: put one back, or delete the folder to start anew."
         )
+    if begin is None:
+        return TrainState()
+    if damage := _damage(begin):
+        raise UserError(f"{begin} is damaged: {damage}. Give another checkpoint.")
     # Whether the KL still falls is judged anew: the settings of this may be others.
-    return replace(_load(engine, begin), flat_at=0, recent=[]) if begin else TrainState()
+    return replace(_load(engine, begin), flat_at=0, recent=[])
+
+
+def _damage(folder: Path) -> str:
+    """Describe, on all ranks, the first damage that one of them finds in its share of a checkpoint; "" for none."""
+    with ranks.doing(f"checking {folder.name}"):
+        damage = manifest.damage(folder, dist.get_rank(), dist.get_world_size())
+    ranks.meet(f"{folder.name} is checked")
+    return next(filter(None, _gather(damage)), "")
 
 
 def checkpoints(directory: Path) -> list[Path]:

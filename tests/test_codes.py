@@ -210,6 +210,7 @@ class Run:
             train=self.config.train, as_codes=as_codes, room_for_codes=room,
         )  # fmt: skip
         codes.gather_codes = gather_codes
+        student.optimizer.optimizer._optimizer_step_post_hooks.clear()  # some optimizers of DeepSpeed's call none
         state = checkpoint.resume(student, folder)
         new = state.step == 0
         figures, gradients = [], {}

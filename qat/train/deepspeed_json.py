@@ -54,6 +54,11 @@ def read(path: Path) -> dict[str, Any]:
     for key, reason in _REFUSED.items():
         if _get(ds_config, key):
             raise UserError(f"{path} sets {key}, which is refused: {reason}. Remove it.")
+    if (ratio := _get(ds_config, "zero_optimization.offload_optimizer.ratio")) not in (None, 1):
+        raise UserError(
+            f"{path} sets zero_optimization.offload_optimizer.ratio to {ratio}, but the moments of the part that would "
+            "stay on the GPU are in no checkpoint: remove it, for all of the optimizer to be offloaded."
+        )
     kept = _get(ds_config, "data_types.keep_in_fp32_modules")
     _set(ds_config, "data_types.keep_in_fp32_modules", [*(kept if isinstance(kept, list) else []), _FP32_BUFFERS])
     ds_config.setdefault("timers", {"throughput": {"enabled": False}})  # it would wait for the GPU twice in a step

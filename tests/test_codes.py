@@ -34,7 +34,7 @@ from qat.runtime.errors import UserError
 from qat.store.model_folder import ModelFolder
 from qat.train import checkpoint, codes, deepspeed_json, engines
 from qat.train.config import TrainConfig
-from qat.train.deepspeed_internals import gathered_weights
+from qat.train.deepspeed_internals import gathered_weights, own_rows
 from qat.train.loop import read, take_step
 
 STEPS = 2
@@ -77,6 +77,15 @@ def test_codes_that_need_more_bits_than_they_get_do_not_travel():
     assert makes_rows(Format(2, "seq"), (12, 64), 1)
     assert not makes_rows(Format(4, "seq"), (12, 64), 1)
     assert not makes_rows(Format(8, "seq"), (12, 64), 1)
+
+
+def test_rows_that_are_sharded_in_groups_of_ranks_do_not_travel(monkeypatch):
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    part = {"ds_persist": False, "ds_zero_param_process_group": None, "nvme_swapper": None, "ds_shape": (12, 64)}
+    rows = torch.randn(3, 64)
+    for ranks, found in ((4, rows), (2, None)):
+        weight = SimpleNamespace(ds_zero_partition_world_size=ranks, ds_tensor=rows.flatten(), **part)
+        assert found is own_rows(weight) is None or torch.equal(own_rows(weight), found)
 
 
 @pytest.mark.parametrize("form", sorted(set(forms()), key=str), ids=str)
@@ -126,7 +135,7 @@ def test_training_on_codes_equals_training_on_values(dtype, number, names, tmp_p
 def _rank(rank: int, number: int, folder: Path, port: str, dtype: str, names: tuple[str, ...]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "QAT_PATIENCE": "1800"}  # both ranks compile
     engines.init_distributed()
     for name in names:
         _, quant, changes = CASES[name]

@@ -80,6 +80,16 @@ def test_every_way_of_running_a_step_computes_what_plain_pytorch_does(json_file,
     assert [rank.exitcode for rank in ranks] == [0, 0]
 
 
+def test_the_random_state_is_kept_for_every_name_of_dropout():
+    model = tiny_model()
+    assert not engines._drops_out(model)
+    model.config.hidden_dropout_prob = 0.1
+    assert engines._drops_out(model)
+    del model.config.hidden_dropout_prob
+    model.model.drop = torch.nn.Dropout(0.1)
+    assert engines._drops_out(model)
+
+
 def _rank(rank: int, folder: Path, json_file: str, port: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

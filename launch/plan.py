@@ -128,7 +128,7 @@ def table(question: Question, machine: Machine, plans: dict[str, Plan]) -> Table
     result.add_row("NVMe of a node", *(_gb(found.nvme) for found in plans.values()))
     result.add_row("received per step", *(_gb(found.received_per_step) for found in plans.values()))
     result.add_row("teacher on each rank", *("whole" if found.whole_teacher else "a part" for found in plans.values()))
-    result.add_row("layers fetched per step", *(f"{found.fetches}" for found in plans.values()))
+    result.add_row("fetches of layers per row", *(f"{found.fetches}" for found in plans.values()))
     result.add_row("seconds per step", *(f"{found.step_seconds:.2f}" for found in plans.values()))
     result.add_row("fits", *("yes" if not found.missing(machine) else "no" for found in plans.values()), style="bold")
     return result

@@ -196,8 +196,9 @@ def main() -> int:
     engines.init_distributed()
     without_teacher = cache is not None or not LOSSES[config.loss].needs_teacher
     taught_by = None if without_teacher else teacher_json
-    memory_for_whole = 0.0 if paths.teacher_deepspeed else memory.of_rank()
-    planned = plan_of(config_of_model, student_json, taught_by, data.longest, config, quant, memory_for_whole)
+    room = 0.0 if LOSSES[config.loss].needs_records else memory.of_rank()  # no plan counts what such a loss keeps
+    for_whole = 0.0 if paths.teacher_deepspeed else room
+    planned = plan_of(config_of_model, student_json, taught_by, data.longest, config, quant, room, for_whole)
     whole_teacher = engines.on_all_ranks(planned.whole_teacher)
     if cli.is_first_rank():
         warn_if_short(planned)
@@ -258,15 +259,16 @@ def plan_of(
     tokens: int,
     config: TrainConfig,
     quant: QuantConfig,
-    memory_for_whole: float = 0.0,
+    room: float = 0.0,
+    for_whole: float = 0.0,
 ) -> Plan:
     """Plan this run by the DeepSpeed JSONs of the student and of the teacher, if one is loaded, which is whole on each
-    rank if a rank with ``memory_for_whole`` bytes has room for it."""
+    rank if a rank with ``for_whole`` bytes has room for it. Codes are kept in the rest of ``room`` bytes."""
     nodes = cli.ranks() // local_ranks()
     ranks = Machine(gpus=cli.ranks(), nodes=nodes if nodes and cli.ranks() % nodes == 0 else 1)
     kind, checkpointing, packed = device().type, config.gradient_checkpointing, config.micro_batch_size
     given = (model, student, teacher, ranks, tokens, kind, checkpointing, packed, quant)
-    return plan.with_whole_teacher(memory_for_whole, partial(plan.training, *given, memory=memory.of_rank()))
+    return plan.with_whole_teacher(for_whole, partial(plan.training, *given, memory=room))
 
 
 def warn_if_short(planned: Plan) -> None:

@@ -1,5 +1,7 @@
 """Every quantizer and every distillation variant trains: 20 real ZeRO-3 steps on two CPU ranks, and its loss falls."""
 
+import re
+
 import pytest
 import torch
 from conftest import ROOT, finish, run_python, run_ranks, start_training
@@ -55,8 +57,10 @@ def falls(run) -> bool:
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_arm_trains(arm, tiny_directory, tiny_data, tmp_path):
-    finish(start_training(2, *flags(tiny_directory, tiny_data, tmp_path / "run"), *ARMS[arm]))
+    said = finish(start_training(2, *flags(tiny_directory, tiny_data, tmp_path / "run"), *ARMS[arm]))
     assert falls(tmp_path / "run")
+    place = None if arm == "label" else "sharded" if "hidden" in arm or "attention" in arm else "whole"
+    assert re.findall(r"The teacher is (\w+)", said) == [place] * (place is not None), "whole where the plan counts all"
     assert all(("kl" in record) == (arm != "label") for record in log_of(tmp_path / "run")), "the teacher's, or none"
 
 

@@ -95,7 +95,7 @@ def test_bf16_under_zero3_equals_plain_bf16(tmp_path):
 
 def _rank(rank: int, folder: Path, port: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "QAT_PATIENCE": "1800"}  # both ranks compile
     ds_config = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
     nothing_kept = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
     ds_config["zero_optimization"] |= {f"stage3_{name}": 0 for name in nothing_kept}

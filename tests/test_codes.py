@@ -1,8 +1,11 @@
 """Weights that travel as codes, under ZeRO-3: no number differs from those of weights that travel as values."""
 
 import copy
+import itertools
 import json
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,11 +28,13 @@ from qat.data.sequences import Row, Sample
 from qat.quant import fused
 from qat.quant.config import QuantConfig
 from qat.quant.number_format import Format, dequantize, quantize
-from qat.quant.packing import STAND_IN, pack_rows, stand_in, stand_in_rows
+from qat.quant.packing import STAND_IN, makes_rows, pack_rows, stand_in, stand_in_rows
+from qat.quant.quantizers import QUANTIZERS
+from qat.runtime.errors import UserError
 from qat.store.model_folder import ModelFolder
 from qat.train import checkpoint, codes, deepspeed_json, engines
 from qat.train.config import TrainConfig
-from qat.train.deepspeed_internals import gathered_weights
+from qat.train.deepspeed_internals import gathered_weights, own_rows
 from qat.train.loop import read, take_step
 
 STEPS = 2
@@ -59,13 +64,40 @@ WEIGHTS = {
 the one whose codes make no pairs; of weights whose scales learn the output layer alone."""
 
 
-@pytest.mark.parametrize("form", [Format(4), Format(3, "minmax_asymmetric", 32), Format(8), Format(4, "mxfp4", 32)])
+def forms() -> Iterator[Format]:
+    """Every quantizer's formats that travel as codes."""
+    for quantizer, bits, group in itertools.product(QUANTIZERS, range(2, 9), (0, 32)):
+        with suppress(UserError):
+            form = QuantConfig(bits, 16, 16, w_quantizer=quantizer, w_group_size=group).weights
+            if makes_rows(form, (12, 64), 3):
+                yield form
+
+
+def test_codes_that_need_more_bits_than_they_get_do_not_travel():
+    assert makes_rows(Format(2, "seq"), (12, 64), 1)
+    assert not makes_rows(Format(4, "seq"), (12, 64), 1)
+    assert not makes_rows(Format(8, "seq"), (12, 64), 1)
+
+
+def test_rows_that_are_sharded_in_groups_of_ranks_do_not_travel(monkeypatch):
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    part = {"ds_persist": False, "ds_zero_param_process_group": None, "nvme_swapper": None, "ds_shape": (12, 64)}
+    rows = torch.randn(3, 64)
+    for ranks, found in ((4, rows), (2, None)):
+        weight = SimpleNamespace(ds_zero_partition_world_size=ranks, ds_tensor=rows.flatten(), **part)
+        assert found is own_rows(weight) is None or torch.equal(own_rows(weight), found)
+
+
+@pytest.mark.parametrize("form", sorted(set(forms()), key=str), ids=str)
 @pytest.mark.parametrize("parts", [1, 3])
 def test_what_stands_in_for_a_weight_is_its_codes(form, parts):
     values = torch.randn(12, 64).bfloat16()
     weight = torch.nn.Parameter(torch.full((), torch.nan, dtype=torch.bfloat16).expand(12, 64))
     expected = quantize(values, form)
-    assert stand_in(weight, form) is stand_in_rows(weight, form, torch.arange(12)) is None
+    assert stand_in(torch.nn.Parameter(values), form) is None
+    for missing in (lambda: stand_in(weight, form), lambda: stand_in_rows(weight, form, torch.arange(12))):
+        with pytest.raises(RuntimeError, match="released a weight before its use"):
+            missing()
     setattr(weight, STAND_IN, torch.stack([pack_rows(quantize(part, form), form) for part in values.chunk(parts)]))
     found = stand_in(weight, form)
     assert torch.equal(found.codes.float(), expected.codes.float())
@@ -103,7 +135,7 @@ def test_training_on_codes_equals_training_on_values(dtype, number, names, tmp_p
 def _rank(rank: int, number: int, folder: Path, port: str, dtype: str, names: tuple[str, ...]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "QAT_PATIENCE": "1800"}  # both ranks compile
     engines.init_distributed()
     for name in names:
         _, quant, changes = CASES[name]
@@ -114,13 +146,10 @@ def _rank(rank: int, number: int, folder: Path, port: str, dtype: str, names: tu
         for setting in ("stage3_max_live_parameters", "stage3_max_reuse_distance"):
             del reusing["zero_optimization"][setting]
         run = Run(str(folder / name), quant, config, deepspeed_json.for_teacher(ds_config))
-        values, dropped, kept = (
-            run.take(ds_config, folder / f"{name} values", as_codes=False),
-            run.take(ds_config, folder / f"{name} codes", as_codes=True),
-            run.take(
-                reusing, folder / f"{name} codes", as_codes=True, room=1e9
-            ),  # from the checkpoint of the one before
-        )
+        values = run.take(ds_config, folder / f"{name} values", as_codes=False)
+        dropped = run.take(ds_config, folder / f"{name} codes", as_codes=True)
+        # From the checkpoint of the one before.
+        kept = run.take(reusing, folder / f"{name} codes", as_codes=True, room=1e9)
         assert dropped.figures == values.figures, name
         assert kept.figures == values.figures[1:], name
         for other in (dropped, kept):
@@ -190,6 +219,7 @@ class Run:
             train=self.config.train, as_codes=as_codes, room_for_codes=room,
         )  # fmt: skip
         codes.gather_codes = gather_codes
+        student.optimizer.optimizer._optimizer_step_post_hooks.clear()  # some optimizers of DeepSpeed's call none
         state = checkpoint.resume(student, folder)
         new = state.step == 0
         figures, gradients = [], {}

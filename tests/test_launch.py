@@ -162,6 +162,15 @@ def test_shards_of_another_tokenizer(monkeypatch, tiny_directory, tiny_data, tmp
         ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "most bf16 weights never move"),
         ({"torch_autocast": {"enabled": True}}, "torch_autocast"),
         ({"checkpoint": {"load_universal": True}}, "sets checkpoint"),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 4}}, "sets zero_optimization.mics_shard_size"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}},
+            "sets zero_optimization.offload_optimizer.super_offload",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.0}}},
+            "offload_optimizer.ratio to 0.0",
+        ),
         (
             {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/nowhere"}}},
             "puts offload_optimizer on /nowhere",

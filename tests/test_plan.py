@@ -219,6 +219,26 @@ def test_a_teachers_json_alone_is_refused(monkeypatch):
     assert "without deepspeed: give both" in error_of(monkeypatch, "plan", *flags)
 
 
+def test_a_sharded_teacher_is_sharded_where_the_student_is_whole():
+    ds_config = deepspeed_json.read(ROOT / "ds_configs" / "zero3_cpu.json")
+    teacher = deepspeed_json.for_teacher(ds_config)["zero_optimization"]
+    assert teacher == ds_config["zero_optimization"] | {"stage3_param_persistence_threshold": 100_000}
+    given = (config_of("llama-7b"), ds_config, ds_config, Machine(gpus=8), 1024, "cpu")
+    sharded, alone = plan.training(*given), plan.training(*given[:2], None, *given[3:])
+    gathered = 6_738_415_616 - 32000 * 4096 - 65 * 4096  # but for the output layer and the norms, which are whole
+    assert sharded.received_per_step - alone.received_per_step == pytest.approx(2 * 4 * gathered * 7 / 8)
+
+
+def test_a_layers_gradients_are_there_at_once_where_it_is_fetched_whole():
+    ds_config = deepspeed_json.read(ROOT / "ds_configs" / "zero3.json")
+    modules = ds_config | {"zero_optimization": ds_config["zero_optimization"] | {"leaf_module": {"classes": []}}}
+    whole, apart = (
+        plan.training(config_of("llama-7b"), own, None, Machine(gpus=8), 1024).passing["gradients in flight"]
+        for own in (ds_config, modules)
+    )
+    assert whole - apart == 2 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
+
+
 def test_the_teachers_parameters_have_an_nvme_folder_of_their_own():
     offload = {"device": "nvme", "nvme_path": "/nvme"}
     student = {"zero_optimization": {"stage": 3, "offload_param": offload, "offload_optimizer": offload}}

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,15 +38,18 @@ from gpu_checks.waits import ours, waits
 LENGTHS = (24, 9, 17, 30, 12, 21)
 CONFIG = TrainConfig(steps=2, lr=1e-3, batch_size=4)  # two sequences of each rank
 QUANT = QuantConfig(4, 8, 4, kv_rotation="hadamard")
+FIRST_WHOLE = replace(QUANT, overrides={"model.layers.0.*": {"w_bits": 16}})
 NOTHING_KEPT = {
     f"stage3_{name}": 0 for name in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
 }
+LAYER = sum(parameter.numel() for parameter in architecture.decoder_layers(tiny_model())[0].parameters())
 WAYS: dict[str, dict[str, Any]] = {
     "layers": {"stage3_allgather_sequential": True},
     "side by side": {"stage3_allgather_sequential": False},
     "ahead": {f"stage3_{name}": "auto" for name in ("prefetch_bucket_size", "max_live_parameters")},
     "whole student": {"stage3_param_persistence_threshold": 1e12},
     "whole teacher": {},
+    "reused": {"stage3_max_reuse_distance": 2 * LAYER},
     "modules": {"leaf_module": {"classes": []}},
 }
 """Changes to a JSON that keeps nothing: how weights are gathered, which are there before they are needed, and, last,
@@ -76,6 +80,16 @@ def test_every_way_of_running_a_step_computes_what_plain_pytorch_does(json_file,
     assert [rank.exitcode for rank in ranks] == [0, 0]
 
 
+def test_the_random_state_is_kept_for_every_name_of_dropout():
+    model = tiny_model()
+    assert not engines._drops_out(model)
+    model.config.hidden_dropout_prob = 0.1
+    assert engines._drops_out(model)
+    del model.config.hidden_dropout_prob
+    model.model.drop = torch.nn.Dropout(0.1)
+    assert engines._drops_out(model)
+
+
 def _rank(rank: int, folder: Path, json_file: str, port: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -91,9 +105,12 @@ def _rank(rank: int, folder: Path, json_file: str, port: str) -> None:
             _check(_trained(folder, rank, ds_config, way), plain, way, rounding)
         elif way != "layers":
             _check(_trained(folder, rank, ds_config, way), layers, way)
-    # The first layer's input has no gradient then, so that DeepSpeed would take its modules' too early.
-    scales = _trained(folder, rank, ds_config, "layers", "scales")
-    _check(scales, _plain(str(folder / "model"), dtype, "scales"), "scales", rounding)
+    # The first layer's input has no gradient then, so that DeepSpeed would take its modules' too early; nor has that of
+    # the layer behind one in which nothing learns.
+    for quant, checkpointing in ((QUANT, True), (QUANT, False), (FIRST_WHOLE, False)):
+        scales = _trained(folder, rank, ds_config, "layers", "scales", quant, checkpointing)
+        expected = _plain(str(folder / "model"), dtype, "scales", quant)
+        _check(scales, expected, f"scales, {quant}, {checkpointing}", rounding)
 
 
 def _check(found: dict[str, Tensor], expected: dict[str, Tensor], what: str, rounding: float = 0) -> None:
@@ -102,10 +119,10 @@ def _check(found: dict[str, Tensor], expected: dict[str, Tensor], what: str, rou
         assert off <= rounding * largest, f"{what}: {name} differs by {off}"
 
 
-def _plain(model: str, dtype: torch.dtype, train: str) -> dict[str, Tensor]:
+def _plain(model: str, dtype: torch.dtype, train: str, quant: QuantConfig = QUANT) -> dict[str, Tensor]:
     """The first step's loss, KL and gradients without DeepSpeed, reduced as it does: after each pair of sequences."""
     teacher = models.load(model, dtype)
-    student = prepare.prepare(models.load(model, dtype), QUANT)
+    student = prepare.prepare(models.load(model, dtype), quant)
     if train == "scales":
         prepare.learn_scales(student, engines._own_grids(student))
         prepare.train_only_scales(student)
@@ -125,7 +142,15 @@ def _plain(model: str, dtype: torch.dtype, train: str) -> dict[str, Tensor]:
     return {"learned": learned} | {f"first gradient of {name}": gradient for name, gradient in gradients.items()}
 
 
-def _trained(folder: Path, rank: int, ds_config: dict[str, Any], way: str, train: str = "weights") -> dict[str, Tensor]:
+def _trained(
+    folder: Path,
+    rank: int,
+    ds_config: dict[str, Any],
+    way: str,
+    train: str = "weights",
+    quant: QuantConfig = QUANT,
+    checkpointing: bool = True,
+) -> dict[str, Tensor]:
     """The figures, gradients and final weights of a run."""
     path, whole_teacher = folder / f"{rank}.json", way == "whole teacher"
     zero = ds_config["zero_optimization"] | NOTHING_KEPT | WAYS[way]
@@ -133,13 +158,16 @@ def _trained(folder: Path, rank: int, ds_config: dict[str, Any], way: str, train
     resolved = deepspeed_json.resolve(path, CONFIG.ds_settings(2))
     model = str(folder / "model")
     teacher = engines.Teacher(model, deepspeed_json.for_teacher(resolved), whole=whole_teacher)
-    student = engines.student_engine(model, QUANT, resolved, CONFIG.lr_factor, True, train=train)
+    student = engines.student_engine(model, quant, resolved, CONFIG.lr_factor, checkpointing, train=train)
+    layers = architecture.decoder_layers(student.module.student)
     learning = {name: p for name, p in student.module.named_parameters() if p.requires_grad}
     found: dict[str, Tensor] = {}
-    released = []
+    released, kept = [], 0
     backward, step = student.backward, student.step
 
     def backward_after_release(loss: Tensor) -> None:
+        nonlocal kept
+        kept = sum(all(p.ds_status == ZeroParamStatus.AVAILABLE for p in layer.parameters()) for layer in layers)
         sharded = [*student.module.parameters(), *(() if whole_teacher else teacher.language_model.parameters())]
         released.append(all(p.ds_status == ZeroParamStatus.NOT_AVAILABLE and p.numel() == 0 for p in sharded))
         backward(loss)
@@ -170,7 +198,10 @@ def _trained(folder: Path, rank: int, ds_config: dict[str, Any], way: str, train
     )
     if train == "weights":
         assert len(fetches) == 2 * planned.fetches, (way, len(fetches), planned.fetches)  # two rows
-    assert all(released) == (way not in ("ahead", "whole student")), way
+    assert all(released) == (way not in ("ahead", "whole student", "reused")), way
+    if way == "reused":
+        head = engines._elements(architecture.output_layer(student.module.student))
+        assert kept == deepspeed_json.reused(resolved, LAYER, head) / LAYER == 2
     student.destroy()
     return found
 

@@ -48,8 +48,11 @@ def pack_rows(weight: Quantized, form: Format) -> Tensor:
 
 def makes_rows(form: Format, shape: tuple[int, ...], parts: int) -> bool:
     """Return whether the rows of a weight can be packed in so many equal parts, and the codes be all of it: its grid
-    follows from the values of a row alone, to the bit, and all of its gradient passes."""
+    follows from the values of a row alone, to the bit, and all of its gradient passes. A code may not need more bits
+    than it gets."""
     if not form.quantizes or form.clips or not form.by.is_exact or form.by.learned:
+        return False
+    if form.code_bits > (4 if form.bits <= 4 else 8):
         return False
     return shape[0] % parts == 0 and (form.bits > 4 or (form.group_size or shape[1]) % 2 == 0)
 
@@ -62,7 +65,7 @@ def bytes_of_rows(form: Format, shape: tuple[int, ...]) -> int:
 
 def stand_in(weight: Tensor, form: Format) -> Quantized | None:
     """Return the codes [out, in] that stand in for the values of a Parameter; None where its values are here."""
-    if not hasattr(weight, STAND_IN):
+    if not _has_stand_in(weight):
         return None
     codes, scale, *zero_point = _split(weight, form)
     by, out = form.by_on(codes.device), len(weight)
@@ -74,12 +77,21 @@ def stand_in(weight: Tensor, form: Format) -> Quantized | None:
 
 def stand_in_rows(weight: Tensor, form: Format, rows: Tensor) -> Quantized | None:
     """Return the given rows [...] of ``stand_in`` alone: [..., in]."""
-    if not hasattr(weight, STAND_IN):
+    if not _has_stand_in(weight):
         return None
     parts = _split(weight, form)
     in_part = parts[0].shape[1]
     own = [part[rows // in_part, rows % in_part].view(torch.uint8) for part in parts]
     return unpack(torch.cat(own, -1), form)
+
+
+def _has_stand_in(weight: Tensor) -> bool:
+    """Return whether codes stand in for a Parameter's values; raise RuntimeError if neither is here."""
+    if hasattr(weight, STAND_IN):
+        return True
+    if weight.dim() == 2 and weight.stride() == (0, 0):  # one NaN for all, which is there beside codes alone
+        raise RuntimeError("DeepSpeed has released a weight before its use.")
+    return False
 
 
 def _split(weight: Tensor, form: Format) -> list[Tensor]:

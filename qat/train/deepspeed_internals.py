@@ -161,8 +161,9 @@ class Fetcher(ABC):
 
 def own_rows(parameter: Sharded) -> Tensor | None:
     """Return this rank's rows of a sharded weight [out, in]; None where a row is cut in two, or DeepSpeed keeps the
-    weight elsewhere: whole on every rank, in each node once more, or on NVMe."""
+    weight elsewhere: whole on every rank, in each node once more, sharded in groups of ranks, or on NVMe."""
     elsewhere = parameter.ds_persist or parameter.ds_zero_param_process_group is not None
+    elsewhere = elsewhere or parameter.ds_zero_partition_world_size != dist.get_world_size()
     if elsewhere or parameter.nvme_swapper is not None or parameter.ds_shape[0] % dist.get_world_size():
         return None
     return parameter.ds_tensor.view(-1, parameter.ds_shape[1])
@@ -175,15 +176,19 @@ def fetch_with(engine: DeepSpeedEngine, fetcher: Fetcher) -> None:
     """
     for parameter in engine.module.parameters():
         _fetch_with(parameter, fetcher)
-    engine.optimizer.optimizer.register_step_post_hook(lambda *_: fetcher.changed())
-    load = engine.load_checkpoint
+    step, load = engine.optimizer.step, engine.load_checkpoint
+
+    def step_and_tell(*args: Any, **options: Any) -> Any:  # a hook of the optimizer inside misses those that stand in
+        result = step(*args, **options)
+        fetcher.changed()
+        return result
 
     def load_checkpoint(*args: Any, **options: Any) -> Any:
         result = load(*args, **options)
         fetcher.changed()
         return result
 
-    engine.load_checkpoint = load_checkpoint
+    engine.optimizer.step, engine.load_checkpoint = step_and_tell, load_checkpoint
 
 
 def _fetch_with(parameter: Sharded, fetcher: Fetcher) -> None:

@@ -17,6 +17,9 @@ thousands of radians by whole radians; DeepSpeed leaves the buffers in this list
 _OF_THE_MODEL = ("zero_optimization.stage3_prefetch_bucket_size", "zero_optimization.stage3_max_live_parameters")
 """Settings that may be "auto" until the model is known: ``fetch_layers`` fills them in."""
 
+_WHOLE_OF_TEACHER = 100_000
+"""The elements up to which a weight of a sharded teacher may stay whole on each rank: DeepSpeed's own default."""
+
 _REFUSED = {
     "fp16.enabled": "the student computes in bf16 on GPUs and in fp32 on CPUs",
     "torch_autocast.enabled": "it would cast what the quantizers compute in fp32",
@@ -28,6 +31,8 @@ _REFUSED = {
     "zero_optimization.zero_quantized_weights": "it would quantize the teacher and the student a second time",
     "zero_optimization.zero_quantized_nontrainable_weights": "it would quantize the teacher",
     "zero_optimization.zero_quantized_gradients": "it would round the student's gradients",
+    "zero_optimization.offload_optimizer.super_offload": "it steps in another process, with an optimizer of its own",
+    "zero_optimization.mics_shard_size": "weights are sharded over all ranks",
     "zero_optimization.zenflow": "it updates the weights late, and what is late is in no checkpoint",
     "zero_optimization.elastic_checkpoint": "another number of ranks goes on without it",
     "checkpoint": "checkpoints are written, checked and found again without it",
@@ -49,6 +54,11 @@ def read(path: Path) -> dict[str, Any]:
     for key, reason in _REFUSED.items():
         if _get(ds_config, key):
             raise UserError(f"{path} sets {key}, which is refused: {reason}. Remove it.")
+    if (ratio := _get(ds_config, "zero_optimization.offload_optimizer.ratio")) not in (None, 1):
+        raise UserError(
+            f"{path} sets zero_optimization.offload_optimizer.ratio to {ratio}, but the moments of the part that would "
+            "stay on the GPU are in no checkpoint: remove it, for all of the optimizer to be offloaded."
+        )
     kept = _get(ds_config, "data_types.keep_in_fp32_modules")
     _set(ds_config, "data_types.keep_in_fp32_modules", [*(kept if isinstance(kept, list) else []), _FP32_BUFFERS])
     ds_config.setdefault("timers", {"throughput": {"enabled": False}})  # it would wait for the GPU twice in a step
@@ -103,6 +113,9 @@ def for_teacher(ds_config: dict[str, Any]) -> dict[str, Any]:
     config["train_micro_batch_size_per_gpu"] = 1  # DeepSpeed wants to know a batch, which means nothing here
     zero = config["zero_optimization"]
     zero.pop("offload_optimizer", None)
+    whole = "stage3_param_persistence_threshold"
+    if whole in zero:  # CPU ranks keep the student's weights whole; a sharded teacher's would all stay once gathered
+        zero[whole] = min(zero[whole], _WHOLE_OF_TEACHER)
     if nvme := _get(zero, "offload_param.nvme_path"):
         # An engine empties its parameter folder when it is made: student and teacher must not share one.
         zero["offload_param"]["nvme_path"] = str(Path(nvme) / "teacher")
@@ -119,11 +132,28 @@ def fetch_layers(ds_config: dict[str, Any], layer: int, head: int) -> dict[str, 
         head: elements of the output weight
     """
     config = copy.deepcopy(ds_config)
-    reused = int(config["zero_optimization"].get("stage3_max_reuse_distance", 1e9)) // 2
-    for key, value in zip(_OF_THE_MODEL, (layer, 2 * layer + head + reused), strict=True):
+    for key, value in zip(_OF_THE_MODEL, (layer, 2 * layer + head + reused(config, layer, head)), strict=True):
         if _get(config, key) == "auto":
             _set(config, key, value)
     return config
+
+
+def reused(ds_config: dict[str, Any], layer: int, head: int) -> int:
+    """Return the elements of decoder layers that stay gathered between forward and backward, if there are as many.
+
+    DeepSpeed keeps what is used again before ``stage3_max_reuse_distance`` elements have passed. Of a layer that is
+    fetched whole, it counts the layers and the output layer from there to the end of the forward pass, since the model
+    around the layers, whose backward pass comes next, has all of their weights; else each module's way there and back.
+
+    Args:
+        layer: elements of the largest decoder layer
+        head: elements of the output weight
+    """
+    zero = ds_config["zero_optimization"]
+    distance = int(zero.get("stage3_max_reuse_distance", 1e9))
+    if "leaf_module" in zero:
+        return distance // 2
+    return -(-max(0, distance - head) // layer) * layer
 
 
 def dtype(ds_config: dict[str, Any]) -> torch.dtype:

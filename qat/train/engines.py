@@ -129,7 +129,8 @@ def student_engine(
 
 
 def _drops_out(model: PreTrainedModel) -> bool:
-    return any(value for name, value in model.config.to_dict().items() if name.endswith(("dropout", "pdrop")))
+    in_modules = any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
+    return in_modules or any(value for name, value in model.config.to_dict().items() if "drop" in name)
 
 
 def _fetching_layers(model: PreTrainedModel, ds_config: dict[str, Any]) -> dict[str, Any]:
@@ -137,15 +138,20 @@ def _fetching_layers(model: PreTrainedModel, ds_config: dict[str, Any]) -> dict[
     modules, unless the JSON says otherwise; return the configuration for the engine."""
     layers = architecture.decoder_layers(model)
     if "leaf_module" not in ds_config["zero_optimization"]:
-        embedding = architecture.input_embedding(model)
-        learns = any(parameter.requires_grad for parameter in embedding.parameters())
-        frozen = all(not parameter.requires_grad for parameter in model.parameters())
-        # DeepSpeed takes a whole layer's gradients when that of its input is there: the input must have one.
-        for layer in layers if learns or frozen else layers[1:]:
-            set_z3_leaf_module(layer, True)
+        # DeepSpeed takes a whole layer's gradients when that of its input is there: the input must have one, from what
+        # learns before the layer, or nothing may learn at all.
+        input_learns = _learns(architecture.input_embedding(model)) or not _learns(model)
+        for layer in layers:
+            if input_learns:
+                set_z3_leaf_module(layer, True)
+            input_learns = input_learns or _learns(layer)
     largest = max(map(_elements, layers))
     ds_config = deepspeed_json.fetch_layers(ds_config, largest, _elements(architecture.output_layer(model)))
     return deepspeed_internals.without_sequential_gathering(ds_config)
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _elements(module: nn.Module) -> int:
@@ -189,6 +195,9 @@ class Teacher:
         loss: its name in LOSSES; it determines the content of the targets
         whole: hold all of it on each rank, without DeepSpeed, which the JSON then determines the dtype of; else an
             engine shards it over the ranks, which must call the teacher together
+
+    Attributes:
+        head: the output weight [vocabulary, hidden]; sharded, it would have to be gathered in every step
     """
 
     def __init__(self, model: str, ds_config: dict[str, Any], loss: str = "logits", whole: bool = False):
@@ -199,7 +208,6 @@ class Teacher:
         weight = architecture.output_layer(self.language_model).weight
         with deepspeed.zero.GatheredParameters([weight], enabled=not whole):
             self.head = weight.detach() if whole else weight.detach().clone()
-        """The output weight [vocabulary, hidden]; sharded, it would have to be gathered in every step."""
         self._run: nn.Module = _HiddenStates(self.language_model, self._loss)
         if not whole:
             ds_config = _fetching_layers(self.language_model, ds_config)

@@ -178,9 +178,10 @@ def training(
     output_layer = config.vocab_size * config.hidden_size
     of_student = _Elements.of(model, student)
     student = deepspeed_json.fetch_layers(student, of_student.layer, output_layer)
-    sharded = None  # the teacher's JSON, if it means anything
+    sharded, of_teacher = None, None  # the teacher's JSON, if it means anything
     if teacher and not whole_teacher:
-        sharded = deepspeed_json.fetch_layers(teacher, of_student.layer, output_layer)
+        sharded = deepspeed_json.fetch_layers(deepspeed_json.for_teacher(teacher), of_student.layer, output_layer)
+        of_teacher = _Elements.of(model, sharded)
     ranks, zero = machine.gpus, student["zero_optimization"]
     own = parameters / ranks
     bf16 = student.get("bf16", {}).get("enabled", False)
@@ -216,10 +217,12 @@ def training(
 
     chunk = min(tokens, CHUNK_TOKENS[device])
     bucket = min(zero.get("reduce_bucket_size", 5e8), parameters)
+    together = 0 if "leaf_module" in zero else of_student.layer  # a layer's gradients are taken when all are there
+    gathered_teacher = max(_live(sharded, parameters), of_teacher.kept_whole) if sharded and of_teacher else 0
     passing = {
         "gathered student": width * max(_live(student, parameters), of_student.kept_whole),
-        "gathered teacher": width * _live(sharded, parameters) if sharded else 0.0,
-        "gradients in flight": width * (2 * bucket + output_layer),
+        "gathered teacher": width * gathered_teacher,
+        "gradients in flight": width * (2 * bucket + output_layer + together),
         "activations": _activations(config, sequences * tokens, width, checkpointing),
         "logits": chunk * config.vocab_size * (2 * width + 3 * 4) + _rounded_output(model, quant, width),
         "optimizer step": 4.0 * group if optimizer_on == "gpu" else 0.0,
@@ -231,8 +234,8 @@ def training(
     held["codes"] += kept
     as_values = replace(of_student, all=of_student.all - travelling.elements)
     elements = parameters + _gathered(student, as_values)  # gradients, and weights
-    if sharded:
-        elements += _gathered(sharded, _Elements.of(model, sharded), forward_only=True)
+    if sharded and of_teacher:
+        elements += _gathered(sharded, of_teacher, forward_only=True)
     codes = 0.0
     if travelling.elements:
         once = _reused(student, of_student) / travelling.elements + kept / travelling.size
@@ -351,11 +354,9 @@ def _gathered(ds_config: dict[str, Any], elements: _Elements, forward_only: bool
 
 def _reused(ds_config: dict[str, Any], elements: _Elements) -> float:
     """Return the elements that stay gathered between forward and backward."""
-    zero, sharded = ds_config["zero_optimization"], elements.all - elements.kept_whole
-    reused = min(_live(ds_config, sharded), zero.get("stage3_max_reuse_distance", 1e9) / 2)
-    if "leaf_module" not in zero:
-        reused -= reused % elements.layer
-    return max(0.0, min(reused, sharded - 2 * elements.output_layer))
+    sharded = elements.all - elements.kept_whole
+    reused = deepspeed_json.reused(ds_config, elements.layer, elements.output_layer)
+    return max(0, min(reused, sharded - 2 * elements.output_layer))
 
 
 def _fetches(model: "PreTrainedModel", ds_config: dict[str, Any]) -> int:

@@ -182,3 +182,9 @@ def kill(process: Command | subprocess.Popen) -> None:
     """SIGKILL to the launcher and all its ranks: nothing gets a chance to clean up."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the files that take longest first, or one worker would end minutes after the other."""
+    longest = ["test_reproduce.py", "test_train.py", "test_codes.py", "test_step.py", "test_learned_scales.py"]
+    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))

@@ -298,9 +298,9 @@ def test_a_home_that_no_shell_expanded_is_one_folder_in_every_command(monkeypatc
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(f"{name}: {value}\n")
         for flag in (f"--{name}={value}", f"--config={recipe}"):
-            with_text = ["--method=gptq"] if (script, name) == ("quantize", "data") else []
             others = [f"--{other}=y" for other in sorted(beside)]
-            monkeypatch.setattr(sys, "argv", [f"{script}.py", *others, *with_text, flag])
+            wanted = {("quantize", "data"): ["--method=gptq"], ("evaluate", "baseline"): ["--tasks=piqa"]}
+            monkeypatch.setattr(sys, "argv", [f"{script}.py", *others, *wanted.get((script, name), []), flag])
             (made,) = cli.parse("", config)
             (given,) = given if isinstance(given := getattr(made, name), list) else [given]
             assert str(given) == str(tmp_path / "home" / "x"), f"{script}, {flag}"

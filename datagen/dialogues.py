@@ -97,13 +97,13 @@ def _asked(prompt: list[Message], system: str) -> list[Message]:
 def _texts(tokenizer: Tokenizer, turns: int, system: str) -> tuple[list[int], list[int], list[int]]:
     """Return what the chat template puts before the first question, between a question and its answer, and between an
     answer and the next question (empty where ``turns`` is 1)."""
-    said = [message("system", system)] if system else []
-    said.append(message("user", _QUESTION))
-    opening, to_answer = _split(rendered(tokenizer, said, answering=True), [_QUESTION])
+    messages = [message("system", system)] if system else []
+    messages.append(message("user", _QUESTION))
+    opening, to_answer = _split(rendered(tokenizer, messages, answering=True), [_QUESTION])
     to_question = ""
     if turns > 1:
-        said += [message("assistant", _ANSWER), message("user", _NEXT)]
-        parts = _split(rendered(tokenizer, said, answering=True), [_QUESTION, _ANSWER, _NEXT])
+        messages += [message("assistant", _ANSWER), message("user", _NEXT)]
+        parts = _split(rendered(tokenizer, messages, answering=True), [_QUESTION, _ANSWER, _NEXT])
         to_question = parts[2]
         if parts != [opening, to_answer, to_question, to_answer]:
             raise UserError(

@@ -18,7 +18,7 @@ from datagen import sampling
 from datagen.decoder import Decoder
 from datagen.dialogues import Dialogues
 from qat.data.shards import Sequence
-from qat.runtime.errors import UserError, check_choice, check_least
+from qat.runtime.errors import UserError, check_least, check_one_of
 from qat.store.model_folder import read_config
 from qat.store.models import load_generation_config, special_ids
 
@@ -81,7 +81,7 @@ class GenerateConfig:
     teacher_cache: int = 0
 
     def __post_init__(self) -> None:
-        check_choice(self, strategy=sampling.STRATEGIES, engine=ENGINES)
+        check_one_of(self, strategy=sampling.STRATEGIES, engine=ENGINES)
         check_least(self, sequences=1, max_length=8, batch_size=1, sequences_per_shard=1, top_k=0, tensor_parallel=1)
         check_least(self, turns=1, teacher_cache=0)
         if not 0 <= self.seed < 2**31:

@@ -144,9 +144,9 @@ def parse(description: str, *configs: type) -> list[Any]:
     try:
         values = parser.parse_args()
     except ArgumentError as error:
-        said = " ".join(str(error).split())
+        message = " ".join(str(error).split())
         names = ["config", "plugin", *(field.name for config in configs for field in fields(config))]
-        raise UserError(f"{said}{_meant(said, names)}\n{parser.format_usage().strip()}") from error
+        raise UserError(f"{message}{_meant(message, names)}\n{parser.format_usage().strip()}") from error
     return [
         config(**{field.name: _at_home(field, values[field.name]) for field in fields(config)}) for config in configs
     ]
@@ -179,10 +179,10 @@ def _list_choices(parser: ArgumentParser, config: type) -> None:
             action.help = f"{action.help}; {name}: {getattr(thing, 'meaning', thing)}"
 
 
-def _meant(said: str, names: list[str]) -> str:
-    """Return a question that suggests the flag of ``names`` closest to the one that ``said`` reports as unknown; empty
-    if none is close."""
-    unknown = re.search(r"^(?:unrecognized arguments: --|Option ')([\w-]+)", said)
+def _meant(message: str, names: list[str]) -> str:
+    """Return a question that suggests the flag of ``names`` closest to the one that ``message`` reports as unknown;
+    empty if none is close."""
+    unknown = re.search(r"^(?:unrecognized arguments: --|Option ')([\w-]+)", message)
     near = get_close_matches(unknown[1], names, n=1) if unknown else []
     return f": did you mean --{near[0]}?" if near else ""
 

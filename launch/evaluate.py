@@ -35,7 +35,7 @@ from qat.quant.linear import ARITHMETIC, arithmetic_of, can_multiply_codes
 from qat.quant.number_format import FULL_PRECISION
 from qat.quant.prepare import freeze, prepare
 from qat.runtime import ranks
-from qat.runtime.errors import UserError, check_choice, check_least, differences
+from qat.runtime.errors import UserError, check_least, check_one_of, differences
 from qat.runtime.files import write_atomically, writing
 from qat.runtime.machine import inference_dtype, machine, place
 from qat.store import gguf_files, models
@@ -100,7 +100,7 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         methods = ("as_is", "rtn", *llama_quantize.KINDS)
-        check_choice(self, method=methods, engine=("torch", "vllm", _LLAMA_CPP), task_data=("package", "hub"))
+        check_one_of(self, method=methods, engine=("torch", "vllm", _LLAMA_CPP), task_data=("package", "hub"))
         check_least(self, window=2, windows=0, limit=0)
         if self.text == NO_TEXT and not self.tasks:
             raise UserError(f"text={NO_TEXT} and no tasks leave nothing to measure: give one or the other.")

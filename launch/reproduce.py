@@ -30,7 +30,7 @@ from launch.stages import CPU_ONLY, Stages, free_port, interrupt
 from qat.evaluate import heldout, llama_cpp, llama_quantize
 from qat.ptq import METHODS
 from qat.quant.config import QuantConfig
-from qat.runtime.errors import UserError, check_choice, check_least, differences
+from qat.runtime.errors import UserError, check_least, check_one_of, differences
 from qat.runtime.files import lock, read_lines, wait_until_free, write_atomically
 from qat.runtime.preemption import RESUMABLE_EXIT, handle_signals
 from qat.store import models, rotate, smollm2
@@ -172,7 +172,7 @@ class Cell:
     train: str = "weights"
 
     def __post_init__(self) -> None:
-        check_choice(self, method=_METHODS, student=("model", *_PTQ), rotation=_ROTATIONS)
+        check_one_of(self, method=_METHODS, student=("model", *_PTQ), rotation=_ROTATIONS)
 
     @property
     def changes(self) -> list[str]:

@@ -311,10 +311,10 @@ class Goal:
             return NOT_MEASURED
         kl = cells[self.cell]["texts"][self.on]["kl"]
         other = cells[self.of]["texts"][self.on]["kl"] if self.of else 1.0
-        said = f"{self.cell}: {kl:.3f} nats" + (
+        text = f"{self.cell}: {kl:.3f} nats" + (
             f", {1 - kl / other:.1%} of {self.of}'s {other:.3f} gone" * bool(self.of)
         )
-        return Finding(HOLDS if kl <= self.most * other else FAILS, f"{said}, on {self.on}")
+        return Finding(HOLDS if kl <= self.most * other else FAILS, f"{text}, on {self.on}")
 
 
 _ROTATED = "4-4-4_kv_rotation=hadamard_rotation"
@@ -481,11 +481,11 @@ def _accuracies_by_pairs(accuracies: Mapping[str, Cell]) -> str:
     counts = {task: score["documents"] for task, score in first["tasks"].items()}
     usual = statistics.mode(counts.values())
     others = "".join(f", {count} of {task}" for task, count in counts.items() if count != usual)
-    said = f"Accuracies are of {usual} documents of each task{others}. By pairs of documents, LLM-QAT's differ by:"
+    text = f"Accuracies are of {usual} documents of each task{others}. By pairs of documents, LLM-QAT's differ by:"
     head = ["zero-shot average, points", *(f"less {LABELS[method]}" for method in _RIVALS)]
     lines = [head, ["-"] * len(head)]
     lines += [[name, *(_points(accuracy_difference(p)) if p else "" for p in row)] for name, row in rows.items()]
-    table = "\n".join([said, "", *(f"| {' | '.join(line)} |" for line in lines)])
+    table = "\n".join([text, "", *(f"| {' | '.join(line)} |" for line in lines)])
     return "\n\n".join(filter(None, [table, _measured_on(accuracies.values())]))
 
 
@@ -633,10 +633,10 @@ def _peers(peers: Mapping[str, Any]) -> list[str]:
         kl = f"{arm['kl']:.4f} ± {arm['kl_stderr']:.4f}"
         figures = [kl, f"{arm['perplexity']:.2f}", speed, f"{arm['peak_gb']:.1f}"]
         lines.append([arm["name"], arm["grid"], arm["method"], *figures, arm["exports"]])
-    said = (
+    text = (
         f"{peers['bits']}, {peers['steps']} steps of {peers['batch_size']} sequences on {peers['machine']}: the same "
         "teacher, data and schedule, each arm in a process of its own, one after the other (benchmarks/peers.py, with "
         f"{', '.join(f'{name} {version}' for name, version in peers['versions'].items())}). The peak "
         "includes the teacher, which post-training methods do not use."
     )
-    return ["## Beside other code", said, "\n".join(f"| {' | '.join(line)} |" for line in lines)]
+    return ["## Beside other code", text, "\n".join(f"| {' | '.join(line)} |" for line in lines)]

@@ -117,12 +117,12 @@ def markdown(found: Sequence[Curve]) -> str:
         formulas = " or ".join(f"{_formula(law)} (log error {law.error(curve.tokens, curve.kl):.3f})" for law in laws)
         points = [", ".join(map(_short, curve.tokens)), ", ".join(f"{kl:.3f}" for kl in curve.kl)]
         lines.append([curve.name, curve.text, *points, closed, formulas, *ahead])
-    said = (
+    text = (
         "KL in nats against the tokens of the whole training, the constant part included. The law is fitted to these "
         "points, without a floor and, of four or more, with the best one; its log error is the root mean square of "
         "log(law / KL); what it says of more tokens is no measurement."
     )
-    return "\n".join([said, "", *(f"| {' | '.join(line)} |" for line in lines), "", "![KL against tokens](curve.png)"])
+    return "\n".join([text, "", *(f"| {' | '.join(line)} |" for line in lines), "", "![KL against tokens](curve.png)"])
 
 
 def _formula(law: Law) -> str:

@@ -32,12 +32,12 @@ def markdown(measured: Mapping[str, Mapping[str, Cell]]) -> str:
         return ""
     head = ["cell", "documents", "accuracy less the teacher's, points", "flips", "become wrong", "become right"]
     head.append("answers that change")
-    said = (
+    text = (
         "Flips are documents whose answer is right by one model and wrong by the other, the teacher or the cell; "
         "± is the standard error of the share."
     )
     table = [head, ["-"] * len(head), *lines]
-    return "\n".join([said, "", *(f"| {' | '.join(line)} |" for line in table)])
+    return "\n".join([text, "", *(f"| {' | '.join(line)} |" for line in table)])
 
 
 def _of_both(teacher: Cell, cell: Cell) -> list[Flips]:

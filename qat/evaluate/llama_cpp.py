@@ -128,8 +128,8 @@ def library() -> ctypes.CDLL:
         function.restype, function.argtypes = result, arguments
     library.llama_log_set(_silent, None)
     defaults = library.llama_context_default_params()
-    said = (defaults.n_ctx, defaults.n_batch, defaults.n_ubatch, defaults.n_threads, defaults.type_k, defaults.type_v)
-    known = (*said, defaults.flash_attention) == (512, 2048, 512, 4, _F16, _F16, -1)
+    usual = (defaults.n_ctx, defaults.n_batch, defaults.n_ubatch, defaults.n_threads, defaults.type_k, defaults.type_v)
+    known = (*usual, defaults.flash_attention) == (512, 2048, 512, 4, _F16, _F16, -1)
     if not known or any(ctypes.sizeof(struct) != size for struct, size in _SIZES.items()):
         raise UserError(f"This build of xllamacpp {VERSION} has other structs than PyPI's wheel: install that.")
     library.llama_backend_init()

@@ -76,5 +76,5 @@ class Flips:
 
     def __str__(self) -> str:
         flipped = self.lost + self.gained
-        said = f"{flipped} of {self.documents} flip ({self.lost} become wrong, {self.gained} right)"
-        return said if self.changed is None else f"{said}, {self.changed} answers change"
+        text = f"{flipped} of {self.documents} flip ({self.lost} become wrong, {self.gained} right)"
+        return text if self.changed is None else f"{text}, {self.changed} answers change"

@@ -79,13 +79,13 @@ class Verified:
     engine: str = ""
 
     def sentence(self, text: str) -> str:
-        said = (
+        sentence = (
             f"Verified: read back, the export gives the logits of the model in memory, bit for bit{self.engine}. "
             f"Perplexity on {self.tokens:,} tokens of {text}: {self.trained:.3f} as trained"
         )
         if self.expected != self.trained:
-            said += f", {self.expected:.3f} without what this format does not hold"
-        return f"{said}, {self.exported:.3f} read back."
+            sentence += f", {self.expected:.3f} without what this format does not hold"
+        return f"{sentence}, {self.exported:.3f} read back."
 
 
 @torch.inference_mode()

@@ -19,11 +19,11 @@ def first_line(error: Exception) -> str:
 def in_one_line(error: Exception) -> str:
     """Return an exception's message, which may have several lines, as one line; with the exception's type if the
     message is a single word or empty."""
-    said = " ".join(str(error).split())
-    return said if " " in said else f"{type(error).__name__} {said}".strip()
+    message = " ".join(str(error).split())
+    return message if " " in message else f"{type(error).__name__} {message}".strip()
 
 
-def check_choice(settings: object, **choices: Iterable[str]) -> None:
+def check_one_of(settings: object, **choices: Iterable[str]) -> None:
     """Raise UserError if a field of ``settings`` has a value that is not among its ``choices``."""
     for name, allowed in choices.items():
         given = getattr(settings, name)

@@ -177,8 +177,8 @@ def using(path: Path) -> Iterator[None]:
     try:
         yield
     except (*_MISUSE, SafetensorError) as error:
-        said = f"it lacks {error}" if isinstance(error, KeyError) else in_one_line(error)
-        raise UserError(f"{path} is damaged ({said}): copy it again, or write it anew.") from error
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else in_one_line(error)
+        raise UserError(f"{path} is damaged ({reason}): copy it again, or write it anew.") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

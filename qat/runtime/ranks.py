@@ -96,7 +96,7 @@ def announce(what: str, step: int | None = None) -> None:
 def progress() -> None:
     """Report that this rank has made progress with its work; the ranks need not do so equally often."""
     if _self is not None:
-        _self.go_on(_self.phase)
+        _self.enter(_self.phase)
 
 
 @contextmanager
@@ -106,9 +106,9 @@ def doing(what: str, patience: float = LONG) -> Iterator[None]:
         yield
         return
     before = _self.phase
-    _self.go_on(_Phase(what, patience))
+    _self.enter(_Phase(what, patience))
     yield
-    _self.go_on(before)  # not after an error, which ends the run: the last line then names this work
+    _self.enter(before)  # not after an error, which ends the run: the last line then names this work
 
 
 def meet(what: str) -> None:
@@ -158,9 +158,9 @@ class _Self:
         if step is not None:
             self._step = step
         self._place += 1
-        self.go_on(_Phase(what))
+        self.enter(_Phase(what))
 
-    def go_on(self, phase: _Phase) -> None:
+    def enter(self, phase: _Phase) -> None:
         now, what = time.monotonic(), self.phase.what
         # The first time does not count, as it may have included a compilation.
         self._longest[what] = max(self._longest[what], now - self._began) if what in self._longest else 0.0
@@ -172,12 +172,12 @@ class _Self:
         before, key = self.phase, f"meeting-{self._meetings}"
         self._meetings += 1
         self._place += 1
-        self.go_on(_Phase(f"waiting until {what}", self.patience, waits=True))
+        self.enter(_Phase(f"waiting until {what}", self.patience, waits=True))
         there, pause = self.store.add(key, 1), 0.005
         while there < self._size:
             time.sleep(pause)
             there, pause = self.store.add(key, 0), min(2 * pause, 0.2)
-        self.go_on(before)
+        self.enter(before)
 
     def sign(self) -> Sign:
         phase, main = self.phase, sys._current_frames().get(threading.main_thread().ident or 0)

@@ -403,11 +403,11 @@ def _rope_metadata(config: PreTrainedConfig) -> dict[str, str | float | int]:
     kind, architecture = rope["rope_type"], architecture_of(config).gguf
     if kind not in ("linear", "yarn"):
         return {}
-    said: dict[str, str | float | int]
-    said = {gguf.Keys.Rope.SCALING_TYPE: kind, gguf.Keys.Rope.SCALING_FACTOR: float(np.float32(rope["factor"]))}
+    metadata: dict[str, str | float | int]
+    metadata = {gguf.Keys.Rope.SCALING_TYPE: kind, gguf.Keys.Rope.SCALING_FACTOR: float(np.float32(rope["factor"]))}
     if kind == "yarn":
-        said[gguf.Keys.Rope.SCALING_ORIG_CTX_LEN] = int(rope["original_max_position_embeddings"])
-    return {key.format(arch=architecture): value for key, value in said.items()}
+        metadata[gguf.Keys.Rope.SCALING_ORIG_CTX_LEN] = int(rope["original_max_position_embeddings"])
+    return {key.format(arch=architecture): value for key, value in metadata.items()}
 
 
 def _rope_factors(config: PreTrainedConfig) -> Tensor | None:

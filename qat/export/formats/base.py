@@ -74,12 +74,12 @@ class ExportFormat(ABC):
 
     def differences(self, quant: QuantConfig) -> list[str]:
         """Return one sentence for each thing that an engine which loads an export does not do as trained."""
-        said = []
+        sentences = []
         if quant.a_bits != FULL_PRECISION:
-            said.append(f"{trained_activations(quant)}; here they stay in full precision.")
+            sentences.append(f"{trained_activations(quant)}; here they stay in full precision.")
         if quant.kv_bits != FULL_PRECISION:
-            said.append(f"{trained_cache(quant)}; here it stays in full precision.")
-        return said
+            sentences.append(f"{trained_cache(quant)}; here it stays in full precision.")
+        return sentences
 
     def vocabulary_differences(self, student: Student) -> list[str]:
         """Return the same for a quantized embedding or output layer; empty if neither is."""
@@ -98,8 +98,8 @@ class ExportFormat(ABC):
         quant = student.quant
         caches = [own for own in quant.all_settings() if own.kv_formats != quant.kv_formats or own.kv != quant.kv]
         settings = dict.fromkeys([quant, *caches, *student.layer_settings.values()])
-        said = [sentence for own in settings for sentence in self.differences(own)]
-        return list(dict.fromkeys([*said, *self.vocabulary_differences(student)]))
+        sentences = [sentence for own in settings for sentence in self.differences(own)]
+        return list(dict.fromkeys([*sentences, *self.vocabulary_differences(student)]))
 
     @abstractmethod
     def serve(self, name: str) -> list[str]:

@@ -129,19 +129,21 @@ class CompressedTensors(ExportFormat):
             return [f"{trained_activations(quant)}; engines that read {self.layout.name} leave them as they are."]
         if quant.activations.by.is_float:
             return self._float_activations(quant)
-        said = []
+        sentences = []
         served = self.layout.served_a_bits(quant)
         if served != quant.a_bits:
-            said.append(
+            sentences.append(
                 f"{trained_activations(quant)}; no engine has kernels for that, and they are rounded to {served}."
             )
         if quant.a_quantizer == "minmax_full":
-            said.append("Activations: trained as transformers' own loader rounds them; vLLM divides by max/qmax.")
-            return said
+            sentences.append("Activations: trained as transformers' own loader rounds them; vLLM divides by max/qmax.")
+            return sentences
         if quant.a_quantizer != "minmax":
-            said.append(f"Activations: trained with {quant.a_quantizer}; engines round them to max/qmax per token.")
-        said.append("Activations: transformers' own loader rounds them to max/127.5; trained was max/127.")
-        return said
+            sentences.append(
+                f"Activations: trained with {quant.a_quantizer}; engines round them to max/qmax per token."
+            )
+        sentences.append("Activations: transformers' own loader rounds them to max/127.5; trained was max/127.")
+        return sentences
 
     def _float_activations(self, quant: QuantConfig) -> list[str]:
         return [
@@ -181,19 +183,19 @@ class CompressedTensors(ExportFormat):
     def vocabulary_differences(self, student: Student) -> list[str]:
         output = student.output_settings
         quantized = [own for own in student.vocabulary_settings.values() if own.weights.quantizes]
-        said = [sentence for own in quantized for sentence in self._weights(own)]
+        sentences = [sentence for own in quantized for sentence in self._weights(own)]
         if output in quantized and not student.is_tied:
-            said += self._activations(output)
+            sentences += self._activations(output)
         else:  # the format describes inputs of quantized weights, and a shared one as the embedding's
-            said += super().vocabulary_differences(student)
+            sentences += super().vocabulary_differences(student)
         if quantized and student.is_tied:
-            said.append(
+            sentences.append(
                 "Embedding and output layer are one quantized weight, which transformers' own loader does not read; "
                 "vLLM was not tried. qat.load reads it, and llama.cpp after --format gguf."
             )
         elif any(own is not output for own in quantized):
-            said.append(self.embedding)
-        return said
+            sentences.append(self.embedding)
+        return sentences
 
     def serve(self, name: str) -> list[str]:
         return [f"vllm serve {name}{self.vllm}"]
@@ -224,13 +226,13 @@ class PackQuantized(CompressedTensors):
     engine = "vLLM"
 
     def all_differences(self, student: Student) -> list[str]:
-        said = super().all_differences(student) + self._scales(student)
+        sentences = super().all_differences(student) + self._scales(student)
         if _online(student):
-            said.append(
+            sentences.append(
                 "Rotation in front of the MLP's last layer: stated for vLLM on GPUs, which computes it in its own "
                 "dtype. transformers' own loader leaves it out, and gives nonsense: use qat.load."
             )
-        return said
+        return sentences
 
     def _scales(self, student: Student) -> list[str]:
         """Say what vLLM does to scales, unless they are trained in the 16 bits of the model, in which it serves it."""

@@ -52,24 +52,24 @@ class Gguf(ExportFormat):
         return "; whether llama.cpp loads it is not known, as xllamacpp is not installed or did not come to an end"
 
     def differences(self, quant: QuantConfig) -> list[str]:
-        said = [_activations(quant)]
+        sentences = [_activations(quant)]
         if quant.weights.by.is_float:
-            said.append("Weights: as trained. Only recent versions of llama.cpp run these types.")
+            sentences.append("Weights: as trained. Only recent versions of llama.cpp run these types.")
         elif not quant.weights.symmetric:
-            said.append("Weights: codes are as trained; scale and minimum of each group are rounded to fp16.")
+            sentences.append("Weights: codes are as trained; scale and minimum of each group are rounded to fp16.")
         elif quant.weights.by.scale_dtype != torch.float16:
-            said.append("Weights: codes are as trained; each scale is rounded to fp16, by at most 1 part in 2048.")
+            sentences.append("Weights: codes are as trained; each scale is rounded to fp16, by at most 1 part in 2048.")
         if flags := self.cache_flags(quant):
-            said.append(
+            sentences.append(
                 f"{trained_cache(quant)}. llama.cpp stores it so, in all layers alike, with {flags}; otherwise it "
                 "keeps fp16."
             )
         elif quant.kv_bits != FULL_PRECISION:
-            said.append(
+            sentences.append(
                 f"{trained_cache(quant)}; llama.cpp keeps fp16 unless told otherwise (its q4_0 and q8_0 have blocks of "
                 "32)."
             )
-        return said
+        return sentences
 
     def vocabulary_differences(self, student: Student) -> list[str]:
         output = student.output_settings

@@ -344,9 +344,9 @@ def tasks_of_baseline(tasks: list[str], evaluation: Evaluation) -> dict[str, Any
     return shared
 
 
-def _load(name: str, rtn: QuantConfig | None) -> "PreTrainedModel":
-    """Load the model, as it is or rounded by ``rtn``."""
-    with ranks.doing("loading the model"):
+def _load(name: str, rtn: QuantConfig | None = None, what: str = "the model") -> "PreTrainedModel":
+    """Load a model, as it is or rounded by ``rtn``; ``what`` it is, for those who wait."""
+    with ranks.doing(f"loading {what}"):
         model = simulated.load(name, inference_dtype())
         place(model)
         if rtn:
@@ -357,11 +357,7 @@ def _load(name: str, rtn: QuantConfig | None) -> "PreTrainedModel":
 def _measure_texts(
     model: "PreTrainedModel", teacher_name: str | None, texts: dict[str, Windows], results: "_Results"
 ) -> None:
-    teacher = None
-    if texts and teacher_name:
-        with ranks.doing("loading the teacher"):
-            teacher = simulated.load(teacher_name, inference_dtype())
-            place(teacher)
+    teacher = _load(teacher_name, what="the teacher") if texts and teacher_name else None
     for text, windows in texts.items():
         ranks.announce("scoring windows")
         with results.timed(text):
@@ -375,16 +371,14 @@ def _measure_in_llama_cpp(
     caches = dict.fromkeys(one.cache for one in wanted.values() if one.cache)
     if not caches:
         return
-    teacher = simulated.load(teacher_name, inference_dtype()) if teacher_name else None
-    if teacher is not None:
-        place(teacher)
     with served.file_of(name, method) as file:
+        megabytes = file.stat().st_size / 1e6
+        teacher = _load(teacher_name, what="the teacher") if teacher_name else None
         for cache in caches:
             keys, values = llama_cpp.types(cache)
             with llama_cpp.Engine(file, window, keys, values, torch.get_num_threads()) as engine:
                 own = {name: one.windows for name, one in wanted.items() if one.cache == cache}
                 rate = engine.tokens_per_second(next(iter(own.values())).ids[0])
-                megabytes = file.stat().st_size / 1e6
                 results.keep_served(megabytes, cache, rate)
                 cli.say(
                     f"llama.cpp, {megabytes:.1f} MB, with a cache of {keys} keys and {values} values: "

@@ -31,7 +31,7 @@ from qat.evaluate import heldout, llama_cpp, llama_quantize
 from qat.ptq import METHODS
 from qat.quant.config import QuantConfig
 from qat.runtime.errors import UserError, check_least, check_one_of, differences
-from qat.runtime.files import lock, read_lines, wait_until_free, write_atomically
+from qat.runtime.files import lock, read_json, read_lines, wait_until_free, write_atomically
 from qat.runtime.preemption import RESUMABLE_EXIT, handle_signals
 from qat.store import models, rotate, smollm2
 from qat.train import checkpoint
@@ -537,15 +537,9 @@ class _Runner:
             plots.plot_curves(curves, output / "curve.png")
         averages = claims.zero_shot_averages(accuracies)
         plots.plot_bits([*cells.values()], averages, claims.SETTINGS, output / "bits.png")
-        page = claims.markdown(
-            names, cells, accuracies, whole, _json(output / PEERS), served.markdown(shown, len(to_serve))
-        )
+        peers = read_json(output / PEERS) if (output / PEERS).exists() else {}
+        page = claims.markdown(names, cells, accuracies, whole, peers, served.markdown(shown, len(to_serve)))
         write_atomically(output / "README.md", page)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """Return the content of a file; empty if there is none."""
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _rounds_by_itself(job: Job) -> bool:

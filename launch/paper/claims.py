@@ -13,6 +13,7 @@ from typing import Any
 
 from launch.paper import curve, flips
 from launch.paper.plots import LABELS
+from launch.paper.tables import table
 from qat.evaluate.perplexity import standard_error
 from qat.evaluate.tasks import FEW_SHOT, ZERO_SHOT, zero_shot_average
 from qat.quant.config import QuantConfig
@@ -98,9 +99,9 @@ def accuracy_difference(pairs: Sequence[tuple[Cell, Cell]]) -> Difference:
     return Difference(statistics.fmean(means), math.sqrt(squares) / len(means))
 
 
-def flip_difference(pairs: Sequence[tuple[Cell, Cell]], teacher: Cell) -> Difference:
+def flip_difference(pairs: Sequence[tuple[Cell, Cell]], teacher: Cell) -> Difference | None:
     """Compute the share of documents that the first of each pair answers right where ``teacher`` is wrong, or the other
-    way, minus that of the second, in points, averaged over the pairs; paired by documents."""
+    way, minus that of the second, in points, averaged over the pairs; paired by documents. None without common ones."""
     gained: list[float] = []
     for task in _common_tasks([teacher, *itertools.chain(*pairs)]):
         right = teacher["tasks"][task]["correct"]
@@ -109,7 +110,7 @@ def flip_difference(pairs: Sequence[tuple[Cell, Cell]], teacher: Cell) -> Differ
             [100 * ((x != own) - (y != own)) for x, y, own in zip(a, b, right, strict=True)] for a, b in outcomes
         ]
         gained += [statistics.fmean(document) for document in zip(*flipped, strict=True)]
-    return Difference(statistics.fmean(gained), standard_error(gained))
+    return Difference(statistics.fmean(gained), standard_error(gained)) if gained else None
 
 
 def _common_tasks(cells: Sequence[Cell]) -> list[str]:
@@ -422,11 +423,11 @@ def markdown(
     parts += filter(None, [_spread(cells), _accuracies_by_pairs(accuracies)])
     if flipped := flips.markdown({"the first of each task": accuracies, "all of some tasks": whole}):
         parts += ["## Flips", flipped, *filter(None, [_flips_by_pairs(accuracies)])]
-    for table, names in tables.items():
+    for title, names in tables.items():
         there = [name for name in names if name in cells]
-        parts += [f"## {TITLES[table]}", _table(there, cells, accuracies), f"{len(there)} of {len(names)} cells."]
+        parts += [f"## {TITLES[title]}", _table(there, cells, accuracies), f"{len(there)} of {len(names)} cells."]
         parts += filter(None, [_in_floats(there, cells)])
-        parts += [f"![{TITLES[table]}]({table}.png)"] if there else []
+        parts += [f"![{TITLES[title]}]({title}.png)"] if there else []
         parts += filter(None, [curve.markdown(curve.curves({name: cells[name] for name in there}))])
     parts += [*filter(None, [served]), *_peers(peers)]
     parts += ["## Perplexity and accuracy against bits", "![The four methods in the paper's settings](bits.png)"]
@@ -483,10 +484,8 @@ def _accuracies_by_pairs(accuracies: Mapping[str, Cell]) -> str:
     others = "".join(f", {count} of {task}" for task, count in counts.items() if count != usual)
     text = f"Accuracies are of {usual} documents of each task{others}. By pairs of documents, LLM-QAT's differ by:"
     head = ["zero-shot average, points", *(f"less {LABELS[method]}" for method in _RIVALS)]
-    lines = [head, ["-"] * len(head)]
-    lines += [[name, *(_points(accuracy_difference(p)) if p else "" for p in row)] for name, row in rows.items()]
-    table = "\n".join([text, "", *(f"| {' | '.join(line)} |" for line in lines)])
-    return "\n\n".join(filter(None, [table, _measured_on(accuracies.values())]))
+    lines = [[name, *(_points(accuracy_difference(p)) if p else "" for p in row)] for name, row in rows.items()]
+    return "\n\n".join(filter(None, [text, table(head, lines), _measured_on(accuracies.values())]))
 
 
 def _flips_by_pairs(accuracies: Mapping[str, Cell]) -> str:
@@ -497,20 +496,11 @@ def _flips_by_pairs(accuracies: Mapping[str, Cell]) -> str:
     if not rows or teacher is None:
         return ""
     head = ["flips, points", *(f"less {LABELS[method]}" for method in _PTQ)]
-    lines = [head, ["-"] * len(head)]
-    lines += [
-        [
-            name,
-            *(
-                _points(flip_difference(p, teacher)) if p and _common_tasks([teacher, *itertools.chain(*p)]) else ""
-                for p in row[1:]
-            ),
-        ]
-        for name, row in rows.items()
-    ]
-    return "\n".join(
-        ["By pairs of documents, LLM-QAT's share differs by:", "", *(f"| {' | '.join(x)} |" for x in lines)]
-    )
+    lines = []
+    for name, (_, *row) in rows.items():
+        found = (flip_difference(pairs, teacher) if pairs else None for pairs in row)
+        lines.append([name, *("" if difference is None else _points(difference) for difference in found)])
+    return f"By pairs of documents, LLM-QAT's share differs by:\n\n{table(head, lines)}"
 
 
 _RIVALS = ("full_precision", *_PTQ)
@@ -627,7 +617,7 @@ def _peers(peers: Mapping[str, Any]) -> list[str]:
     if not peers:
         return []
     head = ["arm", "weights", "method", "KL", "perplexity", "tokens/s", "peak GB", "exports"]
-    lines = [head, ["-"] * len(head)]
+    lines = []
     for arm in peers["arms"]:
         speed = "" if arm["tokens_per_second"] is None else f"{arm['tokens_per_second']:.0f}"
         kl = f"{arm['kl']:.4f} ± {arm['kl_stderr']:.4f}"
@@ -639,4 +629,4 @@ def _peers(peers: Mapping[str, Any]) -> list[str]:
         f"{', '.join(f'{name} {version}' for name, version in peers['versions'].items())}). The peak "
         "includes the teacher, which post-training methods do not use."
     )
-    return ["## Beside other code", text, "\n".join(f"| {' | '.join(line)} |" for line in lines)]
+    return ["## Beside other code", text, table(head, lines)]

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from launch.paper.tables import table
+
 _FEWEST = 3
 """Least number of points of a curve."""
 
@@ -109,7 +111,7 @@ def markdown(found: Sequence[Curve]) -> str:
     if not found:
         return ""
     head = ["recipe", "text", "tokens", "KL", "share of RTN's closed", "law", *(f"at {_short(n)}" for n in AHEAD)]
-    lines = [head, ["-"] * len(head)]
+    lines = []
     for curve in found:
         laws = curve.laws
         closed = "" if curve.untrained is None else ", ".join(f"{1 - kl / curve.untrained:.0%}" for kl in curve.kl)
@@ -122,7 +124,7 @@ def markdown(found: Sequence[Curve]) -> str:
         "points, without a floor and, of four or more, with the best one; its log error is the root mean square of "
         "log(law / KL); what it says of more tokens is no measurement."
     )
-    return "\n".join([text, "", *(f"| {' | '.join(line)} |" for line in lines), "", "![KL against tokens](curve.png)"])
+    return "\n\n".join([text, table(head, lines), "![KL against tokens](curve.png)"])
 
 
 def _formula(law: Law) -> str:

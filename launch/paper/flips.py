@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from launch.paper.tables import table
 from qat.evaluate.tasks import Flips
 
 Cell = dict[str, Any]
@@ -36,8 +37,7 @@ def markdown(measured: Mapping[str, Mapping[str, Cell]]) -> str:
         "Flips are documents whose answer is right by one model and wrong by the other, the teacher or the cell; "
         "± is the standard error of the share."
     )
-    table = [head, ["-"] * len(head), *lines]
-    return "\n".join([text, "", *(f"| {' | '.join(line)} |" for line in table)])
+    return f"{text}\n\n{table(head, lines)}"
 
 
 def _of_both(teacher: Cell, cell: Cell) -> list[Flips]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from launch.paper.claims import Difference
 from launch.paper.plots import LABELS
+from launch.paper.tables import table
 
 Cell = dict[str, Any]
 
@@ -69,7 +70,7 @@ def markdown(cells: Sequence[Cell], of: int) -> str:
             *(f"KL {t}" for t in texts),
         ]
         head += ["same top token, %", "the cache costs", "tokens/s"]
-        lines = [head, ["-"] * len(head)]
+        lines = []
         settings = {cell["name"]: settings_of(cell) for cell in cells}
         for row in rows(cells):
             line = [
@@ -86,7 +87,7 @@ def markdown(cells: Sequence[Cell], of: int) -> str:
                 f"{row['cache_costs']:+.4f} ± {row['cache_costs_stderr']:.4f}" if row["cache_costs_stderr"] else ""
             ]
             lines.append([*line, f"{row['tokens_per_second']:.0f}"])
-        parts += ["\n".join(f"| {' | '.join(line)} |" for line in lines)]
+        parts += [table(head, lines)]
     parts += [f"{len(cells)} of {of} models."]
     parts += [f"![{TITLE}](served.png)"] if cells else []
     return "\n\n".join(parts)

@@ -122,6 +122,7 @@ def library() -> ctypes.CDLL:
         ("llama_state_seq_get_size", c_size_t, (c_void_p, c_int32)),
         ("llama_state_seq_get_data", c_size_t, (c_void_p, POINTER(c_uint8), c_size_t, c_int32)),
         ("ggml_backend_tensor_get", None, (POINTER(_Tensor), c_void_p, c_size_t, c_size_t)),
+        ("ggml_quantize_chunk", c_size_t, (c_int32, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p)),
         ("llama_log_set", None, (_Log, c_void_p)),
     ):
         function = getattr(library, name)
@@ -145,10 +146,18 @@ def types_of(quant: QuantConfig) -> tuple[str, str]:
     return "f16", "f16"
 
 
-def _not_loaded(file: Path) -> UserError:
-    return UserError(
-        f"llama.cpp does not load {file}: give a whole GGUF file of an architecture that xllamacpp {VERSION} knows."
-    )
+def _load(file: Path, **settings: Any) -> Any:
+    """Load a GGUF file, with ``settings`` of _ModelParams; return llama.cpp's model. Raises UserError if it does not
+    load."""
+    how = library().llama_model_default_params()
+    for name, value in settings.items():
+        setattr(how, name, value)
+    model = library().llama_model_load_from_file(str(file).encode(), how)
+    if not model:
+        raise UserError(
+            f"llama.cpp does not load {file}: give a whole GGUF file of an architecture that xllamacpp {VERSION} knows."
+        )
+    return model
 
 
 class Ids(NamedTuple):
@@ -167,11 +176,7 @@ class Vocabulary:
 
     def __init__(self, file: Path):
         self._library = library()
-        how = self._library.llama_model_default_params()
-        how.vocab_only = True
-        model = self._library.llama_model_load_from_file(str(file).encode(), how)
-        if not model:
-            raise _not_loaded(file)
+        model = _load(file, vocab_only=True)
         weakref.finalize(self, self._library.llama_model_free, model)
         self._vocabulary = self._library.llama_model_get_vocab(model)
         self.size = self._library.llama_vocab_n_tokens(self._vocabulary)
@@ -231,11 +236,7 @@ class Engine:
         self._names: frozenset[str] = frozenset()
         self._callback = _Callback(self._see) if watched else None
         self._context = None
-        how = self._library.llama_model_default_params()
-        how.n_gpu_layers = 0
-        self._model = self._library.llama_model_load_from_file(str(file).encode(), how)
-        if not self._model:
-            raise _not_loaded(file)
+        self._model = _load(file, n_gpu_layers=0)
         settings = self._library.llama_context_default_params()
         settings.n_ctx = settings.n_batch = settings.n_ubatch = longest
         settings.n_threads = settings.n_threads_batch = threads

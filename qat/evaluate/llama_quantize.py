@@ -6,10 +6,9 @@ tensor is restated here from src/llama-quant.cpp of the wheel's sources: for den
 without an importance matrix.
 """
 
-import ctypes
 import re
 from collections.abc import Callable
-from ctypes import c_int32, c_int64, c_size_t, c_void_p
+from ctypes import c_void_p
 from pathlib import Path
 
 import gguf
@@ -85,13 +84,10 @@ def quantize_file(source: Path, output: Path, kind: str) -> None:
 
 def _quantized(values: np.ndarray, kind: Type) -> np.ndarray:
     """Return the bytes [rows, bytes of a row] of a matrix in ggml's type."""
-    function = library().ggml_quantize_chunk
-    function.restype = c_size_t
-    function.argtypes = (c_int32, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p)
     rows, columns = values.shape
     block, size = gguf.GGML_QUANT_SIZES[kind]
     values = np.ascontiguousarray(values, np.float32)
     packed = np.empty((rows, columns // block * size), np.uint8)
-    of = (part.ctypes.data_as(ctypes.c_void_p) for part in (values, packed))
-    function(int(kind), *of, 0, rows, columns, None)
+    of = (part.ctypes.data_as(c_void_p) for part in (values, packed))
+    library().ggml_quantize_chunk(int(kind), *of, 0, rows, columns, None)
     return packed

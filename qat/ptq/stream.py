@@ -98,10 +98,14 @@ class Stream:
     def advance(self, weights: Weights, grids: dict[str, Grid]) -> None:
         """Pass the hidden states through the layer at ``position``, given its final weights."""
         if self.hidden and self.position + 1 < len(self.layers):
-            layer = self.load_rounded(weights, grids)
-            self.hidden = [self.run(layer, hidden).cpu() for hidden in self.hidden]
-            self.unload()
+            self.run_all(weights, grids)
         self.position += 1
+
+    def run_all(self, weights: Weights, grids: dict[str, Grid]) -> None:
+        """Replace the hidden states by what the layer at ``position``, with these weights, makes of them."""
+        layer = self.load_rounded(weights, grids)
+        self.hidden = [self.run(layer, hidden).cpu() for hidden in self.hidden]
+        self.unload()
 
     def load(self, weights: Weights) -> nn.Module:
         """Return the layer at ``position`` with ``weights``, not rounded, on the device."""
@@ -188,13 +192,10 @@ def measured_scales(source: Path, quant: QuantConfig, sequences: list[Tensor]) -
 
     def run() -> None:
         for number in range(len(stream.layers)):
-            layer = stream.load_rounded(stream.files.layer(number), {})
-            stream.hidden = [stream.run(layer, hidden).cpu() for hidden in stream.hidden]
-            stream.unload()
+            stream.run_all(stream.files.layer(number), {})
             stream.position += 1
 
-    largest = largest_inputs(stream.model, quant, run)
-    return input_scales(stream.model, quant, {name: value.item() for name, value in largest.items()})
+    return input_scales(stream.model, quant, largest_inputs(stream.model, quant, run))
 
 
 def fill(module: nn.Module, weights: Weights, device: torch.device | str) -> None:

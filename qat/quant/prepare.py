@@ -236,11 +236,13 @@ def largest_inputs(model: PreTrainedModel, config: QuantConfig, run: Callable[[]
     return found
 
 
-def input_scales(model: PreTrainedModel, config: QuantConfig, largest: Mapping[str, float]) -> dict[str, float]:
+def input_scales(model: PreTrainedModel, config: QuantConfig, largest: Mapping[str, Any]) -> dict[str, float]:
     """Return the scales of the inputs of ``model``, which need have no weights, with the given ``largest_inputs``, and
     room for what other text brings."""
     by = {f"{name}.input": own.activations.by for name, own in layer_settings(model, config).items()}
-    return {name: by[name].scale_of_tensor(by[name].margin * _finite(name, value)) for name, value in largest.items()}
+    return {
+        name: by[name].scale_of_tensor(by[name].margin * _finite(name, float(value))) for name, value in largest.items()
+    }
 
 
 def _finite(name: str, largest: float) -> float:
@@ -257,8 +259,7 @@ def calibrate(student: PreTrainedModel, teacher: PreTrainedModel, input_ids: Ten
     those that the full-precision ``teacher`` has for input_ids [batch, tokens]."""
     config = prepared_with(student)
     largest = largest_inputs(teacher, config, lambda: teacher(input_ids))
-    found = {name: value.item() for name, value in largest.items()}
-    set_tensor_scales(student, input_scales(student, config, found))
+    set_tensor_scales(student, input_scales(student, config, largest))
 
 
 def set_tensor_scales(model: nn.Module, scales: Mapping[str, float]) -> None:

@@ -1,4 +1,5 @@
-"""What vLLM's caches with a scale per token and head share (vLLM 0.32, vllm/v1/attention/ops, PR 40835)."""
+"""What vLLM's caches share, and those of them with a scale per token and head (vLLM 0.32, vllm/v1/attention/ops, PR
+40835)."""
 
 from abc import abstractmethod
 from typing import ClassVar
@@ -12,14 +13,19 @@ from qat.quant.quantizers.base import divided
 SMALLEST_SCALE = 1e-6
 
 
-class PerTokenHead(BlockFormat):
-    """The base: a head is a block, and its fp32 scale, of 4 bytes, follows the codes."""
+class VllmFormat(BlockFormat):
+    """A cache that one flag of vLLM's names."""
 
     engine = "vLLM"
-    scale_bytes: ClassVar[int] = 4
 
     def flags(self, values: KVFormat) -> str:
         return f"--kv-cache-dtype {self.type}"
+
+
+class PerTokenHead(VllmFormat):
+    """A head is a block, and its fp32 scale, of 4 bytes, follows the codes."""
+
+    scale_bytes: ClassVar[int] = 4
 
     def split(self, packed: Tensor) -> tuple[Tensor, Tensor]:
         """Return the bytes of the codes [heads, bytes], and the scale's bits [heads, 1], int32."""
@@ -32,20 +38,19 @@ class ScaledPerTokenHead(PerTokenHead):
 
     Attributes:
         code_dtype: the dtype in which codes are stored
-        largest: the code of a head's largest magnitude
+        high: the code of a head's largest magnitude
     """
 
     bits = 8
     served = "GPUs divide less exactly, and round the softmax weights times the scale of the values"
     code_dtype: ClassVar[torch.dtype]
-    largest: ClassVar[int]
 
     @abstractmethod
     def nearest(self, steps: Tensor) -> Tensor:
         """Return the codes of numbers in scales, in fp32."""
 
     def codes(self, rows: Tensor) -> tuple[Tensor, ...]:
-        scale = divided(rows.abs().amax(-1, keepdim=True), self.largest).clamp(min=SMALLEST_SCALE)
+        scale = divided(rows.abs().amax(-1, keepdim=True), int(self.high)).clamp(min=SMALLEST_SCALE)
         return self.nearest(rows * (1 / scale)), scale
 
     def numbers(self, codes: Tensor, *grid: Tensor) -> Tensor:

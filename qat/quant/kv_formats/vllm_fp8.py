@@ -9,7 +9,6 @@ from qat.quant.quantizers.minifloat import E4M3, E4M3_MAX, nearest_e4m3
 class VllmFp8(ScaledPerTokenHead):
     type = "fp8_per_token_head"
     code_dtype = E4M3
-    largest = int(E4M3_MAX)
     low, high = -E4M3_MAX, E4M3_MAX
     meaning = "vLLM's fp8_per_token_head cache: e4m3, one scale per token and head"
 

@@ -7,21 +7,17 @@ All of its GPU backends that know FP8 store it; nothing is measured, and nothing
 import torch
 from torch import Tensor
 
-from qat.quant.kv_formats.base import BlockFormat, KVFormat
+from qat.quant.kv_formats.vllm import VllmFormat
 from qat.quant.quantizers.minifloat import E4M3, E4M3_MAX, nearest_e4m3
 
 
-class VllmFp8Unscaled(BlockFormat):
-    engine = "vLLM"
+class VllmFp8Unscaled(VllmFormat):
     type = "fp8"
     bits = 8
     low, high = -E4M3_MAX, E4M3_MAX
     clips = True
     served = "FlashAttention 3 rounds queries to FP8 too, and CPUs cut off where training rounds"
     meaning = "vLLM's fp8 cache: e4m3, without scales"
-
-    def flags(self, values: KVFormat) -> str:
-        return f"--kv-cache-dtype {self.type}"
 
     def codes(self, rows: Tensor) -> tuple[Tensor, ...]:
         return (torch.where(rows.abs() > self.high, rows, nearest_e4m3(rows)),)

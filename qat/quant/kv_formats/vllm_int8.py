@@ -9,7 +9,6 @@ from qat.quant.kv_formats.vllm import ScaledPerTokenHead, away
 class VllmInt8(ScaledPerTokenHead):
     type = "int8_per_token_head"
     code_dtype = torch.int8
-    largest = 127
     low, high = -128.0, 127.0
     meaning = "vLLM's int8_per_token_head cache: 8 bits, one scale per token and head"
 

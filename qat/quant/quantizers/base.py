@@ -201,10 +201,10 @@ def usable(scale: Tensor) -> Tensor:
     return torch.where(scale < SMALLEST_SCALE, 1.0, scale)
 
 
-def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round an fp32 scale to ``dtype``; return it in fp32. Where it becomes 0 it is 1, hence zero codes."""
+def stored(scale: Tensor, dtype: torch.dtype, zero: float = 1.0) -> Tensor:
+    """Round an fp32 scale to ``dtype``; return it in fp32. Where it becomes 0 it is ``zero``: with 1, zero codes."""
     rounded = scale.to(dtype).float()
-    return torch.where(rounded == 0, 1.0, rounded)
+    return torch.where(rounded == 0, zero, rounded)
 
 
 def divided(x: Tensor, number: int) -> Tensor:

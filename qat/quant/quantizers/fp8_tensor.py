@@ -13,9 +13,7 @@ from torch import Tensor
 
 from qat.quant.quantizers.base import Grid
 from qat.quant.quantizers.fp8 import FP8
-from qat.quant.quantizers.minifloat import E4M3_MAX
-
-_LARGEST_EXPONENT = 100
+from qat.quant.quantizers.minifloat import E4M3_MAX, power_of_two
 
 
 class FP8Tensor(FP8):
@@ -28,8 +26,7 @@ class FP8Tensor(FP8):
     def scale_of_tensor(self, largest: float) -> float:
         if not largest > 0:
             return 1.0
-        exponent = math.ceil(math.log2(largest / E4M3_MAX))
-        return 2.0 ** max(-_LARGEST_EXPONENT, min(exponent, _LARGEST_EXPONENT))
+        return power_of_two(math.ceil(math.log2(largest / E4M3_MAX)))
 
     def grid(self, rows: Tensor, qmax: int) -> Grid:
         return Grid(torch.zeros_like(rows[:, :1], dtype=torch.float32) + self.tensor_scale)

@@ -17,9 +17,15 @@ E4M3_MAX = 448.0
 E4M3_NORMAL = 2.0**-6
 E2M1_MAX = 6.0
 
+_LARGEST_EXPONENT = 100
 _EXPONENT = 0x7F800000
 _TWICE_ONE = 2 * 0x3F800000
 """The exponents of a power of two and of its inverse add up to twice that of 1."""
+
+
+def power_of_two(exponent: int) -> float:
+    """Return 2 ** exponent, kept so far from fp32's limits that products with it and its inverse have room."""
+    return 2.0 ** max(-_LARGEST_EXPONENT, min(exponent, _LARGEST_EXPONENT))
 
 
 def nearest(x: Tensor, mantissa: int, normal: float, largest: float) -> Tensor:

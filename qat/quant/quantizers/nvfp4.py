@@ -18,13 +18,11 @@ import torch
 from torch import Tensor
 
 from qat.quant.quantizers.base import Grid, divided
-from qat.quant.quantizers.minifloat import E2M1, E2M1_MAX, E4M3, E4M3_MAX, E4M3_NORMAL, nearest_e4m3
+from qat.quant.quantizers.minifloat import E2M1, E2M1_MAX, E4M3, E4M3_MAX, E4M3_NORMAL, nearest_e4m3, power_of_two
 
 _SMALLEST = 0.125
 _HEADROOM = 1
 """By how many powers of two a tensor's values can grow before the scales of its blocks saturate."""
-
-_LARGEST_EXPONENT = 100
 
 
 class NVFP4(E2M1):
@@ -40,8 +38,7 @@ class NVFP4(E2M1):
     def scale_of_tensor(self, largest: float) -> float:
         if not largest > 0:
             return 1.0
-        exponent = math.floor(math.log2(E4M3_MAX * E2M1_MAX / largest)) - _HEADROOM
-        return 2.0 ** max(-_LARGEST_EXPONENT, min(exponent, _LARGEST_EXPONENT))
+        return power_of_two(math.floor(math.log2(E4M3_MAX * E2M1_MAX / largest)) - _HEADROOM)
 
     def grid(self, rows: Tensor, qmax: int) -> Grid:
         return Grid(self.block_scale(rows, int(E2M1_MAX)))

@@ -10,7 +10,7 @@ scale from there (``train=all``).
 import torch
 from torch import Tensor
 
-from qat.quant.quantizers.base import SMALLEST_SCALE, Grid, Quantizer
+from qat.quant.quantizers.base import SMALLEST_SCALE, Grid, Quantizer, stored
 
 _SMALLEST_FLOAT16 = 2.0**-24
 
@@ -31,9 +31,7 @@ class SEQ(Quantizer):
 
     def stored_grid(self, rows: Tensor, qmax: int) -> Grid:
         """Return the grid with the scale as it is stored: as there is no code 0, one that would become 0 is small."""
-        scale = self.grid(rows, qmax).scale
-        rounded = scale.to(self.scale_dtype).float()
-        return Grid(torch.where(rounded == 0, _SMALLEST_FLOAT16, rounded))
+        return Grid(stored(self.grid(rows, qmax).scale, self.scale_dtype, _SMALLEST_FLOAT16))
 
     def codes(self, rows: Tensor, grid: Grid, qmax: int) -> Tensor:
         steps = rows.float() / (2 * grid.scale)

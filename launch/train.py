@@ -196,10 +196,10 @@ def main() -> int:
     engines.init_distributed()
     without_teacher = cache is not None or not LOSSES[config.loss].needs_teacher
     taught_by = None if without_teacher else teacher_json
-    room = 0.0 if LOSSES[config.loss].needs_records else memory.of_rank()  # no plan counts what such a loss keeps
-    for_whole = 0.0 if paths.teacher_deepspeed else room
+    # No plan counts what a loss with records keeps. Ranks with different memory share one plan.
+    room = 0.0 if LOSSES[config.loss].needs_records else engines.least(memory.of_rank())
+    for_whole = 0.0 if without_teacher or paths.teacher_deepspeed else room
     planned = plan_of(config_of_model, student_json, taught_by, data.longest, config, quant, room, for_whole)
-    whole_teacher = engines.on_all_ranks(planned.whole_teacher)
     if cli.is_first_rank():
         warn_if_short(planned)
     steps, scales = None, scales_of_run(trunk or paths.output, Path(begin), quant)
@@ -207,9 +207,9 @@ def main() -> int:
         targets: Callable[[Row], Targets] = cache or engines.labels(config.loss)
     else:
         with ranks.doing("loading the teacher"):
-            cli.say(f"The teacher is {'whole on each rank' if whole_teacher else 'sharded over the ranks'}.")
+            cli.say(f"The teacher is {'whole on each rank' if planned.whole_teacher else 'sharded over the ranks'}.")
             teacher_json = deepspeed_json.for_teacher(teacher_json)
-            targets = teacher = engines.Teacher(model, teacher_json, config.loss, whole_teacher)
+            targets = teacher = engines.Teacher(model, teacher_json, config.loss, planned.whole_teacher)
         if quant.activations.learned:
             ranks.announce("measuring activations")
             steps = teacher.initial_steps(Row.of(data.sample(cli.rank())).to(device()), quant)
@@ -389,6 +389,7 @@ def check_continues(folder: Path, settings: dict[str, Any]) -> str:
     theirs = student_folder.run_settings(run).get("settings")
     if theirs is None:
         raise UserError(f"{run} holds a checkpoint without its {SETTINGS}: put that back.")
+    check_arithmetic(run, theirs, "its checkpoint does not continue here", "give another checkpoint")
     theirs = {key: value for key, value in theirs.items() if key != "continues"}
     free = {name: settings[name] for name in (*CHANGES_NO_RESULT, *CHANGES_FROM_A_CHECKPOINT)}
     if listed := differences(_compared(_defaults() | theirs | free), _compared(settings)):
@@ -423,6 +424,19 @@ def _defaults() -> dict[str, Any]:
     }
 
 
+def check_arithmetic(run: Path, settings: dict[str, Any], consequence: str, otherwise: str) -> None:
+    """Raise UserError if the run in a folder was begun, with ``settings``, by a version that computed otherwise."""
+    with using(run / SETTINGS):
+        began_with = arithmetic_of(settings, run)
+        quant = {one.name: settings[one.name] for one in dataclasses.fields(QuantConfig) if one.name in settings}
+        today = linear.arithmetic_of(QuantConfig(**quant))
+    if began_with != today:
+        raise UserError(
+            f"{run} was begun by a version that computed otherwise ({began_with}; now {today}), and {consequence}: "
+            f"finish it with that version, or {otherwise}."
+        )
+
+
 def open_folder(output: Path, settings: dict[str, Any]) -> None:
     """Check that the folder can be written to, and that a run in it is resumed with the settings that it was started
     with.
@@ -435,15 +449,7 @@ def open_folder(output: Path, settings: dict[str, Any]) -> None:
     path = output / SETTINGS
     if path.exists():
         started = student_folder.run_settings(output)["settings"]
-        with using(path):
-            began_with = arithmetic_of(started, output)
-            quant = {one.name: started[one.name] for one in dataclasses.fields(QuantConfig) if one.name in started}
-            today = linear.arithmetic_of(QuantConfig(**quant))
-        if began_with != today:
-            raise UserError(
-                f"{output} was begun by a version that computed otherwise ({began_with}; now {today}), and would "
-                "not resume with the same losses: finish it with that version, or give another --output."
-            )
+        check_arithmetic(output, started, "would not resume with the same losses", "give another --output")
         free = {name: settings[name] for name in CHANGES_NO_RESULT}
         began = _defaults() | started | free
         if listed := differences(_compared(began), _compared(settings)):

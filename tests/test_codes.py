@@ -152,7 +152,9 @@ def _rank(rank: int, number: int, folder: Path, port: str, dtype: str, names: tu
         kept = run.take(reusing, folder / f"{name} codes", as_codes=True, room=1e9)
         assert dropped.figures == values.figures, name
         assert kept.figures == values.figures[1:], name
+        assert values.gradients, name
         for other in (dropped, kept):
+            assert other.gradients.keys() == values.gradients.keys(), name
             assert all(torch.equal(weight, values.saved[key]) for key, weight in other.saved.items()), name
             assert other.weights.keys() == values.weights.keys()
             assert all(torch.equal(weight, values.weights[key]) for key, weight in other.weights.items()), name

@@ -12,13 +12,14 @@ either.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from deepspeed import comm
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import Parameter
 
 from qat.quant.embedding import QuantEmbedding
@@ -38,18 +39,17 @@ def gather_codes(engine: DeepSpeedEngine, room: float) -> WeightCodes:
     """Make the engine of a prepared student gather codes wherever it can; return them.
 
     Args:
-        room: bytes in which this rank may keep gathered codes; on all ranks, the least of theirs counts
+        room: bytes in which a rank may keep gathered codes, the same on all ranks
     """
-    least = torch.tensor(room, dtype=torch.float64, device=machine.device())
-    dist.all_reduce(least, dist.ReduceOp.MIN)
     parameters = dict(engine.module.named_parameters())
     holders = {parameters[name]: layers for name, layers in weight_holders(engine.module).items()}
+    owners = Counter(own for module in engine.module.modules() for own in module.parameters(recurse=False))
     suitable = {
         parameter: layers
         for parameter, layers in holders.items()
-        if _is_suitable(parameter, layers) and len(layers) == _owners(engine.module, parameter)
+        if _is_suitable(parameter, layers) and len(layers) == owners[parameter]
     }
-    codes = WeightCodes(suitable, least.item())
+    codes = WeightCodes(suitable, room)
     deepspeed_internals.fetch_with(engine, codes)
     return codes
 
@@ -61,11 +61,6 @@ def _is_suitable(parameter: Parameter, layers: list[QuantLinear | QuantEmbedding
         return False
     rows = deepspeed_internals.own_rows(parameter)
     return rows is not None and makes_rows(layers[0].weight_format, tuple(rows.shape), parts=1)
-
-
-def _owners(module: nn.Module, parameter: Parameter) -> int:
-    """Return the number of modules that have the Parameter."""
-    return sum(own is parameter for layer in module.modules() for own in layer.parameters(recurse=False))
 
 
 class WeightCodes(Fetcher):

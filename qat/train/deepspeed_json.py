@@ -138,6 +138,11 @@ def fetch_layers(ds_config: dict[str, Any], layer: int, head: int) -> dict[str, 
     return config
 
 
+def fetches_layers(ds_config: dict[str, Any]) -> bool:
+    """Return whether each decoder layer is fetched as a whole, unless the JSON says itself which modules are."""
+    return "leaf_module" not in ds_config["zero_optimization"]
+
+
 def reused(ds_config: dict[str, Any], layer: int, head: int) -> int:
     """Return the elements of decoder layers that stay gathered between forward and backward, if there are as many.
 
@@ -151,7 +156,7 @@ def reused(ds_config: dict[str, Any], layer: int, head: int) -> int:
     """
     zero = ds_config["zero_optimization"]
     distance = int(zero.get("stage3_max_reuse_distance", 1e9))
-    if "leaf_module" in zero:
+    if not fetches_layers(ds_config):
         return distance // 2
     return -(-max(0, distance - head) // layer) * layer
 

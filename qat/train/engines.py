@@ -66,11 +66,11 @@ def init_distributed() -> None:
         dist.barrier()
 
 
-def on_all_ranks(flag: bool) -> bool:
-    """Return whether ``flag`` holds on all ranks."""
-    flags: list[bool] = [False] * dist.get_world_size()
-    dist.all_gather_object(flags, flag)
-    return all(flags)
+def least(value: float) -> float:
+    """Return the least of all ranks' values."""
+    found = torch.tensor(value, dtype=torch.float64, device=machine.device())
+    dist.all_reduce(found, dist.ReduceOp.MIN)
+    return found.item()
 
 
 def student_engine(
@@ -96,7 +96,8 @@ def student_engine(
         train: what learns, see TrainConfig
         grids: where learned scales of weights begin, by layer; by default where the weights' own values put them
         as_codes: whether weights travel as codes, where they can; there is no reason against it, but to compare
-        room_for_codes: bytes in which gathered codes are kept from forward to backward, and for further rows of a step
+        room_for_codes: bytes in which gathered codes are kept from forward to backward, and for further rows of a step;
+            the same on all ranks
     """
     student = _read_partitioned(model, ds_config)
     prepare.prepare(student, quant)
@@ -137,7 +138,7 @@ def _fetching_layers(model: PreTrainedModel, ds_config: dict[str, Any]) -> dict[
     """Make DeepSpeed fetch each decoder layer of ``model`` as a whole, by one hook instead of one for each of its 13
     modules, unless the JSON says otherwise; return the configuration for the engine."""
     layers = architecture.decoder_layers(model)
-    if "leaf_module" not in ds_config["zero_optimization"]:
+    if deepspeed_json.fetches_layers(ds_config):
         # DeepSpeed takes a whole layer's gradients when that of its input is there: the input must have one, from what
         # learns before the layer, or nothing may learn at all.
         input_learns = _learns(architecture.input_embedding(model)) or not _learns(model)

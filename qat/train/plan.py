@@ -140,8 +140,9 @@ def at_once(passing: Mapping[str, float]) -> float:
 def with_whole_teacher(memory: float, planned: Callable[..., Plan]) -> Plan:
     """Return the plan with the whole teacher on each rank, if that leaves a tenth of its ``memory`` (bytes), since
     plans are estimates; else the one with a sharded teacher. ``planned`` is ``training`` with all else given."""
-    whole = planned(whole_teacher=True)
-    return whole if whole.peak <= _FILLED * memory else planned()
+    if memory and (whole := planned(whole_teacher=True)).peak <= _FILLED * memory:
+        return whole
+    return planned()
 
 
 def training(
@@ -174,9 +175,8 @@ def training(
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    output_layer = config.vocab_size * config.hidden_size
     of_student = _Elements.of(model, student)
+    parameters, output_layer = of_student.all, of_student.output_layer
     student = deepspeed_json.fetch_layers(student, of_student.layer, output_layer)
     sharded, of_teacher = None, None  # the teacher's JSON, if it means anything
     if teacher and not whole_teacher:
@@ -201,7 +201,6 @@ def training(
         del places["gradients again, for the optimizer"]  # made for one group at a time
     travelling = _codes(model, quant, student, ranks)
     places["codes"] = (travelling.size / ranks, "gpu")
-    teacher_on = "gpu"
     if sharded:
         teacher_on = sharded["zero_optimization"].get("offload_param", {}).get("device", "gpu")
         places["teacher"] = (width * own, teacher_on)
@@ -217,7 +216,9 @@ def training(
 
     chunk = min(tokens, CHUNK_TOKENS[device])
     bucket = min(zero.get("reduce_bucket_size", 5e8), parameters)
-    together = 0 if "leaf_module" in zero else of_student.layer  # a layer's gradients are taken when all are there
+    together = (
+        of_student.layer if deepspeed_json.fetches_layers(student) else 0
+    )  # a layer's gradients are taken when all are there
     gathered_teacher = max(_live(sharded, parameters), of_teacher.kept_whole) if sharded and of_teacher else 0
     passing = {
         "gathered student": width * max(_live(student, parameters), of_student.kept_whole),
@@ -361,5 +362,5 @@ def _reused(ds_config: dict[str, Any], elements: _Elements) -> float:
 
 def _fetches(model: "PreTrainedModel", ds_config: dict[str, Any]) -> int:
     """Return how often decoder layers, or modules in them, are fetched in a pass over the model."""
-    as_a_whole = "leaf_module" not in ds_config["zero_optimization"]
+    as_a_whole = deepspeed_json.fetches_layers(ds_config)
     return sum(1 if as_a_whole else sum(1 for _ in layer.modules()) for layer in decoder_layers(model))

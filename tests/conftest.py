@@ -35,6 +35,10 @@ fused.compiles = lambda device: False  # compiling takes longer than any test; t
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "LICENSE").read_text()
+NOTHING_KEPT = {
+    f"stage3_{name}": 0 for name in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
+}
+"""What a DeepSpeed JSON says so that no weight stays gathered."""
 CONFIG = {
     "vocab_size": 300,
     "hidden_size": 64,

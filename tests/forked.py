@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -36,6 +36,23 @@ def processes() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     return context
+
+
+def run_ranks(target: Callable[..., None], number: int, *given: object) -> None:
+    """Run ``target(rank, *given)`` as each of so many ranks; all of them must end well."""
+    port = free_port()
+    ranks = [processes().Process(target=_as_rank, args=(target, rank, number, port, given)) for rank in range(number)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0] * number
+
+
+def _as_rank(target: Callable[..., None], rank: int, number: int, port: str, given: tuple[object, ...]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    target(rank, *given)
 
 
 class Command:

@@ -11,13 +11,12 @@ from pathlib import Path
 import conftest
 import pytest
 import torch
-from conftest import ROOT, finish, needs_compiler, start_training, tiny_model
+from conftest import NOTHING_KEPT, ROOT, finish, needs_compiler, start_training, tiny_model
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-from forked import processes
+from forked import run_ranks
 from torch import Tensor, nn
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from launch.stages import free_port
 from qat.data.sequences import Row, Sample
 from qat.evaluate import heldout
 from qat.evaluate.perplexity import perplexity, text_windows
@@ -84,21 +83,13 @@ def test_bf16_under_zero3_equals_plain_bf16(tmp_path):
     folder = ModelFolder.read(tmp_path / "qwen2")
     rotation = rotate.rotation_for(folder.config, "hadamard", untie=False)
     rotate.write(folder, tmp_path / "rotated", rotation, rotate.draw(folder.config, "hadamard", 0), {})
-    port = free_port()
-    ranks = [processes().Process(target=_rank, args=(rank, tmp_path, port)) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join()
-    assert [rank.exitcode for rank in ranks] == [0, 0]
+    run_ranks(_rank, 2, tmp_path)
 
 
-def _rank(rank: int, folder: Path, port: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "QAT_PATIENCE": "1800"}  # both ranks compile
+def _rank(rank: int, folder: Path) -> None:
+    os.environ["QAT_PATIENCE"] = "1800"  # both ranks compile
     ds_config = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
-    nothing_kept = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
-    ds_config["zero_optimization"] |= {f"stage3_{name}": 0 for name in nothing_kept}
+    ds_config["zero_optimization"] |= NOTHING_KEPT
     path = folder / f"zero3-{rank}.json"
     path.write_text(json.dumps(ds_config))
     fused.compiles = conftest.really_compiles  # importing conftest has switched it off

@@ -14,16 +14,15 @@ import conftest
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, needs_compiler, tiny_model
+from conftest import NOTHING_KEPT, ROOT, needs_compiler, tiny_model
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
-from forked import processes
+from forked import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, Qwen2Config
 
-from launch.stages import free_port
 from qat.data.sequences import Row, Sample
 from qat.quant import fused
 from qat.quant.config import QuantConfig
@@ -118,24 +117,15 @@ def test_training_on_codes_equals_training_on_values(dtype, number, names, tmp_p
     needs_compiler()
     for (config, changes), name in ((CASES[name][0], name) for name in names):
         tiny_model(config, **changes).save_pretrained(tmp_path / name)
-    port = free_port()
-    given = (number, tmp_path, port, dtype, tuple(names))
-    ranks = [processes().Process(target=_rank, args=(rank, *given)) for rank in range(number)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join()
-    assert [rank.exitcode for rank in ranks] == [0] * number
+    run_ranks(_rank, number, number, tmp_path, dtype, tuple(names))
     for name in names:
         saved = [load_file(tmp_path / f"{name} {way}" / "final" / "model.safetensors") for way in ("codes", "values")]
         assert saved[0].keys() == saved[1].keys()
         assert all(torch.equal(weight, saved[1][key]) for key, weight in saved[0].items())
 
 
-def _rank(rank: int, number: int, folder: Path, port: str, dtype: str, names: tuple[str, ...]) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    os.environ |= {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "QAT_PATIENCE": "1800"}  # both ranks compile
+def _rank(rank: int, number: int, folder: Path, dtype: str, names: tuple[str, ...]) -> None:
+    os.environ["QAT_PATIENCE"] = "1800"  # both ranks compile
     engines.init_distributed()
     for name in names:
         _, quant, changes = CASES[name]
@@ -170,8 +160,7 @@ def _rank(rank: int, number: int, folder: Path, port: str, dtype: str, names: tu
 def json_file(path: Path, dtype: str) -> Path:
     """One by which nothing stays gathered."""
     config = json.loads((ROOT / "ds_configs" / ("zero3.json" if dtype == "bf16" else "zero3_cpu.json")).read_text())
-    nothing_kept = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
-    config["zero_optimization"] |= {f"stage3_{name}": 0 for name in nothing_kept}
+    config["zero_optimization"] |= NOTHING_KEPT
     path.write_text(json.dumps(config))
     return path
 

@@ -2,7 +2,6 @@
 figures are read. On two CPU ranks, in bf16 and fp32."""
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,14 +13,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import ROOT, tiny_model
+from conftest import NOTHING_KEPT, ROOT, tiny_model
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
-from forked import processes
+from forked import run_ranks
 from torch import Tensor
 
-from launch.stages import free_port
 from qat.data.sequences import Sample
 from qat.quant import architecture, prepare
 from qat.quant.config import QuantConfig
@@ -39,9 +37,6 @@ LENGTHS = (24, 9, 17, 30, 12, 21)
 CONFIG = TrainConfig(steps=2, lr=1e-3, batch_size=4)  # two sequences of each rank
 QUANT = QuantConfig(4, 8, 4, kv_rotation="hadamard")
 FIRST_WHOLE = replace(QUANT, overrides={"model.layers.0.*": {"w_bits": 16}})
-NOTHING_KEPT = {
-    f"stage3_{name}": 0 for name in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
-}
 LAYER = sum(parameter.numel() for parameter in architecture.decoder_layers(tiny_model())[0].parameters())
 WAYS: dict[str, dict[str, Any]] = {
     "layers": {"stage3_allgather_sequential": True},
@@ -71,13 +66,7 @@ def test_every_way_of_running_a_step_computes_what_plain_pytorch_does(json_file,
     which autograd adds up the gradients of what several of them read.
     """
     tiny_model(num_hidden_layers=3, tie_word_embeddings=False).save_pretrained(tmp_path / "model")
-    port = free_port()
-    ranks = [processes().Process(target=_rank, args=(rank, tmp_path, json_file, port)) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join()
-    assert [rank.exitcode for rank in ranks] == [0, 0]
+    run_ranks(_rank, 2, tmp_path, json_file)
 
 
 def test_the_random_state_is_kept_for_every_name_of_dropout():
@@ -90,9 +79,7 @@ def test_the_random_state_is_kept_for_every_name_of_dropout():
     assert engines._drops_out(model)
 
 
-def _rank(rank: int, folder: Path, json_file: str, port: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+def _rank(rank: int, folder: Path, json_file: str) -> None:
     engines.init_distributed()
     ds_config = json.loads((ROOT / "ds_configs" / json_file).read_text())
     dtype = deepspeed_json.dtype(ds_config)

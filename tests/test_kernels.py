@@ -179,6 +179,49 @@ def test_the_product_is_exact_and_scaled_as_by_torch(rows, columns, out, symmetr
         assert same(found, expected)
 
 
+def test_triton_is_asked_once_for_what_it_compiles_anew(monkeypatch):
+    """For other dtypes, alignments, strides and constants, not for other numbers of rows; and what runs is what it
+    compiled."""
+
+    starts = []
+
+    class Compiled:
+        """What Triton gives back: started like the kernel, with all arguments."""
+
+        def __init__(self, number):
+            self.number = number
+
+        def __getitem__(self, programs):
+            return lambda *args: starts.append((self.number, programs, args[4]))
+
+    class Kernel:
+        fn = staticmethod(lambda: None)
+        compiled = 0
+
+        def __getitem__(self, programs):
+            def compile_and_start(*args, num_warps):
+                self.compiled += 1
+                Compiled(self.compiled)[programs](*args)
+                return Compiled(self.compiled)
+
+            return compile_and_start
+
+    monkeypatch.setattr(host, "_compiled", {})
+    kernel = Kernel()
+
+    def start(rows: torch.Tensor, dtype: torch.dtype = torch.int8, constant: int = 7) -> int:
+        host._run(kernel, rows, dtype, torch.ones(len(rows), 1), None, constant)
+        return starts[-1][0]
+
+    x = torch.zeros(40, 64)
+    for rows in (40, 1, 16, 33):
+        start(x[:rows])
+    assert starts == [(1, (2, 1, 1), 40), (1, (1, 1, 1), 1), (1, (1, 1, 1), 16), (1, (2, 1, 1), 33)]
+    others = [start(x.bfloat16()), start(x, torch.bfloat16), start(x, constant=3), start(x[:, 1:]), start(x[::2])]
+    assert others == [2, 3, 4, 5, 6]
+    assert start(x) == 1
+
+
 def test_what_they_cannot_do_torch_does(used, monkeypatch):
     """Other grids, other floats, rows too long to be kept in registers."""
     minmax, x = QUANTIZERS["minmax"], torch.randn(3, 32, device=DEVICE)

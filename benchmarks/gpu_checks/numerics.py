@@ -96,7 +96,7 @@ def _compare(bench: Bench, mode: str, forms: list[Format]) -> dict:
     mismatches = elements = 0
     for dtype in (torch.bfloat16, torch.float32):
         for length in _lengths(bench):
-            x = _hard(256, length, dtype)
+            x = _hard(64, length, dtype)
             for form in (*forms, Format(8), Format(4, "minmax", 64 if length % 64 == 0 else 0)):
                 with _mode("eager"):
                     expected = _all_of(x, form)

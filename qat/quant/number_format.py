@@ -8,6 +8,7 @@ The gradient is straight-through, and 0 where a value was clipped. ``round_to_gr
 without the integers in between: training simulates exactly what is exported.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -65,7 +66,7 @@ class Format:
         lowest, highest = self.code_range
         return max(-lowest - 1, highest).bit_length() + 1
 
-    @property
+    @functools.cached_property
     def by(self) -> Quantizer:
         """Return the quantizer itself, which rounds scales to ``scale_dtype``."""
         quantizer = QUANTIZERS[self.quantizer]

@@ -22,6 +22,9 @@ from qat.quant.quantizers.minmax_asymmetric import MinMaxAsymmetric
 _LONGEST = 32768
 """Elements of the longest row that fits into a program's registers."""
 
+_ALIGNED = 16
+"""Bytes: Triton compiles a kernel anew for tensors that do not begin at a multiple of them."""
+
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -97,12 +100,10 @@ def multiply(
     (rows, columns), out = codes.shape, len(weight)
     height, width, inner, warps, stages = product_tile(rows)
     result = torch.empty(rows, out, dtype=dtype, device=codes.device)
-    scales = x_scale.contiguous(), weight_scale.contiguous()
-    with _on_device(codes):
-        device.multiply[(-(-rows // height) * -(-out // width),)](
-            codes, weight, result, *scales, *(zeros or (None,) * 4), rows, codes.stride(0),
-            weight.stride(0), zeros is not None, columns, out, height, width, inner, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+    tensors = (codes, weight, result, x_scale.contiguous(), weight_scale.contiguous(), *(zeros or (None,) * 4))
+    rest = codes.stride(0), weight.stride(0), zeros is not None, columns, out, height, width, inner
+    programs = -(-rows // height) * -(-out // width)
+    _start(device.multiply, programs, tensors, rows, rest, num_warps=warps, num_stages=stages)
     return result
 
 
@@ -177,12 +178,33 @@ def _run(kernel: Any, rows: Tensor, dtype: torch.dtype, scale: Tensor, zero_poin
     result = torch.empty(rows.shape, dtype=dtype, device=rows.device)
     zero_point = None if zero_point is None else zero_point.contiguous()
     (count, columns), (height, block, warps) = rows.shape, tile(rows.shape[1])
-    with _on_device(rows):
-        kernel[(-(-count // height),)](
-            rows, result, scale.contiguous(), zero_point, count, rows.stride(0), *args, columns, height, block,
-            num_warps=warps,
-        )  # fmt: skip
+    tensors = rows, result, scale.contiguous(), zero_point
+    rest = rows.stride(0), *args, columns, height, block
+    _start(kernel, -(-count // height), tensors, count, rest, num_warps=warps)
     return result
+
+
+_compiled: dict[tuple[Any, ...], Any] = {}
+"""Kernels by what Triton compiles them for."""
+
+
+def _start(
+    kernel: Any, programs: int, tensors: tuple[Tensor | None, ...], rows: int, rest: tuple[Any, ...], **options: int
+) -> None:
+    """Start a kernel of so many programs, whose parameters are ``tensors``, ``rows`` and the ``rest``.
+
+    Triton would find out at each call what it has to be compiled for, which costs the host more than the start itself.
+    Here this is the dtypes of tensors, whether they are aligned, and the rest as it is; the rows do not count.
+    """
+    first = tensors[0]
+    assert first is not None
+    kinds = [None if x is None else (x.dtype, x.data_ptr() % _ALIGNED == 0) for x in tensors]
+    key = kernel.fn.__name__, first.device.index, *kinds, *rest
+    with _on_device(first):
+        if compiled := _compiled.get(key):
+            compiled[programs, 1, 1](*tensors, rows, *rest)
+        elif compiled := kernel[programs, 1, 1](*tensors, rows, *rest, **options):
+            _compiled[key] = compiled  # Triton's interpreter compiles none
 
 
 def _in_order(rows: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ class Quantizer:
 
     def code_range(self, qmax: int) -> tuple[int, int]:
         """Return the lowest code and the highest."""
-        return -qmax - (self.full_range or not self.symmetric), qmax
+        return -qmax - int(self.full_range or not self.symmetric), qmax  # torch 2.11 cannot compile a sum with a bool
 
     def encode(self, rows: Tensor, qmax: int) -> tuple[Tensor, Grid]:
         """Compute codes [groups, n] in fp32 and their grid [groups, 1] of rows [groups, n]."""

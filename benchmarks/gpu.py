@@ -132,7 +132,8 @@ def _work(names: list[str], folder: Path, report: Path) -> None:
             figures, holds = CHECKS[name](bench)
             result: dict[str, Any] = {"holds": holds, "figures": figures}
         except Exception as error:
-            result = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+            traceback.print_exc()  # the record, which is published, has no paths of this machine
+            result = {"error": f"{type(error).__name__}: {error}".partition("\n")[0]}
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

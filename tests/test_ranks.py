@@ -255,9 +255,10 @@ SLOW_DISK = """
 import sys, time
 from datetime import timedelta
 import torch.distributed as dist
-from transformers import PreTrainedModel
 from launch import cli, train
-from qat import checkpoint, ranks
+from qat.runtime import ranks
+from qat.store import student_folder
+from qat.train import deepspeed_internals
 
 ranks.TIMEOUT = timedelta(seconds=20)
 
@@ -268,8 +269,8 @@ def slowly(rank, function):
         return function(*arguments, **named)
     return call
 
-PreTrainedModel.save_pretrained = slowly(0, PreTrainedModel.save_pretrained)
-checkpoint.Writer.save = slowly(1, checkpoint.Writer.save)
+student_folder.write = slowly(0, student_folder.write)
+deepspeed_internals.Writer.save = slowly(1, deepspeed_internals.Writer.save)
 cli.run(train.main)
 """
 

@@ -426,7 +426,7 @@ def markdown(
     for title, names in tables.items():
         there = [name for name in names if name in cells]
         parts += [f"## {TITLES[title]}", _table(there, cells, accuracies), f"{len(there)} of {len(names)} cells."]
-        parts += filter(None, [_in_floats(there, cells)])
+        parts += filter(None, [_in_floats(there, cells, "cells")])
         parts += [f"![{TITLES[title]}]({title}.png)"] if there else []
         parts += filter(None, [curve.markdown(curve.curves({name: cells[name] for name in there}))])
     parts += [*filter(None, [served]), *_peers(peers)]
@@ -485,7 +485,8 @@ def _accuracies_by_pairs(accuracies: Mapping[str, Cell]) -> str:
     text = f"Accuracies are of {usual} documents of each task{others}. By pairs of documents, LLM-QAT's differ by:"
     head = ["zero-shot average, points", *(f"less {LABELS[method]}" for method in _RIVALS)]
     lines = [[name, *(_points(accuracy_difference(p)) if p else "" for p in row)] for name, row in rows.items()]
-    return "\n\n".join(filter(None, [text, table(head, lines), _measured_on(accuracies.values())]))
+    old = _in_floats([*accuracies], accuracies, "cells' accuracies")
+    return "\n\n".join(filter(None, [text, table(head, lines), _measured_on(accuracies.values()), old]))
 
 
 def _flips_by_pairs(accuracies: Mapping[str, Cell]) -> str:
@@ -540,13 +541,13 @@ def _measured_on(cells: Iterable[Cell]) -> str:
     )
 
 
-def _in_floats(names: list[str], cells: Mapping[str, Cell]) -> str:
-    """Name the cells whose perplexities were computed with products of floats, where today's are of codes."""
+def _in_floats(names: list[str], cells: Mapping[str, Cell], what: str) -> str:
+    """Name the cells that were measured with products of floats, where today's are of codes; ``what`` of them was."""
     old = [name for name in names if _multiplies_codes(cells[name]) and "floats" in _arithmetics(cells[name])]
     if not old:
         return ""
     return (
-        f"{len(old)} cells were measured by products of floats, where layers multiply codes today "
+        f"{len(old)} {what} were measured by products of floats, where layers multiply codes today "
         f"([what that changes](../evaluation.md#what-rounding-alone-changes)): {', '.join(old)}."
     )
 

@@ -57,7 +57,7 @@ def load(directory: str) -> PreTrainedModel:
     """Load the student or integer export at ``directory``, packed, on the GPU if there is one.
 
     ``generate`` caches integers, if the student's KV cache is quantized after RoPE. Weights are quantized and packed
-    once, here, one at a time; the rest is in ``models.inference_dtype()``. Raises UserError if the directory holds
+    once, here, one at a time; the rest is in ``machine.inference_dtype()``. Raises UserError if the directory holds
     neither, or is damaged.
     """
     path = Path(directory)

@@ -224,7 +224,7 @@ class QuantLinear(nn.Linear):
         else:
             of_weight, of_scale = learned_gradients(grad, weight, self.weight_format, grid)
         assert self.scale_change is not None
-        return of_weight, (of_scale / self.weight_format.code_range[1]).to(self.scale_change.dtype)
+        return of_weight, divided(of_scale, self.weight_format.code_range[1]).to(self.scale_change.dtype)
 
     @torch.no_grad()
     def freeze(self, grid: Grid | None = None) -> Quantized | None:

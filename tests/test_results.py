@@ -135,7 +135,7 @@ def test_accuracies_without_a_rival_leave_their_column_empty():
         settings = asdict(QuantConfig(w_bits=bits)) | {"limit": 4}
         made[name] = {"method": method, "settings": settings, "tasks": scores, "machine": "a Xeon, 2 cores"}
     lines = claims._accuracies_by_pairs(made).splitlines()
-    assert lines[-1] == "| all of these | +0.0 ± 0.0 |  |  |  |"
+    assert "| all of these | +0.0 ± 0.0 |  |  |  |" in lines
     assert len(lines) == 7
     made["q"]["products"] = {"piqa": "int_mm"}
     assert claims._accuracies_by_pairs(made).splitlines()[:7] == lines

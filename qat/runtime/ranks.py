@@ -9,6 +9,7 @@ dies or hangs. Announcing costs microseconds. With one rank all of this does not
 import atexit
 import json
 import os
+import resource
 import socket
 import sys
 import threading
@@ -29,8 +30,9 @@ from qat.runtime.watch import FirstRank, OtherRank, Sign, Watch
 TIMEOUT = timedelta(hours=2)
 """Timeout of collectives. The last resort: a hang is found earlier."""
 
-LONG = TIMEOUT.total_seconds()
-"""Seconds that reading or writing a model may take."""
+LONG = 900.0
+"""Seconds that reading or writing a model may go on without moving a megabyte. Where the system does not count what a
+process reads and writes, it may take as long as a collective."""
 
 PATIENCE = "QAT_PATIENCE"
 """Environment variable: seconds that a rank may go without progress, or without a sign of life."""
@@ -40,6 +42,8 @@ _FIRST_TIME = 10
 """Factor on the patience for work that a rank does for the first time, when it may compile."""
 _SLOWEST = 5
 """Factor on the longest time that the same work has taken, if the result exceeds the patience."""
+_MEGABYTE = 2**20
+_COUNTERS = Path("/proc/self/io")
 _JOINING = timedelta(minutes=10)
 _OURS = tuple(str(Path(__file__).parents[2] / package) + os.sep for package in ("qat", "launch", "datagen"))
 _INNERMOST = 4
@@ -100,13 +104,21 @@ def progress() -> None:
 
 
 @contextmanager
-def doing(what: str, patience: float = LONG) -> Iterator[None]:
-    """Announce, for this context, work that not all ranks need to do, and that may take ``patience`` seconds."""
+def doing(what: str, patience: float | None = None) -> Iterator[None]:
+    """Announce, for this context, work that not all ranks need to do. Each megabyte that this process reads or writes
+    in it is progress.
+
+    Args:
+        what: the work
+        patience: seconds that it may go without progress, at least those of QAT_PATIENCE; by default ``LONG``
+    """
     if _self is None:
         yield
         return
+    if patience is None:
+        patience = TIMEOUT.total_seconds() if _moved() is None else LONG
     before = _self.phase
-    _self.enter(_Phase(what, patience))
+    _self.enter(_Phase(what, max(patience, _self.patience), moves=True))
     yield
     _self.enter(before)  # not after an error, which ends the run: the last line then names this work
 
@@ -138,6 +150,7 @@ class _Phase(NamedTuple):
     what: str
     patience: float | None = None
     waits: bool = False
+    moves: bool = False
 
 
 class _Self:
@@ -151,7 +164,7 @@ class _Self:
         self._size = size
         self._rank, self._host = int(os.environ["RANK"]), socket.gethostname()
         self._step: int | None = None
-        self._place = self._beat = self._meetings = 0
+        self._place = self._beat = self._meetings = self._moved = 0
         self._began, self._longest = time.monotonic(), dict[str, float]()
 
     def announce(self, what: str, step: int | None) -> None:
@@ -185,8 +198,11 @@ class _Self:
         if patience is None:
             patience = self.patience * _FIRST_TIME if slowest is None else max(self.patience, slowest * _SLOWEST)
         what = phase.what if self._step is None else f"step {self._step}, {phase.what}"
+        if phase.moves and (moved := _moved() or 0) - self._moved >= _MEGABYTE:
+            self._moved = moved
+        beat = self._beat + self._moved  # the one is the main thread's, the other this one's
         at, in_collective = _whereabouts(main)
-        return Sign(self._rank, self._host, what, patience, self._place, self._beat, phase.waits, at, in_collective)
+        return Sign(self._rank, self._host, what, patience, self._place, beat, phase.waits, at, in_collective)
 
 
 _self: _Self | None = None
@@ -236,6 +252,16 @@ def _patience(given: str) -> float:
     if not seconds > 0:
         raise UserError(f"{PATIENCE}={given} is invalid: choose seconds above 0, or leave it out for 180.")
     return seconds
+
+
+def _moved() -> int | None:
+    """Return how many bytes this process has read and written so far, or more: what reaches a disk counts twice, and a
+    page of a mapped file that had to be read counts too. None where the system does not tell."""
+    try:
+        counts = [int(line.split()[1]) for line in _COUNTERS.read_text().splitlines()]
+    except OSError:
+        return None
+    return sum(counts) + resource.getrusage(resource.RUSAGE_SELF).ru_majflt * resource.getpagesize()
 
 
 def _whereabouts(frame: FrameType | None) -> tuple[str, bool]:

@@ -213,7 +213,8 @@ def _converted(folder: Path, writers: int) -> Path:
     """Return the checkpoint as DeepSpeed's universal one, made by the first rank."""
     universal = folder.with_name(_UNIVERSAL + folder.name)
     if dist.get_rank() == 0 and not universal.exists():
-        with ranks.doing(f"converting {folder.name}"):
+        # By a child, whose reads and writes are not this process's.
+        with ranks.doing(f"converting {folder.name}", ranks.TIMEOUT.total_seconds()):
             _convert(folder, universal, writers)
     ranks.meet(f"{folder.name} is converted")
     return universal

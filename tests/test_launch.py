@@ -122,6 +122,18 @@ def test_a_run_that_multiplied_floats_where_codes_with_zero_points_are_multiplie
     assert [arithmetic_of(one) for one in (grouped, overridden)] == [ARITHMETIC, WITH_ZERO_POINTS]
 
 
+def test_a_run_in_bf16_of_the_first_version_which_rounded_rope_is_refused(tmp_path):
+    """It recorded no arithmetic. In fp32 it computed as this version does."""
+    settings = {**asdict(QuantConfig()), **asdict(TrainConfig())}
+    for bf16, outcome in ((True, pytest.raises(UserError, match="RoPE in bf16")), (False, nullcontext())):
+        begun = settings | {"bf16": {"enabled": bf16}}
+        claim(tmp_path, begun, {}, {})
+        with outcome:
+            open_folder(tmp_path, begun | {"arithmetic": ARITHMETIC})
+        (tmp_path / "lock").unlink()
+        (tmp_path / "settings.json").unlink()
+
+
 @pytest.mark.parametrize("left", ["checkpoints/step-000005", "final"])
 def test_a_run_that_lost_its_settings_is_refused(left, monkeypatch, tiny_directory, tiny_data, tmp_path):
     (tmp_path / "out" / left).mkdir(parents=True)

@@ -15,6 +15,7 @@ from launch import chat
 from qat.export import export
 from qat.infer import packed, simulated
 from qat.quant.config import QuantConfig
+from qat.runtime import machine
 from qat.runtime.errors import UserError
 from qat.store import models
 from qat.store.compressed_tensors import PACKED
@@ -22,11 +23,15 @@ from qat.store.compressed_tensors import PACKED
 
 @pytest.mark.parametrize("quant", [*SETTINGS, QuantConfig(w_quantizer="minmax_asymmetric")], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_packed_equals_the_simulation(quant, dtype, tmp_path):
+def test_packed_equals_the_simulation(quant, dtype, monkeypatch, tmp_path):
     write_student(tmp_path, quant, dtype)
-    model, simulation = qat.load(str(tmp_path)), simulated.load(str(tmp_path), torch.float32)
-    tokens = ids(model, batch=2)
-    assert torch.equal(model(tokens).logits, simulation(tokens).logits)
+    for computed in (torch.bfloat16, torch.float32):  # as on GPUs, as on CPUs
+        monkeypatch.setattr(machine, "inference_dtype", lambda: computed)  # noqa: B023
+        model, simulation = qat.load(str(tmp_path)), simulated.load(str(tmp_path), computed)
+        tokens = ids(model, batch=2)
+        logits = model(tokens).logits
+        assert logits.dtype == computed
+        assert torch.equal(logits, simulation(tokens).logits)
     settings = {"attention_mask": torch.ones(2, 6, dtype=torch.long), "max_new_tokens": 8, "do_sample": False}
     expected = simulation.generate(tokens[:, :6], use_cache=False, pad_token_id=0, **settings)
     assert torch.equal(model.generate(tokens[:, :6], pad_token_id=0, **settings), expected)

@@ -49,7 +49,12 @@ def fused(function: F, kernel: str = "") -> F:
             torch._dynamo.config.recompile_limit = _VARIANTS
             compiled = torch.compile(function, dynamic=True, options=options())
         with torch.no_grad():  # none of these is differentiated, and the grad mode would make two variants of each
-            return compiled(*args)
+            try:
+                return compiled(*args)
+            except torch._dynamo.exc.TorchDynamoException as error:  # some torch cannot compile this one: eagerly then
+                _logger.warning("torch.compile fails for %s (%s): it runs eagerly.", function.__name__, _first(error))
+                compiled = function
+                return function(*args)
 
     return call  # type: ignore[return-value]
 
@@ -82,12 +87,14 @@ def compiles(device: str) -> bool:
         x = torch.ones(8, device=device)
         torch.compile(lambda x: (x / (x + 1)).sin(), dynamic=True, options=options())(x)
     except Exception as error:  # whatever is missing or broken, training continues eagerly
-        reason = str(error).strip().splitlines()
-        _logger.warning(
-            "torch.compile does not work here on %s (%s): quantizers run eagerly.", device, reason[0] if reason else "?"
-        )
+        _logger.warning("torch.compile does not work here on %s (%s): quantizers run eagerly.", device, _first(error))
         return False
     return True
+
+
+def _first(error: Exception) -> str:
+    """Return the first line of what an error says."""
+    return next(iter(str(error).strip().splitlines()), "?")
 
 
 @functools.cache

@@ -10,11 +10,15 @@ reported, and the others go on. The file is written after every check. Without a
 import gc
 import json
 import multiprocessing
+import os
+import signal
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -41,19 +45,24 @@ GROUPS: tuple[tuple[dict[str, Check], int], ...] = (
             "loss": speed.loss,
             "caches": numerics.caches,
             "gptq": numerics.gptq_layer,
+        },
+        165,
+    ),
+    ({"zero3": training.zero3}, 70),
+    (
+        {
             "kernels": numerics.row_kernels,
             "product kernel": numerics.product_kernel,
             "compiled quantizers": numerics.compiled_quantizers,
         },
-        240,
+        105,
     ),
-    ({"zero3": training.zero3}, 75),
-    ({"resume": training.resume}, 90),
-    ({"leaf modules": training.leaf_modules}, 75),
+    ({"leaf modules": training.leaf_modules}, 55),
+    ({"resume": training.resume}, 85),  # last: it makes its process deterministic
 )
-"""What is checked, the most valuable first, and the most seconds that it may take: 480 in all. Each group has a process
-of its own: what it leaves in memory, or breaks, is no other's; to start one takes up to 20 seconds where files are read
-for the first time."""
+"""What is checked, and the seconds that are kept for it: 480 in all. What a group does not use, those behind it may.
+Each group has a process of its own: what it leaves in memory, or breaks, is no other's; to start one takes up to 20
+seconds where files are read for the first time."""
 
 CHECKS = {name: check for checks, _ in GROUPS for name, check in checks.items()}
 
@@ -85,10 +94,12 @@ def main() -> int:
     small = not torch.cuda.is_available()
     record: dict[str, Any] = {"machine": machine(), "torch": torch.__version__, "checks": {}}
     print(f"{machine()}, torch {torch.__version__}{': no GPU, small shapes' if small else ''}", flush=True)
-    for checks, most in ((CHECKS, 0),) if small else GROUPS:  # what is small fits one process
-        names = [name for name in checks if name in config.checks.split(",")]
-        left = config.seconds - (time.monotonic() - began)
-        for name, result in _results(names, config.folder, None if small else min(most, left)):
+    groups = ((CHECKS, 0),) if small else GROUPS  # what is small fits one process
+    chosen = [([name for name in checks if name in config.checks.split(",")], kept) for checks, kept in groups]
+    for place, (names, _) in enumerate(chosen):
+        later = sum(kept for others, kept in chosen[place + 1 :] if others)
+        most = None if small else config.seconds - (time.monotonic() - began) - later
+        for name, result in _results(names, config.folder, most):
             record["checks"][name] = result
             print(f"{name}: {_line(result)}", flush=True)
             if config.json:
@@ -107,24 +118,36 @@ def _results(names: list[str], folder: Path, most: float | None) -> Iterator[tup
         report.touch()
         process = multiprocessing.get_context("spawn").Process(target=_work, args=(names, Path(place), report))
         process.start()
-        while told < len(names):
-            alive = process.is_alive()
-            for name, result in read_lines(report)[told:]:
-                told += 1
-                yield name, result
-            if most is not None and time.monotonic() - began > most:
-                process.kill()
-                process.join()
-                alive = False
-            if not alive and told < len(names) and not read_lines(report)[told:]:
-                why = f"its process ended with exit code {process.exitcode} after {time.monotonic() - began:.0f} s"
-                yield from ((name, {"seconds": 0, "error": why}) for name in names[told:])
-                break
-            time.sleep(0.2)
-        process.join()
+        try:
+            while told < len(names):
+                alive = process.is_alive()
+                for name, result in read_lines(report)[told:]:
+                    told += 1
+                    yield name, result
+                if most is not None and time.monotonic() - began > most:
+                    _end(process)
+                    alive = False
+                if not alive and told < len(names) and not read_lines(report)[told:]:
+                    why = f"its process ended with exit code {process.exitcode} after {time.monotonic() - began:.0f} s"
+                    yield from ((name, {"seconds": 0, "error": why}) for name in names[told:])
+                    break
+                time.sleep(0.2)
+        finally:
+            _end(process)
+
+
+def _end(process: BaseProcess) -> None:
+    """End a group with its children, the compiler's workers and the converter of checkpoints: the next group is to have
+    the machine for itself."""
+    assert process.pid is not None
+    with suppress(ProcessLookupError):  # it has no session yet, or all are gone
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.join()
 
 
 def _work(names: list[str], folder: Path, report: Path) -> None:
+    os.setsid()
     bench = Bench(Shapes() if torch.cuda.is_available() else SMALL, folder)
     for name in names:
         began = time.monotonic()

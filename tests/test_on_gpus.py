@@ -1,7 +1,8 @@
 """What runs on a GPU, run without one: on fake tensors, which have a device, a dtype and a shape, and no values.
 
 A tensor left on the CPU that meets one on the GPU raises here as it would there; what comes out must lie on the GPU, in
-the dtype that went in, and scales in fp32. Values, speed and what CUDA refuses for its sizes are for a GPU to show.
+the dtype that went in, and scales in fp32. Values, speed and what CUDA refuses for its sizes, but for those of integer
+products, are for a GPU to show.
 """
 
 import ctypes
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_model, tiny_tokenizer
+from conftest import CONFIG, tiny_model, tiny_tokenizer
 from test_prepare import FAMILIES
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
@@ -38,11 +39,13 @@ from qat.quant.number_format import Format, dequantize, fake_quantize, inside, q
 from qat.quant.packing import STAND_IN, makes_rows, pack, pack_rows, stand_in, stand_in_rows, unpack
 from qat.quant.prepare import freeze, prepare
 from qat.quant.quantizers import QUANTIZERS
+from qat.quant.rotated import RECORD, Rotation, causal_lm_class
 from qat.runtime import machine
 from qat.store import model_folder, weight_files
 from qat.train import distill
 from qat.train.distill import Distiller, LabelTargets, TeacherTargets, TopKTargets
 from qat.train.losses import LOSSES
+from qat.train.rotations import cayley
 
 GPU = torch.device("cuda", 0)
 aten = torch.ops.aten
@@ -67,6 +70,10 @@ class Answers(TorchDispatchMode):
             args = (args[0], [_everything(index) for index in args[1]], *args[2:])
         if func.overloadpacket in PRODUCTS:  # which CUDA wants of one dtype, and fake tensors do not mind
             assert len({x.dtype for x in args if isinstance(x, Tensor)}) == 1, func
+        if func.overloadpacket is aten._int_mm:  # whose sizes only CUDA checks
+            (rows, inner), (_, outs) = (x.shape for x in args)
+            assert rows > 16, rows
+            assert inner % 8 == outs % 8 == 0, (inner, outs)
         return func(*args, **(kwargs or {}))
 
 
@@ -304,6 +311,26 @@ def test_a_frozen_student(quant, gpu):
     freeze(model)
     check_layers(model, torch.bfloat16)
     check(model(tokens_on_gpu()).logits, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("rows", "columns", "outs"), [(1, 13, 11), (16, 16, 9), (33, 8, 8)])
+def test_an_integer_product_of_any_size(rows, columns, outs, gpu):
+    codes, weight = (torch.zeros(size, columns, dtype=torch.int8, device=GPU) for size in (rows, outs))
+    check(products.int_mm(codes, weight), torch.int32, (rows, outs))
+
+
+def test_a_rotated_student(gpu):
+    """R4, and the map in front of a tied output layer; its rotations take steps in fp64."""
+    config = LlamaConfig(**{**CONFIG, **SMALL, "intermediate_size": 24, "num_hidden_layers": 1})
+    setattr(config, RECORD, Rotation("hadamard", head_map=True).record())
+    model = causal_lm_class(config)._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").to(GPU)
+    model = prepared(model.requires_grad_(False), QuantConfig(kv_rotation="hadamard"))
+    check_layers(model, torch.bfloat16)
+    check(model(tokens_on_gpu()).logits, torch.bfloat16)
+    targets = LabelTargets(tokens_on_gpu()[0, 1:])
+    check(Distiller(model)(tokens_on_gpu(), targets)[0], torch.float32, ())
+    matrix = torch.eye(16, dtype=torch.float64, device=GPU)
+    check(cayley(matrix, torch.zeros(16, 16, device=GPU), 0.5), torch.float64, (16, 16))
 
 
 def prepared(model, quant: QuantConfig):

@@ -58,11 +58,13 @@ def _ours(bench: Bench, model: PreTrainedModel) -> dict:
 
 
 def _graphs(bench: Bench, decoder: Decoder) -> dict:
-    """Logits of graphs beside those of eager steps of the same text, and beside their own when replayed. cuBLAS may
-    take other algorithms while a graph is captured, so the two agree as far as bf16 does; a replay is the same bits."""
+    """Logits of graphs beside those of eager steps of the same text, and beside their own when replayed; and the share
+    of slots whose likeliest token is the same. cuBLAS may take other algorithms while a graph is captured, so the two
+    agree as far as bf16 does; a replay is the same bits."""
     if decoder.graphs is None:
-        return {"graphs_off_by": 0.0, "replay_off_by": 0.0}
+        return {"graphs_off_by": 0.0, "replay_off_by": 0.0, "same_tokens": 1.0}
     worst = again = 0.0
+    same = []
     for place in (0, 1, 5, 130):
         tokens = bench.ids(decoder.slots, place)[0]
         position = torch.full_like(tokens, place)
@@ -72,7 +74,8 @@ def _graphs(bench: Bench, decoder: Decoder) -> dict:
             eager = decoder.logits(tokens.to(decoder.device), position.to(decoder.device), columns)
         worst = max(worst, ((graph - eager).norm() / eager.norm()).item())
         again = max(again, (graph - replayed).abs().max().item())
-    return {"graphs_off_by": worst, "replay_off_by": again}
+        same.append((graph.argmax(-1) == eager.argmax(-1)).double().mean().item())
+    return {"graphs_off_by": worst, "replay_off_by": again, "same_tokens": sum(same) / len(same)}
 
 
 def _step(bench: Bench, decoder: Decoder, place: int):

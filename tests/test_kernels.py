@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,6 +24,10 @@ from qat.quant.kernels import host
 from qat.quant.number_format import Format, Quantized, dequantize, fake_quantize, quantize, round_to_grid
 from qat.quant.quantizers import QUANTIZERS
 from qat.quant.quantizers.base import Grid
+
+sys.path.append(str(ROOT / "benchmarks"))
+from gpu_checks import numerics
+from gpu_checks.bench import SMALL, Bench
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, where numbers are NaN or too large
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -339,3 +344,24 @@ def test_compiled_for_an_h100_products_are_of_its_tensor_cores(compiled):
     for name, kernel in compiled.items():
         assert ("wgmma.mma_async.sync.aligned" in kernel["ptx"]) == name.startswith("multiply")
         assert (".s32.s8.s8" in kernel["ptx"]) == name.startswith("multiply")
+
+
+def test_what_the_gpu_checks_do_with_our_kernels(monkeypatch, tmp_path):
+    """Elsewhere in the suite they find none."""
+
+    def once(call, repeats=0):
+        call()
+        return 1.0
+
+    monkeypatch.setattr(kernels, "on", lambda device: host)
+    monkeypatch.setattr(products, "own_is_faster", lambda *_: True)
+    monkeypatch.setattr(numerics, "device_seconds", once)
+    bench = Bench(
+        replace(SMALL, hidden=64, intermediate=96, heads=2, tokens=8, rows=(1, 17)), tmp_path, torch.device(DEVICE)
+    )
+    figures, holds = numerics.row_kernels(bench)
+    assert (figures["mismatches"], holds) == (0, {"equal": True})
+    assert figures["compared"] > 0
+    figures, holds = numerics.product_kernel(bench)
+    assert (figures["mismatches"], holds) == (0, {"equal": True})
+    assert [*figures["us_by_rows"]] == [1, 17]

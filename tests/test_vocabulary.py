@@ -195,6 +195,16 @@ def test_trained_measured_and_frozen_are_the_same(tied, vocabulary):
     assert perplexity(model, tokens).nll == pytest.approx(nll.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_a_frozen_output_layer_computes_the_same_logits_in_the_loss(vocabulary):
+    """In bf16, where products of codes and of values differ most."""
+    model = prepare(tiny_model().bfloat16(), QuantConfig(16, 16, 16, overrides=VOCABULARIES[vocabulary]))
+    Distiller(model)
+    freeze(model)
+    head, hidden = model.lm_head, torch.randn(9, model.config.hidden_size).bfloat16()
+    assert torch.equal(distill._QuantProduct(hidden, head.weight, head).logits(slice(0, 9)), head(hidden))
+
+
 @pytest.mark.parametrize("form", OF_INTEGERS)
 @pytest.mark.parametrize("vocabulary", ["rows", "groups", "clips"])
 @TIED

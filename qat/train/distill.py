@@ -281,7 +281,10 @@ class _QuantProduct(_Product):
         if self.input is not None:
             self.hidden = dequantize(self.input, hidden.dtype)
         blocks = weight.split(VOCABULARY_BLOCK) if head.weight_format.quantizes and not head.frozen else ()
-        if (codes := stand_in(head.weight, head.weight_format)) is not None:
+        codes = stand_in(head.weight, head.weight_format)
+        if codes is None and head.codes is not None:  # a frozen layer multiplies codes too
+            codes = head.integers()
+        if codes is not None:
             parts = (part.split(VOCABULARY_BLOCK) for part in (codes.codes, *codes.grid) if part is not None)
             self.blocks = [Quantized(own, Grid(*grid)) for own, *grid in zip(*parts, strict=True)]
         else:
@@ -318,7 +321,7 @@ class _QuantProduct(_Product):
     def mask(self, grad_hidden: Tensor | None, grad_weight: Tensor | None) -> None:
         if grad_hidden is not None and self.input is not None and self.head.input_format.clips:
             grad_hidden *= inside(self.unrounded, self.head.input_format, self.input.grid)
-        if grad_weight is not None and self.blocks and self.head.weight_format.clips:
+        if grad_weight is not None and self.blocks and self.head.weight_format.clips and not self.head.frozen:
             parts = (part.split(VOCABULARY_BLOCK) for part in (self.weight, grad_weight))
             for block, weight, grad in zip(self.blocks, *parts, strict=True):
                 grad.copy_(passed(grad, weight, self.head.weight_format, block.grid))

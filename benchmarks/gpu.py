@@ -96,10 +96,11 @@ def main() -> int:
     print(f"{machine()}, torch {torch.__version__}{': no GPU, small shapes' if small else ''}", flush=True)
     groups = ((CHECKS, 0),) if small else GROUPS  # what is small fits one process
     chosen = [([name for name in checks if name in config.checks.split(",")], kept) for checks, kept in groups]
-    for place, (names, _) in enumerate(chosen):
-        later = sum(kept for others, kept in chosen[place + 1 :] if others)
-        most = None if small else config.seconds - (time.monotonic() - began) - later
-        for name, result in _results(names, config.folder, most):
+    for place, (names, kept) in enumerate(chosen):
+        left = config.seconds - (time.monotonic() - began)
+        later = sum(others_kept for others, others_kept in chosen[place + 1 :] if others)
+        most = max(min(kept, left), left - later)
+        for name, result in _results(names, config.folder, None if small else most):
             record["checks"][name] = result
             print(f"{name}: {_line(result)}", flush=True)
             if config.json:

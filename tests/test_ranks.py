@@ -184,6 +184,8 @@ def test_a_system_that_does_not_count_bytes_gets_two_hours_for_them(monkeypatch,
     monkeypatch.setattr(ranks, "_self", ranks._Self(2, None, PATIENCE))
     with ranks.doing("writing final/"):
         assert ranks._self.sign().patience == 7200
+    with ranks.doing("writing final/", patience=1):
+        assert ranks._self.sign().patience == PATIENCE, "the user's is the least"
 
 
 def test_a_run_that_was_stopped_as_a_whole_goes_on(start):

@@ -31,8 +31,8 @@ def save_steps(steps: dict[str, Tensor], directory: Path) -> None:
 
 @torch.no_grad()
 def load_steps(model: nn.Module, directory: Path) -> None:
-    """Set the learned steps of a prepared model, in the dtype that they are stored in, whatever its own: another would
-    round them. Raise UserError if they are missing."""
+    """Set the learned steps of a prepared model, in fp32: its own dtype might round them. Raise UserError if they are
+    missing."""
     linears = {name: linear for name, linear in quant_linears(model).items() if linear.input_step is not None}
     if not linears:
         return
@@ -47,7 +47,7 @@ def load_steps(model: nn.Module, directory: Path) -> None:
         step = steps[name + STEP_SUFFIX]
         if step.shape != linear.input_step.shape or not step.isfinite().all():  # type: ignore[union-attr]
             raise UserError(f"{directory / STEPS_FILE} is damaged: {name} has no step that is possible. Copy it again.")
-        linear.input_step.data = step.to(linear.input_step.device)  # type: ignore[union-attr]
+        linear.input_step.data = step.float().to(linear.input_step.device)  # type: ignore[union-attr]
 
 
 def learned_grids(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Grid]:

@@ -401,10 +401,18 @@ def test_a_damaged_tokenizer_is_no_gguf_file(damaged, tmp_path):
 
 
 def test_llama_cpp_is_not_waited_for_without_end(monkeypatch, tmp_path):
-    (tmp_path / gguf_files.FILE).touch()
+    """Nor is the export called verified then; it is where llama.cpp is not installed, and that is said."""
+    student = write_student(tmp_path / "final", QuantConfig())
+    export.export(student, tmp_path / "export", GGUF)
     monkeypatch.setattr(gguf_files, "_LOAD", "import time; time.sleep(60)")
     monkeypatch.setattr(gguf_files, "_LOADING", 0.2)
-    assert not gguf_files.is_loaded(tmp_path)
+    said = export.verify(student, tmp_path / "export", GGUF, WINDOWS).sentence("random tokens")
+    assert said.startswith("Read back, not verified, the export gives the logits of the model in memory")
+    assert "that had no end" in said
+    monkeypatch.setattr(gguf_files, "is_installed", lambda: False)
+    said = export.verify(student, tmp_path / "export", GGUF, WINDOWS).sentence("random tokens")
+    assert said.startswith("Verified: ")
+    assert "xllamacpp is not installed" in said
 
 
 def test_what_llama_cpp_does_not_load_is_not_verified(tmp_path):

@@ -318,15 +318,18 @@ def _load_scaled(config: PreTrainedConfig, reader: gguf.GGUFReader) -> PreTraine
     return model.eval()
 
 
+def is_installed() -> bool:
+    """Return whether the package xllamacpp is installed, which is llama.cpp."""
+    return importlib.util.find_spec("xllamacpp") is not None
+
+
 def is_loaded(directory: Path) -> bool:
-    """Return whether llama.cpp itself loads ``directory/model.gguf``; False if that cannot be determined: the package
-    xllamacpp is not installed, or takes more than ten minutes and a second for every 10 MB.
+    """Return whether llama.cpp, which is installed, loads ``directory/model.gguf``; False if that cannot be determined:
+    it takes more than ten minutes and a second for every 10 MB.
 
     Runs in another process, which llama.cpp may end if it cannot compute the model. Raises UserError if it rejects the
     file.
     """
-    if importlib.util.find_spec("xllamacpp") is None:
-        return False
     limit = _LOADING + (directory / FILE).stat().st_size / 10e6
     command = [sys.executable, "-c", _LOAD, str(directory / FILE)]
     try:

@@ -154,11 +154,15 @@ def _from_jsonl(file: Path) -> Iterator[Piece]:
 
 def _from_parquet(file: Path) -> Iterator[Piece]:
     """Yield each row as a document: the value of the column "text"."""
+    row = 0
     try:
         with pq.ParquetFile(file) as table:
             for batch in table.iter_batches(batch_size=1024, columns=[_FIELD]):
-                for text in batch.column(_FIELD).to_pylist():
-                    yield from _document("" if text is None else text)
+                for value in batch.column(_FIELD):
+                    row += 1
+                    yield from _document("" if (text := value.as_py()) is None else text)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}, row {row}, is not UTF-8 text ({error.reason}): convert it.") from error
     except (pa.ArrowException, OSError, KeyError, TypeError) as error:
         raise UserError(f'{file} cannot be read as Parquet with a column "{_FIELD}" ({error}): mend it.') from error
 

@@ -4,7 +4,9 @@ python launch/chat.py --model DIR
 """
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,7 +61,7 @@ def main() -> None:
         _answer(model, tokenizer, [_message("user", settings.prompt)], settings)
         return
     history: list[Turn] = []
-    while line := _read():
+    for line in _lines():
         try:
             history = _answer(model, tokenizer, [*history, _message("user", line)], settings)
         except UserError as error:  # the message is rejected, and the chat continues without it
@@ -131,14 +133,21 @@ def _message(role: str, content: str) -> Turn:
     return {"role": role, "content": content}
 
 
-def _read() -> str:
-    """Return the next line of the standard input; empty at its end."""
-    try:
-        return input("> " if sys.stdin.isatty() else "").strip()
-    except EOFError:
-        return ""
-    except UnicodeDecodeError as error:
-        raise UserError(f"The standard input is not UTF-8 text ({error.reason}): convert it.") from error
+def _lines() -> Iterator[str]:
+    """Yield the lines of the standard input, up to an empty one."""
+    for number in count(1):
+        try:
+            # Decoded line by line: Python itself decodes ahead, or, in the C locale, lets everything through.
+            line = (input("> ") if sys.stdin.isatty() else sys.stdin.buffer.readline().decode()).strip()
+        except EOFError:
+            return
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"The standard input, line {number}, is not UTF-8 text ({error.reason}): convert it."
+            ) from error
+        if not line:
+            return
+        yield line
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from qat.runtime import launcher, malloc, progress
 from qat.runtime.errors import UserError
+from qat.runtime.files import utf8
 from qat.runtime.ranks import are_watched, fail
 from qat.runtime.table import choices_of
 
@@ -45,6 +46,7 @@ def run(main: Callable[[], int | None]) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # from DeepSpeed's calls
     if not sys.stderr.isatty():
         disable_progress_bars()  # the hub's, and with it transformers' when it is imported: they redraw themselves
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     hub_logging.set_verbosity_error()  # it logs a line for each of many retries; the outcome is reported once
     if is_first_rank():
         logging.basicConfig(format="%(message)s", handlers=[progress.LogHandler()])
@@ -164,10 +166,14 @@ def load_plugins() -> None:
 
 
 def _plugins_of(recipe: str) -> str | None:
-    """Return a recipe's value of ``plugin``; None also for a recipe that cannot be read, which the parser rejects."""
+    """Return a recipe's value of ``plugin``; None also for a recipe that cannot be read, which the parser rejects.
+
+    Raises UserError if it is not UTF-8.
+    """
     try:
-        settings = yaml.safe_load(Path(recipe).read_text())
-    except (OSError, ValueError, yaml.YAMLError):
+        with utf8(Path(recipe).expanduser()) as stream:
+            settings = yaml.safe_load(stream.read())
+    except (OSError, yaml.YAMLError):
         return None
     return settings.get("plugin") if isinstance(settings, dict) else None
 

@@ -2,6 +2,9 @@
 
 import json
 import re
+import shutil
+from inspect import signature
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +15,11 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from datagen import attention
 from datagen.decoder import Decoder
 from datagen.generate import GenerateConfig, Vocabulary, write_sequences
+from qat.ptq import METHODS
+from qat.ptq.gptq import GPTQConfig
+from qat.quant.config import QuantConfig
 from qat.runtime.errors import UserError
-from qat.store import models
+from qat.store import gguf_files, models, student_folder
 
 FAMILIES = (LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)
 LENGTH = 24
@@ -48,6 +54,30 @@ SOME = [
     (Qwen2Config, {**QWEN_WINDOW, "max_window_layers": 1}),
     (Qwen3Config, {**QWEN_WINDOW, "layer_types": ["sliding_attention", "full_attention"]}),
 ]
+
+
+HANDLED, IGNORED, REFUSED_THERE = "handled", "ignored", "refused"
+FIELDS = {
+    **dict.fromkeys(
+        ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "attention_bias", "mlp_bias",
+         "max_position_embeddings", "rope_parameters", "sliding_window", "use_sliding_window", "max_window_layers",
+         "layer_types"),
+        (HANDLED, HANDLED, HANDLED),
+    ),
+    **dict.fromkeys(
+        ("transformers_version", "architectures", "output_hidden_states", "chunk_size_feed_forward",
+         "id2label", "label2id", "problem_type", "initializer_range", "use_cache", "attention_dropout",
+         "pretraining_tp"),
+        (IGNORED, IGNORED, IGNORED),
+    ),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), (IGNORED, HANDLED, IGNORED)),
+    "dtype": (IGNORED, HANDLED, IGNORED),
+    "hidden_act": (HANDLED, REFUSED_THERE, HANDLED),
+    **dict.fromkeys(("is_encoder_decoder", "return_dict"), (REFUSED_THERE, REFUSED_THERE, REFUSED_THERE)),
+}  # fmt: skip
+"""What becomes of each field of the families' configs in our decoder, in GGUF, and in post-training quantization. The
+decoder gets dtype and the ends of texts from its caller."""
 
 
 def name(said: object) -> str | None:
@@ -115,6 +145,59 @@ def test_what_cannot_be_computed_is_refused_before_weights_are_loaded(family, sa
     monkeypatch.setattr(models, "load", None)
     flags = [f"--model={tmp_path}", f"--output={tmp_path / 'data'}", f"--max_length={LENGTH}"]
     assert re.search(message, error_of(monkeypatch, "generate", *flags))
+
+
+OTHER = {
+    "transformers_version": "4.0", "architectures": ["X"], "output_hidden_states": True, "return_dict": False,
+    "chunk_size_feed_forward": 1, "id2label": {"0": "a"}, "label2id": {"a": 0}, "problem_type": "regression",
+    "initializer_range": 0.5, "use_cache": False, "attention_dropout": 0.5, "pretraining_tp": 2, "bos_token_id": 5,
+    "eos_token_id": 6, "pad_token_id": 7, "dtype": "bfloat16", "hidden_act": "gelu", "is_encoder_decoder": True,
+}  # fmt: skip
+
+
+def decoded(folder: Path) -> bytes:
+    models.resolve(str(folder))
+    decoder = Decoder(models.load(str(folder), torch.float32), slots=1, max_length=LENGTH)
+    return decoder.step(torch.tensor([30]), torch.tensor([0])).numpy().tobytes()
+
+
+def as_gguf(folder: Path) -> bytes:
+    full = student_folder.full_precision(str(folder))
+    gguf_files.check(full)
+    gguf_files.write(full, folder)
+    return (folder / gguf_files.FILE).read_bytes()
+
+
+def rounded(folder: Path) -> bytes:
+    """By GPTQ, which computes hidden states."""
+    METHODS["gptq"](folder, GPTQConfig()).write(folder, QuantConfig(4, 8, 16), [torch.arange(30, 50)[None]])
+    return b"".join(file.read_bytes() for file in sorted(folder.glob("*.safetensors")))
+
+
+def test_every_field_of_a_config_is_decided_on():
+    """A new one of transformers is added here, with what becomes of it, and to the code where it is not ignored."""
+    assert {name for family in FAMILIES for name in signature(family).parameters} - {"kwargs"} == FIELDS.keys()
+
+
+@pytest.mark.parametrize("read", [decoded, as_gguf, rounded])
+def test_what_is_ignored_changes_nothing_and_what_is_refused_is(read, tmp_path):
+    place = [decoded, as_gguf, rounded].index(read)
+    does = {field: decided[place] for field, decided in FIELDS.items()}
+
+    def reads(changes: dict) -> bytes:
+        folder = tmp_path / "model"  # whose name stands in a GGUF file
+        shutil.rmtree(folder, ignore_errors=True)
+        tiny_model().save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        return read(folder)
+
+    ignored = {field: OTHER[field] for field, what in does.items() if what == IGNORED}
+    assert reads(ignored) == reads({})
+    for field in (field for field, what in does.items() if what == REFUSED_THERE):
+        with pytest.raises(UserError):
+            reads({field: OTHER[field]})
 
 
 def test_a_decoder_longer_than_its_frequencies_hold_is_refused():

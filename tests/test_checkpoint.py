@@ -181,7 +181,7 @@ def small_disk(path: Path, size: int) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # in TensorBoard's thread
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard writes in a thread
 def test_a_full_disk_between_checkpoints_does_not_end_a_run(tmp_path, caplog):
     figures = {"loss": 1.0, "kl": 1.0, "tokens_per_second": 1.0}
     with small_disk(tmp_path / "small", 1 << 16) as small:

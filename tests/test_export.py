@@ -377,11 +377,42 @@ def test_llama_cpp_loads_a_tokenizer_with_more_tokens_than_the_model(tmp_path):
     assert "bit for bit, and llama.cpp loads it." in verified.sentence("random tokens")
 
 
+def test_how_a_text_is_split_is_found_in_files_that_do_not_say_all_of_it(tmp_path):
+    """As tokenizers wrote them before ByteLevel had the setting ``use_regex``."""
+    write_student(tmp_path, QuantConfig())
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    assert content["pre_tokenizer"].pop("use_regex")
+    file.write_text(json.dumps(content))
+    assert gguf_files._split(tmp_path) == "gpt-2"
+    content["pre_tokenizer"] = {"pretokenizers": [{"type": "Digits"}, content["pre_tokenizer"]]}
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="splits text in a way that is not mapped"):
+        gguf_files._split(tmp_path)
+
+
+@pytest.mark.parametrize("damaged", ["tokenizer.model", "added_tokens.json", "tokenizer_config.json"])
+def test_a_damaged_tokenizer_is_no_gguf_file(damaged, tmp_path):
+    student = write_student(tmp_path / "final", QuantConfig(), vocab_size=340, bos_token_id=1, eos_token_id=2)
+    write_sentencepiece(tmp_path / "final", 340, (ROOT / "LICENSE").read_text())
+    (tmp_path / "final" / damaged).write_bytes((tmp_path / "final" / damaged).read_bytes()[:10])
+    with pytest.raises(UserError, match="is damaged"):
+        gguf_files.check(student)
+
+
 def test_llama_cpp_is_not_waited_for_without_end(monkeypatch, tmp_path):
-    (tmp_path / gguf_files.FILE).touch()
+    """Nor is the export called verified then; it is where llama.cpp is not installed, and that is said."""
+    student = write_student(tmp_path / "final", QuantConfig())
+    export.export(student, tmp_path / "export", GGUF)
     monkeypatch.setattr(gguf_files, "_LOAD", "import time; time.sleep(60)")
     monkeypatch.setattr(gguf_files, "_LOADING", 0.2)
-    assert not gguf_files.is_loaded(tmp_path)
+    said = export.verify(student, tmp_path / "export", GGUF, WINDOWS).sentence("random tokens")
+    assert said.startswith("Read back, not verified, the export gives the logits of the model in memory")
+    assert "that had no end" in said
+    monkeypatch.setattr(gguf_files, "is_installed", lambda: False)
+    said = export.verify(student, tmp_path / "export", GGUF, WINDOWS).sentence("random tokens")
+    assert said.startswith("Verified: ")
+    assert "xllamacpp is not installed" in said
 
 
 def test_what_llama_cpp_does_not_load_is_not_verified(tmp_path):
@@ -419,9 +450,13 @@ def run(request, tiny_directory, tiny_data, tmp_path_factory) -> Path:
     return output
 
 
-def test_a_zero3_checkpoint_gives_the_export_of_the_final_model(run, tmp_path):
+def test_a_zero3_checkpoint_gives_the_export_of_the_final_model(run, tmp_path, capsys):
     export.export(student_folder.find(run / "final"), tmp_path / "final", PACKED)
+    capsys.readouterr()
     export.export(student_folder.find(run / "checkpoints"), tmp_path / "checkpoint", PACKED)
+    said = capsys.readouterr().err
+    assert "Gathering sharded weights" in said
+    assert "\r" not in said, "a bar that redraws itself, in a log file"
     expected, got = (load_file(tmp_path / name / "model.safetensors") for name in ("final", "checkpoint"))
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -606,6 +641,16 @@ def test_the_snippets_of_card_and_docs_run_as_they_stand(tmp_path, monkeypatch, 
         monkeypatch.chdir(place)
         exec(snippet, {})
         assert capsys.readouterr().out.startswith("<s>"), file
+
+
+def test_the_card_says_what_the_student_learned_and_refuses_damaged_data(tmp_path):
+    (tmp_path / MANIFEST).write_text("{")
+    student = write_student(tmp_path / "final", QuantConfig())
+    for loss, learned in (("logits", "full-precision model's next-token distributions"), ("label", "next tokens of")):
+        run = {"settings": {"loss": loss, "data": "x"}}
+        assert f"The student learned the {learned}" in model_card._training(replace(student, run=run))
+    with pytest.raises(UserError, match=f"{MANIFEST} is damaged"):
+        model_card._training(replace(student, run=run | {"data": str(tmp_path)}))
 
 
 @pytest.mark.parametrize(

@@ -102,11 +102,15 @@ def test_the_answers_likelihoods_are_those_of_the_whole_logits(model_and_tokeniz
 
 
 @pytest.mark.parametrize("name", ["boolq", "piqa", "openbookqa", "winogrande"])
-def test_an_answer_is_right_where_it_is_the_right_choice(name, model_and_tokenizer, monkeypatch):
-    """For each of the harness's ways to compare likelihoods: as they are, by length, without the question."""
+def test_an_answer_is_right_where_it_is_the_right_choice(name, model_and_tokenizer, monkeypatch, capsys):
+    """For each of the harness's ways to compare likelihoods: as they are, by length, without the question. In a log
+    file no bar of the harness redraws itself."""
     samples, score = [], harness._score
     monkeypatch.setattr(harness, "_score", lambda metric, own: samples.extend(own) or score(metric, own))
     found = harness.run_task(*model_and_tokenizer, name, 12, taskdata.parts(name))
+    said = capsys.readouterr().err
+    assert "loglikelihood" in said
+    assert "\r" not in said
     gold = [int(sample["doc"]["answer"]) - 1 if name == "winogrande" else int(sample["target"]) for sample in samples]
     assert [int(answer) == right for answer, right in zip(found.answers, gold, strict=True)] == [
         value == "1" for value in found.correct

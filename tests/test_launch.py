@@ -13,13 +13,16 @@ from importlib import import_module
 from io import StringIO
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, generate_flags, tiny_model, tiny_tokenizer
 from forked import processes
 from transformers import GPTNeoXConfig
 
 from datagen.corpus import Corpus
-from launch import cli
+from launch import chat, cli
 from launch.train import claim, open_folder
 from qat.evaluate import heldout
 from qat.export import model_card
@@ -259,19 +262,36 @@ def test_a_wrong_flag_is_named_first_and_the_flags_follow_once(flag, named, monk
     assert [line.startswith("usage: train.py") for line in others].count(True) == 1
 
 
-def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path, tokenizer):
+def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path, monkeypatch):
     bad = b"caf\xc3\xa9\r\n" * 3 + b"caf\xe9\n"
+
+    def typed(file: str) -> None:
+        with Path(file).open() as stream:
+            monkeypatch.setattr(sys, "stdin", stream)
+            list(chat._lines())
+
+    def given(file: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["chat.py", f"--config={file}"])
+        cli.parse("", chat.Chat)
+
     readers = {
         "a.txt": lambda file: list(heldout.paragraphs(file)),
         "b.txt": lambda file: list(Corpus(file).pieces()),
         "c.jsonl": lambda file: list(Corpus(file).pieces()),
         "README.md": lambda file: model_card.origin_of(str(Path(file).parent)),
+        "recipe.yaml": given,
+        "The standard input": typed,
     }
     for name, read in readers.items():
         content = bad.replace(b"\r\n", b"\n").replace(b"caf", b'{"text": "caf').replace(b"\n", b'"}\n')
         (tmp_path / name).write_bytes(content if name == "c.jsonl" else bad)
         with pytest.raises(UserError, match=rf"{name}, line 4, is not UTF-8 text"):
             read(str(tmp_path / name))
+    ends = np.array([0, 3, 6, 10], np.int32)  # of three texts
+    texts = pa.Array.from_buffers(pa.string(), 3, [None, pa.py_buffer(ends), pa.py_buffer(b"onetwocaf\xe9")])
+    pq.write_table(pa.table({"text": texts}), tmp_path / "d.parquet")
+    with pytest.raises(UserError, match=r"d.parquet, row 3, is not UTF-8 text"):
+        list(Corpus(str(tmp_path / "d.parquet")).pieces())
 
 
 def test_recipe_and_flags_set_the_same_fields(monkeypatch, tmp_path):
@@ -282,6 +302,17 @@ def test_recipe_and_flags_set_the_same_fields(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["train.py", *flags])
     _, quant, config = cli.parse("", train.Paths, train.QuantConfig, train.TrainConfig)
     assert (quant.w_bits, config.lr) == (3, 5e-4)
+
+
+def test_a_plugin_that_a_recipe_names_is_imported_wherever_the_recipe_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    for number, recipe in enumerate((f"{tmp_path}/0.yaml", "~/1.yaml")):
+        (tmp_path / f"own_plugin_{number}.py").touch()
+        (tmp_path / f"{number}.yaml").write_text(f"plugin: own_plugin_{number}\nmodel: m\n")
+        monkeypatch.setattr(sys, "argv", ["chat.py", f"--config={recipe}"])
+        cli.parse("", chat.Chat)
+        assert sys.modules.pop(f"own_plugin_{number}")
 
 
 SCRIPTS = sorted(file.stem for file in (ROOT / "launch").glob("*.py") if "cli.run(main)" in file.read_text())

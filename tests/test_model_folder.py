@@ -27,7 +27,7 @@ from qat.store import models, student_folder
 from qat.store.compressed_tensors import PACKED
 from qat.store.model_folder import ModelFolder
 from qat.store.sidecars import GRIDS_FILE, STEPS_FILE
-from qat.store.weight_files import BIN, BIN_INDEX, INDEX, stored_tensors, weight_files
+from qat.store.weight_files import BIN, BIN_INDEX, INDEX, stored_tensors, weight_files, weights_size
 
 WEIGHTS = "model.safetensors"
 FULL = QuantConfig(16, 16, 16)
@@ -304,7 +304,9 @@ def test_transformers_reads_the_same_files(folder):
             str(folder), variant=None, gguf_file=None, use_safetensors=None, user_agent={}, is_remote_code=False,
             transformers_explicit_filename=named,
         )  # fmt: skip
-        assert [str(file) for file in weight_files(folder)] == ([theirs] if isinstance(theirs, str) else theirs)
+        theirs = [theirs] if isinstance(theirs, str) else theirs
+        assert [str(file) for file in weight_files(folder)] == theirs
+        assert weights_size(folder) == sum(Path(file).stat().st_size for file in theirs)
 
 
 def test_what_lies_beside_the_weights_is_accounted_for_too(folder, tmp_path):

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from io import BytesIO, TextIOWrapper
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_chat_remembers_the_turns_before(tmp_path, monkeypatch):
     tokenizer = models.load_tokenizer(str(tmp_path))
     tokenizer.chat_template = "{% for turn in messages %}[{{ turn.role }}]{{ turn.content }}{% endfor %}"
     tokenizer.save_pretrained(tmp_path)
-    lines, prompts = iter(["Licensed", "Work"]), []
+    prompts = []
     model = qat.load(str(tmp_path))
     own = model.generate
 
@@ -91,7 +92,7 @@ def test_chat_remembers_the_turns_before(tmp_path, monkeypatch):
 
     monkeypatch.setattr(model, "generate", generate)
     monkeypatch.setattr(qat, "load", lambda _: model)
-    monkeypatch.setattr("builtins.input", lambda _: next(lines, ""))
+    monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(b"Licensed\nWork\n")))
     flags = [f"--model={tmp_path}", "--max_new_tokens=3", "--temperature=0.7"]
     monkeypatch.setattr(sys, "argv", ["chat.py", *flags])
     chat.main()
@@ -108,8 +109,8 @@ def test_chat_goes_on_where_a_message_is_too_long_or_the_talk_has_become_so(tmp_
     tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     tokenizer.chat_template = "{% for turn in messages %}[{{ turn.role }}]{{ turn.content }}{% endfor %}"
     tokenizer.save_pretrained(tmp_path)
-    lines = iter(["Licensed", "Work " * 100, "Redistribution " * 2, "the"])
-    monkeypatch.setattr("builtins.input", lambda _: next(lines, ""))
+    lines = ["Licensed", "Work " * 100, "Redistribution " * 2, "the", "", "never read"]
+    monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO("\n".join(lines).encode())))
     monkeypatch.setattr(sys, "argv", ["chat.py", f"--model={tmp_path}", "--max_new_tokens=16"])
     chat.main()
     said = capsys.readouterr().err

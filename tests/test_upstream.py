@@ -44,6 +44,7 @@ NEEDED = [
     ),
     ("deepspeed.checkpoint.ds_to_universal", "main", "converts a checkpoint for another number of ranks"),
     ("deepspeed.utils.zero_to_fp32", "get_fp32_state_dict_from_zero_checkpoint", "reads a checkpoint for an export"),
+    ("deepspeed.utils.zero_to_fp32", "tqdm", "draws the bars of that, which would fill a log file"),
     ("transformers.integrations.sdpa_attention", "sdpa_attention_forward", "attends over the rounded keys and values"),
     ("transformers.masking_utils", "sdpa_mask", "is the mask that goes with it"),
     ("transformers.cache_utils", "DynamicLayer.lazy_initialization", "is a layer of the integer KV cache"),
@@ -55,6 +56,7 @@ NEEDED = [
     ("compressed_tensors.compressors.pack_quantized.helpers", "pack_to_int32", "packs codes as vLLM reads them"),
     ("lm_eval.models.huggingface", "HFLM._loglikelihood_tokens", "is shared out over the ranks"),
     ("lm_eval.models.huggingface", "HFLM._model_call", "is the quantized model's forward pass"),
+    *((f"lm_eval.{where}", "tqdm", "draws bars") for where in ("api.model", "api.task", "models.huggingface")),
 ]
 
 

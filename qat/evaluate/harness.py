@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lm_eval
+import lm_eval.api.model
+import lm_eval.api.task
 import torch
 import torch.distributed as dist
 from lm_eval import simple_evaluate
@@ -81,7 +83,9 @@ def run_task(
             f"ranks: give 0, {len(parts) * _world_size()} or more, or fewer ranks."
         )
     shots = {"num_fewshot": _SHOTS if name in FEW_SHOT else 0}
-    huggingface.tqdm = bar  # the harness's own bar would fill a log file
+    bars = partial(bar, disable=dist.is_initialized() and dist.get_rank() > 0)
+    for module in (huggingface, lm_eval.api.model, lm_eval.api.task):
+        module.tqdm = bars  # the harness's own would fill a log file
     results = simple_evaluate(
         model=_RankedLM(model, tokenizer),
         # In a group, a task inherits from the registered task of its name.

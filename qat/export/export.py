@@ -76,11 +76,14 @@ class Verified:
     expected: float
     exported: float
     tokens: int
-    engine: str = ""
+    engine: str | None = ""
 
     def sentence(self, text: str) -> str:
+        begins, engine = "Verified: read back", self.engine
+        if engine is None:
+            begins, engine = "Read back, not verified", "; whether its engine loads it is not known: that had no end"
         sentence = (
-            f"Verified: read back, the export gives the logits of the model in memory, bit for bit{self.engine}. "
+            f"{begins}, the export gives the logits of the model in memory, bit for bit{engine}. "
             f"Perplexity on {self.tokens:,} tokens of {text}: {self.trained:.3f} as trained"
         )
         if self.expected != self.trained:

@@ -12,10 +12,11 @@ from qat.export.formats.base import ExportFormat
 from qat.quant.architecture import architecture_of
 from qat.quant.config import QuantConfig
 from qat.runtime.errors import UserError
-from qat.runtime.files import utf8, writing
+from qat.runtime.files import read_json, utf8, writing
 from qat.store import smollm2
 from qat.store.model_folder import read_config
 from qat.store.student_folder import Student
+from qat.train.losses import LOSSES
 
 _IN_PYTHON = """```python
 import qat
@@ -154,10 +155,10 @@ def _training(student: Student) -> str:
     listed = ", ".join(f"{name} {settings[name]}" for name in _TRAINING if name in settings)
     last = student.last_step()
     seen = f" It had seen {last['tokens']:,} tokens after step {last['step']}." if last else ""
-    return (
-        "The student learned the full-precision model's next-token distributions. DeepSpeed ZeRO-3, AdamW: "
-        f"{listed}.{seen}\n\nData: {_data(student.run)}"
-    )
+    loss = settings.get("loss")
+    alone = loss in LOSSES and not LOSSES[loss].needs_teacher
+    learned = "next tokens of the data" if alone else "full-precision model's next-token distributions"
+    return f"The student learned the {learned}. DeepSpeed ZeRO-3, AdamW: {listed}.{seen}\n\nData: {_data(student.run)}"
 
 
 def _data(run: dict[str, Any]) -> str:
@@ -166,7 +167,7 @@ def _data(run: dict[str, Any]) -> str:
     manifest = Path(run.get("data", "")) / _MANIFEST
     if not manifest.is_file():
         return f"{fingerprint}."
-    settings = json.loads(manifest.read_text())
+    settings = read_json(manifest)
     return f"{fingerprint}, made by launch/generate.py: " + ", ".join(f"{k} {v}" for k, v in settings.items()) + "."
 
 

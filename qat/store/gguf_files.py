@@ -33,7 +33,7 @@ from qat.quant.number_format import Format, Quantized, dequantize
 from qat.quant.products import speed_up
 from qat.quant.quantizers.base import Grid
 from qat.runtime.errors import UserError
-from qat.runtime.files import writing
+from qat.runtime.files import read_json, using, writing
 from qat.store.models import load_tokenizer
 from qat.store.student_folder import Student
 
@@ -130,6 +130,7 @@ def check(student: Student) -> None:
             f"The model is {config.hidden_size} and {config.intermediate_size} wide: GGUF wants multiples of {block}."
         )
     _tokenizer(student.directory)
+    _special_tokens(student.directory, config.vocab_size)
 
 
 def _check_computed(config: PreTrainedConfig) -> None:
@@ -196,7 +197,7 @@ def write(student: Student, output: Path) -> None:
     _add_config(writer, config, _file_type(student))
     for key, value in _tokenizer(student.directory).items():
         getattr(writer, f"add_{key}")(value)
-    gguf.SpecialVocab(student.directory, load_merges=True, n_vocab=config.vocab_size).add_to_gguf(writer, quiet=True)
+    _special_tokens(student.directory, config.vocab_size).add_to_gguf(writer, quiet=True)
     if (factors := _rope_factors(config)) is not None:
         writer.add_tensor(_ROPE_FREQUENCIES, factors.numpy())
     for name, weight in student.progress():
@@ -317,15 +318,18 @@ def _load_scaled(config: PreTrainedConfig, reader: gguf.GGUFReader) -> PreTraine
     return model.eval()
 
 
+def is_installed() -> bool:
+    """Return whether the package xllamacpp is installed, which is llama.cpp."""
+    return importlib.util.find_spec("xllamacpp") is not None
+
+
 def is_loaded(directory: Path) -> bool:
-    """Return whether llama.cpp itself loads ``directory/model.gguf``; False if that cannot be determined: the package
-    xllamacpp is not installed, or takes more than ten minutes and a second for every 10 MB.
+    """Return whether llama.cpp, which is installed, loads ``directory/model.gguf``; False if that cannot be determined:
+    it takes more than ten minutes and a second for every 10 MB.
 
     Runs in another process, which llama.cpp may end if it cannot compute the model. Raises UserError if it rejects the
     file.
     """
-    if importlib.util.find_spec("xllamacpp") is None:
-        return False
     limit = _LOADING + (directory / FILE).stat().st_size / 10e6
     command = [sys.executable, "-c", _LOAD, str(directory / FILE)]
     try:
@@ -431,7 +435,8 @@ def _tokenizer(directory: Path) -> dict[str, object]:
     if (directory / "tokenizer.model").is_file():
         # As many tokens as the embedding has rows: llama.cpp accepts no other number. The model cannot read the
         # tokenizer's further ones.
-        tokens = list(gguf.SentencePieceVocab(directory).all_tokens())[:vocabulary_size]
+        with using(directory / "tokenizer.model"):
+            tokens = list(gguf.SentencePieceVocab(directory).all_tokens())[:vocabulary_size]
         tokens += [(f"[PAD{i}]".encode(), -1000.0, gguf.TokenType.UNUSED) for i in range(len(tokens), vocabulary_size)]
         return {
             "tokenizer_model": "llama",
@@ -456,16 +461,24 @@ def _tokenizer(directory: Path) -> dict[str, object]:
     return {"tokenizer_model": "gpt2", "tokenizer_pre": split, "token_list": texts, "token_types": kinds}
 
 
+def _special_tokens(directory: Path, vocabulary_size: int) -> gguf.SpecialVocab:
+    """Return the tokens with a meaning of their own, the merges, and the chat template."""
+    with using(directory):  # of which it reads several files
+        return gguf.SpecialVocab(directory, load_merges=True, n_vocab=vocabulary_size)
+
+
 def _split(directory: Path) -> str:
     """Return llama.cpp's name for how the tokenizer splits a text before BPE; raise UserError if it has none here."""
     file = directory / "tokenizer.json"
-    steps = json.loads(file.read_text())["pre_tokenizer"] if file.is_file() else None
-    if steps:
-        steps = steps.get("pretokenizers", [steps])
+    content = read_json(file) if file.is_file() else {}
+    with using(file):
+        splits = content.get("pre_tokenizer") or {"pretokenizers": []}
+        steps = splits.get("pretokenizers", [splits])
         kinds = [step["type"] for step in steps]
-        if kinds == ["ByteLevel"] and steps[0]["use_regex"]:
+        by_regex = kinds[-1:] == ["ByteLevel"] and steps[-1].get("use_regex", True)  # older files do not state it
+        if kinds == ["ByteLevel"] and by_regex:
             return "gpt-2"
-        if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and steps[1]["use_regex"]:
+        if kinds == ["Digits", "ByteLevel"] and by_regex and steps[0].get("individual_digits"):
             return "smollm"
         if kinds == ["Split", "ByteLevel"] and (name := _SPLITS.get(steps[0]["pattern"].get("Regex"))):
             return name

@@ -107,7 +107,11 @@ def _check_computable(config: PreTrainedConfig, name: str) -> None:
 
 def quantization_of(directory: Path) -> dict[str, Any] | None:
     """Return ``config.json``'s description of how the weights are stored quantized; None if they are not."""
-    return read_json(directory / "config.json").get("quantization_config") or None
+    found = read_json(directory / "config.json").get("quantization_config") or None
+    with using(directory / "config.json"):
+        if found is not None and not isinstance(found.get("format", ""), str):
+            raise TypeError(f"quantization_config has format={found['format']!r}")
+    return found
 
 
 @dataclass(frozen=True)

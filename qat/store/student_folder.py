@@ -374,11 +374,14 @@ def _gathered(checkpoint: Path, model: PreTrainedModel, dtype: torch.dtype) -> I
 
     The checkpoint keeps fp32 master weights; the student computes with these rounded to ``dtype``.
     """
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # slow to import, rarely needed
+    from deepspeed.utils import zero_to_fp32  # slow to import, rarely needed
 
+    zero_to_fp32.tqdm = progress.bar  # its own would fill a log file
     try:
         with contextlib.redirect_stdout(sys.stderr), as_data(checkpoint):
-            parts = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), checkpoint.name, lazy_mode=True)
+            parts = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(
+                str(checkpoint.parent), checkpoint.name, lazy_mode=True
+            )
         own = {name.removeprefix(_STUDENT_PREFIX): part for name, part in parts.items()}
         if model.config.tie_word_embeddings:
             own.pop(head_weight(model.config), None)

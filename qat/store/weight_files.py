@@ -166,4 +166,4 @@ def _file_name(number: int, files: int) -> str:
 
 def weights_size(directory: Path) -> int:
     """Return the bytes of the weight files of a model directory."""
-    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in weight_files(directory))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -45,9 +46,11 @@ class RunLog:
         self._bar = progress.bar(desc="train", total=steps, initial=state.step, unit="step")
 
     def __enter__(self) -> Self:
+        self._uncaught, threading.excepthook = threading.excepthook, self._in_a_thread
         return self
 
     def __exit__(self, *_: object) -> None:
+        threading.excepthook = self._uncaught
         self._try("the progress bar", self._bar.close)
         self._try(str(self._path), self._file.close)
 
@@ -82,6 +85,13 @@ class RunLog:
         shown = {name: f"{figures[name]:.3f}" for name in ("loss", "kl") if name in figures}
         self._bar.set_postfix(shown | {"tok_s": f"{figures['tokens_per_second']:.0f}"}, refresh=False)
         self._bar.update()
+
+    def _in_a_thread(self, failed: threading.ExceptHookArgs) -> None:
+        """Print an exception that ended a thread, but not why TensorBoard's cannot write: ``write_events`` raises that
+        too."""
+        is_tensorboard = type(failed.thread).__module__.startswith("tensorboard.")
+        if not (is_tensorboard and issubclass(failed.exc_type, OSError)):
+            self._uncaught(failed)
 
     def _try(self, what: str, write: Callable[..., object], *given: object) -> None:
         try:

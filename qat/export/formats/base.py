@@ -64,9 +64,9 @@ class ExportFormat(ABC):
         """Return a weight, quantized by ``form``, as the format holds it; its values, if ``held`` says w_bits=16."""
         return weight
 
-    def loaded_by(self, exported: Path) -> str:
+    def loaded_by(self, exported: Path) -> str | None:
         """Try an export in the engine that the format is for; return the result as the end of a sentence; empty if no
-        engine is tried.
+        engine is tried, and None if it did not come to an end.
 
         Raises UserError if it refuses the export.
         """

@@ -46,10 +46,10 @@ class Gguf(ExportFormat):
     def held_weight(self, weight: Quantized, form: Format) -> Tensor:
         return gguf_files.held(weight, form)
 
-    def loaded_by(self, exported: Path) -> str:
-        if gguf_files.is_loaded(exported):
-            return ", and llama.cpp loads it"
-        return "; whether llama.cpp loads it is not known, as xllamacpp is not installed or did not come to an end"
+    def loaded_by(self, exported: Path) -> str | None:
+        if not gguf_files.is_installed():
+            return "; whether llama.cpp loads it is not known, as xllamacpp is not installed"
+        return ", and llama.cpp loads it" if gguf_files.is_loaded(exported) else None
 
     def differences(self, quant: QuantConfig) -> list[str]:
         sentences = [_activations(quant)]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import generate_flags, tiny_model, tiny_tokenizer
+from make_fixtures import FIXTURES
 from safetensors.torch import load_file, save_file
 from test_launch import error_of
 from test_prepare import ids
@@ -24,7 +25,7 @@ from qat.ptq.stream import Stream
 from qat.quant.config import CONFIG_FILE, QuantConfig
 from qat.runtime.errors import UserError
 from qat.store import models, student_folder
-from qat.store.compressed_tensors import PACKED
+from qat.store.compressed_tensors import INTEGERS, PACKED
 from qat.store.model_folder import ModelFolder
 from qat.store.sidecars import GRIDS_FILE, STEPS_FILE
 from qat.store.weight_files import BIN, BIN_INDEX, INDEX, stored_tensors, weight_files
@@ -288,6 +289,22 @@ def test_no_command_takes_a_model_that_is_not_whole(damage, folder, tiny_data, t
         assert not output.exists()
     with pytest.raises(UserError, match=re.escape(said)):
         models.load(str(folder), torch.float32)
+
+
+@pytest.mark.parametrize("form", [PACKED, INTEGERS])
+def test_a_quantized_folder_that_is_not_ours_is_what_transformers_makes_of_it(form, tmp_path):
+    """In a layout that we write too, as llm-compressor's folders are: without quant_config.json."""
+    folder = Path(shutil.copytree(FIXTURES / f"export-{form}", tmp_path / "model"))
+    (folder / CONFIG_FILE).unlink()
+    tokens = torch.arange(40, 52)[None]
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
+    assert models.resolve(str(folder)) == str(folder)
+    torch.testing.assert_close(simulated.load(str(folder), torch.float32)(tokens).logits, expected)
+    scale = "model.layers.0.mlp.up_proj.weight_scale"
+    change_weights(folder, lambda weights: {name: weight for name, weight in weights.items() if name != scale})
+    for read in (lambda: models.resolve(str(folder)), lambda: models.load(str(folder), torch.float32)):
+        with pytest.raises(UserError, match=f"it lacks {scale}"):
+            read()
 
 
 def test_transformers_reads_the_same_files(folder):

@@ -23,6 +23,7 @@ from qat.ptq import writer
 from qat.ptq.rtn import RTN
 from qat.ptq.stream import Stream
 from qat.quant.config import CONFIG_FILE, QuantConfig
+from qat.quant.prepare import prepare
 from qat.runtime.errors import UserError
 from qat.store import models, student_folder
 from qat.store.compressed_tensors import INTEGERS, PACKED
@@ -334,6 +335,19 @@ def test_what_lies_beside_the_weights_is_accounted_for_too(folder, tmp_path):
     (folder / "ptq.json").write_text('{"method": "gptq"}')
     with pytest.raises(UserError, match=rf"{GRIDS_FILE} lacks model.layers.0.mlp.down_proj"):
         simulated.load(str(folder), torch.float32)
+
+
+def test_a_student_without_its_settings_is_no_full_precision_model(folder, tmp_path):
+    qat.save(prepare(models.load(str(folder), torch.float32), QuantConfig()), tmp_path / "final", source=folder)
+    with writer.appearing(ModelFolder.read(folder), tmp_path / "rtn", QuantConfig(), RECORD) as output:
+        RTN(folder, None).write(output, QuantConfig(), [])
+    for student in (tmp_path / "final", tmp_path / "rtn"):
+        export.export(student_folder.find(student), export_ := tmp_path / f"{student.name}-export", FAKE)
+        assert models.resolve(str(export_)) == str(export_)  # its values are rounded: a model like any other
+        (student / CONFIG_FILE).unlink()
+        for read in (models.resolve, models.resolve_full_precision, lambda name: simulated.load(name, torch.float32)):
+            with pytest.raises(UserError, match=f"{CONFIG_FILE}, which says how it is quantized, is missing"):
+                read(str(student))
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])

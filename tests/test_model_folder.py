@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 import qat
 from qat.export import export
-from qat.export.formats import FAKE
+from qat.export.formats import FAKE, GGUF
 from qat.infer import simulated
 from qat.ptq import writer
 from qat.ptq.rtn import RTN
@@ -288,8 +288,26 @@ def test_no_command_takes_a_model_that_is_not_whole(damage, folder, tiny_data, t
     for script, flags in commands.items():
         assert said in error_of(monkeypatch, script, *flags), script
         assert not output.exists()
+        assert not (tmp_path / "shards").exists()
     with pytest.raises(UserError, match=re.escape(said)):
         models.load(str(folder), torch.float32)
+
+
+def test_numbers_that_are_not_finite_are_found_where_they_are_read(folder, tiny_data, tmp_path, monkeypatch):
+    """By whatever reads a layer, or copies it, without a forward pass of its own."""
+    change, said = UNSOUND["not finite"]
+    change(folder)
+    output = tmp_path / "output"
+    flags = [f"--model={folder}", f"--data={tiny_data}", f"--output={output}"]
+    for method in ("gptq", "smoothquant"):
+        assert said in error_of(monkeypatch, "quantize", *flags, f"--method={method}"), method
+        assert not output.exists()
+        shutil.rmtree(tmp_path / "output.partial")  # the first layer is sound, and would be gone on with
+    QuantConfig().save(folder)
+    export = [f"--checkpoint={folder}", f"--output={output}", "--verify=false"]
+    for form in (PACKED, INTEGERS, FAKE, GGUF):
+        assert said in error_of(monkeypatch, "export", *export, f"--format={form}"), form
+        assert not output.exists()
 
 
 @pytest.mark.parametrize("form", [PACKED, INTEGERS])

@@ -34,9 +34,7 @@ def test_quantize_on_a_full_disk(method, tiny_directory, tiny_data, tmp_path, mo
         message = error_of(monkeypatch, "quantize", *flags)
     assert "cannot be written to" in message
     assert "make room" in message
-    assert not (tmp_path / "out").exists()
-    assert max(file.stat().st_size for file in (tmp_path / "out.partial").iterdir()) < 20_000
-    (tmp_path / "out.partial" / "lock").unlink()  # which this process holds to its end
+    assert not list(tmp_path.iterdir())
     succeed(monkeypatch, "quantize", *flags)
     assert (tmp_path / "out").exists()
 

@@ -122,11 +122,12 @@ def _load_quantized(name: str, dtype: torch.dtype | str) -> PreTrainedModel:
     files do not hold all that it would load."""
     from transformers import AutoModelForCausalLM
 
-    how = {"dtype": dtype, "attn_implementation": "sdpa", "output_loading_info": True}
+    how: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", "output_loading_info": True}
     try:
-        model, account = AutoModelForCausalLM.from_pretrained(name, **how)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, **how)
     except Exception as error:
         raise UserError(f"{name} is quantized, and transformers cannot load it: {in_one_line(error)}") from error
+    model, account = loaded
     unexpected, missing = (dict.fromkeys(account[f"{found}_keys"], _ANY) for found in ("unexpected", "missing"))
     check_complete(unexpected, missing, Path(name))  # transformers would put random numbers in the place of a scale
     return model

@@ -368,6 +368,17 @@ def test_a_student_without_its_settings_is_no_full_precision_model(folder, tmp_p
                 read(str(student))
 
 
+def test_a_student_has_the_tokenizer_of_its_teacher(folder, tiny_data, tmp_path, monkeypatch):
+    """What it ends with is the student's own."""
+    student = shutil.copytree(folder, tmp_path / "student")
+    QuantConfig().save(student)
+    tiny_tokenizer("quite another text, of which other tokens are made " * 9).save_pretrained(student)
+    flags = [f"--model={folder}", f"--student={student}", f"--data={tiny_data}", f"--output={tmp_path / 'output'}"]
+    message = error_of(monkeypatch, "train", *flags, "--batch_size=2")
+    assert f"{folder} and the student {student} have different tokenizers" in message
+    assert not (tmp_path / "output").exists()
+
+
 @pytest.mark.parametrize("umask", [0o022, 0o077])
 def test_whoever_the_umask_lets_reads_the_weights(umask, folder, tmp_path):
     before = os.umask(umask)

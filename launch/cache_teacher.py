@@ -56,9 +56,9 @@ def main() -> None:
     data = TrainingData(config.data, models.load_tokenizer(model), seed=0)
     models.check_ids(config_of_model, data.largest, f"The text in {config.data}")
     ds_config = deepspeed_json.read_for_here(config.deepspeed)
-    cache = TeacherCache(config.output)
+    cache, made_with = TeacherCache(config.output), settings(model, data) | {"top_k": config.top_k}
     if cli.is_first_rank():
-        cache.claim(settings(model, data) | {"top_k": config.top_k})
+        cache.claim(made_with)
 
     from qat.train import engines  # with DeepSpeed, whose import no refusal above has to wait for
 
@@ -72,11 +72,12 @@ def main() -> None:
         return
     with ranks.doing("loading the teacher"):
         teacher = engines.Teacher(model, deepspeed_json.for_teacher(ds_config))
-    if config.top_k == 0:
-        with ranks.doing("writing the output weight"):
-            if cli.is_first_rank():
+    with ranks.doing("writing the settings of the cache"):
+        if cli.is_first_rank():
+            cache.record(made_with)
+            if config.top_k == 0:
                 cache.write_head(teacher.head)
-            ranks.meet("the output weight is written")
+        ranks.meet("the settings of the cache are written")
     turns = list(zip_longest(*(missing[0][rank :: cli.ranks()] for rank in range(cli.ranks()))))
     total = sum(steps_of(turn, len(data)) for turn in turns)
     with progress.bar(desc="teacher", total=total, unit="seq", disable=not cli.is_first_rank()) as bar:

@@ -132,6 +132,26 @@ def write_generated(
     group = Group.of(cli.rank(), cli.ranks(), 1 if vllm else config.tensor_parallel)
     given = dialogues_of(tokenizer, config, prompts)
     check(directory, tokenizer, config, given, group.size)
+    group.init()
+    needs = None if vllm or not cli.is_first_rank() else planned(directory, config)  # vLLM takes all the memory
+
+    def loaded() -> Writer:
+        if needs:
+            warn_if_short(needs, config)
+        # vLLM writes a shard in one call, and reports progress when it is done: too late to abandon the shard.
+        return writer(directory, tokenizer, config, given, group, advance if vllm else advance_unless_stopped)
+
+    def advance(tokens: int, spared: int) -> None:
+        bar.total -= spared  # tokens of sequences that ended early
+        bar.update(tokens)
+
+    def advance_unless_stopped(tokens: int, spared: int) -> None:
+        if group.agree(stop.received):
+            raise Stopped
+        advance(tokens, spared)
+
+    # A new folder is claimed when the model is loaded: one that is refused must not decide whose it is.
+    write = loaded() if group.agree(folder.is_new) else None
     teacher = models.weights_fingerprint(directory)
     folder.claim(
         {
@@ -145,32 +165,14 @@ def write_generated(
     if isinstance(folder, TaughtShards):
         with folder.alone():
             folder.cache.record({"teacher": teacher, "data": folder.fingerprint(), "top_k": config.teacher_cache})
-    group.init()
     stop = StopSignal()
     missing = [index for index in range(config.shards) if group.agree(folder.missing(index))]
-    # vLLM takes all the memory there is, and manages it.
-    needs = planned(directory, config) if missing and not vllm and cli.is_first_rank() else None
-    if needs:
-        warn_if_short(needs, config)
     longest = sum(len(config.shard_range(index)) for index in missing) * (config.max_length - 1) // group.count
     unseen = not missing or not cli.is_first_rank()
     with progress.bar(desc="generate", total=longest, unit="tok", disable=unseen) as bar:
-
-        def advance(tokens: int, spared: int) -> None:
-            bar.total -= spared  # tokens of sequences that ended early
-            bar.update(tokens)
-
-        def advance_unless_stopped(tokens: int, spared: int) -> None:
-            if group.agree(stop.received):
-                raise Stopped
-            advance(tokens, spared)
-
-        write: Writer | None = None
         for index in group.shards(folder, missing):
             advance_unless_stopped(0, 0)
-            # vLLM writes a shard in one call, and reports progress when it is done: too late to abandon the shard.
-            on_progress = advance if vllm else advance_unless_stopped
-            write = write or writer(directory, tokenizer, config, given, group, on_progress)
+            write = write or loaded()
             observed = folder.observed(index) if isinstance(folder, TaughtShards) and group.leads else None
             sequences = write(config.shard_range(index), observed.keep if observed else None)
             if group.leads:

@@ -31,7 +31,7 @@ from qat.evaluate import heldout, llama_cpp, llama_quantize
 from qat.ptq import METHODS
 from qat.quant.config import QuantConfig
 from qat.runtime.errors import UserError, check_least, check_one_of, differences
-from qat.runtime.files import lock, read_json, read_lines, wait_until_free, write_atomically
+from qat.runtime.files import lock, read_json, read_lines, wait_until_free, write_atomically, writing
 from qat.runtime.preemption import RESUMABLE_EXIT, handle_signals
 from qat.store import models, rotate, smollm2
 from qat.train import checkpoint
@@ -327,22 +327,22 @@ class _Runner:
 
     def _claim(self) -> None:
         """Raise UserError if the folders hold results or work of another model."""
-        self.cells.mkdir(parents=True, exist_ok=True)
+        with writing(self.cells):
+            self.cells.mkdir(parents=True, exist_ok=True)
         models_there = {_settings_of(path).get("model") for path in self.cells.glob("*.json")}
         if models_there - {self.fingerprint, None}:
             raise UserError(f"{self.cells} holds results of another model: give another --output and --work.")
         record = self.work / "model"
         if record.exists() and record.read_text() != self.fingerprint:
             raise UserError(f"{self.work} holds the work on another model: give another --work.")
-        write_atomically(record, self.fingerprint)
+        _write(record, self.fingerprint)
 
     def _claim_cell(self, job: Job, folder: Path) -> None:
         """Raise UserError if the work in ``folder`` was made with other settings, which its name does not show."""
-        folder.mkdir(parents=True, exist_ok=True)
         record, settings = folder / "cell.json", self.settings(Job(0, job.cell))
         if record.exists() and (listed := differences(json.loads(record.read_text()), settings)):
             raise UserError(f"{folder} holds work of other settings ({listed}): delete it, or give another --work.")
-        write_atomically(record, json.dumps(settings, indent=1) + "\n")
+        _write(record, json.dumps(settings, indent=1) + "\n")
 
     def settings(self, job: Job) -> dict[str, Any]:
         more = job.tasks or job.served
@@ -389,7 +389,7 @@ class _Runner:
             **{key: value for key, value in json.loads(evaluation.read_text()).items() if key != "settings"},
             "stage_seconds": {name: round(seconds, 1) for name, seconds in stages.seconds.items()},
         }
-        write_atomically(self.path(job), json.dumps(result, indent=1) + "\n")
+        _write(self.path(job), json.dumps(result, indent=1) + "\n")
         checkpoint.delete_all(folder / CHECKPOINTS)
         shutil.rmtree(folder / _START, ignore_errors=True)
         if not (keep_model or self.reproduction.keep_models):
@@ -460,8 +460,7 @@ class _Runner:
         if not record.exists():
             runs = sorted((path for path in trunk.glob("[0-9]*") if int(path.name) < steps), key=lambda p: int(p.name))
             longest = [checkpoint.at(path / CHECKPOINTS, int(path.name)) for path in runs if (path / FINAL).exists()]
-            run.mkdir(parents=True, exist_ok=True)
-            write_atomically(record, str(longest[-1]) if longest else "")
+            _write(record, str(longest[-1]) if longest else "")
         before = record.read_text()
         config = dataclasses.replace(config, steps=steps, decay_steps=0, min_lr_ratio=1.0)
         self._learn(cell, config, run, [*begin, *(["--continue_from", before] if before else [])], stages)
@@ -509,8 +508,7 @@ class _Runner:
         if not path.exists():
             documents = list(heldout.paragraphs(cell.data))
             random.Random(cell.seed).shuffle(documents)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, "".join(json.dumps({"text": document}) + "\n" for document in documents))
+            _write(path, "".join(json.dumps({"text": document}) + "\n" for document in documents))
         return path
 
     def collect(self, tables: dict[str, list[Job]]) -> None:
@@ -525,21 +523,29 @@ class _Runner:
         names = {table: list(dict.fromkeys(job.cell.name for job in jobs)) for table, jobs in tables.items()}
         to_serve = names.pop("served", [])
         shown = [in_llama_cpp[name] for name in to_serve if name in in_llama_cpp]
-        write_atomically(output / "served.json", json.dumps(served.rows(shown), indent=1) + "\n")
-        if shown:
-            plots.plot_served(shown, output / "served.png")
-        for table, listed in names.items():
-            rows = [_row(cells[name], accuracies.get(name)) for name in listed if name in cells]
-            write_atomically(output / f"{table}.json", json.dumps(rows, indent=1) + "\n")
-            if rows:
-                plots.plot_cells([cells[name] for name in listed if name in cells], output / f"{table}.png")
-        if curves := curve.curves(cells):
-            plots.plot_curves(curves, output / "curve.png")
-        averages = claims.zero_shot_averages(accuracies)
-        plots.plot_bits([*cells.values()], averages, claims.SETTINGS, output / "bits.png")
-        peers = read_json(output / PEERS) if (output / PEERS).exists() else {}
-        page = claims.markdown(names, cells, accuracies, whole, peers, served.markdown(shown, len(to_serve)))
-        write_atomically(output / "README.md", page)
+        with writing(output):
+            write_atomically(output / "served.json", json.dumps(served.rows(shown), indent=1) + "\n")
+            if shown:
+                plots.plot_served(shown, output / "served.png")
+            for table, listed in names.items():
+                rows = [_row(cells[name], accuracies.get(name)) for name in listed if name in cells]
+                write_atomically(output / f"{table}.json", json.dumps(rows, indent=1) + "\n")
+                if rows:
+                    plots.plot_cells([cells[name] for name in listed if name in cells], output / f"{table}.png")
+            if curves := curve.curves(cells):
+                plots.plot_curves(curves, output / "curve.png")
+            averages = claims.zero_shot_averages(accuracies)
+            plots.plot_bits([*cells.values()], averages, claims.SETTINGS, output / "bits.png")
+            peers = read_json(output / PEERS) if (output / PEERS).exists() else {}
+            page = claims.markdown(names, cells, accuracies, whole, peers, served.markdown(shown, len(to_serve)))
+            write_atomically(output / "README.md", page)
+
+
+def _write(path: Path, content: str) -> None:
+    """Write a file, and make its folder; raise UserError where that is impossible."""
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
 
 
 def _rounds_by_itself(job: Job) -> bool:

@@ -21,7 +21,7 @@ from qat.evaluate import heldout
 from qat.evaluate.perplexity import text_windows
 from qat.quant import linear
 from qat.quant.config import CONFIG_FILE, QuantConfig
-from qat.quant.prepare import check_scales_can_learn, prepare
+from qat.quant.prepare import check_codes_last, check_scales_can_learn, prepare
 from qat.quant.quantizers.base import Grid
 from qat.quant.rotated import head_map_weight, rotation_of
 from qat.runtime import memory, ranks
@@ -162,6 +162,8 @@ def main() -> int:
     ds_settings = config.ds_settings(cli.ranks())
     student_json = deepspeed_json.resolve(paths.deepspeed, ds_settings)
     teacher_json = deepspeed_json.resolve(paths.teacher_deepspeed or paths.deepspeed, ds_settings)
+    if config.train == "scales":
+        check_codes_last(prepared, deepspeed_json.dtype(student_json))
     student_json.setdefault("tensorboard", {"enabled": True, "output_path": str(paths.output), "job_name": TENSORBOARD})
     identity = {
         **quant.record(),
@@ -292,6 +294,8 @@ def starting_point(student: Path, model: str, quant: QuantConfig) -> str:
     more = {head_weight(config), head_map_weight(config)} if rotation_of(config) else set()
     if not theirs.items() <= ours.items() or not ours.keys() <= theirs.keys() | more:
         raise UserError(f"{student} is not made from {model}: its weights have other names or shapes.")
+    teachers, own = models.load_tokenizer(model), models.load_tokenizer(str(directory))
+    models.check_same_tokens(teachers, own, f"{model} and the student {student}")
     if quant.activations.learned:
         raise UserError("a_quantizer=lsq takes its first steps from the teacher's activations: leave out --student.")
     if found and found.has_grids and quant.weights.quantizes and found.quant.weights != quant.weights:

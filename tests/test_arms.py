@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, finish, run_python, run_ranks, start_training
+from conftest import ROOT, finish, run_python, run_ranks, start, start_training, tiny_model
 from safetensors.torch import load_file
 from test_launch import error_of
 from test_train import log_of, losses
@@ -117,6 +117,17 @@ def test_a_whole_cache_is_left_alone(tiny_directory, tiny_data, tmp_path):
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("targets-*.safetensors")} == before
 
 
+def test_a_teacher_that_is_refused_claims_no_cache(tokenizer, tiny_data, tmp_path):
+    model, damaged = tiny_model(), tmp_path / "model"
+    model.model.norm.weight.data[0] = torch.nan
+    model.save_pretrained(damaged)
+    tokenizer.save_pretrained(damaged)
+    run = start(1, "cache_teacher", "--model", damaged, "--data", tiny_data, "--output", tmp_path / "cache", JSON)
+    said, _ = run.communicate(timeout=300)
+    assert "not finite, in model.norm.weight" in said
+    assert not (tmp_path / "cache" / "manifest.json").exists()
+
+
 def test_a_cache_of_several_files_is_gone_on_with(tiny_directory, tokenizer, tmp_path):
     """270 sequences: a whole file of the first rank's, a short one of the second's."""
     sizes = ["--sequences=270", "--max_length=8", "--batch_size=30", "--sequences_per_shard=135"]
@@ -140,12 +151,12 @@ def test_a_cache_of_several_files_is_gone_on_with(tiny_directory, tokenizer, tmp
 
 def test_a_cache_of_other_data_is_refused(monkeypatch, tiny_directory, tiny_data, tmp_path):
     data = TrainingData(tiny_data, models.load_tokenizer(str(tiny_directory)), TrainConfig().seed)
-    TeacherCache(tmp_path).claim({"teacher": "another", "data": data.fingerprint, "top_k": 4})
+    TeacherCache(tmp_path).record({"teacher": "another", "data": data.fingerprint, "top_k": 4})
     run = flags(tiny_directory, tiny_data, tmp_path / "run")
     assert "teacher was 'another'" in error_of(monkeypatch, "train", *run, f"--teacher_cache={tmp_path}")
     assert "no teacher cache" in error_of(monkeypatch, "train", *run, f"--teacher_cache={tmp_path / 'none'}")
     begun = {"teacher": models.weights_fingerprint(str(tiny_directory)), "data": data.fingerprint}
-    TeacherCache(tmp_path / "begun").claim(begun)
+    TeacherCache(tmp_path / "begun").record(begun)
     assert "incomplete" in error_of(monkeypatch, "train", *run, f"--teacher_cache={tmp_path / 'begun'}")
     cache = [f"--model={tiny_directory}", f"--data={tiny_data}", f"--output={tmp_path / 'out'}"]
     assert "the 300 tokens of the voc" in error_of(monkeypatch, "cache_teacher", *cache, "--top_k=301")

@@ -271,7 +271,7 @@ def test_a_loss_that_there_is_not_is_refused(reverse):
 @pytest.mark.parametrize(("top_k", "refused"), [(0, []), (8, ["reverse"])])
 def test_a_cache_serves_the_losses_that_can_use_it(top_k, refused, reverse, tmp_path):
     """Whole distributions all of them, the most likely tokens those that take them."""
-    TeacherCache(tmp_path).claim({"top_k": top_k})
+    TeacherCache(tmp_path).record({"top_k": top_k})
     for name in ("logits", reverse):
         if name in refused:
             with pytest.raises(UserError, match=r"loss=reverse needs .* has its 8 most .* --top_k 0"):

@@ -1,9 +1,11 @@
 import shutil
+import sys
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import generate_flags, needs_compiler, run_python, tiny_model, tiny_tokenizer
+from test_launch import error_of
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from datagen import attention
@@ -174,6 +176,14 @@ def test_missing_and_truncated_shards_are_made_again_with_the_same_bytes(tiny_di
     files[2].write_bytes(original[files[2].name][:-20])
     run_python("generate", *generate_flags(tiny_directory, folder))
     assert {file.name: file.read_bytes() for file in ShardFolder(folder).shards()} == original
+
+
+def test_a_folder_whose_model_was_not_loaded_is_claimed_by_none(tiny_directory, tmp_path, monkeypatch):
+    """What the sentence asks for, another engine, finds it free."""
+    monkeypatch.setitem(sys.modules, "vllm", None)  # as where it is not installed
+    flags = generate_flags(tiny_directory, tmp_path / "data")
+    assert "or use engine=torch" in error_of(monkeypatch, "generate", *flags, "--engine=vllm")
+    assert not (tmp_path / "data").exists()
 
 
 def test_shards_are_plain_parquet(tiny_data):

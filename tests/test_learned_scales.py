@@ -22,8 +22,11 @@ from qat.infer import simulated
 from qat.quant.config import QuantConfig
 from qat.quant.linear import quant_linears
 from qat.quant.number_format import Format, Quantized, dequantize, grid_of, learned_gradients, quantize, round_to_grid
-from qat.quant.prepare import learn_scales, prepare, train_only_scales
+from qat.quant.prepare import check_codes_last, learn_scales, prepare, train_only_scales
+from qat.quant.quantizers.base import Grid
+from qat.runtime.errors import UserError
 from qat.store import models, student_folder
+from qat.store.model_folder import skeleton
 from qat.store.sidecars import GRIDS_FILE, load_grids
 from qat.train.config import TrainConfig
 from qat.train.distill import Distiller, TeacherTargets
@@ -70,6 +73,27 @@ def test_the_parameter_is_the_change_of_the_largest_value(form):
     torch.testing.assert_close(layer.scale_change.grad, of_scale / largest, rtol=1e-4, atol=1e-5)
     layer.freeze(grid)
     assert torch.equal(layer(x), y)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("quantizer", ["minmax", "minmax_asymmetric", "minmax_full", "minmax_signed"])
+def test_codes_that_stay_are_read_back_from_their_values_or_refused(quantizer, bits, tiny_directory):
+    """Whatever the scale, and wherever the zero point is: rows of one sign are the worst."""
+    form = Format(bits, quantizer)
+    model = prepare(skeleton(tiny_directory), QuantConfig(bits, 8, 16, w_quantizer=quantizer))
+    lowest, highest = form.code_range
+    codes = torch.arange(lowest, highest + 1, dtype=torch.int8).repeat(512, 1)
+    scale = torch.linspace(1, 2, 512)[:, None]
+    grid = Grid(scale, None if form.symmetric else torch.full_like(scale, lowest))
+    values = dequantize(Quantized(codes, grid), torch.bfloat16)
+    lasts = torch.equal(quantize(values, form, grid).codes, codes)
+    check_codes_last(model, torch.float32)
+    try:
+        check_codes_last(model, torch.bfloat16)
+    except UserError:
+        assert not lasts
+    else:
+        assert lasts
 
 
 def test_scales_alone_learn_in_a_loop_of_your_own(tiny_directory, tmp_path):
@@ -244,6 +268,10 @@ def test_scales_that_cannot_learn_are_refused(monkeypatch, rounded, tiny_directo
 
     assert "no scales of weights to learn" in refusal("--train=all", "--w_bits=16")
     assert "train='steps' is invalid: choose weights or all or scales" in refusal("--train=steps")
+    in_bf16 = [f"--deepspeed={ROOT / 'ds_configs' / 'zero3.json'}", "--train=scales"]
+    assert "in bfloat16, the model's dtype, would lose their codes" in refusal(
+        *in_bf16, "--w_bits=8", "--w_quantizer=minmax_asymmetric"
+    )
     own = [f"--student={rounded}", "--w_bits=3", "--w_group_size=16", "--train=scales"]
     assert "give the same" in refusal(*own, "--overrides={'*.q_proj': {'w_bits': 8}}")
     (rounded / GRIDS_FILE).rename(tmp_path / GRIDS_FILE)

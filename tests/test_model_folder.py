@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import generate_flags, tiny_model, tiny_tokenizer
+from make_fixtures import FIXTURES
 from safetensors.torch import load_file, save_file
 from test_launch import error_of
 from test_prepare import ids
@@ -16,15 +17,16 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 import qat
 from qat.export import export
-from qat.export.formats import FAKE
+from qat.export.formats import FAKE, GGUF
 from qat.infer import simulated
 from qat.ptq import writer
 from qat.ptq.rtn import RTN
 from qat.ptq.stream import Stream
 from qat.quant.config import CONFIG_FILE, QuantConfig
+from qat.quant.prepare import prepare
 from qat.runtime.errors import UserError
 from qat.store import models, student_folder
-from qat.store.compressed_tensors import PACKED
+from qat.store.compressed_tensors import INTEGERS, PACKED
 from qat.store.model_folder import ModelFolder
 from qat.store.sidecars import GRIDS_FILE, STEPS_FILE
 from qat.store.weight_files import BIN, BIN_INDEX, INDEX, stored_tensors, weight_files, weights_size
@@ -286,8 +288,42 @@ def test_no_command_takes_a_model_that_is_not_whole(damage, folder, tiny_data, t
     for script, flags in commands.items():
         assert said in error_of(monkeypatch, script, *flags), script
         assert not output.exists()
+        assert not (tmp_path / "shards").exists()
     with pytest.raises(UserError, match=re.escape(said)):
         models.load(str(folder), torch.float32)
+
+
+def test_numbers_that_are_not_finite_are_found_where_they_are_read(folder, tiny_data, tmp_path, monkeypatch):
+    """By whatever reads a layer, or copies it, without a forward pass of its own."""
+    change, said = UNSOUND["not finite"]
+    change(folder)
+    output = tmp_path / "output"
+    flags = [f"--model={folder}", f"--data={tiny_data}", f"--output={output}"]
+    for method in ("gptq", "smoothquant"):
+        assert said in error_of(monkeypatch, "quantize", *flags, f"--method={method}"), method
+        assert not output.exists()
+        shutil.rmtree(tmp_path / "output.partial")  # the first layer is sound, and would be gone on with
+    QuantConfig().save(folder)
+    export = [f"--checkpoint={folder}", f"--output={output}", "--verify=false"]
+    for form in (PACKED, INTEGERS, FAKE, GGUF):
+        assert said in error_of(monkeypatch, "export", *export, f"--format={form}"), form
+        assert not output.exists()
+
+
+@pytest.mark.parametrize("form", [PACKED, INTEGERS])
+def test_a_quantized_folder_that_is_not_ours_is_what_transformers_makes_of_it(form, tmp_path):
+    """In a layout that we write too, as llm-compressor's folders are: without quant_config.json."""
+    folder = Path(shutil.copytree(FIXTURES / f"export-{form}", tmp_path / "model"))
+    (folder / CONFIG_FILE).unlink()
+    tokens = torch.arange(40, 52)[None]
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
+    assert models.resolve(str(folder)) == str(folder)
+    torch.testing.assert_close(simulated.load(str(folder), torch.float32)(tokens).logits, expected)
+    scale = "model.layers.0.mlp.up_proj.weight_scale"
+    change_weights(folder, lambda weights: {name: weight for name, weight in weights.items() if name != scale})
+    for read in (lambda: models.resolve(str(folder)), lambda: models.load(str(folder), torch.float32)):
+        with pytest.raises(UserError, match=f"it lacks {scale}"):
+            read()
 
 
 def test_transformers_reads_the_same_files(folder):
@@ -319,6 +355,30 @@ def test_what_lies_beside_the_weights_is_accounted_for_too(folder, tmp_path):
     (folder / "ptq.json").write_text('{"method": "gptq"}')
     with pytest.raises(UserError, match=rf"{GRIDS_FILE} lacks model.layers.0.mlp.down_proj"):
         simulated.load(str(folder), torch.float32)
+
+
+def test_a_student_without_its_settings_is_no_full_precision_model(folder, tmp_path):
+    qat.save(prepare(models.load(str(folder), torch.float32), QuantConfig()), tmp_path / "final", source=folder)
+    with writer.appearing(ModelFolder.read(folder), tmp_path / "rtn", QuantConfig(), RECORD) as output:
+        RTN(folder, None).write(output, QuantConfig(), [])
+    for student in (tmp_path / "final", tmp_path / "rtn"):
+        export.export(student_folder.find(student), export_ := tmp_path / f"{student.name}-export", FAKE)
+        assert models.resolve(str(export_)) == str(export_)  # its values are rounded: a model like any other
+        (student / CONFIG_FILE).unlink()
+        for read in (models.resolve, models.resolve_full_precision, lambda name: simulated.load(name, torch.float32)):
+            with pytest.raises(UserError, match=f"{CONFIG_FILE}, which says how it is quantized, is missing"):
+                read(str(student))
+
+
+def test_a_student_has_the_tokenizer_of_its_teacher(folder, tiny_data, tmp_path, monkeypatch):
+    """What it ends with is the student's own."""
+    student = shutil.copytree(folder, tmp_path / "student")
+    QuantConfig().save(student)
+    tiny_tokenizer("quite another text, of which other tokens are made " * 9).save_pretrained(student)
+    flags = [f"--model={folder}", f"--student={student}", f"--data={tiny_data}", f"--output={tmp_path / 'output'}"]
+    message = error_of(monkeypatch, "train", *flags, "--batch_size=2")
+    assert f"{folder} and the student {student} have different tokenizers" in message
+    assert not (tmp_path / "output").exists()
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])

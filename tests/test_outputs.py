@@ -1,13 +1,22 @@
 """Outputs that cannot be written: one sentence, and with room the same command goes on."""
 
+import errno
+import os
 import resource
 import sys
 from contextlib import contextmanager
 from importlib import import_module
 
 import pytest
+import torch
 from conftest import ROOT
 from test_launch import error_of
+
+import qat
+from qat.quant.config import QuantConfig
+from qat.quant.prepare import prepare
+from qat.runtime.errors import UserError
+from qat.store import models, rotate, student_folder
 
 
 @contextmanager
@@ -34,9 +43,7 @@ def test_quantize_on_a_full_disk(method, tiny_directory, tiny_data, tmp_path, mo
         message = error_of(monkeypatch, "quantize", *flags)
     assert "cannot be written to" in message
     assert "make room" in message
-    assert not (tmp_path / "out").exists()
-    assert max(file.stat().st_size for file in (tmp_path / "out.partial").iterdir()) < 20_000
-    (tmp_path / "out.partial" / "lock").unlink()  # which this process holds to its end
+    assert not list(tmp_path.iterdir())
     succeed(monkeypatch, "quantize", *flags)
     assert (tmp_path / "out").exists()
 
@@ -52,6 +59,32 @@ def test_export_on_a_full_disk(form, tiny_directory, tmp_path, monkeypatch, caps
     assert not (tmp_path / "out").exists()
     succeed(monkeypatch, "export", *flags)
     assert (tmp_path / "out").exists()
+
+
+def test_a_final_folder_on_a_full_disk(tiny_directory, tmp_path):
+    """As a run writes it at its end, after its last checkpoint."""
+    student = prepare(models.load(str(tiny_directory), torch.float32), QuantConfig())
+    with full_disk(20_000), pytest.raises(UserError, match=r"cannot be written to .* make room"):
+        qat.save(student, tmp_path / "final", source=tiny_directory)
+    assert not list(tmp_path.iterdir())
+    qat.save(student, tmp_path / "final", source=tiny_directory)
+    assert torch.equal(
+        dict(student_folder.find(tmp_path / "final").weights())["model.norm.weight"], student.model.norm.weight
+    )
+
+
+def test_rotate_on_a_full_disk(tiny_directory, tmp_path, monkeypatch, capsys):
+    """There is room for the weights, and for nothing more."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    flags = [f"--model={tiny_directory}", f"--output={tmp_path / 'rotated'}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(rotate, "write_atomically", full)
+        assert "cannot be written to (No space left" in error_of(patch, "rotate", *flags)
+    assert not list(tmp_path.iterdir())
+    succeed(monkeypatch, "rotate", *flags)
 
 
 def test_evaluate_says_what_it_measured_where_it_cannot_be_written(tiny_directory, tmp_path, monkeypatch, capsys):

@@ -21,7 +21,7 @@ from qat.ptq.gptq import GPTQConfig
 from qat.ptq.smoothquant import SmoothQuantConfig, fold, largest_inputs
 from qat.ptq.stream import Stream
 from qat.quant.architecture import ARCHITECTURES
-from qat.quant.config import QuantConfig
+from qat.quant.config import CONFIG_FILE, QuantConfig
 from qat.quant.number_format import Format, Quantized, dequantize, grid_of, quantize, round_to_grid
 from qat.quant.prepare import freeze, prepare
 from qat.quant.quantizers.base import Grid
@@ -59,6 +59,24 @@ def layer():
     sizes = torch.exp(torch.randn(160, generator=generator))
     inputs = torch.randn(600, 160, generator=generator) @ mixing * sizes
     return weight, inputs
+
+
+def test_settings_that_a_layer_refuses_claim_no_folder(tiny_directory, tiny_data, tmp_path, monkeypatch):
+    """The larger damping that the sentence asks for finds it free."""
+    original = gptq.gptq
+
+    def damped(weight, hessian, form, config):
+        if config.damping < 0.1:
+            raise torch.linalg.LinAlgError
+        return original(weight, hessian, form, config)
+
+    monkeypatch.setattr(gptq, "gptq", damped)
+    flags = ["--method=gptq", f"--model={tiny_directory}", f"--data={tiny_data}", f"--output={tmp_path / 'out'}"]
+    assert "give a larger damping than 0.01" in error_of(monkeypatch, "quantize", *flags)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(sys, "argv", ["quantize.py", *flags, "--damping=0.1"])
+    command.main()
+    assert (tmp_path / "out" / CONFIG_FILE).is_file()
 
 
 @pytest.fixture

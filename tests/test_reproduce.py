@@ -2,12 +2,14 @@
 
 import json
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, finish, kill, start, start_command, tiny_model, tiny_tokenizer
 from test_launch import error_of
+from test_outputs import full_disk
 
 from launch.reproduce import Budget, Cell, Job, Reproduction, _Runner, queue, read_recipe
 from launch.stages import Stages
@@ -97,6 +99,18 @@ def test_a_users_or_damaged_file_among_the_cells_is_not_counted(tiny_directory, 
     runner.path(job).write_text(json.dumps({"settings": runner.settings(job) | {"model": "another"}}))
     with pytest.raises(UserError, match="holds results of another model"):
         _Runner(reproduction, None)
+
+
+def test_what_cannot_be_written_is_one_sentence(runner, tmp_path):
+    job = Job(0, point(10))
+    for write in (
+        runner._claim,
+        lambda: runner._claim_cell(job, tmp_path / "work" / "cells" / job.name),
+        lambda: runner._corpus(replace(job.cell, data="howto")),
+        lambda: runner.collect({}),
+    ):
+        with full_disk(2), pytest.raises(UserError, match="cannot be written to"):
+            write()
 
 
 def point(steps: int) -> Cell:

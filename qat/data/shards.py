@@ -77,7 +77,7 @@ class ShardFolder:
         """
         self._lock_file = open_lock(self.directory)
         with self.alone():
-            if not (self.directory / MANIFEST).exists():
+            if self.is_new:
                 if any(_SHARD.fullmatch(path.name) for path in self.directory.iterdir()):
                     raise UserError(f"{self.directory} holds shards but no {MANIFEST}: give an empty folder.")
                 self.publish(MANIFEST, json.dumps(settings, indent=2).encode() + b"\n")
@@ -85,6 +85,11 @@ class ShardFolder:
             raise UserError(
                 f"{self.directory} was made with other settings ({listed}): give the same, or another folder."
             )
+
+    @property
+    def is_new(self) -> bool:
+        """Return whether no settings have claimed the folder yet."""
+        return not (self.directory / MANIFEST).exists()
 
     def manifest(self) -> dict[str, Any]:
         """Return the settings that made the shards; raise UserError if there are none."""

@@ -18,6 +18,7 @@ from gguf import GGMLQuantizationType as Type
 from qat.evaluate.llama_cpp import library
 from qat.runtime.errors import UserError
 from qat.runtime.files import writing
+from qat.store.gguf_files import add_tensor
 
 _FALLBACKS = {Type.Q4_K: Type.Q5_0, Type.Q6_K: Type.Q8_0}
 """What replaces a type of blocks of 256 for rows that they do not divide."""
@@ -63,7 +64,7 @@ def quantize_file(source: Path, output: Path, kind: str) -> None:
     for tensor in reader.tensors:
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         if values.ndim < 2 or not tensor.name.endswith(".weight"):
-            writer.add_tensor(tensor.name, values)
+            add_tensor(writer, tensor.name, values)
             continue
         is_output = tensor.name == "output.weight" or (is_tied and tensor.name == "token_embd.weight")
         wanted = Type.Q6_K if is_output else rule(tensor.name, layers)
@@ -74,7 +75,7 @@ def quantize_file(source: Path, output: Path, kind: str) -> None:
                 f"{tensor.name} is {values.shape[1]} wide, and llama.cpp's types of 4 bits want multiples of 32: leave "
                 "--method out."
             )
-        writer.add_tensor(tensor.name, _quantized(values, held), raw_dtype=held)
+        add_tensor(writer, tensor.name, _quantized(values, held), held)
     with writing(output.parent):
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

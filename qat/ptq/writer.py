@@ -5,6 +5,7 @@ calibration text through the layer. The folder gets its final name when it is co
 """
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,7 +47,7 @@ def appearing(
     ``output``.
 
     ``base_model`` is the name of the original model. Raises UserError if the folder holds a run with other settings, or
-    another process is working in it.
+    another process is working in it. If the caller raises one before a weight file is finished, nothing is left.
     """
     with appearing_folder(output, PTQ_RECORD) as partial:
         if (partial / PTQ_RECORD).is_file():
@@ -59,7 +60,12 @@ def appearing(
             with writing(partial):
                 content = json.dumps(settings | {BASE_MODEL: base_model}, indent=2) + "\n"
                 write_atomically(partial / PTQ_RECORD, content)
-        yield partial
+        try:
+            yield partial
+        except UserError:
+            if not any(partial.glob("model*.safetensors")):  # other settings, as the error may ask for, find it free
+                shutil.rmtree(partial)
+            raise
         write_companions(source.companions(), partial)
         quant.save(partial)
 

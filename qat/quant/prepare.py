@@ -187,6 +187,20 @@ def check_scales_can_learn(model: PreTrainedModel) -> None:
             )
 
 
+def check_codes_last(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Raise UserError if values of a prepared model, rounded to ``dtype``, may lose the codes that stay where nothing
+    but scales learns: they are stored as values."""
+    for linear in scales_that_learn(model).values():
+        form = linear.weight_format
+        lowest, highest = form.code_range
+        most = max(-lowest, highest) if form.symmetric else highest - lowest  # steps from zero to a value
+        if most * torch.finfo(dtype).eps > 1:
+            raise UserError(
+                f"Values of {form} in {str(dtype).removeprefix('torch.')}, the model's dtype, would lose their codes: "
+                "train in fp32, give w_quantizer=minmax or fewer w_bits, or train=all."
+            )
+
+
 def train_only_scales(model: nn.Module) -> None:
     """Leave a gradient to nothing but the scales: those of ``learn_scales``, and learned steps of activations.
 

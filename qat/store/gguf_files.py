@@ -199,7 +199,7 @@ def write(student: Student, output: Path) -> None:
         getattr(writer, f"add_{key}")(value)
     _special_tokens(student.directory, config.vocab_size).add_to_gguf(writer, quiet=True)
     if (factors := _rope_factors(config)) is not None:
-        writer.add_tensor(_ROPE_FREQUENCIES, factors.numpy())
+        add_tensor(writer, _ROPE_FREQUENCIES, factors.numpy())
     for name, weight in student.progress():
         place = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert place is not None, name
@@ -211,7 +211,7 @@ def write(student: Student, output: Path) -> None:
             if form.by.is_float:
                 data = float_blocks(stored, form)
                 if form.tensor_scale is not None:
-                    writer.add_tensor(_scale_of(place), np.array([1 / form.tensor_scale], np.float32))
+                    add_tensor(writer, _scale_of(place), np.array([1 / form.tensor_scale], np.float32))
             else:
                 _check_scale(name, grid.scale)
                 per_block = grid.map(partial(_per_block, weight.codes.shape[1]))
@@ -222,13 +222,19 @@ def write(student: Student, output: Path) -> None:
                 data, raw = weight.view(torch.uint16).numpy().view(np.uint8), Type.BF16
             else:
                 data, raw = weight.float().numpy(), None
-        with writing(Path(tempfile.gettempdir())):
-            writer.add_tensor(place, data, raw_dtype=raw)
+        add_tensor(writer, place, data, raw)
     with writing(output):
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+
+
+def add_tensor(writer: gguf.GGUFWriter, name: str, data: np.ndarray, kind: Type | None = None) -> None:
+    """Add a tensor, in bytes of ``kind`` if that is given, to the temporary file of ``writer``; raise UserError where
+    that cannot be written."""
+    with writing(Path(tempfile.gettempdir())):
+        writer.add_tensor(name, data, raw_dtype=kind)
 
 
 def _file_type(student: Student) -> gguf.LlamaFileType:

@@ -26,11 +26,12 @@ from qat.quant.architecture import (
     rotation,
     windowed_layers,
 )
-from qat.quant.config import CONFIG_FILE
+from qat.quant.config import CONFIG_FILE, GRIDS_FILE, SCALES_FILE
 from qat.quant.rotated import causal_lm_class
 from qat.runtime.errors import UserError, first_line, in_one_line
 from qat.runtime.files import read_json, using, writing
 from qat.store import compressed_tensors
+from qat.store.sidecars import STEPS_FILE
 from qat.store.weight_files import BIN_INDEX, FLOATS, INDEX, Stored, read, stored_tensors
 
 if TYPE_CHECKING:
@@ -42,8 +43,12 @@ PTQ_RECORD = "ptq.json"
 BASE_MODEL = "base_model"
 """Key in that record: the name of the original model."""
 
+STUDENT = "student"
+"""Key in the config.json of a trained student: the file that says how it is quantized."""
+
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
 _OF_THE_WEIGHTS = (INDEX, BIN_INDEX, PTQ_RECORD, CONFIG_FILE)
+_OF_STUDENTS = (PTQ_RECORD, GRIDS_FILE, STEPS_FILE, SCALES_FILE)
 
 
 def read_config(name: str) -> PreTrainedConfig:
@@ -134,6 +139,7 @@ class ModelFolder:
         """Read a model's config and the headers of its files. Raises UserError if a weight is missing, present twice,
         of another shape or of an unsupported number format, if the config has no place for one, or if a file is missing
         or damaged."""
+        _check_student(directory)
         config = read_config(str(directory))
         if hasattr(config, "quantization_config"):
             del config.quantization_config
@@ -183,9 +189,20 @@ class ModelFolder:
         own = [file for file in sorted(files) if file.is_file() and file.name not in _OF_THE_WEIGHTS]
         contents = {file.name: file.read_bytes() for file in own}
         settings = json.loads(contents["config.json"])
-        settings.pop("transformers_weights", None)
+        for of_the_weights in ("transformers_weights", STUDENT):
+            settings.pop(of_the_weights, None)
         settings["tie_word_embeddings"] = self.config.tie_word_embeddings
         return contents | {"config.json": (json.dumps(settings, indent=2) + "\n").encode()}
+
+
+def _check_student(directory: Path) -> None:
+    """Raise UserError for a student without the file that says how it is quantized: it is no full-precision model."""
+    if (directory / CONFIG_FILE).exists():
+        return
+    if STUDENT in read_json(directory / "config.json") or any((directory / name).exists() for name in _OF_STUDENTS):
+        raise UserError(
+            f"{directory} is incomplete: {CONFIG_FILE}, which says how it is quantized, is missing. Copy it again."
+        )
 
 
 def skeleton(directory: Path) -> PreTrainedModel:

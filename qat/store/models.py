@@ -17,7 +17,7 @@ from qat.quant.config import CONFIG_FILE
 from qat.quant.rotated import causal_lm_class
 from qat.runtime.errors import UserError, in_one_line
 from qat.store import compressed_tensors
-from qat.store.model_folder import ModelFolder, check_finite, quantization_of, read_config
+from qat.store.model_folder import Kind, ModelFolder, check_complete, check_finite, quantization_of, read_config
 from qat.store.smollm2 import EMBEDDED, extract_embedded
 from qat.store.weight_files import NO_WEIGHTS, weight_files
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
         PreTrainedModel,
     )
     from transformers import PreTrainedTokenizerBase as Tokenizer
+
+_ANY = Kind(torch.Size())
+"""Where transformers has compared the shapes."""
 
 _PATTERNS = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"]
 """The files that are downloaded of a model on the hub."""
@@ -99,24 +102,34 @@ def _download(name: str) -> str:
 
 def load(name: str, dtype: torch.dtype | str, **how: Any) -> PreTrainedModel:
     """Load the full-precision causal LM in the folder ``name`` in eval mode, on the CPU; dtype "auto" is that of the
-    file.
+    file. One whose config.json says how it is quantized is what transformers makes of it.
 
     ``how`` goes to ``from_pretrained``. Raises UserError if its weights are not those of its config, or not finite.
     """
-    from transformers import AutoModelForCausalLM
-
-    foreign = _of_others(Path(name))
-    if not foreign:
-        how["config"] = ModelFolder.read(Path(name)).config
-    model_class = AutoModelForCausalLM if foreign else causal_lm_class(how["config"])
-    try:
-        model = model_class.from_pretrained(name, dtype=dtype, attn_implementation="sdpa", **how).eval()
-    except Exception as error:
-        if not foreign:
-            raise
-        raise UserError(f"{name} is quantized, and transformers cannot load it: {in_one_line(error)}") from error
+    if quantization_of(Path(name)):
+        model = _load_quantized(name, dtype)
+    else:
+        config = ModelFolder.read(Path(name)).config
+        model_class = causal_lm_class(config)
+        model = model_class.from_pretrained(name, dtype=dtype, attn_implementation="sdpa", config=config, **how)
     for weight, parameter in model.named_parameters():
         check_finite(weight, _held(parameter), name)
+    return model.eval()
+
+
+def _load_quantized(name: str, dtype: torch.dtype | str) -> PreTrainedModel:
+    """Load a model by the ``quantization_config`` of its config.json; raise UserError if transformers cannot, or if its
+    files do not hold all that it would load."""
+    from transformers import AutoModelForCausalLM
+
+    how: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", "output_loading_info": True}
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, **how)
+    except Exception as error:
+        raise UserError(f"{name} is quantized, and transformers cannot load it: {in_one_line(error)}") from error
+    model, account = loaded
+    unexpected, missing = (dict.fromkeys(account[f"{found}_keys"], _ANY) for found in ("unexpected", "missing"))
+    check_complete(unexpected, missing, Path(name))  # transformers would put random numbers in the place of a scale
     return model
 
 

@@ -31,7 +31,7 @@ from qat.quant.hadamard import hadamard_matrix, transform
 from qat.quant.rotated import RECORD, Rotation, head_map_weight, llama_block, rotation_of
 from qat.runtime import progress
 from qat.runtime.errors import UserError
-from qat.runtime.files import appearing_folder, read_json, write_atomically
+from qat.runtime.files import appearing_folder, read_json, write_atomically, writing
 from qat.runtime.machine import device
 from qat.store import weight_files
 from qat.store.model_folder import BASE_MODEL, ModelFolder, head_weight, write_companions
@@ -216,7 +216,8 @@ def write(folder: ModelFolder, output: Path, rotation: Rotation, matrices: Matri
         weight_files.write(partial_output, ((name, tensor.cpu()) for name, tensor in made))
         changes = {RECORD: rotation.record(), "tie_word_embeddings": rotation.head_map}
         write_companions(folder.companions(), partial_output, **changes)
-        write_atomically(partial_output / ORIGIN, json.dumps(origin, indent=2) + "\n")
+        with writing(partial_output):
+            write_atomically(partial_output / ORIGIN, json.dumps(origin, indent=2) + "\n")
 
 
 def base_model(directory: Path, name: str) -> str:

@@ -39,6 +39,7 @@ from qat.store import manifest, models, weight_files
 from qat.store.model_folder import (
     BASE_MODEL,
     PTQ_RECORD,
+    STUDENT,
     Kind,
     ModelFolder,
     check_complete,
@@ -111,7 +112,8 @@ def write(
     with appearing_folder(directory) as partial:
         grids = learned_grids(model, weights)
         weight_files.write(partial, ((name, _as_stored(name, weights[name], model, grids)) for name in names))
-        write_companions(companions, partial, dtype=str(model.dtype).removeprefix("torch."))
+        changes = {"dtype": str(model.dtype).removeprefix("torch."), STUDENT: CONFIG_FILE}
+        write_companions(companions, partial, **changes)
         if grids:
             save_grids(grids, partial / GRIDS_FILE)
         save_tensor_scales(tensor_scales_in(model), partial)

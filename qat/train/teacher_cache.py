@@ -29,6 +29,7 @@ from qat.train.losses import LOSSES
 SEQUENCES_PER_FILE = 256
 
 _HEAD = "head.safetensors"
+_MANIFEST = "manifest.json"
 
 
 class TeacherCache:
@@ -43,15 +44,16 @@ class TeacherCache:
         self._head: Tensor | None = None
 
     def claim(self, settings: dict[str, object]) -> None:
-        """Create the folder for ``settings``, or check that it was made with the same, and keep other processes out
-        until this one ends; raise UserError if another one is in it, or it was made with other settings."""
+        """Keep other processes out of the folder until this one ends; raise UserError if another one is in it, or it
+        was made with other settings."""
         lock(self.directory)
-        self.record(settings)
+        if (self.directory / _MANIFEST).exists():
+            self.check(settings)
 
     def record(self, settings: dict[str, object]) -> None:
         """Create the folder for ``settings``, or check that it was made with the same; raise UserError if it was
         not."""
-        path = self.directory / "manifest.json"
+        path = self.directory / _MANIFEST
         if not path.exists():
             with writing(self.directory):
                 self.directory.mkdir(parents=True, exist_ok=True)
@@ -60,7 +62,7 @@ class TeacherCache:
 
     def check(self, settings: dict[str, object]) -> None:
         """Raise UserError unless the folder was made with ``settings``."""
-        path = self.directory / "manifest.json"
+        path = self.directory / _MANIFEST
         if not path.is_file():
             raise UserError(
                 f"There is no teacher cache at {self.directory}: run launch/cache_teacher.py --output there."
@@ -79,7 +81,7 @@ class TeacherCache:
 
     def fingerprint(self) -> dict[str, object]:
         """Return the settings that the folder was made with."""
-        return read_json(self.directory / "manifest.json")
+        return read_json(self.directory / _MANIFEST)
 
     def path(self, number: int) -> Path:
         """Return the path of the file with sequences ``number * SEQUENCES_PER_FILE`` and following."""

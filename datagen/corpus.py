@@ -81,7 +81,9 @@ class Corpus:
                     bar.update()
             if bar.n < count:
                 advice = f"give --sequences {bar.n} or less" if bar.n else "give more text, or a smaller --max_length"
-                raise UserError(f"{self.source} makes {bar.n} sequences of {length} tokens, not {count}: {advice}.")
+                raise UserError(
+                    f"{self.source} yields only {bar.n} sequences of {length} tokens, not {count}: {advice}."
+                )
             with writing(Path(tempfile.gettempdir())):
                 file.flush()
             return np.memmap(file, np.int32, "r", shape=(count, length))
@@ -126,7 +128,7 @@ def _files(path: Path) -> list[Path]:
         raise UserError(f"There is no corpus at {path}: give a file ({known}), a folder of them, or {', '.join(HUB)}.")
     files = sorted(file for file in path.rglob("*") if file.suffix in _READERS) if path.is_dir() else [path]
     if not files or files[0].suffix not in _READERS:
-        raise UserError(f"{path} holds no text that can be read: give files that end in {known}.")
+        raise UserError(f"{path} contains no readable text: give files that end in {known}.")
     return files
 
 
@@ -148,7 +150,7 @@ def _from_jsonl(file: Path) -> Iterator[Piece]:
                 yield from _document(json.loads(line)[_FIELD])
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
-                    f'{file}, line {number}, is not an object with the field "{_FIELD}" ({error}): mend it.'
+                    f'{file}, line {number}, is not an object with the field "{_FIELD}" ({error}): fix it.'
                 ) from error
 
 
@@ -164,7 +166,7 @@ def _from_parquet(file: Path) -> Iterator[Piece]:
     except UnicodeDecodeError as error:
         raise UserError(f"{file}, row {row}, is not UTF-8 text ({error.reason}): convert it.") from error
     except (pa.ArrowException, OSError, KeyError, TypeError) as error:
-        raise UserError(f'{file} cannot be read as Parquet with a column "{_FIELD}" ({error}): mend it.') from error
+        raise UserError(f'{file} cannot be read as Parquet with a column "{_FIELD}" ({error}): fix it.') from error
 
 
 def _document(text: Any) -> list[Piece]:
@@ -186,6 +188,6 @@ def _from_hub(repository: str, configuration: str) -> Iterator[Piece]:
     except (OSError, ValueError) as error:  # the hub cannot be reached, or has no such data set
         reason = str(error).strip().splitlines()
         raise UserError(
-            f"The hub does not give {repository} ({reason[0] if reason else type(error).__name__}): give a file or a "
-            "folder of text instead."
+            f"Cannot fetch {repository} from the hub ({reason[0] if reason else type(error).__name__}): give a file or "
+            "a folder of text instead."
         ) from error

@@ -40,14 +40,10 @@ Product = Callable[[Tensor], Tensor]
 
 
 def check(config: PreTrainedConfig, max_length: int) -> None:
-    """Raise UserError for a model that does not compute LLaMA's formula, and for one whose rotation of a position
-    depends on the length of the sequence, if sequences of ``max_length`` reach such lengths: cached keys stay rotated
-    for the shorter sequence."""
+    """Raise UserError for a model without LLaMA-style layers, and if RoPE would change its frequencies within sequences
+    of ``max_length``: cached keys keep the rotation of the shorter sequence."""
     if architecture_of(config).block is None:
-        raise UserError(
-            f"engine=torch computes the layers of LLaMA's formula itself, and those of {config.model_type} are other "
-            "ones: give --engine vllm."
-        )
+        raise UserError(f"engine=torch supports only LLaMA-style layers, not {config.model_type}: give --engine vllm.")
     check_plain(config, "engine=torch")
     rope = config.rope_parameters
     unchanged = {
@@ -57,8 +53,8 @@ def check(config: PreTrainedConfig, max_length: int) -> None:
     longest = unchanged.get(rope["rope_type"], max_length)
     if max_length > longest:
         raise UserError(
-            f"max_length={max_length}: the model's rope_type={rope['rope_type']!r} rotates all positions otherwise in "
-            f"sequences of more than {longest} tokens, but keys are cached as they were rotated first: give "
+            f"max_length={max_length}: the model's rope_type={rope['rope_type']!r} rotates all positions differently "
+            f"in sequences of more than {longest} tokens, but cached keys keep their first rotation: give "
             f"--max_length {longest} or less, or --engine vllm."
         )
 

@@ -115,8 +115,8 @@ def _texts(tokenizer: Tokenizer, turns: int, system: str) -> tuple[list[int], li
     for text, ids in ((to_answer, texts[1]), *([(to_question, texts[2])] if turns > 1 else [])):
         if not ids or ids[0] not in special:
             raise UserError(
-                f"The tokenizer's chat template ends a turn with ordinary text ({text!r}), by which it cannot be told "
-                "where the model ends it: give --prompts FILE with --turns 1."
+                f"The tokenizer's chat template ends a turn with ordinary text ({text!r}), so the end of a generated "
+                "turn cannot be detected: give --prompts FILE with --turns 1."
             )
     return texts[0], texts[1], texts[2]
 
@@ -128,8 +128,7 @@ def _split(text: str, contents: list[str]) -> list[str]:
         part, found, text = text.partition(content)
         if not found:
             raise UserError(
-                "The tokenizer's chat template does not show what is said in the order in which it is said: give "
-                "--prompts FILE with --turns 1."
+                "The tokenizer's chat template does not render messages in order: give --prompts FILE with --turns 1."
             )
         parts.append(part)
     return [*parts, text]

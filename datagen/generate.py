@@ -49,17 +49,17 @@ class GenerateConfig:
         max_length: longest sequence, in tokens, start token included
         strategy: hybrid (first 3 to 5 tokens greedy, the rest sampled), sample, top1, or chat (dialogues by the
             tokenizer's chat template: the model writes the user's turns and the answers, all sampled)
-        chat_share: with chat, the share of the sequences that are dialogues; the others are as hybrid writes them
+        chat_share: with chat, the share of the sequences that are dialogues; the rest use hybrid
         turns: with chat, questions and answers in a dialogue
         system: with chat, a system prompt; by default the template's own, or none
-        temperature: of the sampled tokens; divides the logits
+        temperature: sampling temperature
         top_k: sample from the k most likely tokens only; 0 samples from all
         top_p: sample only from the most likely tokens that together have this probability; 1 samples from all
-        batch_size: sequences decoded at one time
-        sequences_per_shard: size of a shard, the unit of work and of restart
-        seed: of the start tokens and of the sampling
-        engine: torch (ours) or vllm (to be installed beside)
-        tensor_parallel: ranks that hold one copy of the model together, for models that do not fit one GPU
+        batch_size: sequences decoded in parallel
+        sequences_per_shard: sequences per shard file; a restart redoes unfinished shards
+        seed: seed for start tokens and sampling
+        engine: torch (ours) or vllm (install it in its own environment)
+        tensor_parallel: ranks that share one copy of the model, for models larger than one GPU
         teacher_cache: how many of the most likely tokens of every position to keep (6 bytes each) in the folder
             teacher_cache of the output, from which launch/train.py trains without a teacher; 0 for none
     """
@@ -95,7 +95,7 @@ class GenerateConfig:
             raise UserError(f"top_p={self.top_p} is invalid: choose a probability above 0, or 1 for all tokens.")
         if self.strategy == "top1" and self.truncation != sampling.Truncation():
             raise UserError(
-                "strategy=top1 draws nothing, so temperature, top_k and top_p mean nothing: leave them out, or give "
+                "strategy=top1 draws nothing, so temperature, top_k and top_p do not apply: leave them out, or give "
                 "strategy=sample or hybrid."
             )
         if not 0 < self.chat_share <= 1:
@@ -104,8 +104,8 @@ class GenerateConfig:
             )
         if self.strategy != "chat" and (self.chat_share, self.turns, self.system) != (1, 1, ""):
             raise UserError(
-                f"strategy={self.strategy} writes no dialogues, so chat_share, turns and system mean nothing: leave "
-                "them out, or give strategy=chat."
+                f"strategy={self.strategy} writes no dialogues, so chat_share, turns and system do not apply: "
+                "leave them out, or give strategy=chat."
             )
         if self.engine == "vllm" and (self.strategy == "chat" or self.teacher_cache):
             raise UserError(

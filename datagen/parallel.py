@@ -43,7 +43,8 @@ class Group:
         ``size``."""
         if world_size % size:
             raise UserError(
-                f"tensor_parallel={size} needs a multiple of {size} ranks, not {world_size}: start as many."
+                f"tensor_parallel={size} needs a multiple of {size} ranks, not {world_size}: start a multiple of "
+                f"{size}."
             )
         task, tasks = (int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", value)) for name, value in _ALONE.items())
         first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0"))

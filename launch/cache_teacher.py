@@ -1,4 +1,4 @@
-"""Write down once what the teacher predicts on the training data, so that training runs without a teacher.
+"""Precompute the teacher's predictions on the training data, so that training runs without a teacher.
 
 deepspeed launch/cache_teacher.py --model DIR --data DIR --output DIR, then launch/train.py --teacher_cache DIR.
 If the output folder exists, the run resumes.
@@ -30,8 +30,8 @@ class CacheConfig:
         model: the teacher: a Hugging Face directory or hub name
         data: folder of training shards, made by launch/generate.py
         output: folder of the cache
-        top_k: how many of the most likely tokens to keep of every position (6 bytes each); 0 for the final hidden
-            states, which lose nothing
+        top_k: how many of the most likely tokens to keep for every position (6 bytes each); 0 for the final hidden
+            states, which are lossless
         deepspeed: DeepSpeed configuration of the teacher
     """
 

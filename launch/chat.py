@@ -33,10 +33,10 @@ class Chat:
 
     Args:
         model: an integer export, or the final/ of a training run
-        prompt: one message; by default each line of the standard input is one
+        prompt: a single message; by default each line of standard input is a message
         max_new_tokens: longest answer
-        temperature: 0 for the likeliest token each time; above, sampled
-        seed: of the sampling
+        temperature: sampling temperature; 0 for the most likely token each time
+        seed: seed for sampling
     """
 
     model: str
@@ -101,11 +101,11 @@ def _fitting(
         if len(history) == 1:
             raise UserError(
                 f"The message is {tokens} tokens long, and the answer may have max_new_tokens={max_new_tokens}; the "
-                f"model has {longest} positions for both: shorten the message, or give fewer."
+                f"model has {longest} positions for both: shorten the message, or lower max_new_tokens."
             )
         history = history[2:]  # a question and its answer
     if len(history) < turns:
-        print(f"forgotten, for want of positions: the first {turns - len(history)} turns", file=sys.stderr, flush=True)
+        print(f"context full: dropped the first {turns - len(history)} turns", file=sys.stderr, flush=True)
     models.check_ids(model.config, int(ids.max()), "The message")
     return ids, history
 

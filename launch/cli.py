@@ -106,7 +106,7 @@ def is_first_rank() -> bool:
     return rank() == 0
 
 
-PLUGIN = "modules to import first, with commas between: they may add quantizers, losses, methods and formats"
+PLUGIN = "modules to import first, comma-separated: they may add quantizers, losses, methods and formats"
 
 
 def import_plugins(names: str | None) -> None:

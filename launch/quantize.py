@@ -32,7 +32,7 @@ class Quantization:
         method: the post-training method
         data: folder of calibration shards, made by launch/generate.py or from a corpus, for methods that need text, and
             for activations whose scales are measured (nvfp4, fp8_tensor)
-        sequences: calibrate on this many of its first sequences; 0 for all
+        sequences: number of sequences to calibrate on, the first of data; 0 for all
     """
 
     model: str
@@ -56,7 +56,7 @@ def main() -> None:
     method = METHODS[settings.method](source, options[settings.method])
     record = described(settings, quant, method.settings, source, data)
     if writer.is_complete(settings.output, record):
-        print(f"{settings.output} is there already.")
+        print(f"{settings.output} already exists.")
         return
     folder = ModelFolder.read(source)
     model = prepare(folder.skeleton(), quant)  # rejects what it cannot quantize before anything is written
@@ -101,7 +101,8 @@ def _check_text(settings: Quantization, quant: QuantConfig) -> None:
     if settings.data is not None and not METHODS[settings.method].needs_text and not quant.scales_inputs:
         others = [name for name, method in METHODS.items() if method.needs_text]
         raise UserError(
-            f"method={settings.method} looks at no text: leave out --data, or give method={' or '.join(others)}."
+            f"method={settings.method} needs no calibration text: leave out --data, or give "
+            f"method={' or '.join(others)}."
         )
 
 

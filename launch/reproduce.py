@@ -86,14 +86,14 @@ class Reproduction:
 
     Args:
         model: a Hugging Face directory or hub name
-        tables: tables, with commas between: main, recipes, kv, distillation, quantizers, data, floats, served,
+        tables: tables, comma-separated: main, recipes, kv, distillation, quantizers, data, floats, served,
             rotations, budget, low_bits, chat
-        cells: only cells whose name matches one of these patterns, with commas between, say qat_4-8-4*; a cell's
-            accuracy is called qat_4-8-4.tasks, what llama.cpp serves of it qat_4-8-4.served
+        cells: only cells whose name matches one of these patterns, comma-separated, say qat_4-8-4*; the suffix .tasks
+            selects a cell's accuracy (qat_4-8-4.tasks), .served its measurement in llama.cpp
         minutes: stop cleanly after this many; 0 for no limit
         output: folder of the results
         work: folder of everything else: training data, runs
-        ranks: how many train; their sequences are shared out, so it must divide 2. 0 for one per GPU, or 2 on a CPU
+        ranks: number of training ranks; it must divide the 2 sequences of a step. 0 for one per GPU, or 2 on a CPU
         keep_models: keep the trained models
     """
 
@@ -243,7 +243,7 @@ def main() -> int:
     wanted = queue(chosen, reproduction.cells)
     if not wanted:
         raise UserError(
-            f"cells={reproduction.cells} is the name of no cell of {reproduction.tables}: give a pattern that is, say "
+            f"cells={reproduction.cells} matches no cell of {reproduction.tables}: give a pattern that does, say "
             f"{next(iter(chosen.values()))[0].name}."
         )
     lock(reproduction.work)

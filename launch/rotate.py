@@ -1,4 +1,4 @@
-"""Rotate a model's weights, so that activations without outliers are left to quantize.
+"""Rotate a model's weights, which spreads activation outliers before quantization.
 
 python launch/rotate.py --model DIR --output DIR. The output computes the same function, and every command but
 launch/generate.py takes it as --model; launch/train.py as --student too, with the original as --model. With --data, R1
@@ -28,12 +28,12 @@ class Settings:
     Args:
         model: the full-precision model: a Hugging Face directory or hub name
         output: folder of the rotated model; must not exist
-        kind: the matrices that the residual stream (R1) and the values of each head (R2) are multiplied by
+        kind: how the rotations of the residual stream (R1) and of each head's values (R2) are drawn
         down: the online Hadamard transform in front of the MLP's last layer (R4)
-        untie: give a model with tied embeddings an output layer of its own, which engines need; else it gets a matrix
-            [hidden, hidden] in front of the tied one
-        seed: of the random signs or matrices, and of the order of the data
-        data: shards of launch/generate.py, to learn R1 and R2 on, for the quantization given by the flags below
+        untie: give a model with tied embeddings a separate output layer, as engines need; otherwise a matrix
+            [hidden, hidden] is added in front of the tied one
+        seed: seed for the random signs or matrices, and for the data order
+        data: shards of launch/generate.py; learns R1 and R2 on them, for the quantization given by the flags below
     """
 
     model: str

@@ -50,7 +50,7 @@ CHANGES_NO_RESULT = ("save_every", "keep", "eval_every", "max_loss_ratio", "peak
 """Settings that may change when a run resumes."""
 
 CHANGES_FROM_A_CHECKPOINT = ("steps", "min_lr_ratio", "decay_steps", "stop_when_flat")
-"""Settings that may also be others than those of the run whose checkpoint a new one continues from."""
+"""Settings that may also differ from those of the run whose checkpoint a new one continues from."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ class Paths:
 
     Args:
         model: the pretrained model, teacher and starting point: a Hugging Face directory or hub name
-        student: another starting point: what launch/rotate.py or launch/quantize.py wrote, or the final/ of an earlier
-            run
-        continue_from: checkpoint of another run (RUN/checkpoints/step-N), from which this one continues, Adam's state
-            included; of the settings only steps and the decay of the learning rate may be others
+        student: another starting point: the output of launch/rotate.py or launch/quantize.py, or the final/ of an
+            earlier run
+        continue_from: checkpoint of another run (RUN/checkpoints/step-N) to branch from, optimizer state included; only
+            steps and the learning rate's decay may differ
         data: folder of training shards, made by launch/generate.py
         output: folder of this run: checkpoints, log.jsonl, and the trained student in final/
         deepspeed: DeepSpeed configuration of the student
@@ -88,8 +88,8 @@ class HeldOut:
     Args:
         eval_data: another folder of shards, made by launch/generate.py with another --seed
         eval_text: a text file, or encyclopedia or howto for built-in prose
-        eval_window: tokens of each piece that the text is cut into
-        eval_sequences: how many sequences, or pieces, are used at most
+        eval_window: tokens per window of eval_text
+        eval_sequences: maximum number of sequences or windows
     """
 
     eval_data: Path | None = None
@@ -106,7 +106,9 @@ class HeldOut:
         if self.eval_data:
             folder = TrainingData(self.eval_data, tokenizer, seed=0)
             if folder.fingerprint == data.fingerprint:
-                raise UserError(f"{self.eval_data} is what is trained on: generate another one, with another --seed.")
+                raise UserError(
+                    f"eval_data={self.eval_data} is the training data: generate other data, with another --seed."
+                )
             numbers = range(min(len(folder), self.eval_sequences))
             texts["generated"] = [folder.sequence(number).input_ids for number in numbers]
         if self.eval_text:
@@ -124,7 +126,9 @@ def main() -> int:
     data = TrainingData(paths.data, tokenizer, config.seed)
     config = dataclasses.replace(config, steps=config.steps or len(data) // config.batch_size)
     if config.steps == 0:
-        raise UserError(f"{paths.data} has {len(data)} sequences, a step takes {config.batch_size}: generate more.")
+        raise UserError(
+            f"{paths.data} has {len(data)} sequences, fewer than batch_size={config.batch_size}: generate more."
+        )
     check_schedule(config)
     texts = held_out.read(tokenizer, data)
     lengths = {"data": data.longest, **{name: max(ids.shape[1] for ids in text) for name, text in texts.items()}}
@@ -185,7 +189,7 @@ def main() -> int:
     open_folder(paths.output, identity)
     final = paths.output / FINAL
     if final.exists():
-        cli.say(f"{final} is there already: the run is complete.")
+        cli.say(f"{final} already exists: the run is complete.")
         return 0
     cli.say(f"{quant} student of {model}: {config.steps} steps of {config.batch_size} sequences")
 
@@ -209,7 +213,9 @@ def main() -> int:
         targets: Callable[[Row], Targets] = cache or engines.labels(config.loss)
     else:
         with ranks.doing("loading the teacher"):
-            cli.say(f"The teacher is {'whole on each rank' if planned.whole_teacher else 'sharded over the ranks'}.")
+            cli.say(
+                f"The teacher is {'replicated on each rank' if planned.whole_teacher else 'sharded over the ranks'}."
+            )
             teacher_json = deepspeed_json.for_teacher(teacher_json)
             targets = teacher = engines.Teacher(model, teacher_json, config.loss, planned.whole_teacher)
         if quant.activations.learned:
@@ -285,23 +291,26 @@ def starting_point(student: Path, model: str, quant: QuantConfig) -> str:
     found = None if is_rotated_model(student) else student_folder.find(student)
     if found and found.is_checkpoint:
         raise UserError(
-            f"{student} is a checkpoint: give the final/ of a run, or what launch/rotate.py or launch/quantize.py "
-            "wrote."
+            f"{student} is a checkpoint: give the final/ of a run, or the output of launch/rotate.py or "
+            "launch/quantize.py."
         )
     directory = found.directory if found else Path(models.resolve_full_precision(str(student)))
     theirs, ours = shapes(skeleton(Path(model))), shapes(skeleton(directory))
     config = read_config(str(directory))
     more = {head_weight(config), head_map_weight(config)} if rotation_of(config) else set()
     if not theirs.items() <= ours.items() or not ours.keys() <= theirs.keys() | more:
-        raise UserError(f"{student} is not made from {model}: its weights have other names or shapes.")
+        raise UserError(
+            f"{student} was not made from {model}, as its weights have other names or shapes: give a student of that "
+            "model."
+        )
     teachers, own = models.load_tokenizer(model), models.load_tokenizer(str(directory))
     models.check_same_tokens(teachers, own, f"{model} and the student {student}")
     if quant.activations.learned:
         raise UserError("a_quantizer=lsq takes its first steps from the teacher's activations: leave out --student.")
     if found and found.has_grids and quant.weights.quantizes and found.quant.weights != quant.weights:
         raise UserError(
-            f"{student} has weights that {found.ptq_method or 'training'} rounded; with other settings they would "
-            f"be rounded again: give its w_bits={found.quant.w_bits}, w_quantizer={found.quant.w_quantizer}, "
+            f"The weights of {student} are already rounded by {found.ptq_method or 'training'}, and other settings "
+            f"would round them again: give its w_bits={found.quant.w_bits}, w_quantizer={found.quant.w_quantizer}, "
             f"w_group_size={found.quant.weights.group_size}, w_scale_dtype={found.quant.w_scale_dtype}."
         )
     return str(directory)
@@ -319,10 +328,12 @@ def starting_grids(student: Path, quant: QuantConfig, config: TrainConfig) -> di
     if is_rotated_model(student) or not (found := student_folder.find(student)).has_grids:
         return {}
     if config.train == "weights":
-        cli.say(f"{student} has weight grids of its own; with train=weights, new ones follow from its rounded weights.")
+        cli.say(f"train=weights ignores the weight grids of {student} and computes new ones from its rounded weights.")
         return {}
     if found.quant.overrides != quant.overrides:
-        raise UserError(f"{student} has weight grids for overrides={found.quant.overrides!r}: give the same.")
+        raise UserError(
+            f"The weight grids of {student} are for overrides={found.quant.overrides!r}: give the same overrides."
+        )
     return found.grids()
 
 
@@ -330,16 +341,15 @@ def check_teacher(cache: Path | None, quant: QuantConfig, config: TrainConfig) -
     """Raise UserError for settings that need a teacher, if there is none."""
     loss = LOSSES[config.loss]
     if cache and not loss.needs_teacher:
-        raise UserError(f"loss={config.loss} cannot use --teacher_cache, as it needs no teacher: leave it out.")
+        raise UserError(f"loss={config.loss} needs no teacher, so --teacher_cache does not apply: leave it out.")
     if cache and loss.needs_records:
         raise UserError(
-            f"loss={config.loss} cannot use --teacher_cache, as it matches more of the teacher than its predictions: "
-            "leave it out."
+            f"loss={config.loss} needs more of the teacher than the predictions in a --teacher_cache: leave it out."
         )
     if quant.activations.learned and config.micro_batch_size > 1:
         raise UserError(
-            "a_quantizer=lsq scales a step's gradient by the tokens of a forward pass, so that packed sequences would "
-            "learn otherwise than single ones: give --micro_batch_size 1."
+            "a_quantizer=lsq scales the gradients of its steps by the tokens of a forward pass, so packed sequences "
+            "would train differently from single ones: give --micro_batch_size 1."
         )
     if quant.activations.learned and (cache or not loss.needs_teacher):
         raise UserError(
@@ -358,8 +368,8 @@ def check_schedule(config: TrainConfig, taken: int = 0) -> None:
     most = config.steps - max(config.warmup_steps, taken)
     if config.decay_steps > max(0, most):
         raise UserError(
-            f"decay_steps={config.decay_steps} are more than the {most} of {config.steps} steps that follow "
-            f"{'the checkpoint' if taken > config.warmup_steps else 'the warm-up'}: give at most so many, or more "
+            f"decay_steps={config.decay_steps} exceeds the {most} of {config.steps} steps left after "
+            f"{'the checkpoint' if taken > config.warmup_steps else 'the warm-up'}: use at most {most}, or more "
             "--steps."
         )
     if not (judged := config.stop_when_flat):
@@ -368,8 +378,8 @@ def check_schedule(config: TrainConfig, taken: int = 0) -> None:
     first, constant = config.warmup_steps + (windows_before + 1) * judged, config.steps - config.decay_steps
     if first >= constant:
         raise UserError(
-            f"stop_when_flat={judged} would judge at step {first} first, and from step {constant} on the learning rate "
-            f"falls: give fewer, or more than {first + config.decay_steps} --steps."
+            f"stop_when_flat={judged} would first test the KL at step {first}, but the learning rate decays from step "
+            f"{constant}: give a smaller stop_when_flat, or more than {first + config.decay_steps} --steps."
         )
 
 
@@ -388,17 +398,17 @@ def check_continues(folder: Path, settings: dict[str, Any]) -> str:
     """Return what identifies the checkpoint in ``folder``; raise UserError if there is none, or if a run with
     ``settings`` cannot continue from it."""
     if not (folder / MANIFEST).is_file():
-        raise UserError(f"{folder} is no checkpoint: give RUN/checkpoints/step-N, of a run that kept it.")
+        raise UserError(f"{folder} is not a checkpoint: give RUN/checkpoints/step-N, of a run that kept it.")
     run = folder.resolve().parent.parent
     theirs = student_folder.run_settings(run).get("settings")
     if theirs is None:
-        raise UserError(f"{run} holds a checkpoint without its {SETTINGS}: put that back.")
+        raise UserError(f"{run} holds a checkpoint without its {SETTINGS}: restore it.")
     check_arithmetic(run, theirs, "its checkpoint does not continue here", "give another checkpoint")
     theirs = {key: value for key, value in theirs.items() if key != "continues"}
     free = {name: settings[name] for name in (*CHANGES_NO_RESULT, *CHANGES_FROM_A_CHECKPOINT)}
     if listed := differences(_compared(_defaults() | theirs | free), _compared(settings)):
         raise UserError(
-            f"{folder} is of a run with other settings ({listed}): give the same, but for "
+            f"{folder} is of a run with other settings ({listed}): give the same, except for "
             f"{', '.join(CHANGES_FROM_A_CHECKPOINT)}."
         )
     taken = int(folder.resolve().name.removeprefix("step-"))
@@ -428,16 +438,16 @@ def _defaults() -> dict[str, Any]:
     }
 
 
-def check_arithmetic(run: Path, settings: dict[str, Any], consequence: str, otherwise: str) -> None:
-    """Raise UserError if the run in a folder was begun, with ``settings``, by a version that computed otherwise."""
+def check_arithmetic(run: Path, settings: dict[str, Any], consequence: str, advice: str) -> None:
+    """Raise UserError if the run in a folder was begun, with ``settings``, by a version that computed differently."""
     with using(run / SETTINGS):
         began_with = arithmetic_of(settings, run)
         quant = {one.name: settings[one.name] for one in dataclasses.fields(QuantConfig) if one.name in settings}
         today = linear.arithmetic_of(QuantConfig(**quant))
     if began_with != today:
         raise UserError(
-            f"{run} was begun by a version that computed otherwise ({began_with}; now {today}), and {consequence}: "
-            f"finish it with that version, or {otherwise}."
+            f"{run} was begun by a version that computed differently ({began_with}; now {today}), and {consequence}: "
+            f"finish it with that version, or {advice}."
         )
 
 
@@ -459,7 +469,7 @@ def open_folder(output: Path, settings: dict[str, Any]) -> None:
         if listed := differences(_compared(began), _compared(settings)):
             raise UserError(f"{output} was started with other settings ({listed}): give the same, or another --output.")
     elif (output / FINAL).exists() or checkpoints(output / CHECKPOINTS):
-        raise UserError(f"{output} holds a run without its {SETTINGS}: put that back, or give another --output.")
+        raise UserError(f"{output} holds a run without its {SETTINGS}: restore it, or give another --output.")
 
 
 def _compared(settings: dict[str, Any]) -> dict[str, Any]:

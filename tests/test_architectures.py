@@ -124,8 +124,8 @@ def check_greedy_tokens(family, said):
 REFUSED = [
     (LlamaConfig, LONGROPE, "max_length=24: the model's rope_type='longrope' .* more than 16 .* --engine vllm"),
     (Qwen3Config, rope("linear", factor=4.0, partial_rotary_factor=0.5), "partial_rotary_factor=0.5 with .*'linear'"),
-    (LlamaConfig, rope("axial"), "rope_type='axial', .* it knows default, linear"),
-    (MistralConfig, {"hidden_act": "swoosh"}, "hidden_act='swoosh', .* it knows gelu"),
+    (LlamaConfig, rope("axial"), "rope_type='axial', .* supported: default, linear"),
+    (MistralConfig, {"hidden_act": "swoosh"}, "hidden_act='swoosh', .* supported: gelu"),
     (Qwen2Config, {"layer_types": ["chunked_attention"] * 2}, r"layer_types=\['chunked_attention'\]"),
     (Qwen2Config, {"layer_types": ["sliding_attention"] * 2}, "sliding_window=None"),
     (MistralConfig, {"sliding_window": 0}, "sliding_window=0"),

@@ -102,7 +102,7 @@ def test_batches_shards_and_neighbours_change_no_dialogue():
         ("{% for m in messages %}{{ '<s>' if m.role == 'user' }}{{ m.content }}</s>{% endfor %}", ""),
         (TEMPLATE.replace("m['content']", "m['content'] | trim"), ""),
         (TEMPLATE.replace("</s>", "[/I]"), "ends a turn with ordinary text"),
-        (TEMPLATE.replace("{{ m['content'] }}", "x"), "does not show what is said"),
+        (TEMPLATE.replace("{{ m['content'] }}", "x"), "does not render messages in order"),
         (TEMPLATE.replace("{{ m['role'] }}", "{{ loop.length }}"), "changes earlier turns"),
         ("{{ raise_exception('no') }}", "refuses the messages: no"),
         (None, "has no chat template"),
@@ -155,9 +155,9 @@ def test_what_is_no_file_of_dialogues_is_refused(tmp_path):
         with pytest.raises(UserError, match="line 2, is no dialogue"):
             dialogues.read(tmp_path / "a.jsonl")
     (tmp_path / "a.txt").write_text("\n")
-    with pytest.raises(UserError, match="holds no dialogue"):
+    with pytest.raises(UserError, match="contains no dialogues"):
         dialogues.read(tmp_path / "a.txt")
-    with pytest.raises(UserError, match="is no file of dialogues"):
+    with pytest.raises(UserError, match="is not a .jsonl or .txt file"):
         dialogues.read(tmp_path / "a.csv")
 
 

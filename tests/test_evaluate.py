@@ -175,7 +175,7 @@ def test_two_ranks_find_what_one_finds_and_nothing_is_measured_twice(tiny_direct
 
     capsys.readouterr()
     assert evaluate(*all_of_it) == found
-    assert "is there already" in capsys.readouterr().out
+    assert "already exists" in capsys.readouterr().out
     more = evaluate("--text=none", "--tasks=arc_easy,piqa", "--limit=5", f"--baseline={two}")
     assert f"arc_easy: 0 of 5 flip (0 become wrong, 0 right), 0 answers change, from {two}" in capsys.readouterr().out
     assert more["texts"] == found["texts"]
@@ -185,8 +185,8 @@ def test_two_ranks_find_what_one_finds_and_nothing_is_measured_twice(tiny_direct
     assert json.loads(one.read_text()) == more, "nothing is lost"
     for flags, refusal in (
         (["--tasks=piqa", "--limit=5"], "has none of the tasks piqa: give --tasks that it has (arc_easy, openbookqa)"),
-        (["--tasks=arc_easy"], "has other documents of the tasks (limit was 5, now 0)"),
-        ([], "give --tasks with it"),
+        (["--tasks=arc_easy"], "was measured on other documents (limit was 5, now 0)"),
+        ([], "needs --tasks"),
         (
             ["--tasks=arc_easy", "--limit=5", f"--baseline={text}"],
             "no result of launch/evaluate.py: give another --b",
@@ -223,7 +223,7 @@ def test_damaged_and_foreign_files_are_named(tiny_directory, tmp_path, monkeypat
     text = [f"--model={tiny_directory}", f"--text={ROOT / 'LICENSE'}", "--window=64"]
     (tmp_path / "foreign.json").write_text("[]")
     for output in (tmp_path, tmp_path / "foreign.json"):
-        assert "is no result of" in error_of(monkeypatch, "evaluate", *text, f"--output={output}")
+        assert "is not a result of" in error_of(monkeypatch, "evaluate", *text, f"--output={output}")
 
 
 def test_weights_are_known_by_the_files_that_are_the_models(tiny_directory, tmp_path):

@@ -150,7 +150,7 @@ def test_an_export_at_work_keeps_another_out(tiny_directory, tmp_path, monkeypat
     flags = [f"--checkpoint={student}", f"--output={tmp_path / 'out'}", "--verify=false"]
     with appearing_folder(tmp_path / "out") as partial:
         (partial / "weights").write_text("half")
-        assert "Another run is at work in" in error_of(monkeypatch, "export", *flags)
+        assert "Another run is still using" in error_of(monkeypatch, "export", *flags)
         assert (partial / "weights").read_text() == "half"
 
 
@@ -158,7 +158,7 @@ def test_a_quantization_does_not_go_on_with_an_exports_folder(tiny_directory, tm
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "unfinished").touch()
     flags = [f"--model={tiny_directory}", f"--output={tmp_path / 'out'}"]
-    assert "this command did not leave it" in error_of(monkeypatch, "quantize", *flags)
+    assert "was not left by this command" in error_of(monkeypatch, "quantize", *flags)
 
 
 def test_a_run_sees_at_its_start_that_its_final_folder_has_no_place(tiny_directory, tiny_data, tmp_path, monkeypatch):
@@ -169,7 +169,7 @@ def test_a_run_sees_at_its_start_that_its_final_folder_has_no_place(tiny_directo
 
 
 def test_a_cache_that_another_process_writes_is_not_touched(tmp_path):
-    with locked(tmp_path), pytest.raises(UserError, match="Another run is at work"):
+    with locked(tmp_path), pytest.raises(UserError, match="Another run is still using"):
         TeacherCache(tmp_path).claim({"top_k": 4})
     assert not (tmp_path / "manifest.json").exists()
 
@@ -235,7 +235,7 @@ def test_grids_that_are_named_must_be_there(tmp_path):
     QuantConfig(w_bits=3).save(tmp_path)
     assert QuantConfig.load(tmp_path) == QuantConfig(w_bits=3)
     (tmp_path / "weight_grids.safetensors").unlink()
-    with pytest.raises(UserError, match=r"incomplete: weight_grids.safetensors, by which its weights are rounded"):
+    with pytest.raises(UserError, match=r"incomplete: weight_grids.safetensors, which defines how its weights are rounded"):
         QuantConfig.load(tmp_path)
     QuantConfig(w_bits=3).save(tmp_path)
     assert json.loads((tmp_path / "quant_config.json").read_text()).keys() == QuantConfig().record().keys() | {

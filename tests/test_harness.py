@@ -122,7 +122,7 @@ def test_flips_count_what_accuracies_hide():
     now = {"correct": "1010", "answers": "0112"}
     assert tasks.Flips.of(before, now) == tasks.Flips(documents=4, lost=1, gained=1, changed=2)
     assert str(tasks.Flips.of(before, {"correct": "1010"})) == "2 of 4 flip (1 become wrong, 1 right)"
-    with pytest.raises(UserError, match="of 4 documents, the other of 2"):
+    with pytest.raises(UserError, match="has 4 documents, the other 2"):
         tasks.Flips.of(before, {"correct": "10"})
 
 

@@ -278,4 +278,4 @@ def test_scales_that_cannot_learn_are_refused(monkeypatch, rounded, tiny_directo
     assert f"{GRIDS_FILE}" in refusal(*own)
     (tmp_path / GRIDS_FILE).rename(rounded / GRIDS_FILE)
     assert starting_grids(rounded, QUANT, TrainConfig()) == {}
-    assert "with train=weights, new ones follow from its rounded weights" in capsys.readouterr().out
+    assert "and computes new ones from its rounded weights" in capsys.readouterr().out

@@ -128,7 +128,7 @@ def test_refusals(exported, tmp_path, monkeypatch):
         Engine(tmp_path / "none.gguf", 8)
     monkeypatch.setattr(llama_cpp.importlib.metadata, "version", lambda name: "2025.1.1")
     llama_cpp.library.cache_clear()
-    with pytest.raises(UserError, match=r"xllamacpp 2025\.1\.1 is installed, and this program knows 2026"):
+    with pytest.raises(UserError, match=r"xllamacpp 2025\.1\.1 is installed, but version 2026"):
         llama_cpp.library()
     llama_cpp.library.cache_clear()
 

@@ -129,7 +129,7 @@ def test_llama_cpps_tokens_are_the_tokenizers(folder):
 def test_a_teacher_that_reads_otherwise_is_refused(folder, monkeypatch, tmp_path):
     tiny_model(**HOW).save_pretrained(tmp_path / "teacher")
     tiny_tokenizer("another text, of which other tokens are made " * 9).save_pretrained(tmp_path / "teacher")
-    with pytest.raises(UserError, match=r"read .*LICENSE as other tokens: give the model that it was made from"):
+    with pytest.raises(UserError, match=r"tokenize .*LICENSE differently: give the model that the file was made from"):
         measured(monkeypatch, tmp_path, f"--model={folder / 'export'}")
     tiny_model(**HOW | {"vocab_size": 400}).save_pretrained(tmp_path / "teacher")
     with pytest.raises(UserError, match=r"predicts 400 tokens, .* 300"):
@@ -141,13 +141,13 @@ def test_a_teacher_that_reads_otherwise_is_refused(folder, monkeypatch, tmp_path
     [
         (["--model=final", "--cache=q4_2"], "cache=q4_2 has the type 'q4_2'"),
         (["--model=final", "--cache=f16,q8_0/q4"], r"the type .q4., .* choose f32, f16"),
-        (["--model=export", "--method=q4_0"], "is a file: leave --method out"),
-        (["--model=export", "--text=dialogues"], "dialogues: leave it out"),
+        (["--model=export", "--method=q4_0"], "is a GGUF file: leave --method out"),
+        (["--model=export", "--text=dialogues"], "dialogues (dialogues) cannot be measured: leave it out"),
         (["--model=final", "--method=rtn"], "leave out --tasks and --method rtn"),
         (["--model=final", "--method=q4_0"], "is quantized already"),
         (["--model=teacher", "--cache=f16", "--engine=torch"], "give --engine llama.cpp"),
         (["--model=export/model.gguf", "--engine=torch"], r"model\.gguf is a GGUF file: give --engine llama\.cpp"),
-        (["--model=teacher", "--method=q4_0", "--w_bits=3"], "as llama.cpp's q4_0, and the flags .* otherwise: leave"),
+        (["--model=teacher", "--method=q4_0", "--w_bits=3"], "flags do not apply to teacher, .* as llama.cpp's q4_0: leave"),
         (["--model=integers"], "integers is an integer export: give the student"),
         (["--model=teacher", "--method=q4_k_m", "--engine=torch"], "give --engine llama.cpp"),
     ],

@@ -245,7 +245,7 @@ UNSOUND = {
     "prefix": (lambda f: change_weights(f, another_process_s), "holds module.lm_head.weight and 20 more"),
     "bias": (
         lambda f: change_weights(f, lambda w: w.update({"model.layers.0.mlp.up_proj.bias": torch.zeros(96)})),
-        "no place for model.layers.0.mlp.up_proj.bias",
+        "does not describe model.layers.0.mlp.up_proj.bias",
     ),
     "shape": (
         lambda f: edit(f / "config.json", vocab_size=302),

@@ -78,12 +78,12 @@ def test_a_stopped_run_goes_on(folder):
     [
         ("generate", ["--model=model", "--output=data", *GENERATE], "data is complete: 12 sequences"),
         ("train", [*train_flags(Path()), "--output=finished"], "the run is complete"),
-        ("quantize", [*GPTQ, "--model=model", "--data=data", "--output=gptq"], "gptq is there already"),
-        ("quantize", [*SMOOTHQUANT, "--model=tied", "--data=data", "--output=smoothquant"], "is there already"),
+        ("quantize", [*GPTQ, "--model=model", "--data=data", "--output=gptq"], "gptq already exists"),
+        ("quantize", [*SMOOTHQUANT, "--model=tied", "--data=data", "--output=smoothquant"], "already exists"),
         (
             "evaluate",
             ["--model=finished/final", "--teacher=model", *EVALUATE, "--output=evaluation.json"],
-            "evaluation.json is there already",
+            "evaluation.json already exists",
         ),
     ],
     ids=["generate", "train", "gptq", "smoothquant", "evaluate"],

@@ -102,7 +102,7 @@ def test_chat_remembers_the_turns_before(tmp_path, monkeypatch):
 
 
 def test_chat_goes_on_where_a_message_is_too_long_or_the_talk_has_become_so(tmp_path, monkeypatch, capsys):
-    """The oldest turns are forgotten; a message that has no room is not answered. The tokenizer's other outputs, as
+    """The oldest turns are dropped; a message that has no room is not answered. The tokenizer's other outputs, as
     token_type_ids, are not the model's."""
     write_student(tmp_path, QuantConfig(), max_position_embeddings=64)
     tokenizer = models.load_tokenizer(str(tmp_path))
@@ -118,7 +118,7 @@ def test_chat_goes_on_where_a_message_is_too_long_or_the_talk_has_become_so(tmp_
         r"not answered: The message is \d{3} tokens long, and the answer may have max_new_tokens=16; ", said
     )
     assert said.count("not answered") == 1
-    assert "forgotten, for want of positions: the first 2 turns" in said
+    assert "context full: dropped the first 2 turns" in said
 
 
 def test_chat_says_what_generate_says(tmp_path):

@@ -26,7 +26,7 @@ def flags(model, folder) -> list[str]:
 def test_cells_that_there_are_not(monkeypatch, tmp_path):
     places = [f"--output={tmp_path / 'results'}", f"--work={tmp_path / 'work'}"]
     message = error_of(monkeypatch, "reproduce", "--tables=main", "--cells=qat_4-9-4", *places)
-    assert "cells=qat_4-9-4 is the name of no cell of main: give a pattern that is, say full_precision" in message
+    assert "cells=qat_4-9-4 matches no cell of main: give a pattern that does, say full_precision" in message
     assert not list(tmp_path.iterdir())
 
 
@@ -34,7 +34,7 @@ def test_without_llama_cpp_nothing_is_begun(tiny_directory, monkeypatch, tmp_pat
     monkeypatch.setattr(llama_cpp, "VERSION", "0")
     llama_cpp.library.cache_clear()
     places = [f"--model={tiny_directory}", f"--output={tmp_path / 'results'}", f"--work={tmp_path / 'work'}"]
-    assert "is installed, and this program knows 0" in error_of(monkeypatch, "reproduce", "--tables=served", *places)
+    assert "is installed, but version 0" in error_of(monkeypatch, "reproduce", "--tables=served", *places)
     llama_cpp.library.cache_clear()
 
 

@@ -83,10 +83,10 @@ def test_a_branch_decays_from_the_trunk_and_resumes(trunk, tiny_directory, tiny_
     [
         ("--lr=2e-3", "of a run with other settings (lr was 0.001, now 0.002)"),
         ("--steps=8", "has taken 8 steps already: give more --steps"),
-        ("--continue_from=nowhere", "nowhere is no checkpoint"),
+        ("--continue_from=nowhere", "nowhere is not a checkpoint"),
         ("--min_lr_ratio=0", "would jump from 1 to 0.345 of lr: give --decay_steps 4 or fewer"),
-        ("--decay_steps=11", "decay_steps=11 are more than the 10 of 12 steps that follow the warm-up"),
-        ("--decay_steps=5", "decay_steps=5 are more than the 4 of 12 steps that follow the checkpoint"),
+        ("--decay_steps=11", "decay_steps=11 exceeds the 10 of 12 steps left after the warm-up: use at most 10"),
+        ("--decay_steps=5", "decay_steps=5 exceeds the 4 of 12 steps left after the checkpoint"),
     ],
 )
 def test_what_cannot_continue_is_refused(changed, message, trunk, tiny_directory, tiny_data, tmp_path, monkeypatch):
@@ -136,11 +136,11 @@ def test_a_constant_rate_between_warm_up_and_decay():
     config = TrainConfig(steps=20, warmup_steps=4, decay_steps=8, min_lr_ratio=0.1)
     assert [config.lr_factor(step) for step in (0, 3, 4, 12, 16, 20)] == pytest.approx([0.25, 1, 1, 1, 0.55, 0.1])
     check_schedule(TrainConfig(steps=21, warmup_steps=4, decay_steps=4, stop_when_flat=12))
-    with pytest.raises(UserError, match=r"would judge at step 16 first, and from step 16 on .* more than 20 --steps"):
+    with pytest.raises(UserError, match=r"would first test the KL at step 16, but .* decays from step 16: .* more than 20 --steps"):
         check_schedule(TrainConfig(steps=20, warmup_steps=4, decay_steps=4, stop_when_flat=12))
     branch = TrainConfig(steps=48, warmup_steps=4, decay_steps=4, stop_when_flat=12)
     check_schedule(branch, taken=16)
-    with pytest.raises(UserError, match="would judge at step 52 first"):
+    with pytest.raises(UserError, match="would first test the KL at step 52"):
         check_schedule(branch, taken=29)
     for settings in ({"stop_when_flat": 100}, {"stop_when_flat": 9, "decay_steps": 4}, {"decay_steps": -1}):
         with pytest.raises(UserError):

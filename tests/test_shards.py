@@ -86,7 +86,7 @@ def test_every_flipped_byte_of_a_shard_is_found(tmp_path):
         for place in range(len(content)):
             file.write_bytes(content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :])
             assert folder.missing(1), f"{file.name}, byte {place}"
-        with pytest.raises(UserError, match=r"shard-00001.parquet is damaged .* makes it anew"):
+        with pytest.raises(UserError, match=r"shard-00001.parquet is damaged .* recreates it"):
             folder.sequences()
         file.write_bytes(content)
     assert not folder.missing(1)
@@ -310,10 +310,10 @@ def test_what_is_no_corpus_is_refused(tokenizer, tmp_path, monkeypatch):
         tmp_path / "a.jsonl": 'line 2, is not an object with the field "text"',
         tmp_path / "b.txt": "not UTF-8",
         tmp_path / "c.parquet": "cannot be read as Parquet",
-        tmp_path / "d.csv": "no text that can be read",
+        tmp_path / "d.csv": "contains no readable text",
         tmp_path / "e.jsonl": "not UTF-8",
         tmp_path / "f.parquet": "text is no string",
-        "wikitext": "The hub does not give Salesforce/wikitext",
+        "wikitext": "Cannot fetch Salesforce/wikitext from the hub",
     }.items():
         with pytest.raises(UserError, match=message):
             Corpus(str(source)).rows(tokenizer, [0], 4, 24)
@@ -322,5 +322,5 @@ def test_what_is_no_corpus_is_refused(tokenizer, tmp_path, monkeypatch):
 def test_a_corpus_takes_no_settings_of_a_writer(tmp_path):
     (tmp_path / "a.txt").write_text(TEXT)
     settings = GenerateConfig(temperature=0.5, batch_size=8)
-    with pytest.raises(UserError, match="temperature, batch_size mean nothing"):
+    with pytest.raises(UserError, match="temperature, batch_size do not apply"):
         write_corpus(Corpus(str(tmp_path / "a.txt")), ShardFolder(tmp_path / "data"), "", None, settings)

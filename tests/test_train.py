@@ -398,7 +398,7 @@ def test_the_training_data_is_not_validated_on(monkeypatch, tiny_directory, tiny
     message = error_of(
         monkeypatch, "train", *flags(tiny_directory, tiny_data, tmp_path / "out"), f"--eval_data={tiny_data}"
     )
-    assert "is what is trained on" in message
+    assert "is the training data" in message
 
 
 def test_tensorboard_gets_what_the_log_has(run):
@@ -527,8 +527,8 @@ def test_a_student_of_another_model_is_refused(monkeypatch, tiny_directory, tiny
         tiny_directory, other, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors*", "config*")
     )
     command = flags(other, tiny_data, tmp_path / "out")
-    assert "is not made from" in error_of(monkeypatch, "train", *command, f"--student={run / 'final'}")
-    assert "holds no student" in error_of(monkeypatch, "train", *command, f"--student={tiny_directory}")
+    assert "was not made from" in error_of(monkeypatch, "train", *command, f"--student={run / 'final'}")
+    assert "is not a student" in error_of(monkeypatch, "train", *command, f"--student={tiny_directory}")
     assert "is a checkpoint" in error_of(monkeypatch, "train", *command, f"--student={run / 'checkpoints'}")
 
 

@@ -70,9 +70,9 @@ def test_patterns_are_for_the_decoder_and_16_bits_change_nothing(caplog):
     ("overrides", "named"),
     [
         (ROWS | {HEAD: {"w_bits": 4}}, "are one weight, which cannot have two formats"),
-        ({EMBEDDING: {"a_bits": 8}}, "model.embed_tokens has a weight to quantize, and no a_bits"),
-        ({HEAD: {"w_bits": 8, "kv_bits": 8}}, "lm_head has a weight and an input to quantize, and no kv_bits"),
-        ({HEAD: {"w_group_size": 32}}, "lm_head stays in 16 bits until it is given its own"),
+        ({EMBEDDING: {"a_bits": 8}}, "a_bits does not apply to model.embed_tokens"),
+        ({HEAD: {"w_bits": 8, "kv_bits": 8}}, "kv_bits does not apply to lm_head"),
+        ({HEAD: {"w_group_size": 32}}, "without w_bits or a_bits lm_head is not quantized"),
         ({EMBEDDING: {"w_bits": 4, "w_group_size": 48}}, "w_group_size=48 does not divide the model's 64"),
     ],
 )

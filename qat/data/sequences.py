@@ -78,7 +78,7 @@ class TrainingData:
         """Equal for folders made from the same settings, teacher and tokenizer."""
         ids, lengths = pc.list_flatten(self._sequences), pc.list_value_length(self._sequences)
         if ids.null_count or lengths.null_count or pc.min(lengths).as_py() < 1 or pc.min(ids).as_py() < 0:
-            raise UserError(f"{directory} holds tokens without an id, or sequences without tokens: make the data anew.")
+            raise UserError(f"{directory} has empty sequences or invalid token ids: generate the data again.")
         self.largest = int(pc.max(ids).as_py())
         """The largest token id in the data."""
         self.longest = int(pc.max(lengths).as_py())

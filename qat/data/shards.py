@@ -197,4 +197,4 @@ class ShardFolder:
                 reason = f"it holds {len(table)} sequences, not {count}"
         except (pa.ArrowException, OSError, ValueError) as error:
             reason = str(error)
-        raise UserError(f"{file} is damaged ({reason}): run launch/generate.py again, which makes it anew.")
+        raise UserError(f"{file} is damaged ({reason}): run launch/generate.py again, which recreates it.")

@@ -79,8 +79,8 @@ def run_task(
     most = math.ceil(limit / len(parts))
     if 0 < most < _world_size():  # the harness needs a document of every part on every rank
         raise UserError(
-            f"limit={limit} leaves {most} documents of each of the {len(parts)} parts of {name} to {_world_size()} "
-            f"ranks: give 0, {len(parts) * _world_size()} or more, or fewer ranks."
+            f"limit={limit} gives {name} {most} documents for each of its {len(parts)} parts, too few for "
+            f"{_world_size()} ranks: give 0, {len(parts) * _world_size()} or more, or fewer ranks."
         )
     shots = {"num_fewshot": _SHOTS if name in FEW_SHOT else 0}
     bars = partial(bar, disable=dist.is_initialized() and dist.get_rank() > 0)

@@ -175,7 +175,9 @@ def _from_hub(dataset: str, name: str | None, split: str, most: int | None, **kw
     try:
         return datasets.load_dataset(dataset, name, split=split, **kwargs)["text"][:most]
     except (OSError, ValueError) as error:  # the hub cannot be reached
-        raise UserError(f"The hub gives no {dataset}: give a text file, or {ENCYCLOPEDIA} or howto.") from error
+        raise UserError(
+            f"Cannot fetch {dataset} from the hub: give a text file, or {ENCYCLOPEDIA} or howto."
+        ) from error
 
 
 _TEXTS: dict[str, Callable[[], Iterator[str]]] = {

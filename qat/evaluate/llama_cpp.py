@@ -99,7 +99,9 @@ def library() -> ctypes.CDLL:
     except importlib.metadata.PackageNotFoundError as error:
         raise UserError(f"llama.cpp is not installed here: pip install xllamacpp=={VERSION}.") from error
     if found != VERSION:
-        raise UserError(f"xllamacpp {found} is installed, and this program knows {VERSION}: install that.")
+        raise UserError(
+            f"xllamacpp {found} is installed, but version {VERSION} is required: pip install xllamacpp=={VERSION}."
+        )
     from xllamacpp import xllamacpp
 
     library = ctypes.CDLL(xllamacpp.__file__)
@@ -132,7 +134,9 @@ def library() -> ctypes.CDLL:
     usual = (defaults.n_ctx, defaults.n_batch, defaults.n_ubatch, defaults.n_threads, defaults.type_k, defaults.type_v)
     known = (*usual, defaults.flash_attention) == (512, 2048, 512, 4, _F16, _F16, -1)
     if not known or any(ctypes.sizeof(struct) != size for struct, size in _SIZES.items()):
-        raise UserError(f"This build of xllamacpp {VERSION} has other structs than PyPI's wheel: install that.")
+        raise UserError(
+            f"This build of xllamacpp {VERSION} has different C structs than PyPI's wheel: install the wheel."
+        )
     library.llama_backend_init()
     return library
 
@@ -155,7 +159,8 @@ def _load(file: Path, **settings: Any) -> Any:
     model = library().llama_model_load_from_file(str(file).encode(), how)
     if not model:
         raise UserError(
-            f"llama.cpp does not load {file}: give a whole GGUF file of an architecture that xllamacpp {VERSION} knows."
+            f"llama.cpp does not load {file}: give a complete GGUF file of an architecture that xllamacpp {VERSION} "
+            "supports."
         )
     return model
 
@@ -280,7 +285,9 @@ class Engine:
         failed = self._library.llama_decode(self._context, batch)
         self._library.llama_batch_free(batch)
         if failed:
-            raise UserError(f"llama.cpp failed ({failed}) at {count} tokens after {self._position}: give fewer.")
+            raise UserError(
+                f"llama.cpp failed (error {failed}) on {count} tokens after {self._position}: give a smaller --window."
+            )
         self._position += count
         found = np.ctypeslib.as_array(self._library.llama_get_logits(self._context), (count, self.vocabulary))
         return torch.from_numpy(found.copy())

@@ -72,7 +72,7 @@ def quantize_file(source: Path, output: Path, kind: str) -> None:
         held = wanted if fits else _FALLBACKS.get(wanted, wanted)
         if values.shape[1] % gguf.GGML_QUANT_SIZES[held][0]:
             raise UserError(
-                f"{tensor.name} is {values.shape[1]} wide, and llama.cpp's types of 4 bits want multiples of 32: leave "
+                f"{tensor.name} is {values.shape[1]} wide, but llama.cpp's 4-bit types need multiples of 32: leave "
                 "--method out."
             )
         add_tensor(writer, tensor.name, _quantized(values, held), held)

@@ -152,7 +152,8 @@ def dialogue_windows(dialogues: list[list[Message]], tokenizer: Tokenizer, windo
             break
     if not kept:
         raise UserError(
-            f"None of the dialogues has an answer within {window} tokens: give messages of the role assistant."
+            f"No dialogue has an answer within its first {window} tokens: give dialogues with messages of the role "
+            "assistant, or a larger window."
         )
     return Windows(kept, counted)
 

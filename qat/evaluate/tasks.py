@@ -66,8 +66,8 @@ class Flips:
         """Compare two scores of a task, as dictionaries; raise UserError if they are not of the same documents."""
         if len(before["correct"]) != len(now["correct"]):
             raise UserError(
-                f"One score is of {len(before['correct'])} documents, the other of {len(now['correct'])}: give both "
-                "the same --limit."
+                f"One result has {len(before['correct'])} documents, the other {len(now['correct'])}: measure both "
+                "with the same --limit."
             )
         pairs = list(zip(before["correct"], now["correct"], strict=True))
         answers = [score.get("answers") for score in (before, now)]  # earlier versions did not record them

@@ -29,11 +29,13 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 def check(student: Student, form: str) -> None:
     """Raise UserError for what the format cannot hold, and for a student that is not complete."""
     if not student.quant.weights.quantizes:
-        raise UserError(f"{student.path} has w_bits=16, but for its overrides: there is no format for such weights.")
+        raise UserError(
+            f"{student.path} has w_bits=16, which no format supports, even with overrides: give a student with fewer "
+            "bits."
+        )
     if not any((student.directory / name).is_file() for name in _TOKENIZERS):
         raise UserError(
-            f"{student.directory} has no tokenizer ({', '.join(_TOKENIZERS)}): copy that of the model it began with "
-            "there."
+            f"{student.directory} has no tokenizer ({', '.join(_TOKENIZERS)}): copy its original model's there."
         )
     check_rotation(student, form)
     FORMATS[form].check(student)
@@ -44,13 +46,13 @@ def check_rotation(student: Student, form: str) -> None:
     rotation = rotation_of(read_config(str(student.directory)))
     if rotation and rotation.head_map:
         raise UserError(
-            f"{student.path} has a map in front of its tied output layer, which no engine computes: make it from a "
-            "model that was rotated with --untie true."
+            f"{student.path} has a matrix in front of its tied output layer, which no engine supports: make the "
+            "student from a model that was rotated with --untie true."
         )
     if rotation and rotation.is_online and not FORMATS[form].states_rotation:
         raise UserError(
-            f"{student.path} rotates the input of each MLP's last layer (R4), for which {form} has no place: make it "
-            "from a model that was rotated with --down none."
+            f"{student.path} rotates the input of each MLP's last layer (R4), which {form} cannot store: make the "
+            "student from a model that was rotated with --down none."
         )
 
 
@@ -66,10 +68,10 @@ class Verified:
     """The result of ``verify``: perplexities on ``tokens`` predicted tokens.
 
     Args:
-        trained: of the student, as training simulated it
-        expected: of what the format holds of it; the same if it holds all
-        exported: of the export, read back
-        engine: what the engine that the format is for makes of it; see ExportFormat.loaded_by
+        trained: perplexity of the student as training simulated it
+        expected: perplexity of the part of it that the format stores; the same if it stores all
+        exported: perplexity of the export, read back
+        engine: whether the format's engine loads it, as the end of a sentence; see ExportFormat.loaded_by
     """
 
     trained: float

@@ -36,7 +36,7 @@ class GPTQConfig:
 
     Args:
         act_order: round the channels with the largest inputs first
-        damping: what is added to the Hessian's diagonal, as a part of its mean
+        damping: added to the Hessian's diagonal, as a fraction of its mean
     """
 
     act_order: bool = True

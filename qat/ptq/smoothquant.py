@@ -36,8 +36,9 @@ class SmoothQuantConfig:
     """The settings of SmoothQuant.
 
     Args:
-        alpha: 0 evens out the weights, 1 the inputs; not given: searched for each smoothed tensor of each decoder
-            layer, no smoothing included, by the error of the layer's output on the calibration text
+        alpha: migration strength: 1 evens out the inputs, 0 the weights. By default searched for each smoothed tensor
+            of each decoder layer, no smoothing included, to minimize the error of the layer's output on the
+            calibration text
     """
 
     alpha: float | None = None
@@ -59,8 +60,8 @@ class SmoothQuant(LayerByLayer):
     def check(cls, quant: QuantConfig) -> None:
         if quant.scales_inputs:
             raise UserError(
-                "method=smoothquant changes the inputs whose scales are measured before, for a_quantizer=nvfp4 or "
-                "fp8_tensor: give mxfp4 or fp8, or method=rtn or gptq."
+                "a_quantizer=nvfp4 or fp8_tensor measures the scales of inputs before method=smoothquant changes "
+                "these: give mxfp4 or fp8, or method=rtn or gptq."
             )
 
     def __init__(self, source: Path, settings: SmoothQuantConfig):
@@ -70,8 +71,8 @@ class SmoothQuant(LayerByLayer):
         self._groups = smoothed(model.config)
         if not self._groups:
             raise UserError(
-                f"method=smoothquant scales inputs of the linear layers, and which of {model.config.model_type}'s can "
-                "be scaled is not described: give method=rtn or method=gptq."
+                f"The Architecture of {model.config.model_type} describes no inputs that method=smoothquant can scale: "
+                "give method=rtn or method=gptq."
             )
 
     @torch.inference_mode()

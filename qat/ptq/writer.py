@@ -33,9 +33,9 @@ def is_complete(output: Path, settings: dict[str, Any]) -> bool:
     if not output.exists():
         return False
     if not (output / PTQ_RECORD).is_file():
-        raise UserError(f"{output} is there already, and no post-training method made it: give another folder.")
+        raise UserError(f"{output} already exists, and no post-training method made it: give another folder.")
     if listed := differences(_settings_of(output), settings):
-        raise UserError(f"{output} is there already, made with other settings ({listed}): give another folder.")
+        raise UserError(f"{output} already exists, made with other settings ({listed}): give another folder.")
     return True
 
 
@@ -53,8 +53,8 @@ def appearing(
         if (partial / PTQ_RECORD).is_file():
             if listed := differences(_settings_of(partial), settings):
                 raise UserError(
-                    f"{partial} holds an unfinished run of other settings ({listed}): give another --output, or delete "
-                    "it."
+                    f"{partial} holds an unfinished run with other settings ({listed}): give another --output, or "
+                    "delete that folder."
                 )
         else:
             with writing(partial):

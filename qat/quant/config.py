@@ -53,8 +53,8 @@ _PER_LAYER = (
 """The settings that an override can change."""
 
 _SCALE_DTYPES = {
-    "float32": "as they are computed, but where the quantizer determines another",
-    "bfloat16": "as vLLM keeps those of pack-quantized for a bfloat16 model",
+    "float32": "not rounded, unless the quantizer fixes a dtype",
+    "bfloat16": "as vLLM keeps the scales of pack-quantized for a bfloat16 model",
     "float16": "as GGUF stores them, and vLLM keeps them for a float16 model",
 }
 
@@ -74,23 +74,23 @@ class QuantConfig:
     Args:
         w_bits: weights: 2 to 8, or 16 for full precision
         a_bits: inputs of the linear layers: 2 to 8, or 16
-        kv_bits: KV cache: 2 to 8, or 16; with a kv_format of an engine: that format's bits, of its keys
+        kv_bits: KV cache: 2 to 8, or 16; with an engine's kv_format: the bits of its keys
         w_quantizer: quantizer of the weights
         a_quantizer: quantizer of the activations, with one scale per token, or per block of it if the quantizer has
             blocks
         kv_quantizer: quantizer of the KV cache
         w_group_size: weights share a scale in groups of this many input channels; 0 for one scale per output channel
-        w_scale_dtype: to what the scales of the weights are rounded before codes are made
+        w_scale_dtype: dtype that weight scales are rounded to before quantizing
         kv_site: where keys and values are quantized
         kv_granularity: what shares a scale in the KV cache
         kv_rotation: rotation of the keys and values before they are quantized
         overrides: other bits, quantizers, w_group_size, w_scale_dtype or kv_format for layers whose names match a
             pattern, say {"*.down_proj": {"a_bits": 8}, "model.layers.-1.*": {"w_bits": 8}}; layers count from 0, or
-            from -1 backwards, and a later pattern wins. Embedding and output layer are quantized if their full names,
-            no pattern, have bits: {"model.embed_tokens": {"w_bits": 8}, "lm_head": {"w_bits": 8, "a_bits": 8}}; where
-            they are one weight, either name gives its format
-        kv_format: how the KV cache is stored: int, which the other settings of the cache describe, or as an inference
-            engine stores it, which determines them; KEYS/VALUES where the engine may have two
+            from -1 backwards, and a later pattern wins. Embedding and output layer need their full names, no pattern:
+            {"model.embed_tokens": {"w_bits": 8}, "lm_head": {"w_bits": 8, "a_bits": 8}}; if they are tied, one entry is
+            enough
+        kv_format: how the KV cache is stored: int, defined by the other KV settings; or an engine's format, which fixes
+            them; KEYS/VALUES if the engine can store them differently
     """
 
     w_bits: int = 4
@@ -136,7 +136,8 @@ class QuantConfig:
         if keys != values and not (keys.pairs and values.engine == keys.engine):
             pairs = [name for name, known in KV_FORMATS.items() if known.pairs]
             raise UserError(
-                f"kv_format={self.kv_format} is stored by no engine: give one format, or two of {', '.join(pairs)}."
+                f"No engine stores keys and values in kv_format={self.kv_format}: give one format, or two of "
+                f"{', '.join(pairs)}."
             )
         if not keys.engine:
             return
@@ -194,8 +195,8 @@ class QuantConfig:
             raise UserError(f"overrides: {pattern!r}: {error}") from error
         if bool(layer.activations.learned) != bool(self.activations.learned):
             raise UserError(
-                f"overrides: {pattern!r} mixes learned and other quantizers of activations: give all layers "
-                "a_quantizer=minmax, or all the learned one."
+                f"overrides: {pattern!r} mixes learned and non-learned activation quantizers: give all layers "
+                "a_quantizer=minmax, or all of them the learned one."
             )
 
     def of_layer(self, names: Iterable[str]) -> "QuantConfig":
@@ -297,7 +298,8 @@ class QuantConfig:
         for entry, name in _FILES.items():
             if values.pop(entry, None) and not (directory / name).is_file():
                 raise UserError(
-                    f"{directory} is incomplete: {name}, by which its weights are rounded, is missing. Copy it again."
+                    f"{directory} is incomplete: {name}, which defines how its weights are rounded, is missing. Copy it "
+                    "again."
                 )
         return cls.of(values, directory / CONFIG_FILE)
 
@@ -310,7 +312,7 @@ class QuantConfig:
             raise UserError(f"{path} has unknown settings {sorted(unknown)}: it was written by another version.")
         for name, value in values.items():
             if type(value) is not kinds[name]:
-                raise UserError(f"{path} is damaged ({name} is {value!r}): copy it again, or write it anew.")
+                raise UserError(f"{path} is damaged ({name} is {value!r}): copy it again, or recreate it.")
         return cls(**values)
 
 

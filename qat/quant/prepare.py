@@ -50,7 +50,7 @@ def prepare(model: PreTrainedModel, config: QuantConfig) -> PreTrainedModel:
     """
     check_supported(model)
     if hasattr(model, _PREPARED):
-        raise UserError("The model is prepared already: load it again to quantize it otherwise.")
+        raise UserError("The model is already prepared: load it again to quantize it differently.")
     check_rotates(model)
     _check_cache(model, config)
     _warn_of_idle_patterns(model, config)
@@ -104,18 +104,19 @@ def vocabulary_settings(model: PreTrainedModel, config: QuantConfig) -> dict[str
     given = {name: config.overrides[name] for name in parts if name in config.overrides}
     for name, changes in given.items():
         if strange := [setting for setting in changes if not setting.startswith(parts[name])]:
-            raise UserError(
-                f"overrides: {name} has {'a weight and an input' if name == head else 'a weight'} to quantize, and no "
-                f"{strange[0]}: leave it out there."
-            )
+            raise UserError(f"overrides: {strange[0]} does not apply to {name}: leave it out there.")
         if changes.keys().isdisjoint(("w_bits", "a_bits")):
-            raise UserError(f"overrides: {name} stays in 16 bits until it is given its own: set w_bits, too.")
+            raise UserError(
+                f"overrides: without w_bits{' or a_bits' if name == head else ''} {name} is not quantized: set it, too."
+            )
     if not given:
         return {}
     own = {name: config.of_vocabulary(name) for name in parts}
     for name, one in own.items():
         if any(form.quantizes and form.by.is_float for form in (one.weights, one.activations)):
-            raise UserError(f"overrides: {name} can have integers alone: give it the quantizer minmax, or 16 bits.")
+            raise UserError(
+                f"overrides: {name} supports integer quantizers only: give it the quantizer minmax, or 16 bits."
+            )
     if own[head].activations.learned:
         raise UserError(f"overrides: the input of {head} cannot have a learned step: leave out its a_bits.")
     if is_tied(model):
@@ -262,8 +263,8 @@ def input_scales(model: PreTrainedModel, config: QuantConfig, largest: Mapping[s
 def _finite(name: str, largest: float) -> float:
     if not math.isfinite(largest):
         raise UserError(
-            f"{name} has {largest} among its values, and a scale that is fixed before training must fit all of them: "
-            "repair the model, or give that layer a quantizer without one (fp8, mxfp4, minmax)."
+            f"{name} has the value {largest}, for which no scale can be fixed before training: repair the model, or "
+            "give that layer a quantizer without such a scale (fp8, mxfp4, minmax)."
         )
     return largest
 

@@ -81,7 +81,9 @@ def rotation_of(config: PreTrainedConfig) -> Rotation | None:
     try:
         return Rotation(**found)
     except TypeError as error:
-        raise UserError(f"config.json has {RECORD}={found!r}, which this version does not know: update it.") from error
+        raise UserError(
+            f"config.json has {RECORD}={found!r}, which this version does not support: update this program."
+        ) from error
 
 
 def llama_block(config: PreTrainedConfig) -> Block:
@@ -89,8 +91,8 @@ def llama_block(config: PreTrainedConfig) -> Block:
     block = architecture_of(config).block
     if block is None:
         raise UserError(
-            f"Rotations are folded into the layers of LLaMA's formula, and those of {config.model_type} are others: "
-            "give a model whose architecture's description has a block."
+            f"Rotations need LLaMA-style layers, which {config.model_type} does not have: give a model whose "
+            "Architecture has a block."
         )
     return block
 
@@ -99,8 +101,8 @@ def check_plain(config: PreTrainedConfig, engine: str) -> None:
     """Raise UserError for a model with online rotations: ``engine`` computes the architecture alone."""
     if (rotation := rotation_of(config)) and rotation.is_online:
         raise UserError(
-            f"The model was rotated and computes rotations online ({rotation}), which {engine} does not: give the "
-            "model that it was made from, or rotate that with --down none --untie true."
+            f"The model was rotated and computes rotations online ({rotation}), which {engine} does not support: "
+            "give the model that it was made from, or rotate that with --down none --untie true."
         )
 
 

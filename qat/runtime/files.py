@@ -36,8 +36,8 @@ def writing(place: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{place} cannot be written to ({getattr(error, 'strerror', None) or error}): what is there is whole; make "
-            "room, or give a place that is writable, and run the same command again."
+            f"{place} cannot be written to ({getattr(error, 'strerror', None) or error}): existing files are intact; "
+            "make room, or choose a writable place, and run the same command again."
         ) from error
 
 
@@ -99,7 +99,7 @@ def partial_of(folder: Path) -> Path:
 def check_new(folder: Path) -> None:
     """Raise UserError if ``folder`` exists, or what ``check_partial`` refuses is in its place."""
     if folder.exists():
-        raise UserError(f"{folder} is there already: give another folder.")
+        raise UserError(f"{folder} already exists: give another folder.")
     check_partial(folder)
 
 
@@ -110,8 +110,8 @@ def check_partial(folder: Path, mark: str = _UNFINISHED) -> None:
     held = {path.name for path in partial.iterdir()} - {LOCK} if is_folder else set()
     if (held and mark not in held) or (os.path.lexists(partial) and not is_folder):
         raise UserError(
-            f"{partial}, where {folder} is made, is there already, and this command did not leave it: finish what is "
-            "made there, or move it away."
+            f"{partial}, the temporary folder for {folder}, was not left by this command: finish the command that "
+            "left it, or move it away."
         )
 
 
@@ -178,7 +178,7 @@ def using(path: Path) -> Iterator[None]:
         yield
     except (*_MISUSE, SafetensorError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else in_one_line(error)
-        raise UserError(f"{path} is damaged ({reason}): copy it again, or write it anew.") from error
+        raise UserError(f"{path} is damaged ({reason}): copy it again, or recreate it.") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -225,7 +225,7 @@ def wait_until_free(directory: Path) -> None:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"An earlier run is still at work in {directory}: waiting until it has ended ...", flush=True)
+            print(f"An earlier run is still using {directory}: waiting until it ends ...", flush=True)
             fcntl.flock(handle, fcntl.LOCK_EX)
     os.close(handle)
 
@@ -257,4 +257,4 @@ def _lock(directory: Path, handle: int) -> None:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"Another run is at work in {directory}: wait until it has ended, or stop it.") from error
+            raise UserError(f"Another run is still using {directory}: wait until it ends, or stop it.") from error

@@ -75,7 +75,7 @@ def join(rank: int, size: int, group: str = "all") -> None:
         if "EADDRINUSE" in str(error):
             raise _port_in_use() from error
         raise UserError(
-            f"Rank {os.environ['RANK']} did not find the others ({error}): see whether one of them has failed before; "
+            f"Rank {os.environ['RANK']} did not find the others ({error}): check whether one of them failed earlier; "
             "between hosts, ranks need open ports, as NCCL and gloo do."
         ) from error
     _watch.start()

@@ -34,7 +34,10 @@ def read(file: Path) -> list[list[Message]]:
     Raises UserError, which names the line, for anything else.
     """
     if file.suffix not in (".jsonl", ".txt") or not file.is_file():
-        raise UserError(f"{file} is no file of dialogues: give a .jsonl file, or a .txt file with a prompt per line.")
+        raise UserError(
+            f"{file} is not a .jsonl or .txt file: give a .jsonl file of dialogues, or a .txt file with a prompt per "
+            "line."
+        )
     found = []
     with utf8(file) as stream:
         for number, line in enumerate(stream, start=1):
@@ -43,12 +46,12 @@ def read(file: Path) -> list[list[Message]]:
             messages = [message("user", line.strip())] if file.suffix == ".txt" else _messages(line)
             if not messages:
                 raise UserError(
-                    f'{file}, line {number}, is no dialogue: give an object with a "prompt", or with "messages", each '
-                    'of which has a "role" and a "content".'
+                    f'{file}, line {number}, is not a dialogue: give an object with a "prompt", or with "messages", '
+                    'each with a "role" and a "content".'
                 )
             found.append(messages)
     if not found:
-        raise UserError(f"{file} holds no dialogue: give at least one.")
+        raise UserError(f"{file} contains no dialogues: give at least one.")
     return found
 
 
@@ -59,7 +62,7 @@ def rendered(tokenizer: Tokenizer, messages: list[Message], answering: bool) -> 
     Raises UserError if there is no template, or if it refuses the messages.
     """
     if not tokenizer.chat_template:
-        raise UserError("The tokenizer has no chat template, so the model knows no dialogues: give an instruct model.")
+        raise UserError("The tokenizer has no chat template, which dialogues need: give an instruct model.")
     try:
         return str(
             tokenizer.apply_chat_template(
@@ -95,7 +98,7 @@ def with_answers(tokenizer: Tokenizer, messages: list[Message]) -> tuple[list[in
         if not (question.startswith(text) and answer.startswith(question)) or begin < 0:
             raise UserError(
                 "The tokenizer's chat template changes earlier turns when later ones follow, so the tokens of an "
-                "answer are not known: give dialogues of one question and one answer."
+                "answer cannot be located: give dialogues of one question and one answer."
             )
         end = begin + len(content)
         pieces = [encoded(tokenizer, piece) for piece in (question[len(text) :], answer[len(question) : end])]

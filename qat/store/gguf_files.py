@@ -114,20 +114,20 @@ def check(student: Student) -> None:
             own.w_bits not in types or has_zero_points != (types[own.w_bits] == Type.Q4_1.name)
         ):
             raise UserError(
-                f"w_quantizer={own.w_quantizer} has codes or zero points that no GGUF type holds with {own.w_bits} "
-                "bits: give --format hf-fake."
+                f"w_quantizer={own.w_quantizer} with w_bits={own.w_bits} fits no GGUF type: give --format hf-fake."
             )
         if own.weights.group_size % _BLOCK and not own.weights.by.is_float:
             raise UserError(
-                f"w_group_size={own.weights.group_size}: GGUF has one scale for {_BLOCK} codes, so groups must be "
-                f"multiples of {_BLOCK}. Give --format hf-fake."
+                f"w_group_size={own.weights.group_size}: GGUF has one scale per {_BLOCK} codes, so it must be a "
+                f"multiple of {_BLOCK}. Give --format hf-fake."
             )
     config = AutoConfig.from_pretrained(student.directory)
     _check_computed(config)
     block = max((gguf.GGML_QUANT_SIZES[type_of(form)][0] for form in student.weight_formats.values()), default=1)
     if config.hidden_size % block or config.intermediate_size % block:
         raise UserError(
-            f"The model is {config.hidden_size} and {config.intermediate_size} wide: GGUF wants multiples of {block}."
+            f"hidden_size={config.hidden_size} and intermediate_size={config.intermediate_size} must be multiples of "
+            f"{block} for this GGUF type: give --format hf-fake."
         )
     _tokenizer(student.directory)
     _special_tokens(student.directory, config.vocab_size)
@@ -145,7 +145,7 @@ def _check_computed(config: PreTrainedConfig) -> None:
     if config.hidden_act not in ("silu", "swish"):
         reasons.append(f"hidden_act={config.hidden_act!r}, where llama.cpp computes silu")
     if name == "qwen3" and config.attention_bias:
-        reasons.append("attention_bias=True, for which llama.cpp's qwen3 has no place")
+        reasons.append("attention_bias=True, which llama.cpp's qwen3 does not support")
     if scaled not in ropes:
         reasons.append(f"rope_type={scaled!r}, where llama.cpp's {kind} has {', '.join(ropes)}")
     elif scaled != "default" and (more := set(rope) - _ROPES[scaled] - {"rope_type", "type", "rope_theta"}):
@@ -299,7 +299,7 @@ def load(directory: Path) -> PreTrainedModel:
     written = {key: field.contents() for key, field in reader.fields.items() if ".rope.scaling." in key}
     frequencies = np.ones(0) if factors is None else factors.numpy()
     if written != _rope_metadata(config) or not np.array_equal(tensors.get(_ROPE_FREQUENCIES, np.ones(0)), frequencies):
-        raise UserError(f"{directory / FILE} is wrong: it scales positions otherwise than the model.")
+        raise UserError(f"{directory / FILE} is wrong: its RoPE scaling differs from the model's.")
     if any(name.endswith(".scale") for name in tensors):
         return _load_scaled(config, reader)
     model = AutoModelForCausalLM.from_pretrained(
@@ -344,7 +344,7 @@ def is_loaded(directory: Path) -> bool:
         return False
     if done.returncode:
         reasons = [line for line in done.stderr.splitlines() if "error" in line.lower()]
-        reason = (reasons or ["it says no reason"])[0].strip()
+        reason = (reasons or ["no reason given"])[0].strip()
         raise UserError(f"{directory / FILE} is wrong: llama.cpp does not load it ({reason}). Give --format hf-fake.")
     return True
 
@@ -359,8 +359,8 @@ def _check_scale(name: str, scale: Tensor) -> None:
     wrong = ~(errors <= _LARGEST_ERROR * scale.abs())  # a scale may be 0, or negative
     if wrong.any():
         raise UserError(
-            f"{name} has a scale that fp16 cannot hold ({scale[wrong][0]:.3g}), and GGUF's are fp16: give --format "
-            "hf-fake."
+            f"GGUF stores scales in fp16, which cannot represent {scale[wrong][0]:.3g}, a scale of {name}: give "
+            "--format hf-fake."
         )
 
 

@@ -93,13 +93,13 @@ def _check_computable(config: PreTrainedConfig, name: str) -> None:
             not config.is_encoder_decoder,
             "these architectures have no encoder",
         ),
-        f"hidden_act={config.hidden_act!r}": (config.hidden_act in ACT2FN, f"it knows {', '.join(ACT2FN)}"),
-        f"rope_type={kind!r}": (kind in kinds, f"it knows {', '.join(kinds)}"),
+        f"hidden_act={config.hidden_act!r}": (config.hidden_act in ACT2FN, f"supported: {', '.join(ACT2FN)}"),
+        f"rope_type={kind!r}": (kind in kinds, f"supported: {', '.join(kinds)}"),
         f"partial_rotary_factor={part} with rope_type={kind!r}": (
             part == 1 or kind in ("default", "proportional"),
             "these architectures rotate whole heads",
         ),
-        f"layer_types={sorted(layers)}": (layers <= types, f"it knows {' and '.join(sorted(types))}"),
+        f"layer_types={sorted(layers)}": (layers <= types, f"supported: {' and '.join(sorted(types))}"),
         f"sliding_window={window}": (
             not any(windowed_layers(config)) or (window is not None and window > 0),
             "give 1 token or more",
@@ -242,13 +242,13 @@ def check_complete(found: Mapping[str, Kind], expected: Mapping[str, Kind], wher
     """Raise UserError unless ``found`` are the weights that are expected."""
     missing, strange = expected.keys() - found.keys(), found.keys() - expected.keys()
     if missing:
-        also = f", and holds {_some(strange)}, for which its config.json has no place" if strange else ""
+        also = f", and holds {_some(strange)}, which its config.json does not describe" if strange else ""
         raise UserError(
             f"{where} is incomplete: it lacks {_some(missing)}{also}. Copy it again, or save it with all weights under "
             "the names that transformers gives them."
         )
     if strange:
-        raise UserError(f"{where} does not match its config.json, which has no place for {_some(strange)}.")
+        raise UserError(f"{where} does not match its config.json, which does not describe {_some(strange)}.")
     for name, kind in expected.items():
         shape, dtypes = found[name].shape, found[name].dtypes
         if shape != kind.shape:
@@ -268,8 +268,8 @@ def check_finite(name: str, tensor: Tensor, where: Path | str) -> None:
         tensor = tensor.float()
     if tensor.is_floating_point() and tensor.numel() and not all(part.isfinite() for part in tensor.aminmax()):
         raise UserError(
-            f"{where} holds numbers that are not finite, in {name}: the file is damaged, or what trained the model "
-            "diverged. Give a sound copy."
+            f"{where} holds numbers that are not finite, in {name}: the file is damaged, or the model "
+            "diverged in training. Give an intact copy."
         )
 
 

@@ -77,8 +77,8 @@ def check_ids(config: PreTrainedConfig, largest: int, whose: str) -> None:
     in."""
     if largest >= config.vocab_size:
         raise UserError(
-            f"{whose} has the token id {largest}, and the model knows {config.vocab_size} tokens, from 0: its "
-            "tokenizer has more. Give text without the tokens that were added, or a model with embeddings of them."
+            f"{whose} contains token id {largest}, but the model's embedding has {config.vocab_size} rows: its "
+            "tokenizer has added tokens. Give text without them, or a model with embeddings of them."
         )
 
 
@@ -95,8 +95,8 @@ def _download(name: str) -> str:
         return found
     except (OSError, ValueError) as error:  # invalid name, no such model, or the hub cannot be reached
         raise UserError(
-            f"There is no model at {name!r}, and the hub gives none: give a Hugging Face directory, a hub name "
-            f"(owner/model) or {EMBEDDED!r}, which needs no download."
+            f"There is no model at {name!r}, nor can it be fetched from the hub: give a Hugging Face directory, a "
+            f"hub name (owner/model) or {EMBEDDED!r}, which needs no download."
         ) from error
 
 

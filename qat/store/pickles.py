@@ -33,8 +33,8 @@ def as_data(folder: Path) -> Iterator[None]:
         code = would_run(error)
         fault = f"would run code ({code})" if code else "cannot be read as tensors and plain values"
         raise UserError(
-            f"{folder} is refused: one of its files {fault}, which a checkpoint of ours never does. Delete the "
-            "folder, or put a copy there that you trust."
+            f"{folder} is refused: one of its files {fault}, unlike a checkpoint of this program. Delete the folder, "
+            "or replace it with a copy that you trust."
         ) from error
     finally:
         del os.environ[_FORCED]

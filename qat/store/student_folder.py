@@ -90,7 +90,9 @@ def save(model: PreTrainedModel, directory: str | Path, source: str | Path) -> N
         raise UserError(f"{directory} exists already: choose another folder.")
     quant, folder = prepared_with(model), ModelFolder.read(Path(source))
     if rotation_of(folder.config) != rotation_of(model.config):
-        raise UserError(f"{source} is rotated otherwise than the model: give the folder that the model was made from.")
+        raise UserError(
+            f"{source} is rotated differently from the model: give the folder that the model was made from."
+        )
     write(Path(directory), model, model.state_dict(), quant, folder.companions())
 
 
@@ -282,8 +284,8 @@ def find(path: Path, model: str | None = None) -> Student:
         return _of_checkpoint(path, model)
     if not (path / CONFIG_FILE).is_file():
         raise UserError(
-            f"{path} holds no student: give the final/ or a checkpoints/step-N of a training run, or what "
-            "launch/quantize.py wrote."
+            f"{path} is not a student: give the final/ or a checkpoints/step-N of a training run, or the "
+            "output of launch/quantize.py."
         )
     directory = Path(models.resolve(str(path)))
     if quantization_of(directory):
@@ -306,20 +308,22 @@ def _of_checkpoint(path: Path, model: str | None) -> Student:
     record = path.parent.parent / _RUN_SETTINGS
     began_with = model or run.get("student") or run.get("model")
     if not began_with:
-        raise UserError(f"{path} does not say which model it began with: give it with --model.")
+        raise UserError(f"{path} does not record its starting model: give it with --model.")
     directory = models.resolve(began_with)
     settings = run["settings"]
     with using(record):
         expected = settings["student"] if "student" in run else settings["model"]
         if models.weights_fingerprint(directory) != expected:
-            raise UserError(f"{began_with} is not the model that the run of {path} began with: give that with --model.")
+            raise UserError(f"{began_with} is not the starting model of the run of {path}: give that with --model.")
         quant = QuantConfig.of(QuantConfig.among(settings), record)
         in_bf16 = (settings.get("bf16") or {}).get("enabled", False)
         learned = settings.get("train", "weights") != "weights"
     if quant.activations.learned:
-        raise UserError(f"a_quantizer=lsq: the learned steps are read from the final/ of a run, not from {path}.")
+        raise UserError(
+            f"a_quantizer=lsq: {path} is a checkpoint, but learned steps are read only from a run's final/: give that."
+        )
     if learned:
-        raise UserError(f"The learned scales are read from the final/ of a run, not from {path}.")
+        raise UserError(f"{path} is a checkpoint, but learned scales are read only from a run's final/: give that.")
     _log.info("checking %s ...", path)
     if damage := manifest.damage(path):
         raise UserError(

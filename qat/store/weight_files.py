@@ -56,7 +56,9 @@ def weight_files(directory: Path) -> list[Path]:
     choices = [named] if named is not None else [_file_name(1, 1), INDEX, BIN, BIN_INDEX]
     opened = next((directory / name for name in choices if (directory / name).is_file()), None)
     if opened is None:
-        raise UserError(f"{directory} has no weights ({' or '.join(choices)}): put them there, or save the model anew.")
+        raise UserError(
+            f"{directory} has no weights ({' or '.join(choices)}): copy them there, or save the model again."
+        )
     if opened.suffix != ".json":
         return [opened]
     index = read_json(opened)
@@ -79,7 +81,9 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
         for stored in _headers(file):
             if stored.name in found:
                 other = found[stored.name].file
-                raise UserError(f"{directory} has {stored.name} twice, in {other.name} and in {file.name}.")
+                raise UserError(
+                    f"{directory} has {stored.name} twice, in {other.name} and in {file.name}: delete one of the files."
+                )
             found[stored.name] = stored
     return found
 
@@ -153,7 +157,9 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         except Exception as error:  # of many kinds: the file's bytes determine which function is called, and with what
             if code := would_run(error):
-                raise UserError(f"{file} is refused: it would run code ({code}). Give one that you trust.") from error
+                raise UserError(
+                    f"{file} is refused: loading it would run code ({code}). Give a file that you trust."
+                ) from error
             raise ValueError(error) from error
         if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
             raise TypeError("it holds more than tensors by their names")

@@ -126,18 +126,16 @@ def resume(engine: deepspeed.DeepSpeedEngine, directory: Path, begin: Path | Non
     (names,) = _broadcast([path.name for path in reversed(checkpoints(directory))])
     for name in names:
         if damage := _damage(directory / name):
-            _log.warning("warning: the checkpoint %s is passed over: %s", directory / name, damage)
+            _log.warning("warning: the checkpoint %s is skipped: %s", directory / name, damage)
         else:
             return _load(engine, directory / name)
     if (directory / LATEST).is_file():
-        raise UserError(
-            f"No checkpoint in {directory} is whole any more: put one back, or delete the folder to start anew."
-        )
+        raise UserError(f"Every checkpoint in {directory} is damaged: restore one, or delete the folder to start over.")
     if begin is None:
         return TrainState()
     if damage := _damage(begin):
         raise UserError(f"{begin} is damaged: {damage}. Give another checkpoint.")
-    # Whether the KL still falls is judged anew: the settings of this may be others.
+    # Whether the KL still falls is judged from scratch: the settings of this may differ.
     return replace(_load(engine, begin), flat_at=0, recent=[])
 
 
@@ -269,7 +267,7 @@ def _agree(failure: str, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     raise UserError(
         f"{folder} could not be written ({failures[0]}): make room and start again. "
-        f"The last whole checkpoint is {latest(folder.parent)}."
+        f"The last complete checkpoint is {latest(folder.parent)}."
     )
 
 

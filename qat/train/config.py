@@ -18,15 +18,15 @@ trained student."""
 
 TRAINED = {
     "weights": "all weights; the scales of their grids follow from their values at every step",
-    "all": "all weights, and the scales of their grids, which begin with those of the starting point (LSQ)",
-    "scales": "the scales alone; the codes of the weights stay as they begin",
+    "all": "all weights, and the scales of their grids, initialized from the starting point's (LSQ)",
+    "scales": "only the scales; the codes of the weights stay fixed",
 }
 """What ``TrainConfig.train`` can be."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The student's training: AdamW without weight decay, by single sequences. The defaults are the paper's.
+    """The student's training: AdamW without weight decay, one sequence at a time. The defaults are the paper's.
 
     Args:
         loss: what the student minimises
@@ -35,22 +35,21 @@ class TrainConfig:
         lr: peak learning rate
         warmup_steps: steps of linear warm-up before the cosine
         min_lr_ratio: the cosine ends at this fraction of lr
-        decay_steps: the cosine takes this many steps at the end, and lr is constant before; 0: all steps after warm-up
-        stop_when_flat: judge the KL every so many steps at constant lr; if it no longer falls, the decay_steps follow,
-            and the run ends; 0 never does
-        batch_size: sequences per optimizer step, over all ranks, however many there are (the paper: one on each of 8
-            GPUs)
+        decay_steps: length of the final cosine decay, with constant lr before it; 0: decay over all steps after warm-up
+        stop_when_flat: every this many steps at constant lr, test whether the KL still falls; if not, run decay_steps
+            and stop; 0: never
+        batch_size: sequences per optimizer step, over all ranks (the paper: one on each of 8 GPUs)
         micro_batch_size: sequences that a rank packs into one row of a forward pass, without padding; each attends to
             itself alone, and the result is the same as one at a time; must divide a rank's share
-        gradient_clipping: largest global gradient norm; 0 clips nothing
+        gradient_clipping: largest global gradient norm; 0: no clipping
         gradient_checkpointing: recompute activations in backward: less memory, a third more time
         save_every: steps between checkpoints
         keep: how many checkpoints to keep
-        eval_every: steps between measurements of the perplexity on held-out sequences, where some are given
-        max_loss_ratio: stop if a step's loss is more than this many times its average; 0 never does
-        peak_flops: FLOP/s that one device can do (989e12 for bf16 on an H100): logs the model FLOP utilisation
+        eval_every: steps between measurements of the perplexity on held-out sequences, if any are given
+        max_loss_ratio: stop if a step's loss is more than this many times its average; 0: never
+        peak_flops: peak FLOP/s of a device (989e12 for bf16 on an H100); enables logging of the model FLOP utilisation
         deterministic: on GPUs, a resumed run continues bit for bit; slower (docs/gpu/). CPUs always do so
-        seed: of the order of the data
+        seed: seed for the data order
     """
 
     loss: str = choice("logits", lambda: LOSSES)

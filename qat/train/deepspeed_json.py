@@ -23,7 +23,7 @@ _WHOLE_OF_TEACHER = 100_000
 _REFUSED = {
     "fp16.enabled": "the student computes in bf16 on GPUs and in fp32 on CPUs",
     "torch_autocast.enabled": "it would cast what the quantizers compute in fp32",
-    "bf16.bf16_master_weights_and_grads": "at the paper's learning rate most bf16 weights never move",
+    "bf16.bf16_master_weights_and_grads": "in bf16 most updates at the paper's learning rate round to nothing",
     "bf16.bf16_optimizer_states": "Adam's moments are kept in fp32",
     "tensor_parallel": "AutoTP replaces the quantized layers by its own",
     "expert_parallel": "it replaces layers by its own",
@@ -32,10 +32,10 @@ _REFUSED = {
     "zero_optimization.zero_quantized_nontrainable_weights": "it would quantize the teacher",
     "zero_optimization.zero_quantized_gradients": "it would round the student's gradients",
     "zero_optimization.offload_optimizer.super_offload": "it steps in another process, with an optimizer of its own",
-    "zero_optimization.mics_shard_size": "weights are sharded over all ranks",
-    "zero_optimization.zenflow": "it updates the weights late, and what is late is in no checkpoint",
-    "zero_optimization.elastic_checkpoint": "another number of ranks goes on without it",
-    "checkpoint": "checkpoints are written, checked and found again without it",
+    "zero_optimization.mics_shard_size": "this program shards weights over all ranks",
+    "zero_optimization.zenflow": "it updates the weights late, and pending updates are not checkpointed",
+    "zero_optimization.elastic_checkpoint": "not needed: resuming on another number of ranks works without it",
+    "checkpoint": "checkpoints are managed by this program",
     "scheduler": "the learning rate is set by --lr, --warmup_steps and --min_lr_ratio",
 }
 
@@ -81,7 +81,7 @@ def read_for_here(path: Path) -> dict[str, Any]:
     for part in ("offload_optimizer", "offload_param"):
         nvme = _get(ds_config, f"zero_optimization.{part}.nvme_path")
         if nvme and not Path(nvme).is_dir():
-            raise UserError(f"{path} puts {part} on {nvme}, which is not there: give a folder on a local NVMe disk.")
+            raise UserError(f"{path} puts {part} on {nvme}, which does not exist: give a folder on a local NVMe disk.")
     return ds_config
 
 

@@ -45,13 +45,13 @@ class Machine:
     """The machine to train on. The defaults are a node of 8 H100.
 
     Args:
-        gpus: GPUs, one rank each
-        nodes: nodes that share them
+        gpus: number of GPUs in all, one rank each
+        nodes: number of nodes
         gpu_memory: GB of each GPU
         host_memory: GB of each node
         nvme: GB of each node's NVMe disks
         flops: dense bf16 FLOP/s of a GPU
-        efficiency: the part of them that a step's matrix products reach
+        efficiency: fraction of peak FLOP/s that a step's matmuls reach
         link: bytes/s that a GPU receives from the others: NVLink in a node, the network between nodes
         bus: bytes/s between a GPU and the host
         hbm: bytes/s of a GPU's memory

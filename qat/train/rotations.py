@@ -36,7 +36,7 @@ class LearnConfig:
 
     Args:
         steps: steps of Cayley SGD
-        lr: its learning rate at the beginning, from which it falls to 0 with a cosine (SpinQuant: 1.5)
+        lr: initial learning rate, which decays to 0 with a cosine (SpinQuant: 1.5)
         batch_size: sequences per step
     """
 

@@ -106,7 +106,7 @@ class TeacherCache:
             if fault := _fault(file):
                 raise UserError(
                     f"{self.directory} is incomplete or damaged ({file.name}: {fault}): run launch/cache_teacher.py "
-                    "again, which makes it anew."
+                    "again, which recreates it."
                 )
 
     def write(self, number: int, entries: list[dict[str, Tensor]]) -> None:
@@ -138,7 +138,10 @@ class TeacherCache:
             first, last = file.get_slice("offsets")[position : position + 2].tolist()
             entry = {name: file.get_slice(name)[first:last] for name in file.keys() if name != "offsets"}  # noqa: SIM118
         if last - first != sample.input_ids.shape[1] - 1:
-            raise UserError(f"{path} does not belong to the data: sequence {sample.sequence} has another length there.")
+            raise UserError(
+                f"{path} was made from other data, as sequence {sample.sequence} has another length: give the cache of "
+                "this data."
+            )
         return entry
 
     def _save(self, tensors: dict[str, Tensor], path: Path) -> None:

@@ -73,12 +73,12 @@ class CompressedTensors(ExportFormat):
                 continue
             if not own.weights.symmetric and PACKED in others:
                 raise UserError(
-                    f"w_quantizer={own.w_quantizer} has zero points, and the kernels that {self.layout.name} is for "
-                    f"have none: give --format {PACKED}."
+                    f"w_quantizer={own.w_quantizer} has zero points, which the kernels for {self.layout.name} do not "
+                    f"support: give --format {PACKED}."
                 )
             groups = f" in groups of {own.w_group_size}" if own.w_group_size else ""
             raise UserError(
-                f"w_quantizer={own.w_quantizer}{groups}: {self.layout.name} has no place for such weights. Give "
+                f"w_quantizer={own.w_quantizer}{groups}: {self.layout.name} cannot store such weights. Give "
                 f"--format {' or '.join([*others, 'hf-fake'])}."
             )
         for width, block in _online(student).values():
@@ -255,16 +255,16 @@ class IntQuantized(CompressedTensors):
         super().check(student)
         for own in student.layer_settings.values():
             if own.a_bits == FULL_PRECISION:
-                raise UserError(f"a_bits=16: {INTEGERS} is for quantized activations. Give --format {PACKED}.")
+                raise UserError(f"a_bits=16: {INTEGERS} needs quantized activations. Give --format {PACKED}.")
             if not self.layout.serves_inputs(own):
                 raise UserError(
-                    f"a_quantizer={own.a_quantizer}: {INTEGERS} is for activations in integers. Give --format {PACKED}."
+                    f"a_quantizer={own.a_quantizer}: {INTEGERS} needs integer activations. Give --format {PACKED}."
                 )
         for own in student.settings.values():
             if own.weights.group_size:
                 raise UserError(
-                    f"w_group_size={own.weights.group_size}: engines read {INTEGERS} with a scale per output channel; "
-                    f"give --format {PACKED}."
+                    f"w_group_size={own.weights.group_size}: {INTEGERS} has one scale per output channel. "
+                    f"Give --format {PACKED}."
                 )
 
 

@@ -157,7 +157,7 @@ def test_what_is_no_file_of_dialogues_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("\n")
     with pytest.raises(UserError, match="contains no dialogues"):
         dialogues.read(tmp_path / "a.txt")
-    with pytest.raises(UserError, match="is not a .jsonl or .txt file"):
+    with pytest.raises(UserError, match=r"is not a \.jsonl or \.txt file"):
         dialogues.read(tmp_path / "a.csv")
 
 

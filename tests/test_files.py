@@ -235,7 +235,7 @@ def test_grids_that_are_named_must_be_there(tmp_path):
     QuantConfig(w_bits=3).save(tmp_path)
     assert QuantConfig.load(tmp_path) == QuantConfig(w_bits=3)
     (tmp_path / "weight_grids.safetensors").unlink()
-    with pytest.raises(UserError, match=r"incomplete: weight_grids.safetensors, which defines how its weights are rounded"):
+    with pytest.raises(UserError, match=r"incomplete: weight_grids.safetensors, which defines"):
         QuantConfig.load(tmp_path)
     QuantConfig(w_bits=3).save(tmp_path)
     assert json.loads((tmp_path / "quant_config.json").read_text()).keys() == QuantConfig().record().keys() | {

@@ -423,7 +423,7 @@ def test_command(method, tiny_directory, tiny_data, tmp_path, quantize_command, 
     if method == "gptq":
         (tmp_path / "out" / writer.PTQ_RECORD).unlink()
         (tmp_path / "out" / GRIDS_FILE).unlink()
-        with pytest.raises(UserError, match=f"incomplete: {GRIDS_FILE}, which defines how its weights are rounded, is missing"):
+        with pytest.raises(UserError, match=f"incomplete: {GRIDS_FILE}, which defines .*, is missing"):
             simulated.load(str(tmp_path / "out"), torch.float32)
 
 

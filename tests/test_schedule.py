@@ -136,7 +136,7 @@ def test_a_constant_rate_between_warm_up_and_decay():
     config = TrainConfig(steps=20, warmup_steps=4, decay_steps=8, min_lr_ratio=0.1)
     assert [config.lr_factor(step) for step in (0, 3, 4, 12, 16, 20)] == pytest.approx([0.25, 1, 1, 1, 0.55, 0.1])
     check_schedule(TrainConfig(steps=21, warmup_steps=4, decay_steps=4, stop_when_flat=12))
-    with pytest.raises(UserError, match=r"would first test the KL at step 16, but .* decays from step 16: .* more than 20 --steps"):
+    with pytest.raises(UserError, match=r"test the KL at step 16, but .* decays from step 16: .* more than 20 --steps"):
         check_schedule(TrainConfig(steps=20, warmup_steps=4, decay_steps=4, stop_when_flat=12))
     branch = TrainConfig(steps=48, warmup_steps=4, decay_steps=4, stop_when_flat=12)
     check_schedule(branch, taken=16)

@@ -298,8 +298,8 @@ class QuantConfig:
         for entry, name in _FILES.items():
             if values.pop(entry, None) and not (directory / name).is_file():
                 raise UserError(
-                    f"{directory} is incomplete: {name}, which defines how its weights are rounded, is missing. Copy it "
-                    "again."
+                    f"{directory} is incomplete: {name}, which defines how its weights are rounded, is missing. Copy "
+                    "it again."
                 )
         return cls.of(values, directory / CONFIG_FILE)
 

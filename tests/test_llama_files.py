@@ -132,7 +132,7 @@ def test_a_teacher_that_reads_otherwise_is_refused(folder, monkeypatch, tmp_path
     with pytest.raises(UserError, match=r"tokenize .*LICENSE differently: give the model that the file was made from"):
         measured(monkeypatch, tmp_path, f"--model={folder / 'export'}")
     tiny_model(**HOW | {"vocab_size": 400}).save_pretrained(tmp_path / "teacher")
-    with pytest.raises(UserError, match=r"predicts 400 tokens, .* 300"):
+    with pytest.raises(UserError, match=r"vocabulary of 400 tokens, .* of 300"):
         measured(monkeypatch, tmp_path, f"--model={folder / 'export'}")
 
 

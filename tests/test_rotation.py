@@ -348,7 +348,7 @@ def test_flags_that_say_nothing_are_refused(monkeypatch, plain, tmp_path):
 
 def test_a_student_is_saved_with_its_own_rotation(plain, rotated, tmp_path):
     student = prepare(models.load(str(rotated), torch.float32), W4A4KV4)
-    with pytest.raises(UserError, match="rotated otherwise"):
+    with pytest.raises(UserError, match="rotated differently"):
         qat.save(student, tmp_path / "student", source=plain)
     qat.save(student, tmp_path / "student", source=rotated)
     assert torch.equal(qat.load(str(tmp_path / "student"))(ids()).logits, rounded(rotated)(ids()).logits)

@@ -14,7 +14,7 @@ from torch import Tensor
 _logger = logging.getLogger("qat.cuda_graphs")
 
 COLUMNS = 128
-"""Step, in columns of the KV cache, from one graph to the next: attention reads at most this many columns in vain."""
+"""Step, in columns of the KV cache, from one graph to the next: attention reads at most this many unneeded columns."""
 
 Step = Callable[[Tensor, Tensor, int], Tensor]
 """Tokens [slots], positions [slots] and how many columns attention reads -> logits, all on the device."""
@@ -26,9 +26,10 @@ def rounded_up(columns: int, max_length: int) -> int:
 
 
 class CudaGraphs:
-    """Calls a ``Step``, always the same one, by replaying it. The next call overwrites its result.
+    """Captures a ``Step`` as CUDA graphs and replays them. The next call overwrites its result.
 
-    It is given at each call and not kept: its owner, with the KV cache, would live on until a garbage collection.
+    Every call passes the same step: a stored one would keep its owner, and so the KV cache, alive until a garbage
+    collection.
     """
 
     def __init__(self, slots: int, max_length: int, device: torch.device):

@@ -160,7 +160,7 @@ class Decoder:
 
     def _new_graphs(self) -> CudaGraphs | None:
         """Return graphs for a GPU that holds the complete model, else None; they depend on the cache's address, and
-        must be made anew if it moves."""
+        must be recreated if it moves."""
         if self.device.type != "cuda" or self.parallel:
             return None
         return CudaGraphs(self.slots, self.max_length, self.device)

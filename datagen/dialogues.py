@@ -1,4 +1,4 @@
-"""What is given of a dialogue, whose turns the model writes: the texts of its chat template between them.
+"""The fixed chat-template text around the turns that the model writes.
 
 After the template's opening of a user's turn, an instruct model writes a user's question, as Magpie (Xu et al. 2024,
 arXiv 2406.08464) has it do; after the template's opening of an answer, it answers. Or the questions come from a file.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 _QUESTION, _ANSWER, _NEXT = "AQUESTION", "ANANSWER", "ANEXTQUESTION"
-"""Contents by which the template's own text is told from what is said."""
+"""Placeholder messages, which separate the template's own text from the messages."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Dialogues:
     """The given texts, as token ids.
 
     Args:
-        openings: what comes before the first turn that the model writes: of all dialogues, or of each prompt
-        between: what comes after each turn that it writes, but the last
+        openings: the text before the first turn that the model writes: one for all dialogues, or one per prompt
+        between: the text after each turn that it writes, except the last
     """
 
     openings: list[list[int]]
@@ -82,7 +82,7 @@ class Dialogues:
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
 
     def begin(self, seed: int, first: int, count: int) -> list[list[int]]:
-        """Return the openings of the dialogues ``first`` to ``first + count``: each prompt in one before any in two."""
+        """Return the openings of ``count`` dialogues from ``first``: every prompt is used once before any twice."""
         places = sampling.start_tokens(list(range(len(self.openings))), seed, first, count)
         return [self.openings[place] for place in places]
 

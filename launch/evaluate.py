@@ -131,12 +131,12 @@ class Evaluation:
 
 
 class _Subject(NamedTuple):
-    """What is measured.
+    """The model under evaluation.
 
     Args:
         name: the model's folder, or its file
-        positions: that it can attend over
-        weights: a fingerprint of them
+        positions: maximum number of positions
+        weights: fingerprint of the weights
         quant: how a student or an export is quantized; None for a full-precision model and for a file
     """
 
@@ -270,8 +270,8 @@ def _as_simulated(texts: dict[str, Windows]) -> dict[str, _Measurement]:
 
 
 def _as_served(texts: dict[str, Windows], quant: QuantConfig | None, evaluation: Evaluation) -> dict[str, _Measurement]:
-    """Return what is measured in llama.cpp, by its name in the results: with the given caches, or, with that of a
-    student's own format, the simulation of that too."""
+    """Return the measurements in llama.cpp, by name in the results: with the given caches; or with the cache of the
+    student's own format, and the simulation beside it."""
     if evaluation.caches:
         return {
             f"{text}, {cache} cache": _Measurement(windows, cache)
@@ -371,7 +371,7 @@ def _measure_texts(
 def _measure_in_llama_cpp(
     name: str, method: str, teacher_name: str | None, wanted: dict[str, _Measurement], window: int, results: "_Results"
 ) -> None:
-    """Score what llama.cpp makes of a model, with each cache that a measurement names."""
+    """Score a model in llama.cpp, with each cache that a measurement names."""
     caches = dict.fromkeys(one.cache for one in wanted.values() if one.cache)
     if not caches:
         return
@@ -487,7 +487,7 @@ class _Results:
             cli.say(f"zero-shot average {mean:.4f} ± {stderr:.4f}")
 
     def show_flips(self, before: dict[str, Any], baseline: Path | None) -> None:
-        """Print how many answers are others than ``before``, the scores of tasks in the file ``baseline``."""
+        """Print how many answers differ from ``before``, the scores of tasks in the file ``baseline``."""
         for task, score in before.items() if cli.is_first_rank() else ():
             cli.say(f"{task}: {Flips.of(score, self.tasks[task])}, from {baseline}")
 

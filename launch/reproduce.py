@@ -61,17 +61,17 @@ _PTQ = tuple(name for name in METHODS if name != _RTN)
 _LLAMA_CPPS = {f"llama_{kind}": kind for kind in llama_quantize.KINDS}
 _METHODS = ("full_precision", *METHODS, "qat", *_LLAMA_CPPS)
 PEERS = "peers.json"
-"""What benchmarks/peers.py wrote, in the folder of the results."""
+"""The results of benchmarks/peers.py, in the folder of the results."""
 
 TEXTS, TASKS, WHOLE_TASKS, SERVED = "texts", "tasks", "tasks-whole", "served"
-"""The kinds of measurement: on texts; on the first documents of tasks; on all of them; of what llama.cpp serves."""
+"""The kinds of measurement: on texts; on the first documents of tasks; on all of them; in llama.cpp."""
 
 _CALIBRATION = 64
 """Number of sequences that the post-training methods calibrate on."""
 
 _ROTATIONS = ("none", *rotate.KINDS, "learned")
 _LEARNING = LearnConfig(batch_size=2)
-"""How rotations are learned: on the tokens of the usual training."""
+"""How rotations are learned; the tokens are those of the usual training."""
 
 _LATER = ("rotation", "train", "chat_share", "decay_steps", "sequences")
 """Settings that cells of earlier versions do not record: they are recorded only where they are not the default."""

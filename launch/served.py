@@ -1,5 +1,5 @@
-"""The file that llama.cpp serves for a model: the user's own, the export of a student, a full-precision model as it is,
-or what llama.cpp's own quantization makes of that."""
+"""The file that llama.cpp serves for a model: the user's own, a student's export, a full-precision model as GGUF, or
+that file quantized by llama.cpp."""
 
 import tempfile
 from collections.abc import Iterator

@@ -589,7 +589,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
 
 
 def test_an_export_is_not_exported_again(exported):
-    with pytest.raises(UserError, match="is an export already"):
+    with pytest.raises(UserError, match="is an export: give"):
         student_folder.find(exported)
 
 

@@ -372,7 +372,7 @@ BEYOND = (
         f"rtn_{_SERVED}",
     ),
 )
-"""What the tables beyond the paper are to show."""
+"""The goals of the tables beyond the paper."""
 
 RECIPES_4_8_4 = {
     "the paper's recipe": ["qat_4-8-4_kv_granularity=token_lr=2e-05"],

@@ -2,8 +2,8 @@
 
     KL(tokens) = floor + scale * tokens^-exponent
 
-With the floor 0 it is a line in logarithms, fitted by least squares there. Another floor can fit a few points as well,
-and says much more of long runs than of those that were measured: so both are fitted, and what they foretell is a range.
+With the floor 0 it is a line in logarithms, fitted by least squares there. Other floors can fit a few points equally
+well, but change the prediction for longer runs: so both are fitted, and the prediction is a range.
 """
 
 import math
@@ -27,7 +27,7 @@ _LENGTHS = ("steps", "decay_steps", "sequences")
 """The settings in which the points of a curve differ."""
 
 AHEAD = (10_000_000, 100_000_000)
-"""Tokens for which the law is asked."""
+"""Numbers of tokens for which the law predicts the KL."""
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ Cell = dict[str, Any]
 
 TITLE = "Served by llama.cpp"
 _NAME = "{}, {} cache"
-"""How launch/evaluate.py names the result of a text and a cache."""
+"""Name of the result of a text and a cache, as launch/evaluate.py writes it."""
 
 _OF_ALL = ("windows=",)
 """Settings that all cells share."""
 
 
 _LLAMA_CPPS = "llama_"
-"""What the names of llama.cpp's own methods begin with; their cells record the bits of the original model."""
+"""Prefix of the names of llama.cpp's own methods; their cells record the bits of the original model."""
 
 
 def texts_of(cell: Cell) -> list[str]:

@@ -59,7 +59,7 @@ class Row:
 
 
 class TrainingData:
-    """The sequences of a shard folder, shuffled anew for every pass.
+    """The sequences of a shard folder, reshuffled for every pass.
 
     Sample n of a run is the same sequence on any number of ranks.
     """

@@ -145,7 +145,7 @@ class ShardFolder:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Wait until no other process is about to write a file that is not a shard, then keep others from it."""
+        """Hold the exclusive lock for writing files other than shards; wait for it if another process holds it."""
         with locking(self.directory):
             fcntl.lockf(self._lock_file, fcntl.LOCK_EX, 1, _NO_SHARD)
         try:

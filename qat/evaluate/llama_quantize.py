@@ -1,4 +1,4 @@
-"""What a user of llama.cpp does without training: its own quantization of a full-precision file.
+"""llama.cpp's own quantization of a full-precision file, without training.
 
 The wheel xllamacpp has llama.cpp's quantizers of tensors (ggml_quantize_chunk), but not the function that applies them
 to a file (llama_model_quantize, which the program llama-quantize calls). That function's choice of a type for each
@@ -21,7 +21,7 @@ from qat.runtime.files import writing
 from qat.store.gguf_files import add_tensor
 
 _FALLBACKS = {Type.Q4_K: Type.Q5_0, Type.Q6_K: Type.Q8_0}
-"""What replaces a type of blocks of 256 for rows that they do not divide."""
+"""The type that replaces one with blocks of 256 if these do not divide the rows."""
 
 _FILE_TYPE = "general.file_type"
 
@@ -48,7 +48,7 @@ KINDS: dict[str, tuple[gguf.LlamaFileType, Callable[[str, int], Type]]] = {
 
 
 def quantize_file(source: Path, output: Path, kind: str) -> None:
-    """Write what llama.cpp makes of the full-precision GGUF file ``source`` as the file ``output``; ``kind`` is one of
+    """Quantize the full-precision GGUF file ``source`` as llama.cpp does, into the file ``output``; ``kind`` is one of
     KINDS. Its matrices are in memory one at a time. Raises UserError for widths that 32 does not divide."""
     file_type, rule = KINDS[kind]
     reader = gguf.GGUFReader(source)

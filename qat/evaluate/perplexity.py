@@ -33,8 +33,8 @@ _CHUNK_TOKENS = 512
 
 
 class Windows(NamedTuple):
-    """What is measured of a text: windows of token ids [tokens], and which of their tokens but the first count, bool
-    [tokens - 1]; None for all."""
+    """The measured part of a text: windows of token ids [tokens], and a mask of the predicted tokens that count, bool
+    [tokens - 1]; None if all count."""
 
     ids: Sequence[Tensor] | Tensor
     counted: Sequence[Tensor] | None = None
@@ -62,7 +62,7 @@ class TextScore:
         kl: mean KL(teacher || model) of a token, in nats; None where no teacher was given
         kl_stderr: its standard error
         tokens: predicted tokens
-        window_nll: nll of each window: two models' differ by pairs much less than by themselves
+        window_nll: nll of each window: paired differences of two models vary much less than either model's values
         window_kl: kl of each window
         kl_p99: the KL that one token in a hundred exceeds, of all tokens
         top1: share of the tokens for which model and teacher have the same most likely token

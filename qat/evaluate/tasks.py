@@ -47,13 +47,13 @@ def zero_shot_average(scores: Mapping[str, Mapping[str, Any]]) -> tuple[float, f
 
 @dataclass(frozen=True)
 class Flips:
-    """How many answers to the documents of a task are others than before, by another model.
+    """How many answers to a task's documents differ between two models.
 
     Args:
-        documents: of the task
-        lost: right before, wrong now
-        gained: wrong before, right now
-        changed: another answer, right or wrong; None where one of the two did not record its answers
+        documents: number of documents
+        lost: number that were right before and are wrong now
+        gained: number that were wrong before and are right now
+        changed: number of different answers, right or wrong; None if one model's answers were not recorded
     """
 
     documents: int

@@ -150,7 +150,7 @@ def _training(student: Student) -> str:
     if not student.run:
         if student.ptq_method:
             return "None."
-        return "Not recorded: the folder that this was exported from has no training run beside it."
+        return "Not recorded: the exported folder has no training run beside it."
     settings = student.run["settings"]
     listed = ", ".join(f"{name} {settings[name]}" for name in _TRAINING if name in settings)
     last = student.last_step()

@@ -102,7 +102,7 @@ class Stream:
         self.position += 1
 
     def run_all(self, weights: Weights, grids: dict[str, Grid]) -> None:
-        """Replace the hidden states by what the layer at ``position``, with these weights, makes of them."""
+        """Replace the hidden states by the output of the layer at ``position``, with these weights."""
         layer = self.load_rounded(weights, grids)
         self.hidden = [self.run(layer, hidden).cpu() for hidden in self.hidden]
         self.unload()

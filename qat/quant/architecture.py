@@ -177,7 +177,7 @@ def rotation(model: PreTrainedModel) -> nn.Module:
 
 
 def new_rotation(model: PreTrainedModel) -> nn.Module:
-    """Make ``rotation`` anew from the model's config, in fp32 on the CPU."""
+    """Recreate ``rotation`` from the model's config, in fp32 on the CPU."""
     return type(rotation(model))(model.config)
 
 

@@ -39,8 +39,8 @@ ARITHMETIC = "products of codes"
 would give other numbers."""
 
 WITH_ZERO_POINTS = "products of codes less zero points"
-"""That of models in which such products have zero points. Earlier versions multiplied floats there, and recorded it as
-ARITHMETIC."""
+"""The arithmetic of models whose integer matmuls have zero points. Earlier versions multiplied floats there, and
+recorded it as ARITHMETIC."""
 
 
 class InputQuantizer:

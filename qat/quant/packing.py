@@ -47,9 +47,11 @@ def pack_rows(weight: Quantized, form: Format) -> Tensor:
 
 
 def makes_rows(form: Format, shape: tuple[int, ...], parts: int) -> bool:
-    """Return whether the rows of a weight can be packed in so many equal parts, and the codes be all of it: its grid
-    follows from the values of a row alone, to the bit, and all of its gradient passes. A code may not need more bits
-    than it gets."""
+    """Return whether each of ``parts`` ranks can pack its own rows of a weight of ``shape``, and the codes replace it.
+
+    That needs equal parts, a grid that follows from a row's values alone, to the bit, a gradient that passes
+    unclipped, and codes that fit the packed bits.
+    """
     if not form.quantizes or form.clips or not form.by.is_exact or form.by.learned:
         return False
     if form.code_bits > (4 if form.bits <= 4 else 8):

@@ -252,8 +252,8 @@ def largest_inputs(model: PreTrainedModel, config: QuantConfig, run: Callable[[]
 
 
 def input_scales(model: PreTrainedModel, config: QuantConfig, largest: Mapping[str, Any]) -> dict[str, float]:
-    """Return the scales of the inputs of ``model``, which need have no weights, with the given ``largest_inputs``, and
-    room for what other text brings."""
+    """Return the scales of the inputs of ``model``, whose weights are not read, from the given ``largest_inputs``, with
+    a margin for larger values in other text."""
     by = {f"{name}.input": own.activations.by for name, own in layer_settings(model, config).items()}
     return {
         name: by[name].scale_of_tensor(by[name].margin * _finite(name, float(value))) for name, value in largest.items()

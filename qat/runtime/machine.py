@@ -33,7 +33,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class Moment:
-    """The moment at which this process's device has done what it was told so far: on a CPU now, on a GPU later."""
+    """The time at which this process's device has finished the work queued so far: on a CPU now, on a GPU later."""
 
     def __init__(self) -> None:
         self._event = torch.cuda.Event(enable_timing=True) if torch.cuda.is_available() else None
@@ -68,8 +68,8 @@ def local_ranks() -> int:
 def be_deterministic() -> None:
     """Make torch use algorithms that give the same bits every time.
 
-    On GPUs, attention's backward pass adds with atomics otherwise. Flash attention has another way; cuDNN's attention,
-    which torch prefers on some GPUs, has none that torch would take.
+    On GPUs, attention's backward pass adds with atomics by default. Flash attention has a deterministic mode; torch
+    has none for cuDNN's attention, which it prefers on some GPUs.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -75,8 +75,8 @@ def _check(work: str, place: str, needs: Mapping[str, float], there: float, advi
 
 
 def let_segments_grow() -> None:
-    """Let the caching allocator enlarge its segments of GPU memory instead of reserving new ones: sequences of many
-    lengths would otherwise leave pieces that fit nothing.
+    """Let the caching allocator enlarge its segments of GPU memory instead of reserving new ones, as sequences of many
+    lengths fragment it.
 
     Call it before CUDA is first used, when torch reads the variable. A user's own setting is left alone.
     """

@@ -19,8 +19,8 @@ Message = dict[str, str]
 """One turn: its ``role`` (system, user or assistant) and its ``content``."""
 
 _TODAY = datetime(2024, 7, 26)
-"""What templates that state the date are told, or the same command would give other tokens on another day. It is the
-date that Llama 3's template states where it knows none."""
+"""The date given to templates that state one, so that the same command gives the same tokens on any day. It is the
+default of Llama 3's template."""
 
 
 def message(role: str, content: str) -> Message:
@@ -56,7 +56,7 @@ def read(file: Path) -> list[list[Message]]:
 
 
 def rendered(tokenizer: Tokenizer, messages: list[Message], answering: bool) -> str:
-    """Return the text that the tokenizer's chat template makes of ``messages``; if ``answering``, up to the place where
+    """Return ``messages`` rendered by the tokenizer's chat template; if ``answering``, up to the place where
     the model's answer begins.
 
     Raises UserError if there is no template, or if it refuses the messages.

@@ -289,7 +289,7 @@ def find(path: Path, model: str | None = None) -> Student:
         )
     directory = Path(models.resolve(str(path)))
     if quantization_of(directory):
-        raise UserError(f"{path} is an export already: give the student that it was made from.")
+        raise UserError(f"{path} is an export: give the student that it was made from.")
     return Student(
         path, directory, QuantConfig.load(path), ModelFolder.read(directory).dtype, run_settings(path.parent)
     )

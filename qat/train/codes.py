@@ -1,4 +1,4 @@
-"""The student's quantized weights travel as codes.
+"""Ranks exchange the student's quantized weights as codes.
 
 Once a step each rank quantizes its own rows of a weight, and ZeRO-3 gathers their codes, packed, instead of their
 values: 4 bits of each weight for 16 or 32. Layers multiply what is gathered (qat.quant.linear). A grid lies within a
@@ -6,8 +6,8 @@ row, so the codes are those that each rank would compute from the gathered value
 checkpoints and saved students stay what they are.
 
 A weight takes part if its rows are whole in a rank's part, its grid follows from its values alone, and all of its
-gradient passes: not those that clip or have a learned scale. What every rank holds whole, or NVMe holds, does not
-either.
+gradient passes: not those that clip or have a learned scale. Weights that
+every rank holds completely, or that are on NVMe, do not either.
 """
 
 from __future__ import annotations

@@ -138,25 +138,25 @@ def part_that_nvme_does_not_take(engine: DeepSpeedEngine) -> float | None:
 
 
 class Fetcher(ABC):
-    """What brings some Parameters to every rank, for forward and backward, in another form than their values.
+    """Gathers some Parameters on every rank, for forward and backward, in another form than their values.
 
     Attributes:
-        parameters: those that it brings
+        parameters: the Parameters that it gathers
     """
 
     parameters: Collection[Parameter]
 
     @abstractmethod
     def begin(self, parameter: Parameter) -> Callable[[], None]:
-        """Begin to bring one; return what waits until it is there."""
+        """Begin to gather a Parameter; return a function that waits until it is there."""
 
     @abstractmethod
     def end(self, parameter: Parameter) -> None:
-        """Drop what ``begin`` has brought, if anything."""
+        """Free what ``begin`` gathered, if anything."""
 
     @abstractmethod
     def changed(self) -> None:
-        """Be told that the weights have changed."""
+        """Called when the weights have changed."""
 
 
 def own_rows(parameter: Sharded) -> Tensor | None:
@@ -170,7 +170,7 @@ def own_rows(parameter: Sharded) -> Tensor | None:
 
 
 def fetch_with(engine: DeepSpeedEngine, fetcher: Fetcher) -> None:
-    """Let ``fetcher`` bring its Parameters to each layer's forward and backward pass. Their values are NaN then.
+    """Let ``fetcher`` gather its Parameters for each layer's forward and backward pass. Their values are NaN then.
 
     What gathers Parameters for another purpose, as saving does, still gets their values.
     """
@@ -225,7 +225,7 @@ def _fetch_with(parameter: Sharded, fetcher: Fetcher) -> None:
 
 
 class _Fetched:
-    """What DeepSpeed waits for: Parameters that a Fetcher brings, and others."""
+    """The handle that DeepSpeed waits on, for Parameters that a Fetcher gathers and for others."""
 
     def __init__(self, waits: Mapping[Sharded, Callable[[], None]], rest: Any):
         self._waits, self._rest = dict(waits), rest

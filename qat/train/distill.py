@@ -45,7 +45,7 @@ class Targets(ABC):
 
     Attributes:
         lengths: the number of predicted tokens of each sequence
-        loss: how far the student is from it
+        loss: the loss to compute
         records: what the loss needs recorded of the teacher
     """
 

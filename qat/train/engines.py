@@ -89,13 +89,13 @@ def student_engine(
     """Build the quantized student, with its optimizer: ``engine(input_ids, targets)`` returns (loss, KL).
 
     Args:
-        lr_factor: what the learning rate is multiplied with at each step
+        lr_factor: the factor on the learning rate at each step
         initial_steps: ``Teacher.initial_steps``, where the quantizer of the activations is learned
         tensor_scales: of weights and inputs, where their formats have any; by default those that the model's weights
             give
         train: what learns, see TrainConfig
         grids: where learned scales of weights begin, by layer; by default where the weights' own values put them
-        as_codes: whether weights travel as codes, where they can; there is no reason against it, but to compare
+        as_codes: gather weights as codes where possible; false only in comparisons
         room_for_codes: bytes in which gathered codes are kept from forward to backward, and for further rows of a step;
             the same on all ranks
     """

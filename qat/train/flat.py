@@ -1,4 +1,4 @@
-"""A stop rule: a run at constant learning rate goes on for as long as its KL falls by more than chance.
+"""A stopping rule: a run at constant learning rate continues while its KL falls significantly.
 
 After every ``stop_when_flat`` steps, the KL of these steps is regressed on the step. It falls if the slope is below
 zero by more than two of its standard errors; else it is flat, the learning rate decays, and the run ends. Each step is

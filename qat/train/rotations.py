@@ -1,9 +1,9 @@
 """Learns the rotations of a student that is then quantized: R1 and R2 as SpinQuant does (Liu et al. 2024, arXiv
 2405.16406), by the distillation loss of training, before the weights are trained.
 
-In full precision all rotations give the same function. Those that are learned make what rounding changes small: the
-gradient comes through the fake quantization, straight-through, to the folded weights, and from these to the matrices.
-One process; the model and its rotated copy are in memory.
+In full precision all rotations give the same function; the learned ones reduce the quantization error. The gradient
+passes straight-through the fake quantization to the folded weights, and from these to the matrices. One process; the
+model and its rotated copy are in memory.
 """
 
 import copy

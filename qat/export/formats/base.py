@@ -27,7 +27,7 @@ class ExportFormat(ABC):
         meaning: what it is and for whom, for ``--help``
         weight_files: the pattern of its weight files' names
         front_matter: lines of the model card's YAML, beside base model and licence
-        engine: the engine, by its name in qat.quant.kv_formats, that serves it with a KV cache as trained if told to
+        engine: the engine that can serve it with the trained KV cache, by its name in qat.quant.kv_formats
         runs_as_trained: whether qat.load and launch/chat.py run an export, with the activations and the KV cache that
             were trained
         states_rotation: whether it can state R4, the online rotation in front of the MLP's last layer

@@ -55,8 +55,8 @@ class CompressedTensors(ExportFormat):
 
     Attributes:
         layout: the layout of the codes in the file
-        embedding: who reads a quantized embedding in it, in a sentence
-        vllm: what follows the folder in vLLM's command
+        embedding: a sentence that says which engines read a quantized embedding in it
+        vllm: the options and comment after the folder in vLLM's command
     """
 
     layout: Layout
@@ -126,7 +126,7 @@ class CompressedTensors(ExportFormat):
         if quant.a_bits == FULL_PRECISION:
             return []
         if not self.layout.serves_inputs(quant):
-            return [f"{trained_activations(quant)}; engines that read {self.layout.name} leave them as they are."]
+            return [f"{trained_activations(quant)}; engines that read {self.layout.name} do not quantize them."]
         if quant.activations.by.is_float:
             return self._float_activations(quant)
         sentences = []
@@ -136,19 +136,23 @@ class CompressedTensors(ExportFormat):
                 f"{trained_activations(quant)}; no engine has kernels for that, and they are rounded to {served}."
             )
         if quant.a_quantizer == "minmax_full":
-            sentences.append("Activations: trained as transformers' own loader rounds them; vLLM divides by max/qmax.")
+            sentences.append(
+                "Activations: as trained in transformers' own loader; vLLM scales them by max/qmax instead."
+            )
             return sentences
         if quant.a_quantizer != "minmax":
             sentences.append(
-                f"Activations: trained with {quant.a_quantizer}; engines round them to max/qmax per token."
+                f"Activations: trained with {quant.a_quantizer}; engines quantize them with scale max/qmax per token."
             )
-        sentences.append("Activations: transformers' own loader rounds them to max/127.5; trained was max/127.")
+        sentences.append(
+            "Activations: transformers' own loader quantizes them with scale max/127.5; training used max/127."
+        )
         return sentences
 
     def _float_activations(self, quant: QuantConfig) -> list[str]:
         return [
-            f"Activations: trained as {quant.a_quantizer}; vLLM rounds them by the same rule, but for the order of its "
-            f"sums, on {_FLOAT_GPUS[quant.a_quantizer]}, and not at all on others."
+            f"Activations: trained as {quant.a_quantizer}; vLLM rounds them by the same rule on "
+            f"{_FLOAT_GPUS[quant.a_quantizer]}, but sums in another order; on other GPUs it does not round them."
         ]
 
     def _weights(self, quant: QuantConfig) -> list[str]:
@@ -166,8 +170,8 @@ class CompressedTensors(ExportFormat):
         if flags := self.cache_flags(quant):
             served = f" ({quant.kv_formats[0].served})" if quant.kv_formats[0].served else ""
             return [
-                f"{trained_cache(quant)}. vLLM stores it so, in all layers alike, with {flags}{served}; otherwise it "
-                "keeps the dtype that it computes in."
+                f"{trained_cache(quant)}. vLLM stores it like this, in all layers, with {flags}{served}; without, it "
+                "uses its compute dtype."
             ]
         known = {4: "int4_per_token_head (rotated, asymmetric)", 8: "int8_per_token_head"}
         near = None if quant.kv_formats[0].engine else known.get(quant.kv_bits)
@@ -176,9 +180,7 @@ class CompressedTensors(ExportFormat):
         hint = (
             f", or, on GPUs, --kv-cache-dtype {near}, which is near but not equal to what was trained" if near else ""
         )
-        return [
-            f"{trained_cache(quant)}; the format cannot describe it. vLLM keeps the dtype that it computes in{hint}."
-        ]
+        return [f"{trained_cache(quant)}; the format cannot describe it. vLLM stores it in its compute dtype{hint}."]
 
     def vocabulary_differences(self, student: Student) -> list[str]:
         output = student.output_settings
@@ -190,8 +192,8 @@ class CompressedTensors(ExportFormat):
             sentences += super().vocabulary_differences(student)
         if quantized and student.is_tied:
             sentences.append(
-                "Embedding and output layer are one quantized weight, which transformers' own loader does not read; "
-                "vLLM was not tried. qat.load reads it, and llama.cpp after --format gguf."
+                "Embedding and output layer share one quantized weight, which transformers' own loader cannot read; "
+                "not tried in vLLM. qat.load reads it, and llama.cpp after --format gguf."
             )
         elif any(own is not output for own in quantized):
             sentences.append(self.embedding)

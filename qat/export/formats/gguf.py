@@ -48,7 +48,7 @@ class Gguf(ExportFormat):
 
     def loaded_by(self, exported: Path) -> str | None:
         if not gguf_files.is_installed():
-            return "; whether llama.cpp loads it is not known, as xllamacpp is not installed"
+            return "; not tried in llama.cpp (xllamacpp is not installed)"
         return ", and llama.cpp loads it" if gguf_files.is_loaded(exported) else None
 
     def differences(self, quant: QuantConfig) -> list[str]:
@@ -61,7 +61,7 @@ class Gguf(ExportFormat):
             sentences.append("Weights: codes are as trained; each scale is rounded to fp16, by at most 1 part in 2048.")
         if flags := self.cache_flags(quant):
             sentences.append(
-                f"{trained_cache(quant)}. llama.cpp stores it so, in all layers alike, with {flags}; otherwise it "
+                f"{trained_cache(quant)}. llama.cpp stores it like this, in all layers, with {flags}; without, it "
                 "keeps fp16."
             )
         elif quant.kv_bits != FULL_PRECISION:

@@ -1,4 +1,4 @@
-"""What runs on the GPU: kernels in Triton. qat.quant.kernels.host starts them.
+"""Triton kernels; qat.quant.kernels.host launches them.
 
 A program takes one row, or up to 32 short ones, and keeps it in registers: it is read once. Sizes of rows are compiled
 in; how many there are is not.
@@ -31,7 +31,7 @@ def _float(bits):
 
 @triton.jit
 def _ordered(bits):
-    """The bits of floats to integers in the same order, and back; those of 0 are 0."""
+    """Map the bits of floats to integers in the same order, and back; 0 maps to 0."""
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
@@ -74,7 +74,8 @@ def _minmax_asymmetric(x, qmax: tl.constexpr):
 
 @triton.jit
 def _tile(rows, stride, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """The rows [ROWS] of this program, and, [ROWS, BLOCK], the places of their elements and which of them there are."""
+    """This program's rows [ROWS], and, all [ROWS, BLOCK], their elements' offsets to read and to write, and the mask of
+    those that exist."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     there = (row < rows)[:, None] & (column < COLUMNS)[None, :]

@@ -23,18 +23,18 @@ _LONGEST = 32768
 """Elements of the longest row that fits into a program's registers."""
 
 _ALIGNED = 16
-"""Bytes: Triton compiles a kernel anew for tensors that do not begin at a multiple of them."""
+"""Bytes: Triton recompiles a kernel for tensors that do not begin at a multiple of them."""
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 class Tile(NamedTuple):
-    """What a program takes of rows of one size.
+    """The part of a tensor's rows that one program processes.
 
     Attributes:
-        rows: how many
-        block: elements of a row, up to the next power of two
-        warps: that share them, 32 elements or fewer for each thread
+        rows: number of rows
+        block: elements of a row, rounded up to a power of two
+        warps: number of warps, 32 elements or fewer per thread
     """
 
     rows: int
@@ -50,7 +50,7 @@ def tile(columns: int) -> Tile:
 
 
 class ProductTile(NamedTuple):
-    """What a program takes of a product: rows, outputs, columns at a time, and by how many warps and stages."""
+    """The tile of a matmul that one program computes: rows, outputs, columns per iteration; warps and stages."""
 
     rows: int
     outs: int

@@ -1,4 +1,4 @@
-"""What those who start the kernels and those who choose among products both know, without Triton."""
+"""Constants shared by the kernel launcher and the matmul selection, importable without Triton."""
 
 FEW_ROWS = 64
-"""Products of so many rows, or fewer, have tiles of their own, and are timed apart."""
+"""Matmuls of this many rows or fewer have their own tiles, and are timed separately."""

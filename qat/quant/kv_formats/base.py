@@ -27,7 +27,7 @@ class KVFormat(ABC):
         pairs: whether the engine may store keys and values in different formats
         reorders: whether it stores the channels of keys as the engine's own copy of the model has them: see
             Architecture.interleaves
-        served: what the engine then does otherwise than training, in a few words; empty if nothing is known
+        served: how serving differs from training, in a few words; empty if no difference is known
     """
 
     bits: int

@@ -1,5 +1,5 @@
-"""What vLLM's caches share, and those of them with a scale per token and head (vLLM 0.32, vllm/v1/attention/ops, PR
-40835)."""
+"""The common base of vLLM's caches, and the base of those with a scale per token and head (vLLM 0.32,
+vllm/v1/attention/ops, PR 40835)."""
 
 from abc import abstractmethod
 from typing import ClassVar

@@ -55,7 +55,7 @@ class Quantizer:
         learned: whether the grid is that of Parameters, see LearnedQuantizer
         scales_tensors: whether the groups' scales are in units of a scale of the tensor's, or are that scale, which is
             fixed before training; ``grid`` is then that of ``for_tensor``
-        margin: how much larger than the text that was looked at other text may be, in such scales of inputs
+        margin: factor by which inputs may exceed those of the calibration text, in such scales
         scale_bytes: the bytes in which ``scale_to_bits`` keeps a scale
     """
 

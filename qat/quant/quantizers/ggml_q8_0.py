@@ -2,7 +2,7 @@
 
 llama.cpp rounds the inputs of a layer so, whose weights are Q4_0, Q5_0 or Q8_0. Codes are x * (127 / max|x|), half to
 even, as its kernels for x86 make them (``quantize_row_q8_0``, ggml/src/ggml-cpu/arch/x86/quants.c); those for other
-processors round about one code in 100,000 otherwise. Scales that fp16 cannot hold become 0 or infinity, as there.
+processors round about one code in 100,000 differently. Scales that fp16 cannot hold become 0 or infinity, as there.
 """
 
 import torch

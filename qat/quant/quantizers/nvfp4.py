@@ -50,8 +50,8 @@ class NVFP4(E2M1):
         return torch.where(scale == 0, _SMALLEST, scale) / self.tensor_scale * 0.5
 
     def inside(self, rows: Tensor, grid: Grid, qmax: int) -> Tensor:
-        """A block's scale follows its largest value but for rounding, so values up to 7 times it pass, which e2m1 would
-        round to 6 if it went on: beyond are those of a scale that is saturated, or subnormal."""
+        """Values up to 7 scales, which an unbounded e2m1 would round to 6, count as inside: the scale follows the
+        block's largest value up to rounding. Larger values occur only with a saturated or subnormal scale."""
         return rows.abs() <= grid.scale * 14
 
     def may_clip(self, grid: Grid) -> bool:

@@ -137,7 +137,7 @@ def test_accuracies_without_a_rival_leave_their_column_empty():
     found = claims._accuracies_by_pairs(made)
     lines = found.splitlines()[:7]
     assert lines[-1] == "| all of these | +0.0 ± 0.0 |  |  |  |"
-    assert found.splitlines()[-1].startswith("2 cells' accuracies were measured by products of floats")
+    assert found.splitlines()[-1].startswith("2 cells' accuracies were measured with float matmuls")
     assert found.endswith(": q, p."), "full precision always multiplies floats"
     made["q"]["products"] = {"piqa": "int_mm"}
     found = claims._accuracies_by_pairs(made)

@@ -1,7 +1,7 @@
 """Tables of results, and the check of the paper's claims against them.
 
 A cell is the JSON that launch/reproduce.py writes: a method, its settings, and its measurements. Two cells are compared
-in pairs, by their KL to the teacher on the same windows of text: that tells them apart where accuracies cannot.
+in pairs, by their KL to the teacher on the same windows of text: that distinguishes them where accuracies cannot.
 """
 
 import itertools
@@ -38,7 +38,7 @@ SETTINGS = ("4-8-4", "4-8-8", "4-6-16", "4-8-16", "4-16-16", "8-8-4", "8-8-8", "
 """The paper's settings, W-A-KV."""
 
 _SURE = 2.0
-"""Number of standard errors by which two cells must differ to be told apart."""
+"""Number of standard errors by which two cells must differ to be distinguished."""
 
 _TARGET = 0.75
 _PTQ = ("rtn", "gptq", "smoothquant")
@@ -168,7 +168,7 @@ class Claim:
     """The claim that the first cell of each pair is closer to the teacher than the second; or, if not ``strictly``,
     that it is no farther. Cells are given by name.
 
-    Two cells are told apart if their difference exceeds its standard errors and, if one of them was trained, the change
+    Two cells are distinguished if their difference exceeds its standard errors and, if one of them was trained, the change
     that another seed makes.
 
     Args:
@@ -256,7 +256,7 @@ CLAIMS = (
     ),
     Claim("4-8-8: LLM-QAT is better than every post-training method", _against_ptq("4-8-8")),
     Claim(
-        "With a 4-bit part or 6-bit activations LLM-QAT is the best, or not told apart from it",
+        "With a 4-bit part or 6-bit activations LLM-QAT is the best, or not distinguishable from it",
         _against_ptq("4-8-4", "4-8-8", "4-6-16", "4-8-16", "4-16-16", "8-8-4"),
         strictly=False,
     ),
@@ -381,9 +381,9 @@ RECIPES_4_8_4 = {
     "and a rotated cache": ["qat_4-8-4_kv_rotation=hadamard", "qat_4-8-4_kv_rotation=hadamard_seed=1"],
     "and four times the steps": ["qat_4-8-4_kv_rotation=hadamard_steps=400"],
     "rotated, in groups of 64 weights": ["qat_4-8-4_w_group_size=64_kv_rotation=hadamard"],
-    "rotated, and begun with GPTQ's weights": ["qat_4-8-4_kv_rotation=hadamard_student=gptq"],
-    "rotated, and begun with SmoothQuant's": ["qat_4-8-4_kv_rotation=hadamard_student=smoothquant"],
-    "rotated, in groups, and begun with GPTQ's": ["qat_4-8-4_w_group_size=64_kv_rotation=hadamard_student=gptq"],
+    "rotated, and initialized with GPTQ's weights": ["qat_4-8-4_kv_rotation=hadamard_student=gptq"],
+    "rotated, and initialized with SmoothQuant's": ["qat_4-8-4_kv_rotation=hadamard_student=smoothquant"],
+    "rotated, in groups, and initialized with GPTQ's": ["qat_4-8-4_w_group_size=64_kv_rotation=hadamard_student=gptq"],
 }
 """The cells that should each close the target share of the distance."""
 
@@ -439,10 +439,9 @@ _INTRODUCTION = """# Results
 Written by `python launch/reproduce.py`, which adds the cells that are missing; each cell with all its settings,
 seeds, versions, times and the machine is a JSON in [cells/](cells). How to read it: perplexity and mean KL(teacher ‖
 student) in nats per token, ± its standard error over the windows, on two texts that we did not train on; *closed* is
-the share of RTN's distance to full precision, in log-perplexity, that is gone (both texts); a difference counts as one
-when it is larger than two standard errors of the differences by pairs, window by window, and, where one of the two was
-trained, larger than what another seed has changed with as many bits (if none was tried, in any of the paper's
-settings)."""
+the share of RTN's distance to full precision, in log-perplexity, that is gone (both texts); a difference counts if it
+is larger than two standard errors of the paired differences (window by window) and, if one of the two was trained,
+larger than the change by another seed at the same bits (if none was tried, in any of the paper's settings)."""
 
 
 def _budget(cells: Mapping[str, Cell]) -> str:
@@ -542,12 +541,12 @@ def _measured_on(cells: Iterable[Cell]) -> str:
 
 
 def _in_floats(names: list[str], cells: Mapping[str, Cell], what: str) -> str:
-    """Name the cells that were measured with products of floats, where today's are of codes; ``what`` of them was."""
+    """Name the cells that were measured with float matmuls, where today's are of codes; ``what`` of them was."""
     old = [name for name in names if _multiplies_codes(cells[name]) and "floats" in _arithmetics(cells[name])]
     if not old:
         return ""
     return (
-        f"{len(old)} {what} were measured by products of floats, where layers multiply codes today "
+        f"{len(old)} {what} were measured with float matmuls, where layers multiply codes today "
         f"([what that changes](../evaluation.md#what-rounding-alone-changes)): {', '.join(old)}."
     )
 

@@ -102,7 +102,7 @@ def hanging(ranks: list[Seen], now: float) -> str | None:
     none.
 
     Only the ranks that are furthest behind can be to blame. Of these, one outside of a collective keeps those inside
-    waiting; if that does not tell them apart, all are named.
+    waiting; if that does not distinguish them, all are named.
     """
     least = min(seen.sign.place for seen in ranks)
     last = [seen for seen in ranks if seen.sign.place == least and not seen.sign.waits]

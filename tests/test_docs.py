@@ -39,7 +39,10 @@ def test_links_lead_somewhere(page):
             "**LLM-QAT, rotated cache, groups (`--w_group_size 64`)**",
             "qat_4-8-4_w_group_size=64_kv_rotation=hadamard",
         ),
-        ("and initialized with GPTQ's weights (`--student`)", "qat_4-8-4_w_group_size=64_kv_rotation=hadamard_student=gptq"),
+        (
+            "and initialized with GPTQ's weights (`--student`)",
+            "qat_4-8-4_w_group_size=64_kv_rotation=hadamard_student=gptq",
+        ),
         ("RTN", "rtn_8-8-8"),
         ("SmoothQuant", "smoothquant_8-8-8"),
         ("**LLM-QAT, initialized with SmoothQuant's weights, `--lr 2e-5`**", "qat_8-8-8_lr=2e-05_student=smoothquant"),

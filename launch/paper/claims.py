@@ -168,7 +168,7 @@ class Claim:
     """The claim that the first cell of each pair is closer to the teacher than the second; or, if not ``strictly``,
     that it is no farther. Cells are given by name.
 
-    Two cells are distinguished if their difference exceeds its standard errors and, if one of them was trained, the change
+    Two cells differ if their difference exceeds its standard errors and, if one of them was trained, the change
     that another seed makes.
 
     Args:

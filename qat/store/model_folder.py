@@ -137,7 +137,7 @@ class ModelFolder:
     @classmethod
     def read(cls, directory: Path) -> ModelFolder:
         """Read a model's config and the headers of its files. Raises UserError if a weight is missing, present twice,
-        of another shape or of an unsupported number format, if the config does not describe one, or if a file is missing
+        of another shape or of an unsupported number format, if the config does not describe it, or a file is missing
         or damaged."""
         _check_student(directory)
         config = read_config(str(directory))

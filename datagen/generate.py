@@ -145,7 +145,7 @@ class Vocabulary:
 
     Args:
         start: ids that may start a sequence: all of the model's tokens but the special ones
-        prefix: what comes before the start token: [BOS] or nothing
+        prefix: tokens before the start token: [BOS] or none
         stop: ids that end a sequence; none if the tokenizer has none: then its length ends it
     """
 
@@ -175,8 +175,8 @@ class Beginnings:
 
     Args:
         prefix: the given tokens of each: BOS, where there is one, and the start token; or a dialogue's opening
-        greedy: how many tokens after them are taken greedily
-        between: what is given after each turn but the last; None for a sequence that is no dialogue
+        greedy: number of tokens after them that are taken greedily
+        between: the given tokens after each turn but the last; None for a sequence that is not a dialogue
     """
 
     indices: range
@@ -247,13 +247,13 @@ class _Writing:
             self._give(place, 0, prefix)
 
     def put(self, row: Tensor, at: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Put the chosen tokens of some sequences at their positions, but where tokens are given; where one ends a turn
-        that another follows, put what is given between them, from its position on.
+        """Put the chosen tokens of some sequences at their positions, unless tokens are given there; if one ends a turn
+        and another turn follows, put the given tokens between the two from its position on.
 
         Args:
             row, at, chosen: [some]; a sequence occurs once
 
-        Returns which sequences end, and where the token is given, each [some].
+        Returns which sequences end, and for which the token is given, each [some].
         """
         is_given = at < self.until[row]
         chosen = torch.where(is_given, self.tokens[row, at], chosen)
@@ -303,9 +303,9 @@ def write_sequences(
     every time, and a random number belongs to a sequence and a position.
 
     Args:
-        progress: called once a step with the numbers of tokens decoded in it, and of tokens that sequences
-            which ended in it stayed short of max_length
-        dialogues: what is given of them, for strategy=chat
+        progress: called once a step with the number of tokens decoded in it, and the number that the sequences which
+            ended in it fell short of max_length
+        dialogues: the given texts of dialogues, for strategy=chat
         watch: called once a step
     """
     begin = Beginnings.of(vocabulary, config, indices, dialogues)

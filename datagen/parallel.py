@@ -26,10 +26,10 @@ class Group:
     """The ranks that hold one copy of the model: one, or ``size`` of them by tensor parallelism.
 
     Args:
-        number: of this group, and
-        count: of all groups; those of the other tasks of a SLURM array count too
-        size: ranks in it
-        rank: of this process in it
+        number: number of this group
+        count: number of all groups, including those of the other tasks of a SLURM array
+        size: ranks in a group
+        rank: this process's rank in its group
     """
 
     number: int

@@ -82,7 +82,7 @@ def choose(
     Args:
         greedy: [rows], on the CPU, True where the most likely token is taken
         draw: [rows], fp64 in [0, 1): where the softmax's cumulative distribution passes it, a token is sampled
-        truncation: of the distribution that is sampled from, and whose probabilities are reported
+        truncation: truncation of the distribution that is sampled from, and whose probabilities are reported
     """
     logits = _truncated(logits, truncation)
     weights = torch.exp(logits - logits.amax(-1, keepdim=True))

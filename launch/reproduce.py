@@ -122,13 +122,13 @@ class Budget:
         steps: optimizer steps of 2 sequences
         max_length: longest training sequence, in tokens
         lr: peak learning rate
-        warmup_steps: its linear warm-up
-        decay_steps: the last steps, over which the learning rate falls; those before are at a constant rate, and cells
-            that differ in their number alone share them. 0: it falls over all steps
-        sequences: that are generated; 0 for as many as the steps take. Cells that share steps must say the same
-        text: as launch/evaluate.py takes it
-        window: tokens of a window
-        windows: of each text
+        warmup_steps: steps of linear warm-up
+        decay_steps: number of last steps over which the learning rate decays; cells that differ only in their number of
+            steps share the constant-rate steps before. 0: decay over all steps
+        sequences: number of generated sequences; 0 for as many as the steps take. Cells that share steps must agree
+        text: value of launch/evaluate.py's --text
+        window: tokens per window
+        windows: windows per text
     """
 
     steps: int = 100
@@ -149,15 +149,15 @@ class Cell:
     Args:
         method: full_precision, qat, a method of launch/quantize.py, or llama_ with one of llama.cpp's own, which are
             only served
-        quant: what is quantized, and how
-        budget: of the training and of the measurement
-        data: what is trained or calibrated on: top1, sample, hybrid or chat (written by the teacher), or a text
-        chat_share: with data=chat, the share of the sequences that are dialogues; the others are hybrid
-        rotation: of the weights, and in front of the MLP's last layer, before anything else
-        train: as launch/train.py takes it
-        loss: as launch/train.py takes it
-        student: what the training begins with: model, or the post-training method that makes its weights
-        seed: of the data and of its order
+        quant: the quantization
+        budget: the budget of training and measurement
+        data: training or calibration data: top1, sample, hybrid or chat (written by the teacher), or a text
+        chat_share: with data=chat, the share of the sequences that are dialogues; the rest are hybrid
+        rotation: rotation of the weights, and in front of the MLP's last layer, before anything else
+        train: value of launch/train.py's --train
+        loss: value of launch/train.py's --loss
+        student: the student's initial weights: model, or the post-training method that makes them
+        seed: seed for the data and its order
     """
 
     method: str

@@ -152,7 +152,7 @@ def test_what_is_no_file_of_dialogues_is_refused(tmp_path):
     bad = ["[]", "nothing", '{"prompt": 3}', '{"messages": []}', '{"messages": [{"role": "user"}]}', '{"text": "a"}']
     for line in bad:
         (tmp_path / "a.jsonl").write_text('{"prompt": "good"}\n' + line + "\n")
-        with pytest.raises(UserError, match="line 2, is no dialogue"):
+        with pytest.raises(UserError, match="line 2, is not a dialogue"):
             dialogues.read(tmp_path / "a.jsonl")
     (tmp_path / "a.txt").write_text("\n")
     with pytest.raises(UserError, match="contains no dialogues"):

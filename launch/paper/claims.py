@@ -403,11 +403,11 @@ def markdown(
 
     Args:
         tables: the names of each table's cells, in order
-        cells: what each cell measured on texts, by name
-        accuracies: what each cell measured on tasks, by name
+        cells: each cell's results on texts, by name
+        accuracies: each cell's results on tasks, by name
         whole: the same on all documents
-        peers: what benchmarks/peers.py wrote; empty if it did not yet
-        served: the section on what is served
+        peers: the results of benchmarks/peers.py; empty if there are none yet
+        served: the section on serving
     """
     claims = [
         "| claim of the paper | at this scale | KL of the first less KL of the second, nats per token |",

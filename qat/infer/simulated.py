@@ -53,7 +53,7 @@ def simulate(
     Args:
         config: folder with config.json, and the learned steps if there are any
         trained_dtype: the dtype in which weights were rounded to their grid: another one rounds differently
-        scales: of inputs, where their format needs any, see ``Student.tensor_scales``
+        scales: scales of inputs, if their format needs any, see ``Student.tensor_scales``
     """
     values: dict[str, Tensor] = {}
     integers: dict[str, Quantized] = {}

@@ -25,11 +25,11 @@ class Method(ABC):
     Attributes:
         meaning: half a sentence for ``--help``
         config: dataclass of its settings; each becomes a flag of launch/quantize.py
-        needs_text: whether it looks at calibration text
+        needs_text: whether it needs calibration text
 
     Args:
         source: directory of the full-precision model
-        settings: of the class ``config``
+        settings: its settings, of the class ``config``
     """
 
     meaning: str

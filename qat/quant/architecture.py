@@ -38,7 +38,7 @@ class Block:
     the first x is the embedding as it is.
 
     Args:
-        head_norms: of each query head and each key head, before the rotation; none if empty
+        head_norms: norms of each query head and each key head, before the rotation; none if empty
     """
 
     attention_norm: str = "input_layernorm"

@@ -159,7 +159,7 @@ def learn_scales(model: PreTrainedModel, grids: Mapping[str, Grid] | None = None
     """Make the scales of the quantized weights Parameters (LSQ, arXiv 1902.08153), before an optimizer is made.
 
     Args:
-        grids: where they begin, by the layer's name; by default with the grids that the weights' own values give
+        grids: initial grids, by the layer's name; by default those that the weights' own values give
     """
     check_scales_can_learn(model)
     for name, linear in scales_that_learn(model).items():

@@ -86,7 +86,7 @@ def matmul_codes(
     Args:
         x, weight: with or without zero points
         weight_qmax: the highest code that weights of this format have; the lowest is -weight_qmax or one less
-        product: what multiplies; by default the fastest that is exact on this device. The result does not depend on it
+        product: the matmul of the codes; by default the fastest exact one on the device. Results do not depend on it
     """
     device = x.codes.device
     codes, scales = x.codes.flatten(0, -2), (x.grid.scale.view(-1, 1), weight.grid.scale.view(1, -1))

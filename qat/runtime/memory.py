@@ -50,8 +50,8 @@ def check_rank(work: str, needs: Mapping[str, float], advice: str) -> None:
     """Warn if a plan needs more of each rank's device than there is. This is not an error: plans are estimates.
 
     Args:
-        work: what was planned
-        needs: bytes, by what they are for
+        work: the planned work
+        needs: bytes, by purpose
         advice: what to change
     """
     _check(work, "GPU" if torch.cuda.is_available() else "rank", needs, of_rank(), advice)

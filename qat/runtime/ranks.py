@@ -55,9 +55,9 @@ def join(rank: int, size: int, group: str = "all") -> None:
     RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT must be set.
 
     Args:
-        rank: of this process in its group
+        rank: this process's rank in its group
         size: ranks in the group
-        group: its name, where there are several
+        group: name of the group, if there are several
 
     Raises UserError if the others do not come within ten minutes, or another run has the port.
     """
@@ -90,8 +90,8 @@ def announce(what: str, step: int | None = None) -> None:
     done for the first time.
 
     Args:
-        what: in the same words whenever it is the same work
-        step: of training, from 1; later announcements belong to it too
+        what: the work, in the same words whenever it is the same
+        step: the training step, from 1; later announcements belong to it too
     """
     if _self is not None:
         _self.announce(what, step)
@@ -127,7 +127,7 @@ def meet(what: str) -> None:
     """Wait until all ranks have reached this point. None of them waits in a collective for another's work.
 
     Args:
-        what: what has happened then
+        what: what has happened by then
     """
     if _self is not None:
         _self.meet(what)

@@ -13,8 +13,8 @@ class Table(Mapping[str, T], Generic[T]):
     """The objects of one kind, in the order in which they were added.
 
     Args:
-        kind: what they are, for messages: "loss", "quantizer"
-        things: those that the package brings; plug-ins ``add`` theirs
+        kind: their kind, for messages: "loss", "quantizer"
+        things: the package's own objects; plug-ins ``add`` theirs
     """
 
     def __init__(self, kind: str, **things: T):
@@ -55,7 +55,7 @@ def choice(default: str, choices: Callable[[], Mapping[str, Any]], separator: st
     ``check_choices`` refuses other values, and the commands' ``--help`` lists each choice with its ``meaning``.
 
     Args:
-        separator: what stands between choices, where a value may be several of them
+        separator: separator of several choices in one value; None if only one is allowed
     """
     return dataclasses.field(default=default, metadata={"choices": choices, "separator": separator})
 

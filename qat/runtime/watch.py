@@ -43,13 +43,13 @@ class Sign:
     """A rank's state as it reports it.
 
     Args:
-        rank: its number among all that the launcher started
-        host: where it runs
+        rank: the rank's number among all that the launcher started
+        host: name of its host
         what: its work, in words
-        place: how many announcements, which all ranks make alike, it has come to
-        beat: another number whenever it has made progress
-        patience: seconds that it may go without another beat, or without a report
-        waits: whether it waits for other ranks: then it may go without another beat forever
+        place: number of announcements that it has made; all ranks make the same ones
+        beat: a number that changes whenever it makes progress
+        patience: seconds without a new beat, or without a report, that are allowed
+        waits: whether it waits for other ranks: then any time without a new beat is allowed
         at: the line of our code that its main thread is in
         in_collective: whether its main thread waits in a collective
     """
@@ -118,7 +118,7 @@ class Watch(threading.Thread):
     """A rank's thread.
 
     Args:
-        own_sign: what the rank does now; called often, from the thread
+        own_sign: returns the rank's present state; called often, from the thread
         tick: seconds between two signs
     """
 

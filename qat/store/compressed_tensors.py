@@ -70,15 +70,15 @@ class Layout(ABC):
     """The layout of a weight's codes in a file.
 
     Attributes:
-        name: what compressed-tensors calls it
-        suffixes: of the names of the tensors that hold a symmetric weight
+        name: compressed-tensors' name of it
+        suffixes: suffixes of the names of the tensors that hold a symmetric weight
         has_zero_points: whether engines that read it have kernels for weights with zero points
         stored_bits: the bits that the format is told, by those of the codes. Every code of 3 bits is one of 4 bits,
             with the same scale, and engines have kernels for those
         engine_a_bits: the bits to which engines that read it can round activations, to integers
         float_inputs: the quantizers of activations to floats that engines which read it have too
         scale_dtype: safetensors' name of the dtype of ``weight_scale``
-        code_dtypes: of a tensor ``weight`` that holds codes
+        code_dtypes: dtypes of a tensor ``weight`` that holds codes
     """
 
     name: str

@@ -124,10 +124,10 @@ class ModelFolder:
     """A model on disk.
 
     Args:
-        directory: where it is
-        config: what transformers makes of ``config.json`` and the files together: embedding and head are tied unless
+        directory: its folder
+        config: transformers' config from ``config.json`` and the files together: embedding and head are tied unless
             the files hold a head of its own. Without ``quantization_config``.
-        places: where each weight is, by the model's own names; of an integer export, each of its parts
+        places: place of each weight, by the model's own names; for an integer export, of each of its parts
     """
 
     directory: Path

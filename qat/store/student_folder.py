@@ -146,10 +146,10 @@ class Student:
     """A trained, or post-training quantized, model on disk.
 
     Args:
-        path: where its weights are
+        path: folder of its weights
         directory: the Hugging Face directory that has its config and tokenizer
-        quant: how it is quantized
-        dtype: of the weights that are rounded to their grid, in training as in evaluation
+        quant: its quantization
+        dtype: dtype of the weights when they are rounded to their grid, in training as in evaluation
         run: content of the training run's ``settings.json``; empty if there is none
     """
 

@@ -53,7 +53,7 @@ class TrainState:
         samples: sequences consumed, over all ranks
         tokens: tokens predicted, over all ranks
         seconds: wall time spent training
-        average_loss: of the steps so far, the newest weigh most
+        average_loss: average of the losses so far, the newest weigh most
         measured: the step of the last measurement on held-out sequences
         flat_at: the step at which the KL was found to fall no more; 0 if it was not
         recent: the KL of the steps since it was last judged

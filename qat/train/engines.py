@@ -91,10 +91,10 @@ def student_engine(
     Args:
         lr_factor: the factor on the learning rate at each step
         initial_steps: ``Teacher.initial_steps``, where the quantizer of the activations is learned
-        tensor_scales: of weights and inputs, where their formats have any; by default those that the model's weights
-            give
+        tensor_scales: scales of weights and inputs, if their formats have any; by default those of the
+            model's weights
         train: what learns, see TrainConfig
-        grids: where learned scales of weights begin, by layer; by default where the weights' own values put them
+        grids: initial grids of learned weight scales, by layer; by default those of the weights' own values
         as_codes: gather weights as codes where possible; false only in comparisons
         room_for_codes: bytes in which gathered codes are kept from forward to backward, and for further rows of a step;
             the same on all ranks
@@ -192,10 +192,10 @@ class Teacher:
     """The full-precision teacher, which only runs forward: samples in, targets out.
 
     Args:
-        ds_config: its DeepSpeed JSON
-        loss: its name in LOSSES; it determines the content of the targets
-        whole: hold all of it on each rank, without DeepSpeed, which the JSON then determines the dtype of; else an
-            engine shards it over the ranks, which must call the teacher together
+        ds_config: the teacher's DeepSpeed JSON
+        loss: name of the loss in LOSSES; it determines the content of the targets
+        whole: replicate the teacher on each rank, without DeepSpeed, in the JSON's dtype; else an engine shards it over
+            the ranks, which must call the teacher together
 
     Attributes:
         head: the output weight [vocabulary, hidden]; sharded, it would have to be gathered in every step

@@ -85,13 +85,13 @@ class Plan:
     """Bytes, per rank unless stated otherwise, by purpose; and the seconds of a step.
 
     Attributes:
-        device: what stays on the rank's GPU; without GPUs, in its process
+        device: bytes that stay on the rank's GPU; without GPUs, in its process
         passing: the most that forward and backward, or the optimizer step, hold in addition
-        host: of a node's memory, by all of its ranks
-        nvme: of a node's disks
-        received_per_step: what a rank receives from the others
-        kept_codes: of ``device``, the room in which a rank keeps codes that it has gathered until the weights change
-        seconds: of a step, by what takes them
+        host: bytes of a node's memory, for all of its ranks
+        nvme: bytes on a node's disks
+        received_per_step: bytes that a rank receives from the others
+        kept_codes: the part of ``device`` in which a rank keeps gathered codes until the weights change
+        seconds: seconds of a step, by cause
         fetches: how often DeepSpeed fetches a decoder layer, or a module in it, for a rank's forward and backward
             passes over one row: each is some Python hooks and, unless the weights are there, collectives
         whole_teacher: whether each rank holds all of the teacher
@@ -316,11 +316,11 @@ class _Elements:
     """Numbers of a model's elements.
 
     Args:
-        all: of all Parameters
-        kept_whole: of those that are whole on each rank between steps: too small to be worth sharding, by the JSON
-        output_layer: of the output weight
-        tied: of the output weight again, if it is the embedding too
-        layer: of the largest decoder layer
+        all: elements of all Parameters
+        kept_whole: elements of unsharded Parameters: those too small to be worth sharding, by the JSON
+        output_layer: elements of the output weight
+        tied: the same again if the output weight is the embedding too, else 0
+        layer: elements of the largest decoder layer
     """
 
     all: int

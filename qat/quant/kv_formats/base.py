@@ -21,7 +21,7 @@ class KVFormat(ABC):
     Keys, values and outputs are [batch, heads, tokens, head_dim] here, after RoPE.
 
     Attributes:
-        bits: of a code: what kv_bits must be
+        bits: bits of a code, which kv_bits must equal
         engine: the inference engine that stores keys and values so; empty if none does
         type: the engine's name for it; empty if there is no engine
         pairs: whether the engine may store keys and values in different formats

@@ -35,8 +35,8 @@ class Quantizer:
     """A way to quantize. A new one defines what differs, and is added to ``qat.quant.quantizers.QUANTIZERS``.
 
     Attributes:
-        meaning: in a few words, for ``--help``
-        parts: what can be quantized so: weights, activations, kv
+        meaning: a few words for ``--help``
+        parts: the parts of a model that it can quantize: weights, activations, kv
         symmetric: whether the zero point is 0 everywhere
         full_range: whether -qmax - 1 is a code too; always, with zero points
         clips: whether values beyond the last codes are cut off; they get no gradient

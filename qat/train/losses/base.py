@@ -32,7 +32,7 @@ class Records:
 
     Args:
         hidden_states: [1, tokens, hidden] in front of every layer and behind the last; empty unless the loss needs them
-        attention: of every layer; None unless the loss needs it
+        attention: attention of every layer; None unless the loss needs it
     """
 
     hidden_states: tuple[Tensor, ...] = ()

@@ -95,7 +95,7 @@ class GenerateConfig:
             raise UserError(f"top_p={self.top_p} is invalid: choose a probability above 0, or 1 for all tokens.")
         if self.strategy == "top1" and self.truncation != sampling.Truncation():
             raise UserError(
-                "strategy=top1 draws nothing, so temperature, top_k and top_p do not apply: leave them out, or give "
+                "strategy=top1 does not sample, so temperature, top_k and top_p do not apply: leave them out, or give "
                 "strategy=sample or hybrid."
             )
         if not 0 < self.chat_share <= 1:

@@ -342,7 +342,7 @@ def tasks_of_baseline(tasks: list[str], evaluation: Evaluation) -> dict[str, Any
         )
     if not (shared := {task: found["tasks"][task] for task in tasks if task in found["tasks"]}):
         raise UserError(
-            f"{evaluation.baseline} has none of the tasks {', '.join(tasks)}: give --tasks that it has "
+            f"{evaluation.baseline} has no results for {', '.join(tasks)}: give --tasks that it has "
             f"({', '.join(found['tasks']) or 'none'}), or another --baseline."
         )
     return shared

@@ -274,7 +274,7 @@ def test_a_cache_serves_the_losses_that_can_use_it(top_k, refused, reverse, tmp_
     TeacherCache(tmp_path).record({"top_k": top_k})
     for name in ("logits", reverse):
         if name in refused:
-            with pytest.raises(UserError, match=r"loss=reverse needs .* has its 8 most .* --top_k 0"):
+            with pytest.raises(UserError, match=r"loss=reverse needs .* has only its 8 most .* --top_k 0"):
                 TeacherCache(tmp_path, name).check_loss()
         else:
             TeacherCache(tmp_path, name).check_loss()

@@ -184,7 +184,7 @@ def test_two_ranks_find_what_one_finds_and_nothing_is_measured_twice(tiny_direct
     assert "results of other settings (limit was 5, now 6, w_bits was 4, now 5)" in message
     assert json.loads(one.read_text()) == more, "nothing is lost"
     for flags, refusal in (
-        (["--tasks=piqa", "--limit=5"], "has none of the tasks piqa: give --tasks that it has (arc_easy, openbookqa)"),
+        (["--tasks=piqa", "--limit=5"], "has no results for piqa: give --tasks that it has (arc_easy, openbookqa)"),
         (["--tasks=arc_easy"], "was measured on other documents (limit was 5, now 0)"),
         ([], "needs --tasks"),
         (

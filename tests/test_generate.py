@@ -153,8 +153,8 @@ def test_surprisal_is_that_of_the_sampled_tokens():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"strategy": "top1", "temperature": 0.5}, "draws nothing"),
-        ({"strategy": "top1", "top_k": 5}, "draws nothing"),
+        ({"strategy": "top1", "temperature": 0.5}, "does not sample"),
+        ({"strategy": "top1", "top_k": 5}, "does not sample"),
         ({"temperature": 0.0}, "strategy=top1"),
         ({"top_p": 0.0}, "above 0"),
         ({"top_p": 1.5}, "above 0"),

@@ -73,7 +73,7 @@ class Layout(ABC):
         name: compressed-tensors' name of it
         suffixes: suffixes of the names of the tensors that hold a symmetric weight
         has_zero_points: whether engines that read it have kernels for weights with zero points
-        stored_bits: the bits that the format is told, by those of the codes. Every code of 3 bits is one of 4 bits,
+        stored_bits: the declared bits, by those of the codes. Every code of 3 bits is one of 4 bits,
             with the same scale, and engines have kernels for those
         engine_a_bits: the bits to which engines that read it can round activations, to integers
         float_inputs: the quantizers of activations to floats that engines which read it have too
@@ -106,7 +106,7 @@ class Layout(ABC):
         return quant.a_bits if quant.a_bits in (FULL_PRECISION, *self.engine_a_bits) else 8
 
     def bits(self, form: Format) -> int:
-        """Return the bits that the format is told. With zero points there are kernels for 4 and 8."""
+        """Return the declared bits. With zero points there are kernels for 4 and 8."""
         bits = self.stored_bits[form.code_bits]
         return bits if form.symmetric else max(bits, 4)
 

@@ -263,14 +263,14 @@ def training(
 
 
 class _Codes(NamedTuple):
-    """Weights that travel as codes (qat.train.codes): their elements, and the bytes of their codes and grids."""
+    """Weights that are gathered as codes (qat.train.codes): their elements, and the bytes of their codes and grids."""
 
     elements: int
     size: int
 
 
 def _codes(model: "PreTrainedModel", quant: QuantConfig, ds_config: dict[str, Any], ranks: int) -> _Codes:
-    """Return what travels as codes if all weights learn."""
+    """Return the weights that are gathered as codes if all weights learn."""
     zero = ds_config["zero_optimization"]
     if zero.get("offload_param", {}).get("device") == "nvme":
         return _Codes(0, 0)

@@ -75,8 +75,8 @@ class TeacherCache:
         """Raise UserError if the folder keeps only the most likely tokens, and the loss needs all of them."""
         if (top_k := self.fingerprint()["top_k"]) and not LOSSES[self.loss].takes_top_k:
             raise UserError(
-                f"loss={self.loss} needs the teacher's whole distribution, and {self.directory} has its {top_k} most "
-                "likely tokens: make a cache with launch/cache_teacher.py --top_k 0."
+                f"loss={self.loss} needs the teacher's full distribution, but {self.directory} has only its {top_k} "
+                "most likely tokens: make a cache with launch/cache_teacher.py --top_k 0."
             )
 
     def fingerprint(self) -> dict[str, object]:

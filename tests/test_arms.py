@@ -60,7 +60,7 @@ def test_arm_trains(arm, tiny_directory, tiny_data, tmp_path):
     said = finish(start_training(2, *flags(tiny_directory, tiny_data, tmp_path / "run"), *ARMS[arm]))
     assert falls(tmp_path / "run")
     place = None if arm == "label" else "sharded" if "hidden" in arm or "attention" in arm else "replicated"
-    assert re.findall(r"The teacher is (\w+)", said) == [place] * (place is not None), "replicated where the plan counts it so"
+    assert re.findall(r"The teacher is (\w+)", said) == [place] * (place is not None), "as planned"
     assert all(("kl" in record) == (arm != "label") for record in log_of(tmp_path / "run")), "the teacher's, or none"
 
 

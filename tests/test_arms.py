@@ -170,7 +170,7 @@ def test_a_cache_of_other_data_is_refused(monkeypatch, tiny_directory, tiny_data
         (["--a_quantizer=lsq", "--loss=label"], "takes its first steps from the teacher's activations"),
         (["--loss=label", "--teacher_cache=anywhere"], "loss=label needs no teacher, so --teacher_cache"),
         (["--loss=logits+hidden", "--teacher_cache=anywhere"], "needs more of the teacher than the predictions"),
-        (["--steps=0", "--batch_size=16"], "has 12 sequences, a step takes 16: generate more"),
+        (["--steps=0", "--batch_size=16"], "has 12 sequences, fewer than batch_size=16: generate more"),
     ],
 )
 def test_impossible_arms_are_refused(settings, named, monkeypatch, tiny_directory, tiny_data, tmp_path):

@@ -299,9 +299,9 @@ MORE_THAN_TRANSFORMERS = (
     r"stores .* is expected: give the full-precision model",
     r"has is_(causal|encoder_decoder)=",
     r"is quantized already",
-    r"is longer than the \d+ positions|has the token id",
+    r"is longer than the \d+ positions|contains token id",
     r"where llama\.cpp|not mapped to (GGUF|llama\.cpp)",
-    r"rotates all positions otherwise",
+    r"rotates all positions differently",
     r"module 'torch' has no attribute",  # dtype, which it was told
 )
 """Why a door may refuse a model that transformers computes: it needs more of the folder than the logits do."""

@@ -189,7 +189,7 @@ def test_two_ranks_find_what_one_finds_and_nothing_is_measured_twice(tiny_direct
         ([], "needs --tasks"),
         (
             ["--tasks=arc_easy", "--limit=5", f"--baseline={text}"],
-            "no result of launch/evaluate.py: give another --b",
+            "not a result of launch/evaluate.py: give another --b",
         ),
     ):
         assert refusal in error_of(monkeypatch, "evaluate", *where, f"--text={text}", f"--baseline={two}", *flags)

@@ -22,17 +22,20 @@ parser.add_argument("--lr", type=float, default=2e-4)
 settings = parser.parse_args()
 
 torch.manual_seed(0)
+device = "cuda" if torch.cuda.is_available() else "cpu"
 tokenizer = AutoTokenizer.from_pretrained(settings.model)
-teacher = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32).eval()
+teacher = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32).eval().to(device)
 student = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
 qat.prepare(student, qat.QuantConfig(w_bits=4, a_bits=8, kv_bits=4, kv_rotation="hadamard"))
-distiller = qat.Distiller(student).train()
+distiller = qat.Distiller(student).train().to(device)
 optimizer = torch.optim.AdamW(student.parameters(), settings.lr, weight_decay=0.0)
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
+known = min(len(tokenizer), teacher.config.vocab_size)
 
 for step in range(settings.steps):
-    start = torch.randint(len(tokenizer), (1, 1))  # the paper's data: the teacher goes on from a random token
-    ids = teacher.generate(start, do_sample=True, max_length=settings.tokens, pad_token_id=tokenizer.eos_token_id)
+    # The paper's data: the teacher goes on from a random token. A single sequence needs no padding; any id will do.
+    start = torch.randint(known, (1, 1)).to(device)
+    ids = teacher.generate(start, do_sample=True, max_length=settings.tokens, pad_token_id=0)
     loss, kl = distiller(ids, qat.TeacherTargets.of(teacher, ids))
     loss.backward()
     optimizer.step()
@@ -40,7 +43,7 @@ for step in range(settings.steps):
     schedule.step()
     print(f"step {step + 1}: KL to the teacher {kl:.4f} nats per token")
 
-qat.save(student, settings.output, source=settings.model)
+qat.save(student.cpu(), settings.output, source=settings.model)
 model = qat.load(settings.output)  # packed 4-bit weights, integer KV cache
-prompt = tokenizer("The", return_tensors="pt")
+prompt = tokenizer("The", return_tensors="pt").to(model.device)
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=20, do_sample=False)[0]))

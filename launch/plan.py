@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch import cli
+from qat.quant.config import QuantConfig
 from qat.runtime.errors import UserError, check_least
 from qat.store import models, smollm2
 from qat.store.model_folder import check_runs, read_config, without_weights
@@ -72,7 +73,7 @@ class Question:
 
 
 def main() -> None:
-    question, machine = cli.parse(__doc__, Question, Machine)
+    question, machine, quant = cli.parse(__doc__, Question, Machine, QuantConfig)
     config = config_of(question.model)
     ways = [(question.deepspeed, question.teacher_deepspeed or question.deepspeed)] if question.deepspeed else None
     ways = ways or [(Path("ds_configs") / student, Path("ds_configs") / teacher) for student, teacher in WAYS]
@@ -82,7 +83,7 @@ def main() -> None:
         device = "cuda" if deepspeed_json.dtype(student_json) == torch.bfloat16 else "cpu"
         checkpointing, packed = question.gradient_checkpointing, question.micro_batch_size
         whole = 0.0 if question.teacher_deepspeed else machine.gpu_memory * 1e9
-        given = (config, student_json, teacher_json, machine, question.tokens, device, checkpointing, packed)
+        given = (config, student_json, teacher_json, machine, question.tokens, device, checkpointing, packed, quant)
         planned = partial(plan.training, *given, memory=machine.gpu_memory * 1e9)
         plans[student.name] = plan.with_whole_teacher(whole, planned)
     Console(width=140).print(table(question, machine, plans))

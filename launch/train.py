@@ -273,9 +273,9 @@ def plan_of(
     """Plan this run by the DeepSpeed JSONs of the student and of the teacher, if one is loaded, which is whole on each
     rank if a rank with ``for_whole`` bytes has room for it. Codes are kept in the rest of ``room`` bytes."""
     nodes = cli.ranks() // local_ranks()
-    ranks = Machine(gpus=cli.ranks(), nodes=nodes if nodes and cli.ranks() % nodes == 0 else 1)
+    machine = Machine(gpus=cli.ranks(), nodes=nodes if nodes and cli.ranks() % nodes == 0 else 1)
     kind, checkpointing, packed = device().type, config.gradient_checkpointing, config.micro_batch_size
-    given = (model, student, teacher, ranks, tokens, kind, checkpointing, packed, quant)
+    given = (model, student, teacher, machine, tokens, kind, checkpointing, packed, quant)
     return plan.with_whole_teacher(for_whole, partial(plan.training, *given, memory=room))
 
 

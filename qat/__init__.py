@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qat.infer.integer_cache import IntegerCache
     from qat.infer.packed import load
     from qat.quant.config import QuantConfig
-    from qat.quant.prepare import freeze, learn_scales, prepare, train_only_scales
+    from qat.quant.prepare import calibrate, freeze, learn_scales, prepare, train_only_scales
     from qat.runtime.errors import UserError
     from qat.store.student_folder import save
     from qat.train.distill import Distiller, LabelTargets, TeacherTargets, TopKTargets
@@ -31,6 +31,7 @@ __all__ = [
     "TeacherTargets",
     "TopKTargets",
     "UserError",
+    "calibrate",
     "freeze",
     "learn_scales",
     "load",
@@ -47,6 +48,7 @@ _HOMES = {
     "TeacherTargets": "qat.train.distill",
     "TopKTargets": "qat.train.distill",
     "UserError": "qat.runtime.errors",
+    "calibrate": "qat.quant.prepare",
     "freeze": "qat.quant.prepare",
     "learn_scales": "qat.quant.prepare",
     "load": "qat.infer.packed",

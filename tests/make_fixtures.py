@@ -1,6 +1,6 @@
-"""Writes tests/fixtures/v1: one of every kind of file that this version writes, and the numbers that they give.
+"""Writes one of every kind of file that this version writes, and the numbers that they give, into a new folder.
 
-python tests/make_fixtures.py
+python tests/make_fixtures.py tests/fixtures/vN
 
 v1 was written at commit c94a77f. Coming versions must still read it (see test_old_files.py), so it is made once: a
 version that writes other files adds a folder of its own. The model is as small as GGUF's blocks allow. Written again by
@@ -10,6 +10,7 @@ the same version, the files differ only in times.
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from conftest import ROOT, run_python, run_ranks, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from qat.evaluate.perplexity import perplexity
-from qat.export.formats import FAKE, FORMATS, GGUF
+from qat.export.formats import FAKE, GGUF
 from qat.infer import simulated
 from qat.store import gguf_files, student_folder
 from qat.store.compressed_tensors import INTEGERS, PACKED
@@ -35,6 +36,8 @@ SHAPE = {"vocab_size": TOKENS, "hidden_size": 32, "intermediate_size": 64, "head
 GENERATE = ("--sequences=12", "--max_length=24", "--batch_size=3", "--sequences_per_shard=6")
 GPTQ = ("--method=gptq", "--w_group_size=32", "--kv_rotation=hadamard")
 SMOOTHQUANT = ("--method=smoothquant", "--w_bits=8", "--kv_bits=8")
+EXPORTS = (PACKED, INTEGERS, FAKE, GGUF)
+"""The formats that hold the run's integers."""
 EVALUATE = ("--text=text.txt", "--window=32", "--windows=3")
 
 
@@ -46,12 +49,14 @@ def train_flags(folder: Path, steps: int = STEPS) -> list[str]:
 
 
 def main() -> None:
-    shutil.rmtree(FIXTURES, ignore_errors=True)
+    output = Path(sys.argv[1]).resolve()
+    if output.exists():
+        sys.exit(f"{output} exists already: give a new folder.")
     with tempfile.TemporaryDirectory() as name:
         os.chdir(name)  # the files name each other by relative paths
         write(Path(name))
         (Path(name) / "expected.json").write_text(json.dumps(expected(), indent=1) + "\n")
-        shutil.copytree(name, FIXTURES, ignore=shutil.ignore_patterns("lock", "tensorboard", "*.png"))
+        shutil.copytree(name, output, ignore=shutil.ignore_patterns("lock", "tensorboard", "*.png"))
 
 
 def write(here: Path) -> None:
@@ -73,7 +78,7 @@ def write(here: Path) -> None:
     for top_k in (8, 0):
         flags = ["--model=model", "--data=data", f"--top_k={top_k}", f"--output=cache-{top_k}"]
         run_ranks("cache_teacher", *flags, f"--deepspeed={ROOT / 'ds_configs' / 'zero3_cpu.json'}", cwd=here)
-    for form in FORMATS:
+    for form in EXPORTS:
         flags = ["--checkpoint=finished/final", f"--output=export-{form}", f"--format={form}", "--text=text.txt"]
         run_python("export", *flags, cwd=here)
     flags = ["--model=finished/final", "--teacher=model", *EVALUATE, "--output=evaluation.json"]

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import qat
 from qat.infer import simulated
 from qat.runtime.errors import UserError
+from qat.store import models
 
 
 def test_importing_the_package_imports_nothing_else():
@@ -61,6 +62,13 @@ def test_the_trainer_of_hugging_face(tiny_directory, tmp_path, monkeypatch):
     )
     trained = simulated.load(str(tmp_path / "out"), torch.float32).lm_head.weight
     assert not torch.equal(trained, AutoModelForCausalLM.from_pretrained(tiny_directory).lm_head.weight)
+
+
+def test_a_student_is_saved_beside_its_name_on_the_hub(tiny_directory, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "_download", lambda name: str(tiny_directory))
+    student = qat.prepare(tiny_model(tie_word_embeddings=False), qat.QuantConfig())
+    qat.save(student, tmp_path / "student", source="owner/model")
+    assert qat.load(tmp_path / "student")
 
 
 def test_what_is_not_prepared_or_is_so_already_is_refused(tiny_directory, tmp_path):

@@ -76,6 +76,11 @@ def test_it_says_what_fits_and_what_is_lacking(monkeypatch, capsys):
     assert "of host memory" in lacking
 
 
+def test_it_plans_for_the_given_quantization(monkeypatch, capsys):
+    quantized = said(monkeypatch, capsys, "--model=llama-7b", '--overrides={"lm_head": {"w_bits": 4}}')
+    assert quantized != said(monkeypatch, capsys, "--model=llama-7b")
+
+
 def said(monkeypatch, capsys, *flags: str) -> str:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["plan.py", *flags])

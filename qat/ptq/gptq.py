@@ -92,8 +92,8 @@ def quantize_layer(stream: Stream, weights: Weights, config: GPTQConfig) -> tupl
             again = quantize(values, linear.weight_format, quantized.grid).codes
             if not torch.equal(again.view(torch.int8), quantized.codes.view(torch.int8)):
                 raise UserError(
-                    f"Values of {linear.weight_format} in {stored.dtype}, the model's dtype, lose their codes: "
-                    "give w_quantizer=minmax, or fewer w_bits."
+                    f"Values of w_bits={linear.weight_format.bits}, w_quantizer={linear.weight_format.quantizer} in "
+                    f"{stored.dtype}, the model's dtype, lose their codes: give w_quantizer=minmax, or fewer w_bits."
                 )
             ours += error_of(weight - values.float(), hessian)
             rtn += error_of(weight - round_to_grid(weight, linear.weight_format)[0], hessian)

@@ -1,4 +1,4 @@
-"""The source of an export: a student's weights, wherever they are, one tensor at a time.
+"""Students on disk: written, found, and read one tensor at a time.
 
 A student is a Hugging Face directory with ``quant_config.json`` beside its weights (the ``final/`` of a run, or the
 output of launch/quantize.py), or one of a run's ZeRO-3 checkpoints, of any number of ranks.
@@ -84,15 +84,13 @@ def save(model: PreTrainedModel, directory: str | Path, source: str | Path) -> N
 
     Args:
         directory: a new folder, which appears complete or not at all
-        source: folder of the model that it was made from, whose config and tokenizer it takes over
+        source: the model that it was made from, whose config and tokenizer it takes over: its folder, or hub name
     """
     if Path(directory).exists():
         raise UserError(f"{directory} exists already: choose another folder.")
-    quant, folder = prepared_with(model), ModelFolder.read(Path(source))
+    quant, folder = prepared_with(model), ModelFolder.read(Path(models.resolve(str(source))))
     if rotation_of(folder.config) != rotation_of(model.config):
-        raise UserError(
-            f"{source} is rotated differently from the model: give the folder that the model was made from."
-        )
+        raise UserError(f"{source} is rotated differently from the model: give the one that the model was made from.")
     write(Path(directory), model, model.state_dict(), quant, folder.companions())
 
 
@@ -135,8 +133,8 @@ def _as_stored(name: str, weight: Tensor, model: PreTrainedModel, grids: Mapping
     values = dequantize(Quantized(codes, grid), weight.dtype)
     if not torch.equal(quantize(values, linear.weight_format, grid).codes, codes):
         raise UserError(
-            f"Values of {linear.weight_format} in {weight.dtype}, the model's dtype, lose their codes: "
-            "train in fp32, or with fewer w_bits."
+            f"Values of w_bits={linear.weight_format.bits}, w_quantizer={linear.weight_format.quantizer} in "
+            f"{weight.dtype}, the model's dtype, lose their codes: train in fp32, or with fewer w_bits."
         )
     return values
 

@@ -24,6 +24,7 @@ from qat.train.config import CHECKPOINTS, LOG, TrainConfig
 from qat.train.distill import Targets
 from qat.train.engines import Teacher
 from qat.train.log import PERPLEXITY, RunLog
+from qat.train.losses import LOSSES
 from qat.train.validation import Texts, perplexities
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def read(taken: Taken, config: TrainConfig, state: TrainState, checkpoints: Path
     state.seconds += seconds
     figures = {
         "loss": loss_sum / config.batch_size,
-        **({} if config.loss == "label" else {"kl": kl_sum / config.batch_size}),  # KL needs a teacher
+        **({"kl": kl_sum / config.batch_size} if LOSSES[config.loss].needs_teacher else {}),
         "lr": taken.lr,
         "grad_norm": norm,
         "tokens_per_second": round(token_sum / seconds, 1),

@@ -1,7 +1,5 @@
 """Settings per layer: which layers get them, and that they hold all the way to an export."""
 
-import logging
-
 import pytest
 import torch
 from conftest import tiny_model
@@ -79,10 +77,21 @@ def test_refusals(overrides, named):
         prepare(tiny_model(), QuantConfig(overrides=overrides))
 
 
-def test_a_pattern_that_matches_nothing_is_warned_of(caplog):
-    with caplog.at_level(logging.WARNING):
-        prepare(tiny_model(), QuantConfig(overrides={"*.lm_head": {"w_bits": 8}}))
-    assert "'*.lm_head' matches no layer" in caplog.text
+@pytest.mark.parametrize(
+    ("pattern", "setting", "kind"),
+    [
+        ("*.lm_head", "w_bits", "linear layer"),
+        ("*.self_attn", "w_bits", "linear layer"),
+        ("*.down_proj", "kv_bits", "attention"),
+    ],
+)
+def test_a_setting_that_no_module_gets_is_warned_of_once(pattern, setting, kind, caplog):
+    quant = QuantConfig(overrides={pattern: {setting: 8}, "*": {"kv_bits": 8}, "*.up_proj": {"w_bits": 8}})
+    for _ in range(2):
+        prepare(tiny_model(), quant)
+    assert caplog.messages == [
+        f"warning: overrides: {pattern!r} matches no {kind} of the model, whose {setting} it sets"
+    ]
 
 
 def test_flags_and_recipes_set_them(monkeypatch, tmp_path):

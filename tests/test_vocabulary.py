@@ -63,7 +63,7 @@ def test_patterns_are_for_the_decoder_and_16_bits_change_nothing(caplog):
         model = prepare(tiny_model(), QuantConfig(16, 16, 16, overrides=overrides))
         assert not [module for module in model.modules() if type(module).__name__.startswith("Quant")]
         assert torch.equal(model(ids(model)).logits, tiny_model()(ids(model)).logits)
-    assert caplog.messages == ["warning: overrides: '*head' matches no layer of the model"]
+    assert caplog.messages == ["warning: overrides: '*head' matches no linear layer of the model, whose w_bits it sets"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ quantized ones, in place."""
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -53,7 +54,7 @@ def prepare(model: PreTrainedModel, config: QuantConfig) -> PreTrainedModel:
         raise UserError("The model is already prepared: load it again to quantize it differently.")
     check_rotates(model)
     _check_cache(model, config)
-    _warn_of_idle_patterns(model, config)
+    _warn_of_idle_settings(model, config)
     architecture, layers = architecture_of(model.config), decoder_layers(model)
     settings, cached = layer_settings(model, config), False
     for number, layer in enumerate(layers):
@@ -316,15 +317,26 @@ def _check_cache(model: PreTrainedModel, config: QuantConfig) -> None:
             form.check(head_dim(model.config))
 
 
-def _warn_of_idle_patterns(model: PreTrainedModel, config: QuantConfig) -> None:
-    """Warn about overrides that match nothing."""
+def _warn_of_idle_settings(model: PreTrainedModel, config: QuantConfig) -> None:
+    """Warn about overrides whose patterns match no module that has such settings."""
     architecture, layers = architecture_of(model.config), len(decoder_layers(model))
-    modules = [architecture.attention, *(name for names in architecture.shared_inputs for name in names)]
-    known = [architecture.names(number, layers, name) for number in range(layers) for name in modules]
-    for pattern in config.overrides:
-        named = pattern in (architecture.embedding, architecture.head)
-        if not named and not any(matches(pattern, names) for names in known):
-            _log.warning("warning: overrides: %r matches no layer of the model", pattern)
+    linears = [name for names in architecture.shared_inputs for name in names]
+    for kind, prefixes, modules in (
+        ("linear layer", ("w_", "a_"), linears),
+        ("attention", ("kv_",), [architecture.attention]),
+    ):
+        known = [architecture.names(number, layers, name) for number in range(layers) for name in modules]
+        for pattern, changes in config.overrides.items():
+            given = [setting for setting in changes if setting.startswith(prefixes)]
+            named = pattern in (architecture.embedding, architecture.head)
+            if given and not named and not any(matches(pattern, names) for names in known):
+                _warn_once(f"overrides: {pattern!r} matches no {kind} of the model, whose {given[0]} it sets")
+
+
+@functools.cache
+def _warn_once(sentence: str) -> None:
+    """Log a warning, unless it was logged before: a run prepares its model twice, first without weights."""
+    _log.warning("warning: %s", sentence)
 
 
 def _quantize_linears(linears: dict[str, nn.Linear], settings: list[QuantConfig]) -> None:

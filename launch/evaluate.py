@@ -180,11 +180,13 @@ def main() -> None:
             f"{'' if in_llama_cpp else 'give --method rtn, or '}leave them out."
         )
     if rtn and quant.activations.learned:
-        raise UserError("method=rtn rounds without training, but a_quantizer=lsq has learned steps: give minmax.")
+        raise UserError(
+            f"method=rtn rounds without training, but a_quantizer={quant.a_quantizer} has learned steps: give minmax."
+        )
     if rtn and quant.scales_inputs:
         raise UserError(
-            "method=rtn has no calibration text, which a_quantizer=nvfp4 or fp8_tensor needs: evaluate the output of "
-            "launch/quantize.py --method rtn, or give mxfp4 or fp8."
+            f"method=rtn has no calibration text, which a_quantizer={quant.measured_quantizer} needs: evaluate the "
+            "output of launch/quantize.py --method rtn, or give mxfp4 or fp8."
         )
     longest = min(subject.positions, models.positions(teacher_name) if teacher_name else subject.positions)
     # vLLM does not score a text without generating a token after it.

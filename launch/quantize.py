@@ -31,7 +31,7 @@ class Quantization:
         output: folder of the quantized model
         method: the post-training method
         data: folder of calibration shards, made by launch/generate.py or from a corpus, for methods that need text, and
-            for activations whose scales are measured (nvfp4, fp8_tensor)
+            for activations whose scales are measured (nvfp4, say)
         sequences: number of sequences to calibrate on, the first of data; 0 for all
     """
 
@@ -75,7 +75,7 @@ def main() -> None:
 def check(settings: Quantization, quant: QuantConfig, options: dict[str, Any]) -> None:
     """Raise UserError for settings that cannot be combined; ``options`` are the settings of each method."""
     if quant.activations.learned:
-        raise UserError("a_quantizer=lsq has learned steps, and nothing is trained here: give minmax.")
+        raise UserError(f"a_quantizer={quant.a_quantizer} has learned steps, and nothing is trained here: give minmax.")
     METHODS[settings.method].check(quant)
     _check_text(settings, quant)
     for name, own in options.items():
@@ -95,8 +95,8 @@ def _check_text(settings: Quantization, quant: QuantConfig) -> None:
         )
     if settings.data is None and quant.scales_inputs:
         raise UserError(
-            "a_quantizer=nvfp4 or fp8_tensor has scales that are measured on calibration text: give --data, a folder "
-            "of launch/generate.py, or another a_quantizer."
+            f"a_quantizer={quant.measured_quantizer} has scales that are measured on calibration text: give --data, a "
+            "folder of launch/generate.py, or another a_quantizer."
         )
     if settings.data is not None and not METHODS[settings.method].needs_text and not quant.scales_inputs:
         others = [name for name, method in METHODS.items() if method.needs_text]

@@ -150,8 +150,8 @@ def main() -> int:
         )
     if is_rotated and quant.scales_inputs:
         raise UserError(
-            "a_quantizer=nvfp4 or fp8_tensor takes its scales from the teacher's activations, and the student's are "
-            f"rotated: give --model {begin}."
+            f"a_quantizer={quant.measured_quantizer} takes its scales from the teacher's activations, and the "
+            f"student's are rotated: give --model {begin}."
         )
     if config.train != "weights":
         check_scales_can_learn(prepared)
@@ -306,7 +306,10 @@ def starting_point(student: Path, model: str, quant: QuantConfig) -> str:
     teachers, own = models.load_tokenizer(model), models.load_tokenizer(str(directory))
     models.check_same_tokens(teachers, own, f"{model} and the student {student}")
     if quant.activations.learned:
-        raise UserError("a_quantizer=lsq takes its first steps from the teacher's activations: leave out --student.")
+        raise UserError(
+            f"a_quantizer={quant.a_quantizer} takes its first steps from the teacher's activations: leave out "
+            "--student."
+        )
     if found and found.has_grids and quant.weights.quantizes and found.quant.weights != quant.weights:
         raise UserError(
             f"The weights of {student} are already rounded by {found.ptq_method or 'training'}, and other settings "
@@ -348,18 +351,18 @@ def check_teacher(cache: Path | None, quant: QuantConfig, config: TrainConfig) -
         )
     if quant.activations.learned and config.micro_batch_size > 1:
         raise UserError(
-            "a_quantizer=lsq scales the gradients of its steps by the tokens of a forward pass, so packed sequences "
-            "would train differently from single ones: give --micro_batch_size 1."
+            f"a_quantizer={quant.a_quantizer} scales the gradients of its steps by the tokens of a forward pass, so "
+            "packed sequences would train differently from single ones: give --micro_batch_size 1."
         )
     if quant.activations.learned and (cache or not loss.needs_teacher):
         raise UserError(
-            "a_quantizer=lsq takes its first steps from the teacher's activations: give a loss that runs the teacher, "
-            "and no --teacher_cache."
+            f"a_quantizer={quant.a_quantizer} takes its first steps from the teacher's activations: give a loss that "
+            "runs the teacher, and no --teacher_cache."
         )
     if quant.scales_inputs and (cache or not loss.needs_teacher):
         raise UserError(
-            "a_quantizer=nvfp4 or fp8_tensor takes its scales from the teacher's activations: give a loss that runs "
-            "the teacher, and no --teacher_cache."
+            f"a_quantizer={quant.measured_quantizer} takes its scales from the teacher's activations: give a loss that "
+            "runs the teacher, and no --teacher_cache."
         )
 
 

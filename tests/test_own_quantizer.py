@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from safetensors.torch import load_file
 from test_train import flags, losses
 
 import qat
+from launch import quantize, train
 from qat.infer import simulated
 from qat.quant.quantizers import QUANTIZERS
 from qat.store.sidecars import STEPS_FILE
+from qat.train.config import TrainConfig
 from qat.train.distill import Distiller, TeacherTargets
 
 PLUGIN = "--plugin=plugin_quantizer"
@@ -81,6 +84,18 @@ def test_without_its_plugin_it_is_refused_in_a_sentence(trained, monkeypatch):
     monkeypatch.delitem(QUANTIZERS._things, "learned_range")
     with pytest.raises(qat.UserError, match=r"a_quantizer='learned_range' is invalid: choose minmax or .*--plugin"):
         qat.QuantConfig.load(trained / "whole" / "final")
+
+
+def test_what_is_learned_or_measured_is_refused_by_its_name():
+    measured = {"*.down_proj": {"a_quantizer": "nvfp4", "a_bits": 4}}
+    for quant, named in (
+        (qat.QuantConfig(a_quantizer="learned_range"), "learned_range"),
+        (qat.QuantConfig(overrides=measured), "nvfp4"),
+    ):
+        with pytest.raises(qat.UserError, match=f"a_quantizer={named} "):
+            train.check_teacher(Path("cache"), quant, TrainConfig())
+        with pytest.raises(qat.UserError, match=f"a_quantizer={named} "):
+            quantize.check(quantize.Quantization("model", Path("output")), quant, {})
 
 
 def test_a_loss_of_ones_own_in_a_loop_of_ones_own():

@@ -60,8 +60,8 @@ class SmoothQuant(LayerByLayer):
     def check(cls, quant: QuantConfig) -> None:
         if quant.scales_inputs:
             raise UserError(
-                "a_quantizer=nvfp4 or fp8_tensor measures the scales of inputs before method=smoothquant changes "
-                "these: give mxfp4 or fp8, or method=rtn or gptq."
+                f"a_quantizer={quant.measured_quantizer} measures the scales of inputs before method=smoothquant "
+                "changes these: give mxfp4 or fp8, or method=rtn or gptq."
             )
 
     def __init__(self, source: Path, settings: SmoothQuantConfig):

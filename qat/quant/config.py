@@ -224,7 +224,12 @@ class QuantConfig:
     @property
     def scales_inputs(self) -> bool:
         """Return whether activations need scales that are measured before training."""
-        return any(own.activations.scales_tensors for own in self.all_settings())
+        return bool(self.measured_quantizer)
+
+    @property
+    def measured_quantizer(self) -> str:
+        """Return the quantizer of activations whose scales are measured before training; empty if there is none."""
+        return next((own.a_quantizer for own in self.all_settings() if own.activations.scales_tensors), "")
 
     def __str__(self) -> str:
         """Return the field's short form, W-A-KV: 4-8-4."""

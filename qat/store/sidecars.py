@@ -37,7 +37,10 @@ def load_steps(model: nn.Module, directory: Path) -> None:
     if not linears:
         return
     if not (directory / STEPS_FILE).is_file():
-        raise UserError(f"{directory} is incomplete: a_quantizer=lsq has learned steps, and {STEPS_FILE} is missing.")
+        quantizer = next(iter(linears.values())).input_format.quantizer
+        raise UserError(
+            f"{directory} is incomplete: a_quantizer={quantizer} has learned steps, and {STEPS_FILE} is missing."
+        )
     steps = load_tensors(directory / STEPS_FILE)
     if without := {name + STEP_SUFFIX for name in linears} - steps.keys():
         raise UserError(f"{directory} is incomplete: {STEPS_FILE} lacks {min(without)}. Copy it again.")

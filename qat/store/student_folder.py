@@ -318,7 +318,8 @@ def _of_checkpoint(path: Path, model: str | None) -> Student:
         learned = settings.get("train", "weights") != "weights"
     if quant.activations.learned:
         raise UserError(
-            f"a_quantizer=lsq: {path} is a checkpoint, but learned steps are read only from a run's final/: give that."
+            f"a_quantizer={quant.a_quantizer}: {path} is a checkpoint, but learned steps are read only from a run's "
+            "final/: give that."
         )
     if learned:
         raise UserError(f"{path} is a checkpoint, but learned scales are read only from a run's final/: give that.")

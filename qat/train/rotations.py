@@ -63,12 +63,15 @@ def learn(
     Raises UserError for quantizers that learn steps of their own, or have scales of tensors.
     """
     if quant.activations.learned:
-        raise UserError("a_quantizer=lsq has learned steps, and no weights are trained here: give minmax.")
-    if any(form.scales_tensors for own in quant.all_settings() for form in (own.weights, own.activations)):
         raise UserError(
-            "nvfp4 and fp8_tensor have scales of tensors, which change with the rotation: learn it for mxfp4 or fp8, "
-            "or leave out --data."
+            f"a_quantizer={quant.a_quantizer} has learned steps, and no weights are trained here: give minmax."
         )
+    for form in (form for own in quant.all_settings() for form in (own.weights, own.activations)):
+        if form.scales_tensors:
+            raise UserError(
+                f"{form.quantizer} has scales of tensors, which change with the rotation: learn it for mxfp4 or fp8, "
+                "or leave out --data."
+            )
     rotating = Rotating(folder, rotation, quant)
     matrices = start.to(machine.device()).to(torch.float64)
     with progress.bar(range(config.steps), desc="learn rotations", unit="step") as bar:

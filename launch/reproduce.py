@@ -57,9 +57,7 @@ _LAUNCH = Path(__file__).parent
 _ROOT = _LAUNCH.parent
 _RECIPES = _LAUNCH / "recipes" / "reproduce"
 _RTN = "rtn"
-_PTQ = tuple(name for name in METHODS if name != _RTN)
 _LLAMA_CPPS = {f"llama_{kind}": kind for kind in llama_quantize.KINDS}
-_METHODS = ("full_precision", *METHODS, "qat", *_LLAMA_CPPS)
 PEERS = "peers.json"
 """The results of benchmarks/peers.py, in the folder of the results."""
 
@@ -172,7 +170,9 @@ class Cell:
     train: str = "weights"
 
     def __post_init__(self) -> None:
-        check_one_of(self, method=_METHODS, student=("model", *_PTQ), rotation=_ROTATIONS)
+        methods = ("full_precision", *METHODS, "qat", *_LLAMA_CPPS)
+        students = ("model", *(name for name in METHODS if name != _RTN))
+        check_one_of(self, method=methods, student=students, rotation=_ROTATIONS)
 
     @property
     def changes(self) -> list[str]:
@@ -427,7 +427,7 @@ class _Runner:
             seed=cell.seed,
         )
         begin: list[object] = []
-        if cell.student in _PTQ:
+        if cell.student in METHODS:
             begin = ["--student", folder / _START]
             self._quantize(cell, cell.student, folder / _START, stages)
         elif cell.rotation != "none":

@@ -6,6 +6,9 @@ import re
 import pytest
 from conftest import ROOT
 
+from qat.quant.kv_formats import INTEGERS, KV_FORMATS
+from qat.quant.quantizers import QUANTIZERS
+
 PAGES = sorted({*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")})
 CELLS = ROOT / "docs" / "results" / "cells"
 
@@ -24,6 +27,13 @@ def test_links_lead_somewhere(page):
         target = page.parent / place if place else page
         assert target.exists(), place
         assert not anchor or anchor in anchors(target), f"{place}#{anchor}"
+
+
+@pytest.mark.parametrize("table", [QUANTIZERS, KV_FORMATS], ids=lambda table: table.kind)
+def test_every_number_format_has_a_row(table):
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "method.md").read_text(), re.MULTILINE)
+    explained = {name for row in rows for name in re.findall(r"`(\w+)`", row)} | {INTEGERS}
+    assert explained >= set(table.those(lambda one: type(one).__module__.startswith("qat.")))  # no plug-ins of tests
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from launch.paper import curve, flips
-from launch.paper.plots import LABELS
+from launch.paper.plots import LABELS, label
 from launch.paper.tables import table
 from qat.evaluate.perplexity import standard_error
 from qat.evaluate.tasks import FEW_SHOT, ZERO_SHOT, zero_shot_average
@@ -580,7 +580,7 @@ def _table(names: list[str], cells: Mapping[str, Cell], accuracies: Mapping[str,
     for name in names:
         cell = cells[name]
         scores = [cell["texts"][text] for text in texts]
-        row = [LABELS[cell["method"]], cell["bits"], ", ".join(cell["changes"])]
+        row = [label(cell["method"]), cell["bits"], ", ".join(cell["changes"])]
         row += [f"{score['perplexity']:.2f}" for score in scores]
         row += [f"{score['kl']:.4f} ± {score['kl_stderr']:.4f}" for score in scores]
         rtn, full = counterpart(cell, "rtn", cells), counterpart(cell, "full_precision", cells)

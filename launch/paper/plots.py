@@ -22,7 +22,12 @@ LABELS = {
     "llama_q4_0": "llama.cpp's Q4_0",
     "llama_q4_k_m": "llama.cpp's Q4_K_M",
 }
-"""The methods' names in tables and plots."""
+"""The methods' names in tables and plots, where these are others than in flags."""
+
+
+def label(method: str) -> str:
+    """Return a method's name in tables and plots."""
+    return LABELS.get(method, method)
 
 
 def plot_training(log: list[dict[str, Any]], path: Path) -> None:
@@ -59,7 +64,7 @@ def plot_cells(cells: list[dict[str, Any]], path: Path) -> None:
     axes = figure.add_subplot()
     for place, cell in enumerate(reversed(cells)):
         kl = statistics.fmean(score["kl"] for score in cell["texts"].values())
-        axes.barh(place, kl, color=_COLOURS[cell["method"]])
+        axes.barh(place, kl, color=_COLOURS.get(cell["method"], _GREY))
         axes.annotate(f" {kl:.3f}", (kl, place), va="center", fontsize=8)
     axes.set_yticks(range(len(cells)), [cell["name"] for cell in reversed(cells)], fontsize=8)
     axes.set(xlabel="KL(teacher ‖ student), nats per token (lower is better)")
@@ -93,7 +98,7 @@ def plot_served(cells: list[dict[str, Any]], path: Path) -> None:
             for cell in cells
         ]
         axes.plot([statistics.fmean(values) for values in scores], range(len(cells)), marker, label=f"{cache} cache")
-    own = {cell["name"]: LABELS[cell["method"]] for cell in cells if cell["method"].startswith("llama_")}
+    own = {cell["name"]: label(cell["method"]) for cell in cells if cell["method"].startswith("llama_")}
     names = [f"{own.get(cell['name'], cell['name'])} ({cell['served']['file_MB']:.0f} MB)" for cell in cells]
     axes.set_yticks(range(len(cells)), names, fontsize=7)
     axes.invert_yaxis()

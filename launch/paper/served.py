@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from launch.paper.claims import Difference
-from launch.paper.plots import LABELS
+from launch.paper.plots import label
 from launch.paper.tables import table
 
 Cell = dict[str, Any]
@@ -74,7 +74,7 @@ def markdown(cells: Sequence[Cell], of: int) -> str:
         settings = {cell["name"]: settings_of(cell) for cell in cells}
         for row in rows(cells):
             line = [
-                LABELS[row["method"]],
+                label(row["method"]),
                 row["bits"] or "",
                 settings[row["name"]],
                 f"{row['file_MB']:.1f}",

@@ -21,7 +21,8 @@ from qat.evaluate import heldout
 from qat.evaluate.perplexity import text_windows
 from qat.quant import linear
 from qat.quant.config import CONFIG_FILE, QuantConfig
-from qat.quant.prepare import check_codes_last, check_scales_can_learn, prepare
+from qat.quant.learned_scales import check_codes_last, check_scales_can_learn
+from qat.quant.prepare import prepare
 from qat.quant.quantizers.base import Grid
 from qat.quant.rotated import head_map_weight, rotation_of
 from qat.runtime import memory, ranks

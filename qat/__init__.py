@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from qat.infer.integer_cache import IntegerCache
     from qat.infer.packed import load
     from qat.quant.config import QuantConfig
-    from qat.quant.prepare import calibrate, freeze, learn_scales, prepare, train_only_scales
+    from qat.quant.learned_scales import learn_scales, train_only_scales
+    from qat.quant.prepare import calibrate, freeze, prepare
     from qat.runtime.errors import UserError
     from qat.store.student_folder import save
     from qat.train.distill import Distiller, LabelTargets, TeacherTargets, TopKTargets
@@ -50,11 +51,11 @@ _HOMES = {
     "UserError": "qat.runtime.errors",
     "calibrate": "qat.quant.prepare",
     "freeze": "qat.quant.prepare",
-    "learn_scales": "qat.quant.prepare",
+    "learn_scales": "qat.quant.learned_scales",
     "load": "qat.infer.packed",
     "prepare": "qat.quant.prepare",
     "save": "qat.store.student_folder",
-    "train_only_scales": "qat.quant.prepare",
+    "train_only_scales": "qat.quant.learned_scales",
 }
 
 

@@ -33,9 +33,10 @@ from qat.infer import simulated
 from qat.quant.config import CONFIG_FILE, QuantConfig
 from qat.quant.linear import can_multiply_codes, quant_linears
 from qat.quant.number_format import Format, Quantized, dequantize, grid_of, quantize
-from qat.quant.prepare import calibrate, prepare, tensor_scales_in
+from qat.quant.prepare import calibrate, prepare
 from qat.quant.quantizers import QUANTIZERS, quantizers_of
 from qat.quant.quantizers.base import Grid
+from qat.quant.tensor_scales import tensor_scales_in
 from qat.runtime.errors import UserError
 from qat.store import compressed_tensors, gguf_files, models, student_folder
 from qat.store.compressed_tensors import INTEGERS, LAYOUTS, PACKED

@@ -24,7 +24,8 @@ from qat.ptq.smoothquant import SmoothQuant
 from qat.quant.config import CONFIG_FILE, SCALES_FILE, QuantConfig
 from qat.quant.linear import quant_linears
 from qat.quant.number_format import Format, dequantize, quantize
-from qat.quant.prepare import calibrate, prepare, set_tensor_scales, tensor_scales_in
+from qat.quant.prepare import calibrate, prepare
+from qat.quant.tensor_scales import set_tensor_scales, tensor_scales_in
 from qat.runtime.errors import UserError
 from qat.store import models, student_folder
 from qat.store.compressed_tensors import FLOAT8, INTEGERS, LAYOUTS, MXFP4, NVFP4, PACKED

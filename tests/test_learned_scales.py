@@ -20,9 +20,10 @@ from qat.export import export
 from qat.export.formats import FORMAT
 from qat.infer import simulated
 from qat.quant.config import QuantConfig
+from qat.quant.learned_scales import check_codes_last, learn_scales, train_only_scales
 from qat.quant.linear import quant_linears
 from qat.quant.number_format import Format, Quantized, dequantize, grid_of, learned_gradients, quantize, round_to_grid
-from qat.quant.prepare import check_codes_last, learn_scales, prepare, train_only_scales
+from qat.quant.prepare import prepare
 from qat.quant.quantizers.base import Grid
 from qat.runtime.errors import UserError
 from qat.store import models, student_folder

@@ -21,8 +21,10 @@ from forked import run_ranks
 from torch import Tensor
 
 from qat.data.sequences import Sample
-from qat.quant import architecture, prepare
+from qat.quant import architecture
 from qat.quant.config import QuantConfig
+from qat.quant.learned_scales import learn_scales, train_only_scales
+from qat.quant.prepare import prepare
 from qat.store import models
 from qat.train import deepspeed_json, engines, plan
 from qat.train.checkpoint import TrainState
@@ -109,10 +111,10 @@ def _check(found: dict[str, Tensor], expected: dict[str, Tensor], what: str, rou
 def _plain(model: str, dtype: torch.dtype, train: str, quant: QuantConfig = QUANT) -> dict[str, Tensor]:
     """The first step's loss, KL and gradients without DeepSpeed, reduced as it does: after each pair of sequences."""
     teacher = models.load(model, dtype)
-    student = prepare.prepare(models.load(model, dtype), quant)
+    student = prepare(models.load(model, dtype), quant)
     if train == "scales":
-        prepare.learn_scales(student, engines._own_grids(student))
-        prepare.train_only_scales(student)
+        learn_scales(student, engines._own_grids(student))
+        train_only_scales(student)
     distiller = Distiller(student.train())
     learned = torch.zeros(2, dtype=torch.float64)
     gradients: dict[str, Tensor] = {}

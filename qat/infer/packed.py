@@ -25,8 +25,9 @@ from qat.quant.embedding import QuantEmbedding
 from qat.quant.linear import QuantLinear
 from qat.quant.number_format import Format, Quantized, dequantize
 from qat.quant.packing import pack, unpack
-from qat.quant.prepare import prepare, set_tensor_scales, weight_holders
+from qat.quant.prepare import prepare, weight_holders
 from qat.quant.products import block_dtype, matmul, matmul_blocks, matmul_codes
+from qat.quant.tensor_scales import set_tensor_scales
 from qat.runtime import machine
 from qat.runtime.errors import UserError
 from qat.store import models

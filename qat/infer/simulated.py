@@ -11,9 +11,10 @@ from torch import Tensor
 
 from qat.quant.config import CONFIG_FILE, QuantConfig
 from qat.quant.number_format import Quantized, dequantize
-from qat.quant.prepare import prepare, set_tensor_scales, weight_holders
+from qat.quant.prepare import prepare, weight_holders
 from qat.quant.products import speed_up
 from qat.quant.rotated import causal_lm_class
+from qat.quant.tensor_scales import set_tensor_scales
 from qat.runtime.errors import UserError
 from qat.store import compressed_tensors, models, student_folder
 from qat.store.model_folder import ModelFolder, quantization_of, shapes

@@ -18,15 +18,9 @@ from qat.quant.config import QuantConfig
 from qat.quant.embedding import QuantEmbedding
 from qat.quant.linear import quant_linears
 from qat.quant.number_format import FULL_PRECISION
-from qat.quant.prepare import (
-    input_scales,
-    largest_inputs,
-    prepare,
-    prepared_with,
-    set_tensor_scales,
-    tensor_scales,
-)
+from qat.quant.prepare import prepare, prepared_with
 from qat.quant.quantizers.base import Grid
+from qat.quant.tensor_scales import input_scales, largest_inputs, set_tensor_scales, tensor_scales
 from qat.runtime import machine
 from qat.runtime.machine import device
 from qat.store import models

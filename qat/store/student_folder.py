@@ -21,17 +21,13 @@ from torch import Tensor, nn
 
 from qat.quant.architecture import architecture_of, is_tied, quantizable_linears
 from qat.quant.config import CONFIG_FILE, QuantConfig
+from qat.quant.layer_settings import layer_settings, vocabulary_settings
 from qat.quant.linear import quant_linears
 from qat.quant.number_format import FULL_PRECISION, Format, Quantized, dequantize, quantize
-from qat.quant.prepare import (
-    layer_settings,
-    prepared_with,
-    tensor_scales,
-    tensor_scales_in,
-    vocabulary_settings,
-)
+from qat.quant.prepare import prepared_with
 from qat.quant.quantizers.base import Grid
 from qat.quant.rotated import rotation_of
+from qat.quant.tensor_scales import tensor_scales, tensor_scales_in
 from qat.runtime import progress
 from qat.runtime.errors import UserError
 from qat.runtime.files import appearing_folder, read_json, read_lines, using

@@ -20,11 +20,15 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from qat.data.sequences import Row
-from qat.quant import architecture, prepare
+from qat.quant import architecture
 from qat.quant.config import QuantConfig
+from qat.quant.layer_settings import layer_settings
+from qat.quant.learned_scales import initialise_steps, learn_scales, scales_that_learn, train_only_scales
 from qat.quant.number_format import grid_of
+from qat.quant.prepare import prepare
 from qat.quant.products import speed_up
 from qat.quant.quantizers.base import Grid
+from qat.quant.tensor_scales import input_scales, largest_inputs, set_tensor_scales
 from qat.runtime import machine, ranks
 from qat.runtime.errors import UserError
 from qat.runtime.machine import local_ranks, take_gpu
@@ -100,16 +104,16 @@ def student_engine(
             the same on all ranks
     """
     student = _read_partitioned(model, ds_config)
-    prepare.prepare(student, quant)
+    prepare(student, quant)
     if tensor_scales is None:
         tensor_scales = student_folder.weight_scales(Path(model), quant)
-    prepare.set_tensor_scales(student, tensor_scales)
+    set_tensor_scales(student, tensor_scales)
     if initial_steps is not None:
-        prepare.initialise_steps(student, initial_steps)
+        initialise_steps(student, initial_steps)
     if train != "weights":
-        prepare.learn_scales(student, _on_device(grids) if grids else _own_grids(student))
+        learn_scales(student, _on_device(grids) if grids else _own_grids(student))
     if train == "scales":
-        prepare.train_only_scales(student)
+        train_only_scales(student)
     student.train()
     if gradient_checkpointing:
         # To keep the state of random numbers waits for the GPU, in every layer.
@@ -172,7 +176,7 @@ def _on_device(grids: dict[str, Grid]) -> dict[str, Grid]:
 def _own_grids(student: PreTrainedModel) -> dict[str, Grid]:
     """Return the grids that the weights' values give, by layer; one weight at a time is gathered."""
     grids = {}
-    for name, linear in prepare.scales_that_learn(student).items():
+    for name, linear in scales_that_learn(student).items():
         with deepspeed.zero.GatheredParameters([linear.weight]):
             grids[name] = grid_of(linear.weight, linear.weight_format)
     return grids
@@ -227,7 +231,7 @@ class Teacher:
         """Compute the initial steps of a learned quantizer of the activations, by layer: the mean over all ranks'
         samples."""
         found: dict[str, Tensor] = {}
-        inputs = {name: own.activations for name, own in prepare.layer_settings(self.language_model, quant).items()}
+        inputs = {name: own.activations for name, own in layer_settings(self.language_model, quant).items()}
 
         def note(name: str, x: Tensor) -> None:
             if learned := inputs[name].learned:
@@ -246,12 +250,10 @@ class Teacher:
 
     def input_scales(self, row: Row, quant: QuantConfig) -> dict[str, float]:
         """Compute the scales of inputs, by ``NAME.input``, for all ranks' rows."""
-        found = prepare.largest_inputs(self.language_model, quant, lambda: self(row))
+        found = largest_inputs(self.language_model, quant, lambda: self(row))
         together = torch.stack([found[name] for name in sorted(found)])
         dist.all_reduce(together, dist.ReduceOp.MAX)
-        return prepare.input_scales(
-            self.language_model, quant, dict(zip(sorted(found), together.tolist(), strict=True))
-        )
+        return input_scales(self.language_model, quant, dict(zip(sorted(found), together.tolist(), strict=True)))
 
 
 def labels(loss: str) -> Callable[[Row], LabelTargets]:

@@ -12,8 +12,8 @@ import torch
 
 from qat.quant.architecture import architecture_of, decoder_layers, is_tied
 from qat.quant.config import QuantConfig
+from qat.quant.layer_settings import layer_settings, vocabulary_settings
 from qat.quant.packing import bytes_of_rows, makes_rows
-from qat.quant.prepare import layer_settings, vocabulary_settings
 from qat.runtime.errors import UserError
 from qat.runtime.memory import PROCESS
 from qat.train import deepspeed_json, flops

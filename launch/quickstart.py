@@ -23,7 +23,7 @@ from qat.runtime.errors import UserError
 from qat.runtime.files import lock, read_lines, wait_until_free, write_atomically, writing
 from qat.runtime.preemption import handle_signals
 from qat.store import models, smollm2, weight_files
-from qat.train.config import FINAL, LOG, SETTINGS
+from qat.store.run_folder import FINAL, LOG, SETTINGS
 
 _LAUNCH = Path(__file__).parent
 _ROOT = _LAUNCH.parent

@@ -34,8 +34,9 @@ from qat.runtime.errors import UserError, check_least, check_one_of, differences
 from qat.runtime.files import lock, read_json, read_lines, wait_until_free, write_atomically, writing
 from qat.runtime.preemption import RESUMABLE_EXIT, handle_signals
 from qat.store import models, rotate, smollm2
+from qat.store.run_folder import CHECKPOINTS, FINAL, LOG
 from qat.train import checkpoint
-from qat.train.config import CHECKPOINTS, FINAL, LOG, TrainConfig
+from qat.train.config import TrainConfig
 from qat.train.rotations import LearnConfig
 
 TABLES = (

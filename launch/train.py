@@ -33,10 +33,11 @@ from qat.runtime.preemption import RESUMABLE_EXIT, StopSignal
 from qat.store import models, student_folder
 from qat.store.manifest import MANIFEST
 from qat.store.model_folder import ModelFolder, head_weight, read_config, shapes, skeleton
+from qat.store.run_folder import CHECKPOINTS, FINAL, SETTINGS, TENSORBOARD
 from qat.store.sidecars import save_tensor_scales
 from qat.train import deepspeed_json, plan
 from qat.train.checkpoint import checkpoints
-from qat.train.config import CHECKPOINTS, FINAL, SETTINGS, TENSORBOARD, TrainConfig, arithmetic_of
+from qat.train.config import TrainConfig, arithmetic_of
 from qat.train.distill import Targets
 from qat.train.losses import LOSSES
 from qat.train.plan import Machine, Plan

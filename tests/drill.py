@@ -23,8 +23,7 @@ from conftest import ROOT, generate_flags, kill, run_python, start_training, tin
 
 from launch import cli
 from qat.store.manifest import MANIFEST
-from qat.train.checkpoint import LATEST
-from qat.train.config import CHECKPOINTS, FINAL, LOG
+from qat.store.run_folder import CHECKPOINTS, FINAL, LATEST, LOG
 
 RANKS = 2
 STEPS_PER_KILL = 8

@@ -21,6 +21,7 @@ from make_fixtures import FIXTURES
 from qat.runtime.errors import UserError
 from qat.store import manifest, student_folder
 from qat.store.manifest import MANIFEST
+from qat.store.run_folder import LATEST
 from qat.train import checkpoint, engines, universal
 from qat.train.checkpoint import TrainState, _superseded
 from qat.train.log import RunLog
@@ -148,7 +149,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_anew_in_silence(
 
 
 def test_a_run_that_was_killed_in_its_first_save_starts_anew(trained):
-    (trained / checkpoint.LATEST).unlink()
+    (trained / LATEST).unlink()
     for folder in trained.glob("step-*"):
         (folder / MANIFEST).unlink()
     assert checkpoint.resume(engine(), trained) == TrainState()

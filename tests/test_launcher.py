@@ -15,8 +15,7 @@ from test_ranks import log_of
 from test_train import flags
 
 from launch.stages import free_port
-from qat.train.checkpoint import LATEST
-from qat.train.config import CHECKPOINTS
+from qat.store.run_folder import CHECKPOINTS, LATEST
 
 STARTER = "import subprocess, sys; subprocess.Popen(sys.argv[1:]).wait()"
 RANK = """

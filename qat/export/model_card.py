@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qat.data.shards import MANIFEST
 from qat.export.formats import FORMATS
 from qat.export.formats.base import ExportFormat
 from qat.quant.architecture import architecture_of
@@ -27,7 +28,6 @@ prompt = tokenizer("Hello", return_tensors="pt").to(model.device)
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=20)[0]))
 ```"""
 
-_MANIFEST = "manifest.json"
 _TRAINING = ("loss", "steps", "lr", "warmup_steps", "batch_size", "seed")
 
 
@@ -164,7 +164,7 @@ def _training(student: Student) -> str:
 def _data(run: dict[str, Any]) -> str:
     """Describe the training data by the manifest of the shards, if they are where the run found them."""
     fingerprint = f"shards with the fingerprint {run['settings']['data']}"
-    manifest = Path(run.get("data", "")) / _MANIFEST
+    manifest = Path(run.get("data", "")) / MANIFEST
     if not manifest.is_file():
         return f"{fingerprint}."
     settings = read_json(manifest)

@@ -49,6 +49,7 @@ from qat.store.model_folder import (
     write_companions,
 )
 from qat.store.pickles import as_data
+from qat.store.run_folder import LATEST, LOG, SETTINGS, STUDENT_PREFIX
 from qat.store.sidecars import (
     CHANGE_SUFFIX,
     GRIDS_FILE,
@@ -65,11 +66,7 @@ from qat.store.sidecars import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_RUN_SETTINGS = "settings.json"
-_LOG = "log.jsonl"
-_LATEST = "latest"
 _ZERO_FILES = "zero_pp_rank_*_model_states.pt"
-_STUDENT_PREFIX = "student."
 _log = logging.getLogger(__name__)
 
 
@@ -259,7 +256,7 @@ class Student:
         """Return the record in the run's log of the step that these weights are from; None if there is none."""
         run = self.path.parent.parent if self.is_checkpoint else self.path.parent
         step = int("".join(re.findall(r"\d+", self.path.name)[:1]) or 0) if self.is_checkpoint else None
-        records = read_lines(run / _LOG) if (run / _LOG).is_file() else []
+        records = read_lines(run / LOG) if (run / LOG).is_file() else []
         return next((record for record in reversed(records) if step in (None, record["step"])), None)
 
 
@@ -272,8 +269,8 @@ def find(path: Path, model: str | None = None) -> Student:
         model: the model that the run began with, for the config and tokenizer of a checkpoint; by default where the
             run found it
     """
-    if (path / _LATEST).is_file():
-        path = path / (path / _LATEST).read_text().strip()
+    if (path / LATEST).is_file():
+        path = path / (path / LATEST).read_text().strip()
     if any(path.glob(_ZERO_FILES)):
         return _of_checkpoint(path, model)
     if not (path / CONFIG_FILE).is_file():
@@ -298,8 +295,8 @@ def full_precision(directory: str) -> Student:
 def _of_checkpoint(path: Path, model: str | None) -> Student:
     run = run_settings(path.parent.parent)
     if not run:
-        raise UserError(f"{path} is a checkpoint without its run: {path.parent.parent / _RUN_SETTINGS} is missing.")
-    record = path.parent.parent / _RUN_SETTINGS
+        raise UserError(f"{path} is a checkpoint without its run: {path.parent.parent / SETTINGS} is missing.")
+    record = path.parent.parent / SETTINGS
     began_with = model or run.get("student") or run.get("model")
     if not began_with:
         raise UserError(f"{path} does not record its starting model: give it with --model.")
@@ -361,7 +358,7 @@ def weight_scales(directory: Path, quant: QuantConfig) -> dict[str, float]:
 
 def run_settings(run: Path) -> dict[str, Any]:
     """Return the content of a training run's settings.json; empty if there is none."""
-    path = run / _RUN_SETTINGS
+    path = run / SETTINGS
     if not path.is_file():
         return {}
     content = read_json(path)
@@ -383,7 +380,7 @@ def _gathered(checkpoint: Path, model: PreTrainedModel, dtype: torch.dtype) -> I
             parts = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(
                 str(checkpoint.parent), checkpoint.name, lazy_mode=True
             )
-        own = {name.removeprefix(_STUDENT_PREFIX): part for name, part in parts.items()}
+        own = {name.removeprefix(STUDENT_PREFIX): part for name, part in parts.items()}
         if model.config.tie_word_embeddings:
             own.pop(head_weight(model.config), None)
         check_complete({name: Kind(torch.Size(part.shape)) for name, part in own.items()}, kinds(model), checkpoint)

@@ -32,11 +32,10 @@ from qat.runtime.files import appearing_folder, write_atomically
 from qat.store import manifest
 from qat.store.manifest import MANIFEST
 from qat.store.pickles import as_data
+from qat.store.run_folder import LATEST
 
 if TYPE_CHECKING:
     import deepspeed
-
-LATEST = "latest"
 
 _UNIVERSAL = "universal-"
 _NAME = re.compile(r"step-\d{6,}")

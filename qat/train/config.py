@@ -1,4 +1,4 @@
-"""The settings of a training run, and the names in its folder."""
+"""The settings of a training run."""
 
 import math
 from dataclasses import dataclass
@@ -11,10 +11,6 @@ from qat.runtime.errors import UserError, check_least
 from qat.runtime.table import check_choices, choice
 from qat.train import flat
 from qat.train.losses import LOSSES
-
-SETTINGS, CHECKPOINTS, LOG, TENSORBOARD, FINAL = "settings.json", "checkpoints", "log.jsonl", "tensorboard", "final"
-"""Names in a run's folder: its settings, its checkpoints, one JSON line per step, the same for TensorBoard, and the
-trained student."""
 
 TRAINED = {
     "weights": "all weights; the scales of their grids follow from their values at every step",

@@ -33,6 +33,7 @@ from qat.runtime import machine, ranks
 from qat.runtime.errors import UserError
 from qat.runtime.machine import local_ranks, take_gpu
 from qat.store import models, student_folder
+from qat.store.run_folder import STUDENT_PREFIX
 from qat.train import codes, deepspeed_internals, deepspeed_json
 from qat.train.deepspeed_internals import partitioned_reading
 from qat.train.distill import Distiller, LabelTargets, TeacherTargets
@@ -282,7 +283,7 @@ def save_student(
     if dist.get_rank() == 0:
         with ranks.doing(f"writing {directory.name}/"):
             student = engine.module.student
-            own = {name.removeprefix("student."): weight for name, weight in weights.items()}
+            own = {name.removeprefix(STUDENT_PREFIX): weight for name, weight in weights.items()}
             student_folder.write(directory, student, own, quant, companions)
     ranks.meet(f"{directory.name}/ is written")
 

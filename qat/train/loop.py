@@ -18,9 +18,10 @@ from qat.runtime import ranks
 from qat.runtime.errors import UserError
 from qat.runtime.machine import Moment, device, send
 from qat.runtime.preemption import StopSignal
+from qat.store.run_folder import CHECKPOINTS, LOG
 from qat.train import checkpoint, engines, flat, flops
 from qat.train.checkpoint import TrainState
-from qat.train.config import CHECKPOINTS, LOG, TrainConfig
+from qat.train.config import TrainConfig
 from qat.train.distill import Targets
 from qat.train.engines import Teacher
 from qat.train.log import PERPLEXITY, RunLog

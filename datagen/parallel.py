@@ -82,7 +82,8 @@ class Group:
                     yield index
 
     def init(self) -> None:
-        """Set up communication between the ranks of the group, if there is more than one."""
+        """Take this rank's GPU, and set up communication between the ranks of the group, if there is more than one."""
+        take_gpu()
         if self.size == 1:
             return
         if "MASTER_ADDR" not in os.environ:
@@ -90,7 +91,6 @@ class Group:
                 "tensor_parallel needs MASTER_ADDR and MASTER_PORT, which torchrun and deepspeed set: use one of "
                 "them, or export both before srun."
             )
-        take_gpu()
         join(self.rank, self.size, f"group-{self.number}")
         store, _, _ = next(iter(dist.rendezvous("env://")))
         dist.init_process_group(

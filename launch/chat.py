@@ -17,6 +17,7 @@ import qat
 from launch import cli
 from qat.infer.packed import memory
 from qat.runtime.errors import UserError
+from qat.runtime.machine import take_gpu
 from qat.store import models
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def main() -> None:
     (settings,) = cli.parse(__doc__, Chat)
     name = models.resolve(settings.model)
     tokenizer = models.load_tokenizer(name)
+    take_gpu()
     model = qat.load(name)
     print(_describe(model), file=sys.stderr)
     torch.manual_seed(settings.seed)

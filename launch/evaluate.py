@@ -37,7 +37,7 @@ from qat.quant.prepare import freeze, prepare
 from qat.runtime import ranks
 from qat.runtime.errors import UserError, check_least, check_one_of, differences
 from qat.runtime.files import write_atomically, writing
-from qat.runtime.machine import inference_dtype, machine, place
+from qat.runtime.machine import inference_dtype, machine, place, take_gpu
 from qat.store import gguf_files, models
 from qat.store.model_folder import read_config
 
@@ -228,6 +228,7 @@ def main() -> None:
             with results.timed(text):
                 results.keep_text(text, windows, vllm.score_windows(llm, torch.stack(list(windows.ids))))
     else:
+        take_gpu()
         _meet_ranks()
         _measure_in_llama_cpp(subject.name, evaluation.method, teacher_name, new, window, results)
         simulated_too = {name: one.windows for name, one in new.items() if not one.cache}

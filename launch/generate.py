@@ -134,7 +134,8 @@ def write_generated(
     group = Group.of(cli.rank(), cli.ranks(), 1 if vllm else config.tensor_parallel)
     given = dialogues_of(tokenizer, config, prompts)
     check(directory, tokenizer, config, given, group.size)
-    group.init()
+    if not vllm:  # whose own ranks take the GPUs
+        group.init()
     needs = None if vllm or not cli.is_first_rank() else planned(directory, config)  # vLLM takes all the memory
 
     def loaded() -> Writer:

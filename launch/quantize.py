@@ -15,6 +15,7 @@ from qat.ptq.stream import calibration_sequences, measured_scales
 from qat.quant.config import SCALES_FILE, QuantConfig
 from qat.quant.prepare import prepare
 from qat.runtime.errors import UserError, check_least
+from qat.runtime.machine import take_gpu
 from qat.runtime.table import check_choices, choice
 from qat.store import models, rotate
 from qat.store.model_folder import ModelFolder
@@ -65,6 +66,7 @@ def main() -> None:
         models.check_length(model.config, ids.shape[1], "The length of a calibration sequence")
     if data:
         models.check_ids(model.config, data.largest, f"The text in {settings.data}")
+    take_gpu()
     with writer.appearing(folder, settings.output, quant, record, rotate.base_model(source, settings.model)) as output:
         if quant.scales_inputs and not (output / SCALES_FILE).is_file():
             save_tensor_scales(weight_scales(source, quant) | measured_scales(source, quant, sequences), output)

@@ -15,6 +15,7 @@ from qat.quant.config import QuantConfig
 from qat.quant.rotated import DOWN
 from qat.runtime.errors import UserError
 from qat.runtime.files import check_new
+from qat.runtime.machine import take_gpu
 from qat.runtime.table import check_choices, choice
 from qat.store import models, rotate
 from qat.store.model_folder import BASE_MODEL, ModelFolder
@@ -62,6 +63,7 @@ def main() -> None:
         "kind": settings.kind,
         "seed": settings.seed,
     }
+    take_gpu()
     if settings.data:
         data = TrainingData(settings.data, models.load_tokenizer(str(folder.directory)), settings.seed)
         models.check_length(folder.config, data.longest, "The longest sequence of data")

@@ -10,21 +10,26 @@ import torch
 from torch import Tensor
 
 
+def device() -> torch.device:
+    """Return this process's GPU, if there is one, else the CPU: the GPU of its local rank, or the only one, if the
+    launcher shows each process only its own (srun --gpus-per-task=1); without a launcher, the current one."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if torch.cuda.device_count() == 1:
+        return torch.device("cuda", 0)
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
+
+
 def take_gpu() -> None:
-    """Make this process's GPU, if there is one, the current device: the one of its local rank; if the launcher shows
-    each process only its own (srun --gpus-per-task=1), that one, and set LOCAL_RANK so that DeepSpeed and transformers
-    find it too."""
+    """Make this process's ``device``, if it is a GPU, the current one. A process does so once, before it computes.
+
+    If it sees only one, LOCAL_RANK becomes 0, so that DeepSpeed and transformers find it too.
+    """
     if not torch.cuda.is_available():
         return
     if torch.cuda.device_count() == 1:
         os.environ["LOCAL_RANK"] = "0"
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-
-
-def device() -> torch.device:
-    """Return this process's GPU, if there is one, else the CPU."""
-    take_gpu()
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    torch.cuda.set_device(device())
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

@@ -1,11 +1,14 @@
 """A tiny random LLaMA with a tokenizer that puts BOS first, as LLaMA's does, and a way to start real runs."""
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
@@ -65,6 +68,17 @@ def needs_compiler() -> None:
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("needs a C++ compiler")
     assert really_compiles("cpu")
+
+
+@contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """The limit on the size of a file stands for the disk's: writing fails after ``room`` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def tiny_model(config_class=LlamaConfig, **changes):

@@ -43,7 +43,6 @@ for package in (
     MAY_IMPORT["datagen"].discard(package)
 MAY_IMPORT["qat.export"] |= {"qat.export.formats"}
 MAY_IMPORT["launch"] |= {"launch.paper"}
-MAY_IMPORT["launch.paper"] |= {"launch"}
 
 FILES = {
     ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file

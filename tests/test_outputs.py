@@ -2,14 +2,12 @@
 
 import errno
 import os
-import resource
 import sys
-from contextlib import contextmanager
 from importlib import import_module
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, full_disk
 from test_launch import error_of
 
 import qat
@@ -17,17 +15,6 @@ from qat.quant.config import QuantConfig
 from qat.quant.prepare import prepare
 from qat.runtime.errors import UserError
 from qat.store import models, rotate, student_folder
-
-
-@contextmanager
-def full_disk(room: int):
-    """The limit on the size of a file stands for the disk's: writing fails after ``room`` bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def succeed(monkeypatch, script: str, *flags) -> None:

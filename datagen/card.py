@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +28,8 @@ _BINS = 16
 
 
 def write(folder: ShardFolder, tokenizer: Tokenizer, model: str) -> bool:
-    """Publish the card and its plot in a folder whose shards are all present; return False if it has them already.
+    """Publish the card, and its plot if matplotlib is installed, in a folder whose shards are all present; return False
+    if it has them already.
 
     The same shards make the same card.
     """
@@ -37,11 +39,13 @@ def write(folder: ShardFolder, tokenizer: Tokenizer, model: str) -> bool:
     figures = measure(table)
     edges, counts = histogram(table, folder.manifest()["max_length"])
     examples = [str(tokenizer.decode(ids)) for ids in table.column("input_ids").slice(0, _EXAMPLES).to_pylist()]
-    text = _card(folder.manifest(), figures, edges, counts, examples, model)
+    plotted = find_spec("matplotlib") is not None  # an extra, [plots]
+    text = _card(folder.manifest(), figures, edges, counts, examples, model, plotted)
     with folder.alone():
         if (folder.directory / CARD).exists():  # another rank wrote it first
             return False
-        folder.publish(PLOT, _plot(edges, counts, figures["ended by EOS"]))
+        if plotted:
+            folder.publish(PLOT, _plot(edges, counts, figures["ended by EOS"]))
         folder.publish(CARD, text.encode())
     return True
 
@@ -116,6 +120,7 @@ def _card(
     counts: np.ndarray,
     examples: list[str],
     model: str,
+    plotted: bool,
 ) -> str:
     source = f"the corpus `{manifest['corpus']}`" if "corpus" in manifest else f"`{model}`"
     made = "Real text, tokenized" if "corpus" in manifest else "Token sequences written by the model"
@@ -153,7 +158,7 @@ def _card(
             f"sequence before (both of the first {_SAMPLED} sequences); token entropy: the mean of -log p(token) over "
             "the tokens that were sampled, in nats.", "",
             "## Lengths", "",
-            f"![lengths]({PLOT})", "",
+            *([f"![lengths]({PLOT})", ""] if plotted else []),
             "| tokens | sequences |", "|---|---|", *bins, "",
             "## Examples", "",
             *texts,

@@ -6,6 +6,7 @@ python launch/evaluate.py --model DIR; with --method rtn, a full-precision model
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import tempfile
 import time
@@ -416,7 +417,8 @@ class _Results:
 
     def __init__(self, path: Path | None, settings: dict[str, Any]):
         self._path = path
-        packages = ("torch", "transformers", "lm-eval")
+        measured_by = ("lm-eval",) if importlib.util.find_spec("lm_eval") else ()  # an extra, [eval]: for tasks alone
+        packages = ("torch", "transformers", *measured_by)
         self._content: dict[str, Any] = {
             "settings": settings,
             "texts": {},

@@ -57,6 +57,7 @@ class Stages:
 
     @property
     def minutes(self) -> float:
+        """Return how long all stages took, those of earlier starts too."""
         return sum(self.seconds.values()) / 60
 
 

@@ -103,6 +103,7 @@ class ShardFolder:
         return hashlib.sha256(json.dumps(self.manifest(), sort_keys=True).encode()).hexdigest()[:16]
 
     def path(self, index: int) -> Path:
+        """Return the path of a shard, which may not be there."""
         return self.directory / f"shard-{index:05d}.parquet"
 
     def shards(self) -> list[Path]:

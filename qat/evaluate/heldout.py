@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import mwparserfromhell
 import pyarrow as pa
 
 from qat.runtime.errors import UserError
@@ -124,6 +123,8 @@ def _articles(held_out: bool) -> Iterator[str]:
 
 
 def _prose(markup: str) -> str:
+    import mwparserfromhell  # an extra, [eval]: what reads no encyclopedia does without
+
     code = mwparserfromhell.parse(_FOOTNOTE.sub("", markup))
     for link in code.filter_wikilinks(recursive=False):
         if link.title.startswith(("File:", "Image:", "Category:")):

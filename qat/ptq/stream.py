@@ -121,6 +121,7 @@ class Stream:
         return layer.to(self.dtype)
 
     def unload(self) -> None:
+        """Free the weights of the layer at ``position``."""
         self.layers[self.position].to("meta")
 
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:

@@ -237,15 +237,18 @@ class QuantConfig:
 
     @property
     def weights(self) -> Format:
+        """Return the number format of the weights."""
         group = QUANTIZERS[self.w_quantizer].group_size or self.w_group_size
         return Format(self.w_bits, self.w_quantizer, group, self.w_scale_dtype)
 
     @property
     def activations(self) -> Format:
+        """Return the number format of the activations."""
         return Format(self.a_bits, self.a_quantizer, QUANTIZERS[self.a_quantizer].group_size)
 
     @property
     def kv(self) -> Format:
+        """Return the number format of the KV cache, but for what an engine's ``kv_format`` determines."""
         return Format(self.kv_bits, self.kv_quantizer, QUANTIZERS[self.kv_quantizer].group_size)
 
     @property

@@ -154,4 +154,5 @@ def mark_stored(x: Tensor) -> Tensor:
 
 
 def is_stored(x: Tensor) -> bool:
+    """Return whether keys or values are marked by ``mark_stored``."""
     return getattr(x, "stored_on_grid", False)

@@ -73,6 +73,7 @@ class SharedInput:
         self._values: dict[torch.dtype, Tensor] = {}
 
     def values(self, dtype: torch.dtype) -> Tensor:
+        """Return the values [..., n] in ``dtype``, computed once."""
         if dtype not in self._values:
             self._values[dtype] = dequantize(self.quantized, dtype)
         return self._values[dtype]

@@ -48,6 +48,7 @@ class Format:
 
     @property
     def quantizes(self) -> bool:
+        """Return whether it has less than full precision."""
         return self.bits != FULL_PRECISION
 
     @property
@@ -81,6 +82,7 @@ class Format:
 
     @property
     def symmetric(self) -> bool:
+        """Return whether the zero point is 0 everywhere."""
         return self.by.symmetric
 
     @property

@@ -77,15 +77,18 @@ class Seen:
     changed: float = 0.0
 
     def hear(self, sign: Sign, now: float) -> None:
+        """Note a sign that came ``now``."""
         if sign.beat != self.sign.beat:
             self.changed = now
         self.sign, self.heard = sign, now
 
     def is_late(self, now: float) -> bool:
+        """Return whether its beat has not changed for longer than it may."""
         return now - self.changed > self.sign.patience
 
 
 def dead(sign: Sign) -> str:
+    """Return a sentence that names a rank that died."""
     return f"error: {sign}: it died; last seen at {sign.what}"
 
 

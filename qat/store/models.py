@@ -152,6 +152,7 @@ def renew_rope(model: PreTrainedModel) -> None:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
+    """Load the tokenizer in the folder ``name``; raise UserError if it cannot be read."""
     from transformers import AutoTokenizer
 
     try:

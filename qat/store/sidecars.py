@@ -25,6 +25,7 @@ _SCALE = "_tensor_scale"
 
 
 def save_steps(steps: dict[str, Tensor], directory: Path) -> None:
+    """Write the learned steps, by their Parameters' names, where there are some."""
     if steps:
         save_tensors(steps, directory / STEPS_FILE)
 

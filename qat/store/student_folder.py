@@ -152,6 +152,7 @@ class Student:
 
     @property
     def is_checkpoint(self) -> bool:
+        """Return whether its weights are those of a ZeRO-3 checkpoint."""
         return self.path != self.directory
 
     @property

@@ -44,6 +44,7 @@ class Tile(NamedTuple):
 
 @functools.cache
 def tile(columns: int) -> Tile:
+    """Return what a program takes of rows of so many columns."""
     block = triton.next_power_of_2(columns)
     rows = max(1, min(32, 4096 // block))
     return Tile(rows, block, min(32, max(4, rows * block // 1024)))
@@ -60,26 +61,32 @@ class ProductTile(NamedTuple):
 
 
 def product_tile(rows: int) -> ProductTile:
+    """Return what a program takes of a product of so many rows."""
     return ProductTile(128, 256, 128, 8, 3) if rows > FEW_ROWS else ProductTile(64, 128, 128, 4, 4)
 
 
 def quantize(rows: Tensor, by: Quantizer, qmax: int) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Return codes [groups, n], scale and zero point [groups, 1] of rows [groups, n]; None if no kernel takes them."""
     return _found(rows, by, qmax, by.code_dtype)
 
 
 def round_rows(rows: Tensor, by: Quantizer, qmax: int) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Return the values of ``quantize``'s codes in place of these."""
     return _found(rows, by, qmax, rows.dtype)
 
 
 def quantize_on(rows: Tensor, scale: Tensor, zero_point: Tensor | None, by: Quantizer, qmax: int) -> Tensor | None:
+    """Return codes [groups, n] of rows on the given grid [groups, 1]; None if no kernel takes them."""
     return _on(rows, scale, zero_point, by, qmax, by.code_dtype)
 
 
 def round_rows_on(rows: Tensor, scale: Tensor, zero_point: Tensor | None, by: Quantizer, qmax: int) -> Tensor | None:
+    """Return the values of ``quantize_on``'s codes in place of these."""
     return _on(rows, scale, zero_point, by, qmax, rows.dtype)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return the values [groups, n], of ``dtype``, of codes on their grid; None if no kernel takes them."""
     if codes.dtype != torch.int8 or dtype not in _TYPES or codes.shape[1] > _LONGEST:
         return None
     return _run(device.values, codes, dtype, scale, zero_point, zero_point is None)

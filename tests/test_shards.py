@@ -221,11 +221,13 @@ def test_the_card_describes_the_folder(tiny_data):
 
 
 def test_without_matplotlib_the_card_has_no_plot(tiny_data, tokenizer, tmp_path, monkeypatch):
-    folder = shutil.copytree(tiny_data, tmp_path / "data", ignore=shutil.ignore_patterns(card.CARD, card.PLOT))
+    shutil.copytree(tiny_data, tmp_path / "data", ignore=shutil.ignore_patterns(card.CARD, card.PLOT))
+    folder = ShardFolder(tmp_path / "data")
+    folder.claim(folder.manifest())
     monkeypatch.setattr(card, "find_spec", lambda name: None)
-    assert card.write(ShardFolder(folder), tokenizer, "model")
-    assert not (folder / card.PLOT).exists()
-    assert card.PLOT not in (folder / card.CARD).read_text()
+    assert card.write(folder, tokenizer, "model")
+    assert not (folder.directory / card.PLOT).exists()
+    assert card.PLOT not in (folder.directory / card.CARD).read_text()
 
 
 DOCUMENTS = [TEXT[:3000], "", "short", TEXT[3000:9000]]

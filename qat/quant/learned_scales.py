@@ -69,8 +69,9 @@ def check_codes_last(model: PreTrainedModel, dtype: torch.dtype) -> None:
         most = max(-lowest, highest) if form.symmetric else highest - lowest  # steps from zero to a value
         if most * torch.finfo(dtype).eps > 1:
             raise UserError(
-                f"Values of {form} in {str(dtype).removeprefix('torch.')}, the model's dtype, would lose their codes: "
-                "train in fp32, give w_quantizer=minmax or fewer w_bits, or train=all."
+                f"Values of w_bits={form.bits}, w_quantizer={form.quantizer} in {str(dtype).removeprefix('torch.')}, "
+                "the model's dtype, would lose their codes: train in fp32, give w_quantizer=minmax or fewer w_bits, or "
+                "train=all."
             )
 
 

@@ -76,5 +76,5 @@ def test_what_is_not_prepared_or_is_so_already_is_refused(tiny_directory, tmp_pa
     with pytest.raises(UserError, match="not quantized"):
         qat.save(model, tmp_path / "student", source=tiny_directory)
     qat.prepare(model, qat.QuantConfig())
-    with pytest.raises(UserError, match="prepared already"):
+    with pytest.raises(UserError, match="already prepared"):
         qat.prepare(model, qat.QuantConfig())

@@ -251,7 +251,7 @@ def test_a_teacher_that_predicts_other_tokens_is_refused(tiny_directory, tmp_pat
     tiny_model(vocab_size=304).save_pretrained(tmp_path / "larger")
     models.load_tokenizer(str(tiny_directory)).save_pretrained(tmp_path / "larger")
     message = error_of(monkeypatch, "evaluate", *flags, f"--teacher={tmp_path / 'larger'}")
-    assert f"predicts 304 tokens, {tiny_directory} 300" in message
+    assert f"has a vocabulary of 304 tokens, {tiny_directory} of 300" in message
     tokenizer = models.load_tokenizer(str(tiny_directory))
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     launch.evaluate.check_teacher(str(tiny_directory), str(tiny_directory), tokenizer)

@@ -82,13 +82,13 @@ def wait() -> None:
 
 
 def write(then: Callable[[], None] = lambda: None) -> None:
-    """The second rank writes two megabytes every half second, for longer than it may go without progress; ``then``
+    """The second rank writes 64 MB every half second, for longer than it may go without progress; ``then``
     comes before the file is whole."""
     join()
     if cli.rank() == 1:
         with ranks.doing("writing final/", patience=1), open(os.devnull, "wb") as file:
             for _ in range(12):
-                file.write(bytes(2**21))
+                file.write(bytes(2**26))
                 time.sleep(0.5)
             then()
     ranks.meet("final/ is written")

@@ -31,7 +31,7 @@ TIMEOUT = timedelta(hours=2)
 """Timeout of collectives. The last resort: a hang is found earlier."""
 
 LONG = 900.0
-"""Seconds that reading or writing a model may go on without moving a megabyte. Where the system does not count what a
+"""Seconds that reading or writing a model may go on without moving 64 MB. Where the system does not count what a
 process reads and writes, it may take as long as a collective."""
 
 PATIENCE = "QAT_PATIENCE"
@@ -42,7 +42,9 @@ _FIRST_TIME = 10
 """Factor on the patience for work that a rank does for the first time, when it may compile."""
 _SLOWEST = 5
 """Factor on the longest time that the same work has taken, if the result exceeds the patience."""
-_MEGABYTE = 2**20
+_ENOUGH = 2**26
+"""Bytes that count as progress of work that moves many: more than the signs of life of many ranks, which the first rank's
+store receives, in ``LONG``."""
 _COUNTERS = Path("/proc/self/io")
 _JOINING = timedelta(minutes=10)
 _OURS = tuple(str(Path(__file__).parents[2] / package) + os.sep for package in ("qat", "launch", "datagen"))
@@ -105,8 +107,8 @@ def progress() -> None:
 
 @contextmanager
 def doing(what: str, patience: float | None = None) -> Iterator[None]:
-    """Announce, for this context, work that not all ranks need to do. Each megabyte that this process reads or writes
-    in it is progress.
+    """Announce, for this context, work that not all ranks need to do. Every 64 MB that this process reads or
+    writes in it are progress.
 
     Args:
         what: the work
@@ -198,7 +200,7 @@ class _Self:
         if patience is None:
             patience = self.patience * _FIRST_TIME if slowest is None else max(self.patience, slowest * _SLOWEST)
         what = phase.what if self._step is None else f"step {self._step}, {phase.what}"
-        if phase.moves and (moved := _moved() or 0) - self._moved >= _MEGABYTE:
+        if phase.moves and (moved := _moved() or 0) - self._moved >= _ENOUGH:
             self._moved = moved
         beat = self._beat + self._moved  # the one is the main thread's, the other this one's
         at, in_collective = _whereabouts(main)

@@ -43,8 +43,8 @@ _FIRST_TIME = 10
 _SLOWEST = 5
 """Factor on the longest time that the same work has taken, if the result exceeds the patience."""
 _ENOUGH = 2**26
-"""Bytes that count as progress of work that moves many: more than the signs of life of many ranks, which the first rank's
-store receives, in ``LONG``."""
+"""Bytes that count as progress of work that moves many: more than the other ranks' signs of life, which the first
+rank's store receives, in ``LONG``."""
 _COUNTERS = Path("/proc/self/io")
 _JOINING = timedelta(minutes=10)
 _OURS = tuple(str(Path(__file__).parents[2] / package) + os.sep for package in ("qat", "launch", "datagen"))

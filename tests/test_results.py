@@ -152,6 +152,15 @@ def test_accuracies_without_a_rival_leave_their_column_empty():
     assert claims._accuracies_by_pairs(made).splitlines() == lines
 
 
+def test_the_claims_say_where_cells_of_two_arithmetics_are_compared():
+    made = {name: {"settings": asdict(QuantConfig(a_bits=bits))} for name, bits in (("a", 8), ("b", 8), ("c", 16))}
+    assert claims._mixed(made) == ""
+    made["a"]["arithmetic"] = "products of codes"
+    assert claims._mixed(made).startswith("1 of 2 cells"), "activations in 16 bits are always multiplied as floats"
+    made["b"]["arithmetic"] = "products of codes"
+    assert claims._mixed(made) == ""
+
+
 def test_the_claims_name_cells_that_the_recipes_make():
     made = {job.cell.name for job in queue({path.stem: read_recipe(path) for path in RECIPES.glob("*.yaml")}, "*")}
     claimed = {name for claim in claims.CLAIMS for pair in claim.pairs for name in pair}

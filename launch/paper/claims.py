@@ -420,7 +420,7 @@ def markdown(
     beyond = ["| beyond the paper | | KL, nats per token |", "|-|-|-|"]
     beyond += [_finding_line(claim.text, claim.check(cells)) for claim in BEYOND]
     parts = [*filter(None, [_INTRODUCTION, _budget(cells)]), "## Claims", *map("\n".join, (claims, targets, beyond))]
-    parts += filter(None, [_spread(cells), _accuracies_by_pairs(accuracies)])
+    parts += filter(None, [_mixed(cells), _spread(cells), _accuracies_by_pairs(accuracies)])
     if flipped := flips.markdown({"the first of each task": accuracies, "all of some tasks": whole}):
         parts += ["## Flips", flipped, *filter(None, [_flips_by_pairs(accuracies)])]
     for title, names in tables.items():
@@ -459,6 +459,18 @@ def _budget(cells: Mapping[str, Cell]) -> str:
 
 def _finding_line(what: str, finding: Finding) -> str:
     return f"| {what} | **{finding.verdict}** | {finding.numbers} |"
+
+
+def _mixed(cells: Mapping[str, Cell]) -> str:
+    """Say that cells of two arithmetics are compared, if there are both."""
+    ways = ["floats" in _arithmetics(cell) for cell in cells.values() if _multiplies_codes(cell)]
+    if len({*ways}) < 2:
+        return ""
+    return (
+        f"{sum(ways)} of {len(ways)} cells whose layers multiply codes were measured with float matmuls; the tables "
+        "name them. A difference between one of these and another cell contains that change too "
+        "([how much](../evaluation.md#what-rounding-alone-changes))."
+    )
 
 
 def _spread(cells: Mapping[str, Cell]) -> str:

@@ -54,7 +54,7 @@ def main() -> None:
     if config.top_k > (vocabulary := config_of_model.vocab_size):
         raise UserError(f"top_k={config.top_k} is more than the {vocabulary} tokens of the vocabulary: give 0, or 64.")
     data = TrainingData(config.data, models.load_tokenizer(model), seed=0)
-    models.check_ids(config_of_model, data.largest, f"The text in {config.data}")
+    models.check_sequences(config_of_model, data.longest, data.largest, str(config.data))
     ds_config = deepspeed_json.read_for_here(config.deepspeed)
     cache, made_with = TeacherCache(config.output), settings(model, data) | {"top_k": config.top_k}
     if cli.is_first_rank():

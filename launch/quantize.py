@@ -62,10 +62,8 @@ def main() -> None:
     folder = ModelFolder.read(source)
     model = prepare(folder.skeleton(), quant)  # rejects what it cannot quantize before anything is written
     sequences = calibration_sequences(data, settings.sequences) if data else []
-    for ids in sequences:
-        models.check_length(model.config, ids.shape[1], "The length of a calibration sequence")
     if data:
-        models.check_ids(model.config, data.largest, f"The text in {settings.data}")
+        models.check_sequences(model.config, data.longest, data.largest, str(settings.data))
     take_gpu()
     with writer.appearing(folder, settings.output, quant, record, rotate.base_model(source, settings.model)) as output:
         if quant.scales_inputs and not (output / SCALES_FILE).is_file():

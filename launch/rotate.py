@@ -66,8 +66,7 @@ def main() -> None:
     take_gpu()
     if settings.data:
         data = TrainingData(settings.data, models.load_tokenizer(str(folder.directory)), settings.seed)
-        models.check_length(folder.config, data.longest, "The longest sequence of data")
-        models.check_ids(folder.config, data.largest, f"The text in {settings.data}")
+        models.check_sequences(folder.config, data.longest, data.largest, str(settings.data))
         origin |= {"learned": asdict(config), "data": data.fingerprint, "quant": quant.record()}
         matrices = learn(folder, rotation, quant, matrices, data, config)
     rotate.write(folder, settings.output, rotation, matrices, origin)

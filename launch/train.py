@@ -133,13 +133,11 @@ def main() -> int:
         )
     check_schedule(config)
     texts = held_out.read(tokenizer, data)
-    lengths = {"data": data.longest, **{name: max(ids.shape[1] for ids in text) for name, text in texts.items()}}
     config_of_model = read_config(model)
-    for name, length in lengths.items():
-        models.check_length(config_of_model, length, f"The longest sequence of {name}")
-    largest = {"data": data.largest, **{name: int(torch.cat(text, 1).max()) for name, text in texts.items()}}
-    for name, number in largest.items():
-        models.check_ids(config_of_model, number, f"The text of {name}")
+    models.check_sequences(config_of_model, data.longest, data.largest, "data")
+    for name, text in texts.items():
+        longest, largest = max(ids.shape[1] for ids in text), int(torch.cat(text, 1).max())
+        models.check_sequences(config_of_model, longest, largest, name)
     check_teacher(paths.teacher_cache, quant, config)
     begin = starting_point(paths.student, model, quant) if paths.student else model
     folder = ModelFolder.read(Path(begin))

@@ -82,6 +82,13 @@ def check_ids(config: PreTrainedConfig, largest: int, whose: str) -> None:
         )
 
 
+def check_sequences(config: PreTrainedConfig, longest: int, largest: int, name: str) -> None:
+    """Raise UserError if a model cannot read all sequences of a text: its longest sequence has ``longest`` tokens, its
+    largest token id is ``largest``."""
+    check_length(config, longest, f"The longest sequence of {name}")
+    check_ids(config, largest, f"The text of {name}")
+
+
 def positions(name: str) -> int:
     """Return the longest sequence that the model at ``name`` can attend over."""
     return read_config(name).max_position_embeddings

@@ -253,7 +253,7 @@ def write_corpus(
     """Write the shards from a corpus; raise UserError for settings that apply only when a model writes."""
     useless = [f.name for f in fields(config) if f.name not in _OF_TEXT and getattr(config, f.name) != f.default]
     if useless:
-        raise UserError(f"{', '.join(useless)} do not apply to --corpus, which is real text: leave them out.")
+        raise UserError(f"--corpus, which is real text, does not take {' or '.join(useless)}: remove the flags.")
     model = models.read_config(directory)
     models.check_length(model, config.max_length, "max_length")
     prefix = Vocabulary.of(tokenizer, directory).prefix

@@ -185,7 +185,7 @@ def test_settings_that_do_not_fit_are_refused(tiny_directory, tmp_path, monkeypa
         ("--prompts=a.txt",): "give --strategy chat",
         ("--teacher_cache=301",): "more than the 300 tokens of the vocabulary",
         tuple(many): "sequences_per_shard=300 does not fit --teacher_cache",
-        ("--teacher_cache=4", f"--corpus={text}"): "teacher_cache mean",
+        ("--teacher_cache=4", f"--corpus={text}"): "does not take teacher_cache",
     }.items():
         assert message in error_of(monkeypatch, "generate", *run, *flags)
     with pytest.raises(UserError, match="16 tokens: give 18 or more"):

@@ -137,7 +137,7 @@ def test_what_export_did_not_leave_is_refused_and_kept(plant, tmp_path, monkeypa
     plant(place)
     before = [(path, path.lstat().st_mtime_ns) for path in sorted(tmp_path.rglob("*"))]
     flags = ["--checkpoint=anywhere", f"--output={tmp_path / 'out'}"]
-    assert "out.partial, where" in error_of(monkeypatch, "export", *flags)
+    assert "out.partial, the temporary folder" in error_of(monkeypatch, "export", *flags)
     assert [(path, path.lstat().st_mtime_ns) for path in sorted(tmp_path.rglob("*"))] == before
 
 
@@ -165,7 +165,7 @@ def test_a_run_sees_at_its_start_that_its_final_folder_has_no_place(tiny_directo
     (tmp_path / "out" / "final.partial").mkdir(parents=True)
     (tmp_path / "out" / "final.partial" / "thesis.txt").write_text("dear")
     flags = train_flags(tiny_directory, tiny_data, tmp_path / "out")
-    assert "final.partial, where" in error_of(monkeypatch, "train", *flags)
+    assert "final.partial, the temporary folder" in error_of(monkeypatch, "train", *flags)
 
 
 def test_a_cache_that_another_process_writes_is_not_touched(tmp_path):

@@ -105,7 +105,7 @@ def test_it_goes_the_whole_way(family, tmp_path, monkeypatch):
     expected = simulation.generate(WINDOWS[:1, :6], use_cache=False, pad_token_id=0, **asked)
     assert torch.equal(exported.generate(WINDOWS[:1, :6], pad_token_id=0, **asked), expected)
     flags = ["--model=model", "--output=data", "--max_length=24", plugin]
-    assert "LLaMA's formula" in error_of(monkeypatch, "generate", *flags)
+    assert "supports only LLaMA-style layers" in error_of(monkeypatch, "generate", *flags)
     flags = ["--checkpoint=rtn", "--output=other", "--format=gguf", plugin]
     assert "is not mapped to GGUF" in error_of(monkeypatch, "export", *flags)
 

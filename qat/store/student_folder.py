@@ -305,11 +305,11 @@ def _of_checkpoint(path: Path, model: str | None) -> Student:
     settings = run["settings"]
     with using(record):
         expected = settings["student"] if "student" in run else settings["model"]
-        if models.weights_fingerprint(directory) != expected:
-            raise UserError(f"{began_with} is not the starting model of the run of {path}: give that with --model.")
         quant = QuantConfig.of(QuantConfig.among(settings), record)
         in_bf16 = (settings.get("bf16") or {}).get("enabled", False)
         learned = settings.get("train", "weights") != "weights"
+    if models.weights_fingerprint(directory) != expected:
+        raise UserError(f"{began_with} is not the starting model of the run of {path}: give that with --model.")
     if quant.activations.learned:
         raise UserError(
             f"a_quantizer={quant.a_quantizer}: {path} is a checkpoint, but learned steps are read only from a run's "

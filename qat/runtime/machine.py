@@ -17,7 +17,8 @@ def device() -> torch.device:
         return torch.device("cpu")
     if torch.cuda.device_count() == 1:
         return torch.device("cuda", 0)
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
+    rank = os.environ.get("LOCAL_RANK")  # asking for the current device would initialize CUDA on the first one
+    return torch.device("cuda", torch.cuda.current_device() if rank is None else int(rank))
 
 
 def take_gpu() -> None:

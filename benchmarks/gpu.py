@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -90,6 +91,7 @@ class Gpu:
 
 def main() -> int:
     (config,) = cli.parse(__doc__, Gpu)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started ends too
     began = time.monotonic()
     small = not torch.cuda.is_available()
     record: dict[str, Any] = {"machine": machine(), "torch": torch.__version__, "checks": {}}

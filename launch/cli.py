@@ -173,7 +173,7 @@ def _plugins_of(recipe: str) -> str | None:
     try:
         with utf8(Path(recipe).expanduser()) as stream:
             settings = yaml.safe_load(stream.read())
-    except (OSError, yaml.YAMLError):
+    except (OSError, RuntimeError, yaml.YAMLError):  # RuntimeError: ~ of nobody
         return None
     return settings.get("plugin") if isinstance(settings, dict) else None
 

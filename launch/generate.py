@@ -106,7 +106,8 @@ def main() -> int:
     was_complete = cli.is_first_rank() and (paths.output / card.CARD).exists()
     if paths.prompts and (paths.corpus or config.strategy != "chat"):
         raise UserError(
-            "--prompts requires --strategy chat and excludes --corpus: give --strategy chat alone, or no --prompts."
+            "--prompts requires --strategy chat and excludes --corpus: give --strategy chat without --corpus, or no "
+            "--prompts."
         )
     try:
         if paths.corpus:
@@ -153,8 +154,10 @@ def write_generated(
             raise Stopped
         advance(tokens, spared)
 
-    # A new folder is claimed when the model is loaded: one that is refused must not decide whose it is.
-    write = loaded() if group.agree(folder.is_new) else None
+    stop = StopSignal()
+    # A new folder is claimed when the model is loaded: one that is refused must not decide whose it is. A group without
+    # a shard loads none.
+    write = loaded() if group.agree(folder.is_new and group.number < config.shards) else None
     teacher = models.weights_fingerprint(directory)
     folder.claim(
         {
@@ -168,7 +171,6 @@ def write_generated(
     if isinstance(folder, TaughtShards):
         with folder.alone():
             folder.cache.record({"teacher": teacher, "data": folder.fingerprint(), "top_k": config.teacher_cache})
-    stop = StopSignal()
     missing = [index for index in range(config.shards) if group.agree(folder.missing(index))]
     longest = sum(len(config.shard_range(index)) for index in missing) * (config.max_length - 1) // group.count
     unseen = not missing or not cli.is_first_rank()

@@ -63,7 +63,8 @@ def main() -> None:
     model = prepare(folder.skeleton(), quant)  # rejects what it cannot quantize before anything is written
     sequences = calibration_sequences(data, settings.sequences) if data else []
     if data:
-        models.check_sequences(model.config, data.longest, data.largest, str(settings.data))
+        longest = max(ids.shape[1] for ids in sequences)  # of those that are read
+        models.check_sequences(model.config, longest, data.largest, str(settings.data))
     take_gpu()
     with writer.appearing(folder, settings.output, quant, record, rotate.base_model(source, settings.model)) as output:
         if quant.scales_inputs and not (output / SCALES_FILE).is_file():

@@ -302,6 +302,7 @@ MORE_THAN_TRANSFORMERS = (
     r"is longer than the \d+ positions|contains token id",
     r"where llama\.cpp|not mapped to (GGUF|llama\.cpp)",
     r"rotates all positions differently",
+    r"RoPE's angles are not finite",  # of which torch's attention on CPUs makes zeros
     r"module 'torch' has no attribute",  # dtype, which it was told
 )
 """Why a door may refuse a model that transformers computes: it needs more of the folder than the logits do."""
@@ -353,6 +354,7 @@ def check_doors(model: Path, damage: Damage, doors: list[str]) -> None:
 @example(("config", "sliding_window", 0.5), "generate")
 @example(("config", "transformers_weights", 0), "trained")
 @example(("config", "rope_parameters", {"rope_type": "dynamic"}), "planned")
+@example(("config", "rope_parameters", {"rope_type": "default", "rope_theta": 0}), "generate")
 @example(("bytes", "generation_config.json", "cut", 0.0), "chat")
 @example(("bytes", "tokenizer_config.json", "directory", 0.0), "trained")
 @example(("files", "metadata", False), "evaluate")

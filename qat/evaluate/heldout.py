@@ -123,8 +123,12 @@ def _articles(held_out: bool) -> Iterator[str]:
 
 
 def _prose(markup: str) -> str:
-    import mwparserfromhell  # an extra, [eval]: what reads no encyclopedia does without
-
+    try:
+        import mwparserfromhell  # an extra, [eval]: what reads no encyclopedia does without
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{ENCYCLOPEDIA} needs mwparserfromhell: pip install '.[eval]', or another text."
+        ) from error
     code = mwparserfromhell.parse(_FOOTNOTE.sub("", markup))
     for link in code.filter_wikilinks(recursive=False):
         if link.title.startswith(("File:", "Image:", "Category:")):

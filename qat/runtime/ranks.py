@@ -43,8 +43,8 @@ _FIRST_TIME = 10
 _SLOWEST = 5
 """Factor on the longest time that the same work has taken, if the result exceeds the patience."""
 _ENOUGH = 2**26
-"""Bytes that count as progress of work that moves many: more than the other ranks' signs of life, which the first
-rank's store receives, in ``LONG``."""
+"""Bytes that count as progress of work that moves many, for each 128 ranks: more than what the first rank's store moves
+in ``LONG`` while so many ranks poll it."""
 _COUNTERS = Path("/proc/self/io")
 _JOINING = timedelta(minutes=10)
 _OURS = tuple(str(Path(__file__).parents[2] / package) + os.sep for package in ("qat", "launch", "datagen"))
@@ -200,7 +200,7 @@ class _Self:
         if patience is None:
             patience = self.patience * _FIRST_TIME if slowest is None else max(self.patience, slowest * _SLOWEST)
         what = phase.what if self._step is None else f"step {self._step}, {phase.what}"
-        if phase.moves and (moved := _moved() or 0) - self._moved >= _ENOUGH:
+        if phase.moves and (moved := _moved() or 0) - self._moved >= _ENOUGH * -(-self._size // 128):
             self._moved = moved
         beat = self._beat + self._moved  # the one is the main thread's, the other this one's
         at, in_collective = _whereabouts(main)

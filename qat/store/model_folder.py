@@ -317,6 +317,8 @@ def check_runs(model: PreTrainedModel, directory: Path) -> None:
     try:
         # RoPE may depend on the values of the positions, which meta tensors do not have.
         cos, sin = new_rotation(model)(torch.ones(1), torch.arange(2)[None])
+        if not torch.cat([cos, sin]).isfinite().all():
+            raise ValueError("RoPE's angles are not finite: see rope_parameters")
         rope.forward = lambda x, position_ids: (cos.to("meta"), sin.to("meta"))
         config.num_hidden_layers = 1  # the others have the same shapes
         model(torch.zeros(1, 2, dtype=torch.long, device="meta"), use_cache=True)

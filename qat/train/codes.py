@@ -6,8 +6,8 @@ row, so the codes are those that each rank would compute from the gathered value
 checkpoints and saved students stay what they are.
 
 A weight takes part if its rows are whole in a rank's part, its grid follows from its values alone, and all of its
-gradient passes: not those that clip or have a learned scale. Nor do weights that every rank holds completely, or that
-are on NVMe.
+gradient passes: not those that clip or have a learned scale. Weights that every rank holds completely, or that are on
+NVMe, do not take part either.
 """
 
 from __future__ import annotations

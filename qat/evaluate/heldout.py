@@ -126,9 +126,7 @@ def _prose(markup: str) -> str:
     try:
         import mwparserfromhell  # an extra, [eval]: what reads no encyclopedia does without
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"{ENCYCLOPEDIA} needs mwparserfromhell: pip install '.[eval]', or another text."
-        ) from error
+        raise UserError(f"{ENCYCLOPEDIA} needs mwparserfromhell: pip install '.[eval]', or another text.") from error
     code = mwparserfromhell.parse(_FOOTNOTE.sub("", markup))
     for link in code.filter_wikilinks(recursive=False):
         if link.title.startswith(("File:", "Image:", "Category:")):

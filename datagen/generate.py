@@ -158,7 +158,7 @@ class Vocabulary:
         """Return the vocabulary of the model in ``directory``, whose configuration names the tokens that end a
         sequence."""
         stop = load_generation_config(directory).eos_token_id
-        if stop is None or stop == []:
+        if stop is None:
             stop = tokenizer.eos_token_id
         known = read_config(directory).vocab_size
         prefix = [i for i in tokenizer("").input_ids if i == tokenizer.bos_token_id]

@@ -356,6 +356,7 @@ def check_doors(model: Path, damage: Damage, doors: list[str]) -> None:
 @example(("config", "rope_parameters", {"rope_type": "dynamic"}), "planned")
 @example(("config", "rope_parameters", {"rope_type": "default", "rope_theta": 0}), "generate")
 @example(("bytes", "generation_config.json", "cut", 0.0), "chat")
+@example(("generation", "eos_token_id", []), "chat")
 @example(("bytes", "tokenizer_config.json", "directory", 0.0), "trained")
 @example(("files", "metadata", False), "evaluate")
 @example(("dtype", "", "bfloat16", True), "quantized")

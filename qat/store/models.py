@@ -183,14 +183,16 @@ def load_generation_config(directory: str) -> GenerationConfig:
 
     file = Path(directory) / "generation_config.json"
     if not file.exists():
-        return GenerationConfig.from_model_config(read_config(directory))
-    try:
-        found = GenerationConfig.from_pretrained(directory)
-    except Exception as error:  # as in load_tokenizer
-        raise UserError(f"{file} cannot be read: {in_one_line(error)}") from error
+        found, file = GenerationConfig.from_model_config(read_config(directory)), file.with_name("config.json")
+    else:
+        try:
+            found = GenerationConfig.from_pretrained(directory)
+        except Exception as error:  # as in load_tokenizer
+            raise UserError(f"{file} cannot be read: {in_one_line(error)}") from error
     ends = found.eos_token_id
     if not all(type(end) is int for end in (ends if isinstance(ends, list) else [ends]) if end is not None):
         raise UserError(f"{file} has eos_token_id={ends!r}: give a token id, or a list of them.")
+    found.eos_token_id = None if ends == [] else ends  # transformers generates without an end, not with an empty list
     return found
 
 

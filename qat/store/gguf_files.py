@@ -144,6 +144,8 @@ def _check_computed(config: PreTrainedConfig) -> None:
     reasons = []
     if config.hidden_act not in ("silu", "swish"):
         reasons.append(f"hidden_act={config.hidden_act!r}, where llama.cpp computes silu")
+    if config.max_position_embeddings >= 2**32:
+        reasons.append(f"max_position_embeddings={config.max_position_embeddings}, where GGUF has 32 bits")
     if name == "qwen3" and config.attention_bias:
         reasons.append("attention_bias=True, which llama.cpp's qwen3 does not support")
     if scaled not in ropes:

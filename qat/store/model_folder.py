@@ -80,6 +80,7 @@ def _check_computable(config: PreTrainedConfig, name: str) -> None:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope, window = config.rope_parameters, getattr(config, "sliding_window", None)
+    positions = config.max_position_embeddings
     by_layer = architecture_of(config).sliding_window == "layer_types"
     layers = set(config.layer_types) if by_layer else set()
     kind, part = rope["rope_type"], rope.get("partial_rotary_factor", 1)
@@ -93,6 +94,7 @@ def _check_computable(config: PreTrainedConfig, name: str) -> None:
             not config.is_encoder_decoder,
             "these architectures have no encoder",
         ),
+        f"max_position_embeddings={positions}": (positions > 0, "give the longest sequence that the model is made for"),
         f"hidden_act={config.hidden_act!r}": (config.hidden_act in ACT2FN, f"supported: {', '.join(ACT2FN)}"),
         f"rope_type={kind!r}": (kind in kinds, f"supported: {', '.join(kinds)}"),
         f"partial_rotary_factor={part} with rope_type={kind!r}": (

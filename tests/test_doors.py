@@ -297,7 +297,7 @@ MORE_THAN_TRANSFORMERS = (
     r"generation_config\.json (cannot be read|has eos_token_id)",
     r"[Tt]okenizer of .* (cannot be read|splits text)|tokenizer\.json is damaged",
     r"stores .* is expected: give the full-precision model",
-    r"has (is_causal|is_encoder_decoder|max_position_embeddings)=",
+    r"has (dtype|is_causal|is_encoder_decoder|max_position_embeddings)=",  # dtype: transformers was told one
     r"is quantized already",
     r"is longer than the \d+ positions|contains token id",
     r"where llama\.cpp|not mapped to (GGUF|llama\.cpp)",
@@ -358,6 +358,8 @@ def check_doors(model: Path, damage: Damage, doors: list[str]) -> None:
 @example(("bytes", "generation_config.json", "cut", 0.0), "chat")
 @example(("generation", "eos_token_id", []), "chat")
 @example(("config", "max_position_embeddings", -1), "evaluate")
+@example(("config", "dtype", True), "planned")
+@example(("config", "dtype", "int64"), "planned")
 @example(("config", "max_position_embeddings", 2**40), "served")
 @example(("bytes", "tokenizer_config.json", "directory", 0.0), "trained")
 @example(("files", "metadata", False), "evaluate")

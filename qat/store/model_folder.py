@@ -80,7 +80,7 @@ def _check_computable(config: PreTrainedConfig, name: str) -> None:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope, window = config.rope_parameters, getattr(config, "sliding_window", None)
-    positions = config.max_position_embeddings
+    positions, dtype = config.max_position_embeddings, config.dtype
     by_layer = architecture_of(config).sliding_window == "layer_types"
     layers = set(config.layer_types) if by_layer else set()
     kind, part = rope["rope_type"], rope.get("partial_rotary_factor", 1)
@@ -93,6 +93,10 @@ def _check_computable(config: PreTrainedConfig, name: str) -> None:
         f"is_encoder_decoder={config.is_encoder_decoder}": (
             not config.is_encoder_decoder,
             "these architectures have no encoder",
+        ),
+        f"dtype={dtype!r}": (
+            dtype is None or isinstance(dtype, str) or (isinstance(dtype, torch.dtype) and dtype.is_floating_point),
+            "give bfloat16, float16 or float32",
         ),
         f"max_position_embeddings={positions}": (positions > 0, "give the longest sequence that the model is made for"),
         f"hidden_act={config.hidden_act!r}": (config.hidden_act in ACT2FN, f"supported: {', '.join(ACT2FN)}"),

@@ -332,5 +332,5 @@ def test_what_is_no_corpus_is_refused(tokenizer, tmp_path, monkeypatch):
 def test_a_corpus_takes_no_settings_of_a_writer(tmp_path):
     (tmp_path / "a.txt").write_text(TEXT)
     settings = GenerateConfig(temperature=0.5, batch_size=8)
-    with pytest.raises(UserError, match="temperature, batch_size do not apply"):
+    with pytest.raises(UserError, match="does not take temperature or batch_size"):
         write_corpus(Corpus(str(tmp_path / "a.txt")), ShardFolder(tmp_path / "data"), "", None, settings)

@@ -28,7 +28,7 @@ from gpu_checks import generation, limits, numerics, speed, training
 from gpu_checks.bench import SMALL, Bench, Shapes
 
 from launch import cli
-from qat.runtime.errors import UserError
+from qat.runtime.errors import UserError, first_line
 from qat.runtime.files import read_lines, write_atomically
 from qat.runtime.machine import machine
 
@@ -159,7 +159,7 @@ def _work(names: list[str], folder: Path, report: Path) -> None:
             result: dict[str, Any] = {"holds": holds, "figures": figures}
         except Exception as error:
             traceback.print_exc()  # the record, which is published, has no paths of this machine
-            result = {"error": f"{type(error).__name__}: {error}".partition("\n")[0]}
+            result = {"error": f"{type(error).__name__}: {first_line(error)}"}
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -170,7 +170,7 @@ def _work(names: list[str], folder: Path, report: Path) -> None:
 
 def _line(result: dict[str, Any]) -> str:
     if "error" in result:
-        return f"FAILED after {result['seconds']} s: {result['error'].splitlines()[0][:300]}"
+        return f"FAILED after {result['seconds']} s: {result['error'][:300]}"
     broken = [name for name, holds in result["holds"].items() if not holds]
     verdict = f"NOT: {', '.join(broken)}" if broken else "ok"
     return f"{verdict} ({result['seconds']} s)  {_short(result['figures'])}"

@@ -137,10 +137,12 @@ def write_generated(
     check(directory, tokenizer, config, given, group.size)
     if not vllm:  # whose own ranks take the GPUs
         group.init()
-    needs = None if vllm or not cli.is_first_rank() else planned(directory, config)  # vLLM takes all the memory
+    needs: Mapping[str, float] = {}
 
     def loaded() -> Writer:
-        if needs:
+        nonlocal needs
+        if cli.is_first_rank() and not vllm:  # which takes all the memory there is
+            needs = planned(directory, config)
             warn_if_short(needs, config)
         # vLLM writes a shard in one call, and reports progress when it is done: too late to abandon the shard.
         return writer(directory, tokenizer, config, given, group, advance if vllm else advance_unless_stopped)
@@ -186,7 +188,7 @@ def write_generated(
                         folder.write_targets(index, sequences, observed)
                     folder.write(index, sequences)
         bar.total = bar.n  # other ranks may have written more shards than this one
-    if write and needs:
+    if needs:
         print(memory.beside_plan(needs))
 
 

@@ -445,8 +445,7 @@ def check_arithmetic(run: Path, settings: dict[str, Any], consequence: str, advi
     """Raise UserError if the run in a folder was begun, with ``settings``, by a version that computed differently."""
     with using(run / SETTINGS):
         began_with = arithmetic_of(settings, run)
-        quant = {one.name: settings[one.name] for one in dataclasses.fields(QuantConfig) if one.name in settings}
-        today = linear.arithmetic_of(QuantConfig(**quant))
+        today = linear.arithmetic_of(QuantConfig(**QuantConfig.among(settings)))
     if began_with != today:
         raise UserError(
             f"{run} was begun by a version that computed differently ({began_with}; now {today}), and {consequence}: "

@@ -423,8 +423,7 @@ def test_what_llama_cpp_does_not_load_is_not_verified(tmp_path):
     content = file.read_bytes()
     assert content.count(b"gpt-2") == 1, "the way in which text is split; transformers does not read it"
     file.write_bytes(content.replace(b"gpt-2", b"gpt-0"))
-    reasons = "gpt-0|Failed to init server"  # its log comes from a thread, which ends with it: a line may be lost
-    with pytest.raises(UserError, match=rf"llama.cpp does not load it \(.*({reasons})"):
+    with pytest.raises(UserError, match=r"llama.cpp does not load it \(.*gpt-0"):
         export.verify(student, tmp_path / "export", GGUF, WINDOWS)
 
 

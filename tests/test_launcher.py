@@ -1,7 +1,6 @@
 """A launcher that is gone takes its ranks along; whatever started it does not."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -97,6 +96,7 @@ def test_training_saves_and_ends_with_its_launcher(launcher, number, started, ti
     process.wait(60)
     assert gone(below, 60)
     said = (tmp_path / "log").read_text()
-    assert not re.search("^error:", said, re.MULTILINE), said  # ours; torchrun ends in a traceback of its own
+    # torchrun ends in a traceback of its own, through its package of this name.
+    assert "error" not in said.replace("exits with return code", "").replace("multiprocessing/errors/", ""), said
     assert (run / CHECKPOINTS / LATEST).read_text() == f"step-{len(log_of(run)):06}"
     assert "stopped by a signal and saved" in said

@@ -463,11 +463,12 @@ def _finding_line(what: str, finding: Finding) -> str:
 
 def _mixed(cells: Mapping[str, Cell]) -> str:
     """Say that cells of two arithmetics are compared, if there are both."""
-    ways = ["floats" in _arithmetics(cell) for cell in cells.values() if _multiplies_codes(cell)]
-    if len({*ways}) < 2:
+    every = [cell for cell in cells.values() if _multiplies_codes(cell)]
+    old = [cell for cell in every if _multiplied_floats(cell)]
+    if len(old) in (0, len(every)):
         return ""
     return (
-        f"{sum(ways)} of {len(ways)} cells whose layers multiply codes were measured with float matmuls; the tables "
+        f"{len(old)} of {len(every)} cells whose layers multiply codes were measured with float matmuls; the tables "
         "name them. A difference between one of these and another cell contains that change too "
         "([how much](../evaluation.md#what-rounding-alone-changes))."
     )
@@ -554,7 +555,7 @@ def _measured_on(cells: Iterable[Cell]) -> str:
 
 def _in_floats(names: list[str], cells: Mapping[str, Cell], what: str) -> str:
     """Name the cells that were measured with float matmuls, where today's are of codes; ``what`` of them was."""
-    old = [name for name in names if _multiplies_codes(cells[name]) and "floats" in _arithmetics(cells[name])]
+    old = [name for name in names if _multiplies_codes(cells[name]) and _multiplied_floats(cells[name])]
     if not old:
         return ""
     return (
@@ -567,6 +568,10 @@ def _multiplies_codes(cell: Cell) -> bool:
     names = {field.name for field in fields(QuantConfig)} & cell["settings"].keys()
     quant = QuantConfig(**{name: cell["settings"][name] for name in names})
     return can_multiply_codes(quant.weights, quant.activations)
+
+
+def _multiplied_floats(cell: Cell) -> bool:
+    return "floats" in _arithmetics(cell)
 
 
 def _arithmetics(cell: Cell) -> set[str]:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from qat.quant import kernels
+from qat.runtime.errors import first_line
 
 F = TypeVar("F", bound=Callable)
 
@@ -52,7 +53,9 @@ def fused(function: F, kernel: str = "") -> F:
             try:
                 return compiled(*args)
             except torch._dynamo.exc.TorchDynamoException as error:  # some torch cannot compile this one: eagerly then
-                _logger.warning("torch.compile fails for %s (%s): it runs eagerly.", function.__name__, _first(error))
+                _logger.warning(
+                    "torch.compile fails for %s (%s): it runs eagerly.", function.__name__, first_line(error)
+                )
                 compiled = function
                 return function(*args)
 
@@ -87,14 +90,11 @@ def compiles(device: str) -> bool:
         x = torch.ones(8, device=device)
         torch.compile(lambda x: (x / (x + 1)).sin(), dynamic=True, options=options())(x)
     except Exception as error:  # whatever is missing or broken, training continues eagerly
-        _logger.warning("torch.compile does not work here on %s (%s): quantizers run eagerly.", device, _first(error))
+        _logger.warning(
+            "torch.compile does not work here on %s (%s): quantizers run eagerly.", device, first_line(error)
+        )
         return False
     return True
-
-
-def _first(error: Exception) -> str:
-    """Return the first line of what an error says."""
-    return next(iter(str(error).strip().splitlines()), "?")
 
 
 @functools.cache

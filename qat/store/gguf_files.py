@@ -70,15 +70,20 @@ _ROPE_PARAMETERS = "qat.rope_parameters"
 """A tensor that divides the frequencies; and, for ``load``, the parameters from which it and the metadata were made."""
 
 _LOAD = """
-import os, sys, xllamacpp
+import os, sys, time, xllamacpp
 settings = xllamacpp.CommonParams()
 settings.model.path = sys.argv[1]
 settings.n_ctx, settings.n_parallel, settings.cpuparams.n_threads, settings.warmup = 64, 1, 1, False
-server = xllamacpp.Server(settings)
+try:
+    server = xllamacpp.Server(settings)
+except RuntimeError:
+    time.sleep(1)
+    raise
 os._exit(0)
 """
 """Program for another Python process that tells whether llama.cpp loads a file. It does not wait for the server to
-stop, which may never happen."""
+stop, which may never happen. If the file is rejected it waits for llama.cpp's log, which a thread writes: the reason
+would be lost on a busy machine."""
 
 _LOADING = 600.0
 """Timeout of that process, in seconds, for a small file."""

@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     )
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-_ANY = Kind(torch.Size())
-"""Where transformers has compared the shapes."""
-
 _PATTERNS = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"]
 """The files that are downloaded of a model on the hub."""
 
@@ -135,7 +132,7 @@ def _load_quantized(name: str, dtype: torch.dtype | str) -> PreTrainedModel:
     except Exception as error:
         raise UserError(f"{name} is quantized, and transformers cannot load it: {in_one_line(error)}") from error
     model, account = loaded
-    missing = dict.fromkeys(account["missing_keys"], _ANY)
+    missing = dict.fromkeys(account["missing_keys"], Kind(torch.Size()))
     check_complete({}, missing, Path(name))  # transformers would put random numbers in the place of a scale
     return model
 

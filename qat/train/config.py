@@ -131,6 +131,6 @@ def arithmetic_of(settings: dict[str, Any], run: Path) -> str:
     if (settings.get("bf16") or {}).get("enabled"):
         return "RoPE in bf16"
     record = run / "integer_product"
-    quant = QuantConfig(**{name: settings[name] for name in QuantConfig().record() if name in settings})
+    quant = QuantConfig(**QuantConfig.among(settings))
     in_floats = record.is_file() and record.read_text() == "floats"
     return "products of floats" if in_floats and can_multiply_codes(quant.weights, quant.activations) else ARITHMETIC

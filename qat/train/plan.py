@@ -216,9 +216,8 @@ def training(
 
     chunk = min(tokens, CHUNK_TOKENS[device])
     bucket = min(zero.get("reduce_bucket_size", 5e8), parameters)
-    together = (
-        of_student.layer if deepspeed_json.fetches_layers(student) else 0
-    )  # a layer's gradients are taken when all are there
+    # A layer's gradients are taken when all are there.
+    together = of_student.layer if deepspeed_json.fetches_layers(student) else 0
     gathered_teacher = max(_live(sharded, parameters), of_teacher.kept_whole) if sharded and of_teacher else 0
     passing = {
         "gathered student": width * max(_live(student, parameters), of_student.kept_whole),

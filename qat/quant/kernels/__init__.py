@@ -11,6 +11,8 @@ from types import ModuleType
 
 import torch
 
+from qat.runtime.errors import first_line
+
 _logger = logging.getLogger(__name__)
 
 
@@ -27,7 +29,7 @@ def on(device: str) -> ModuleType | None:
     except Exception as error:  # whatever is missing or broken, compiled functions do the work
         _logger.warning(
             "our kernels cannot be used here (%s): torch.compile makes others. QAT_KERNELS=0 does not try.",
-            str(error).partition("\n")[0],
+            first_line(error),
         )
         return None
     return host

@@ -33,6 +33,15 @@ def test_a_torch_without_exact_division_compiles_nothing_for_gpus(known, caplog)
         assert "exact division" not in caplog.text
 
 
+def test_a_torch_that_drops_a_rounding_compiles_nothing(monkeypatch, caplog):
+    """As torch 2.11 does on CPUs: scales in fp16 were not rounded there, and compiled functions gave other codes."""
+    monkeypatch.setattr(torch, "compile", lambda function, **how: lambda x: x / (x + 1) * 3)
+    assert not conftest.really_compiles.__wrapped__("cpu")
+    assert "does not round where eager mode does" in caplog.text
+    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+    assert conftest.really_compiles.__wrapped__("cpu")
+
+
 def test_this_torch_divides_exactly_and_keeps_roundings():
     names = fused.options().keys()
     assert fused._CASTS in names

@@ -111,8 +111,7 @@ def compare_products(rows: int, columns: int, out: int, device: torch.device, dt
             f"ours, integers by {product.__name__}": lambda p=product: products.matmul_codes(
                 x, quantize(weight, Format(4)), Format(4).qmax, dtype, p
             )
-            for product in products.INTEGER_PRODUCTS
-            if products.is_exact(product, device, Format(4).qmax)
+            for product in products.exact_ones(products.INTEGER_PRODUCTS, device, Format(4).qmax)
         },
     }
     seconds = common.median_seconds(ways, repeats)

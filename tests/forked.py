@@ -5,6 +5,7 @@ That process, multiprocessing's forkserver, has computed nothing and started no 
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
@@ -23,9 +24,11 @@ from launch.stages import free_port
 
 IMPORTED = [
     *(f"launch.{file.stem}" for file in sorted(Path(launch.__file__).parent.glob("[!_]*.py"))),
-    *("matplotlib.pyplot", "torch._inductor.compile_fx", "torch.utils.tensorboard"),
+    *("deepspeed", "matplotlib.pyplot", "qat.train.checkpoint", "qat.train.loop", "qat.train.losses"),
+    *("torch._inductor.compile_fx", "torch.utils.tensorboard"),
+    *("transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama"),
 ]
-"""The commands, and what most of them import later."""
+"""The commands, and what most of them import later: it takes seconds."""
 
 _STOP_SECONDS = 30
 """As DeepSpeed's launcher has it."""
@@ -114,6 +117,7 @@ class Command:
 
 def _start(script: str, flags: list[str], ranks: int, environment: dict[str, str], cwd: str, files: list[str]) -> None:
     """The command's first process: the script, or, like a launcher, the one that waits for the ranks."""
+    gc.freeze()  # what was imported is no garbage: looking for it there would take a third of a second each time
     os.setsid()
     os.chdir(cwd)
     for stream, file in zip((sys.stdout, sys.stderr), files, strict=True):

@@ -97,7 +97,7 @@ def test_forward_is_the_exact_product_of_the_codes_for_every_number_of_rows(
 @pytest.mark.parametrize("qmax", [7, 127])
 def test_every_product_that_is_exact_gives_the_same_numbers(product, qmax):
     """Also where the sum is beyond 2^24, and fp32 rounds it; with zero points; and of the codes -128 and -qmax-1."""
-    if not products.is_exact(product, torch.device("cpu"), qmax):
+    if not products.exact_ones([product], torch.device("cpu"), qmax):
         assert product is not products.float_blocks, "it must be exact everywhere"
         pytest.skip("not exact on this processor")
     torch.manual_seed(0)
@@ -125,8 +125,8 @@ def test_a_product_that_saturates_is_not_exact(monkeypatch):
         return pairs.clamp(-(2**15), 2**15 - 1).sum(-1) - 128 * weight.int().sum(-1)
 
     monkeypatch.setattr(products, "_TEST_SIZE", {"cpu": 32})
-    assert products.is_exact(saturating, torch.device("cpu"), qmax=63)
-    assert not products.is_exact(saturating, torch.device("cpu"), qmax=127)
+    assert products.exact_ones([saturating], torch.device("cpu"), qmax=63)
+    assert not products.exact_ones([saturating], torch.device("cpu"), qmax=127)
 
 
 def test_a_product_that_does_not_heed_strides_is_not_exact():
@@ -135,7 +135,7 @@ def test_a_product_that_does_not_heed_strides_is_not_exact():
     def careless(codes, weight):
         return codes.int() @ weight.as_strided(weight.shape, (weight.shape[1], 1)).int().t()
 
-    assert not products.is_exact(careless, torch.device("cpu"), qmax=7)
+    assert not products.exact_ones([careless], torch.device("cpu"), qmax=7)
 
 
 def test_a_learned_step_needs_its_start_and_then_learns():

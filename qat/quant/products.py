@@ -19,7 +19,7 @@ its AVX2 code, at less than half the speed.
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -185,7 +185,7 @@ def integer_product(device: torch.device, qmax: int) -> IntegerProduct:
     """Return the fastest product that is exact on ``device`` for weight codes up to ``qmax``. All exact products give
     the same numbers, so it does no harm if another run chooses another one."""
     codes, weight = _test_codes(device, qmax)
-    exact = [product for product in INTEGER_PRODUCTS if is_exact(product, device, qmax)]
+    exact = exact_ones(INTEGER_PRODUCTS, device, qmax)
     product = min(exact, key=lambda product: _seconds(lambda: product(codes, weight), device))
     _logger.info("this %s multiplies integer weights of up to %d by %s", device.type, qmax, product.__name__)
     return product
@@ -225,18 +225,25 @@ def own_is_faster(product: IntegerProduct, device: torch.device, qmax: int, few:
     return faster
 
 
-def is_exact(product: IntegerProduct, device: torch.device, qmax: int) -> bool:
-    """Return whether a product is available, and exact, for weight codes from -qmax-1 to qmax. The worst cases are
-    those that saturate on processors that add pairs in 16 bits."""
+def exact_ones(products: Iterable[IntegerProduct], device: torch.device, qmax: int) -> list[IntegerProduct]:
+    """Return those of the products that are available, and exact, for weight codes from -qmax-1 to qmax. The worst
+    cases are those that saturate on processors that add pairs in 16 bits."""
     codes, weight = _test_codes(device, qmax)
     extremes = [torch.full_like(codes, code) for code in (127, -128)]
     heaviest = [torch.full_like(weight, code) for code in (qmax, -qmax, -qmax - 1)]
     cases = [(a, b) for a in (*extremes, codes) for b in (*heaviest, weight)]
     some_rows = ((codes[:rows], weight) for rows in (1, 17, 333))
     strided = ((pad(codes, (0, 4))[:, :-4], weight), (codes, pad(weight, (0, 4))[:, :-4]), (codes.t(), weight.t()))
-    every = (*cases, *some_rows, *strided)
+    exact = list(products)
+    for a, b in (*cases, *some_rows, *strided):
+        expected = a.double() @ b.double().t()
+        exact = [product for product in exact if _gives(product, a, b, expected)]
+    return exact
+
+
+def _gives(product: IntegerProduct, codes: Tensor, weight: Tensor, expected: Tensor) -> bool:
     try:
-        return all(torch.equal(product(a, b).double(), a.double() @ b.double().t()) for a, b in every)
+        return torch.equal(product(codes, weight).double(), expected)
     except (AttributeError, NotImplementedError, RuntimeError):  # the operator is not available here
         return False
 

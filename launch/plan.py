@@ -76,7 +76,7 @@ def main() -> None:
     question, machine, quant = cli.parse(__doc__, Question, Machine, QuantConfig)
     config = config_of(question.model)
     ways = [(question.deepspeed, question.teacher_deepspeed or question.deepspeed)] if question.deepspeed else None
-    ways = ways or [(Path("ds_configs") / student, Path("ds_configs") / teacher) for student, teacher in WAYS]
+    ways = ways or [(deepspeed_json.SHIPPED / student, deepspeed_json.SHIPPED / teacher) for student, teacher in WAYS]
     plans = {}
     for student, teacher in ways:
         student_json, teacher_json = deepspeed_json.read(student), deepspeed_json.read(teacher)

@@ -24,9 +24,9 @@ from qat.runtime.files import lock, read_lines, wait_until_free, write_atomicall
 from qat.runtime.preemption import handle_signals
 from qat.store import models, smollm2, weight_files
 from qat.store.run_folder import FINAL, LOG, SETTINGS
+from qat.train.deepspeed_json import SHIPPED
 
 _LAUNCH = Path(__file__).parent
-_ROOT = _LAUNCH.parent
 _RECIPES = _LAUNCH / "recipes"
 
 
@@ -71,7 +71,7 @@ def main() -> None:
         "train",
         [deepspeed, f"--num_gpus={settings.gpus or 2}", f"--master_port={free_port()}", _LAUNCH / "train.py"],
         [
-            f"--deepspeed={_ROOT / 'ds_configs' / ('zero3.json' if settings.gpus else 'zero3_cpu.json')}",
+            f"--deepspeed={SHIPPED / ('zero3.json' if settings.gpus else 'zero3_cpu.json')}",
             f"--config={_RECIPES / 'quickstart_train.yaml'}",
         ],
         ["--model", model, "--data", out / "data", "--output", run],

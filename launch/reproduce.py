@@ -37,6 +37,7 @@ from qat.store import models, rotate, smollm2
 from qat.store.run_folder import CHECKPOINTS, FINAL, LOG
 from qat.train import checkpoint
 from qat.train.config import TrainConfig
+from qat.train.deepspeed_json import SHIPPED
 from qat.train.rotations import LearnConfig
 
 TABLES = (
@@ -55,7 +56,6 @@ TABLES = (
 )
 
 _LAUNCH = Path(__file__).parent
-_ROOT = _LAUNCH.parent
 _RECIPES = _LAUNCH / "recipes" / "reproduce"
 _RTN = "rtn"
 _LLAMA_CPPS = {f"llama_{kind}": kind for kind in llama_quantize.KINDS}
@@ -324,7 +324,7 @@ class _Runner:
         gpus = torch.cuda.device_count()
         self.ranks = reproduction.ranks or min(gpus or 2, 2)
         self.environment: dict[str, str] = {} if gpus else dict(CPU_ONLY)
-        self.ds_config = _ROOT / "ds_configs" / ("zero3.json" if gpus else "zero3_cpu.json")
+        self.ds_config = SHIPPED / ("zero3.json" if gpus else "zero3_cpu.json")
 
     def _claim(self) -> None:
         """Raise UserError if the folders hold results or work of another model."""

@@ -30,6 +30,7 @@ from qat.quant.config import QuantConfig
 from qat.quant.linear import ARITHMETIC, WITH_ZERO_POINTS, arithmetic_of
 from qat.runtime.errors import UserError
 from qat.runtime.files import lock
+from qat.train import deepspeed_json
 from qat.train.config import TrainConfig
 
 JSON = ROOT / "ds_configs" / "zero3_cpu.json"
@@ -205,10 +206,23 @@ def test_deepspeed_json_that_contradicts_the_flags(change, named, monkeypatch, t
 
 def test_missing_or_broken_deepspeed_json(monkeypatch, tiny_directory, tiny_data, tmp_path):
     flags = train_flags(tiny_directory, tiny_data, tmp_path / "out", tmp_path / "none.json")
-    assert "no DeepSpeed configuration" in error_of(monkeypatch, "train", *flags)
+    message = error_of(monkeypatch, "train", *flags)
+    assert f"no DeepSpeed configuration at {tmp_path / 'none.json'}: choose ds_configs/" in message
     (tmp_path / "broken.json").write_text("{")
     flags = train_flags(tiny_directory, tiny_data, tmp_path / "out", tmp_path / "broken.json")
     assert "is not JSON" in error_of(monkeypatch, "train", *flags)
+
+
+def test_the_shipped_deepspeed_jsons_are_found_from_everywhere(monkeypatch, tmp_path):
+    """An installed package has them beside its modules; a folder of that name in the working directory comes first."""
+    expected = deepspeed_json.read(JSON)
+    monkeypatch.chdir(tmp_path)
+    relative = JSON.relative_to(JSON.parents[1])
+    assert deepspeed_json.read(relative) == expected
+    relative.parent.mkdir()
+    relative.write_text(JSON.read_text().replace('"stage": 3', '"stage": 2'))
+    with pytest.raises(UserError, match="must set zero_optimization"):
+        deepspeed_json.read(relative)
 
 
 def test_data_of_other_settings(monkeypatch, tiny_directory, tiny_data):

@@ -10,7 +10,7 @@ from itertools import chain
 from conftest import ROOT
 from packaging.requirements import Requirement
 
-PACKAGES = ("qat", "datagen", "launch")
+PACKAGES = ("qat", "datagen", "launch", "ds_configs")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 

@@ -142,17 +142,17 @@ def test_two_sharded_ranks_equal_one_plain_process(run, weights, tiny_directory,
 
 
 def test_killed_and_resumed_equals_uninterrupted(run, weights, tiny_directory, tiny_data, tmp_path):
-    """By the command line of the README, with DeepSpeed's own launcher, which is killed too."""
+    """By the command line of the README, with DeepSpeed's own launcher, which is killed too; then by the module."""
     output = tmp_path / "killed"
-    command = ["deepspeed", "--num_gpus=2", f"--master_port={free_port()}", ROOT / "launch" / "train.py"]
-    command += flags(tiny_directory, tiny_data, output)
-    process = start_command(*command)
+    deepspeed = ["deepspeed", "--num_gpus=2", f"--master_port={free_port()}"]
+    settings = flags(tiny_directory, tiny_data, output)
+    process = start_command(*deepspeed, ROOT / "launch" / "train.py", *settings)
     while process.poll() is None and not (output / "checkpoints" / "latest").exists():
         time.sleep(0.02)
     assert process.poll() is None, process.communicate()[0]
     kill(process)
     assert not (output / "final").exists(), "the run must be killed before its end for this test to say anything"
-    finish(start_command(*command))
+    finish(start_command(*deepspeed, "--module", "launch.train", *settings))
     assert losses(output) == losses(run)
     resumed = load_file(output / "final" / "model.safetensors")
     assert all(torch.equal(resumed[name], weight) for name, weight in weights.items())

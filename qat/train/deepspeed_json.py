@@ -10,6 +10,9 @@ import torch
 
 from qat.runtime.errors import UserError
 
+SHIPPED = Path(__file__).parents[2] / "ds_configs"
+"""The folder of the JSONs that come with this program."""
+
 _FP32_BUFFERS = "inv_freq"
 """RoPE's frequencies. ``zero.Init`` and the engine cast all floating tensors to bf16, which would shift a phase of
 thousands of radians by whole radians; DeepSpeed leaves the buffers in this list alone."""
@@ -41,11 +44,15 @@ _REFUSED = {
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read the DeepSpeed JSON at ``path``; raise UserError if it is not suitable for training."""
+    """Read the DeepSpeed JSON at ``path``; raise UserError if it is not suitable for training. ds_configs/NAME is the
+    shipped one where the working directory has none, as with an installed package."""
+    if path.parent == Path(SHIPPED.name) and not path.exists():
+        path = SHIPPED / path.name
     try:
         ds_config = json.loads(path.read_text())
     except OSError as error:
-        raise UserError(f"There is no DeepSpeed configuration at {path}: see ds_configs/.") from error
+        shipped = ", ".join(sorted(f"ds_configs/{file.name}" for file in SHIPPED.glob("*.json")))
+        raise UserError(f"There is no DeepSpeed configuration at {path}: choose {shipped}, or your own.") from error
     except ValueError as error:  # not JSON, or not UTF-8
         raise UserError(f"{path} is not JSON: {error}.") from error
     ds_config = _with_homes(ds_config)

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -17,9 +18,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO
 
 import launch
+from launch import stages
 from launch.stages import free_port
 
 IMPORTED = [
@@ -151,8 +154,32 @@ def _rank(number: int, script: str, flags: list[str]) -> None:
     _run(script, [f"--local_rank={number}", *flags])
 
 
+class _Stage:
+    """A command of ``launch.stages``, forked too; what that uses of subprocess.Popen."""
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str], start_new_session: bool):
+        assert start_new_session
+        place = next(number for number, part in enumerate(command) if part.endswith(".py"))
+        given = [part.removeprefix("--num_gpus=") for part in command[:place] if part.startswith("--num_gpus=")]
+        files = [f"/proc/{os.getpid()}/fd/{stream.fileno()}" for stream in (sys.stdout, sys.stderr)]
+        arguments = (command[place], command[place + 1 :], int(given[0]) if given else 0, dict(env), os.getcwd(), files)
+        self._process = multiprocessing.get_context("fork").Process(target=_start, args=arguments)
+        self._process.start()
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(self._process.name, timeout)
+        return self._process.exitcode
+
+
 def _run(script: str, flags: list[str]) -> None:
-    """Become the script; to its end."""
+    """Become the script; to its end. The commands that it starts in turn are forked too."""
+    stages.subprocess = SimpleNamespace(Popen=_Stage, TimeoutExpired=subprocess.TimeoutExpired)
     sys.argv = [script, *flags]
     sys.path.insert(0, str(Path(script).parent))
     try:

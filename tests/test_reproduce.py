@@ -39,16 +39,16 @@ def test_without_llama_cpp_nothing_is_begun(tiny_directory, monkeypatch, tmp_pat
 
 
 def test_killed_and_started_again(tiny_directory, tmp_path):
-    command = ["python", ROOT / "launch" / "reproduce.py", *flags(tiny_directory, tmp_path)]
     run = tmp_path / "work" / "cells" / "qat_4-8-4"
-    first = start_command(*command, "--minutes=10")
+    command = ["python", ROOT / "launch" / "reproduce.py", *flags(tiny_directory, tmp_path)]
+    first = start_command(*command, "--cells=qat_4-8-4", "--minutes=10")
     while first.poll() is None and not (run / "log.jsonl").exists():
         time.sleep(0.1)
     assert first.poll() is None, first.communicate()[0]
     kill(first)
-    again = start_command(*command)
-    output, _ = again.communicate(timeout=500)
-    assert again.returncode == 0, output
+    again = start(0, "reproduce", *flags(tiny_directory, tmp_path))
+    again.wait(500)
+    assert again.returncode == 0, again.said
     results = tmp_path / "results"
     rows = json.loads((results / "main.json").read_text())
     assert [row["name"] for row in rows] == ["full_precision_16-16-16", "rtn_4-8-4", "qat_4-8-4"]

@@ -11,6 +11,7 @@ from qat.quant.quantizers.minmax import MinMax
 from qat.quant.quantizers.minmax_asymmetric import MinMaxAsymmetric
 from qat.quant.quantizers.minmax_full import MinMaxFull
 from qat.quant.quantizers.minmax_signed import MinMaxSigned
+from qat.quant.quantizers.mse import MSE
 from qat.quant.quantizers.mxfp4 import MXFP4
 from qat.quant.quantizers.nvfp4 import NVFP4
 from qat.quant.quantizers.nvfp4_4over6 import NVFP4FourOverSix
@@ -25,6 +26,7 @@ QUANTIZERS: Table[Quantizer] = Table(
     minmax_asymmetric=MinMaxAsymmetric(),
     minmax_full=MinMaxFull(),
     minmax_signed=MinMaxSigned(),
+    mse=MSE(),
     statsq=StatsQ(),
     seq=SEQ(),
     ternary=Ternary(),

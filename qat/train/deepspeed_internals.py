@@ -159,6 +159,17 @@ class Fetcher(ABC):
         """Called when the weights have changed."""
 
 
+def own_part(parameter: Sharded) -> Tensor:
+    """Return this rank's part of a Parameter, flat; all of it if it is not partitioned."""
+    part: Tensor = getattr(parameter, "ds_tensor", parameter)
+    return part.detach()
+
+
+def elements(parameter: Sharded) -> int:
+    """Return the number of elements of a Parameter, partitioned or not."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
 def own_rows(parameter: Sharded) -> Tensor | None:
     """Return this rank's rows of a sharded weight [out, in]; None where a row is cut in two, or DeepSpeed keeps the
     weight elsewhere: whole on every rank, in each node once more, sharded in groups of ranks, or on NVMe."""

@@ -161,13 +161,12 @@ class Fetcher(ABC):
 
 def own_part(parameter: Sharded) -> Tensor:
     """Return this rank's part of a Parameter, flat; all of it if it is not partitioned."""
-    part: Tensor = getattr(parameter, "ds_tensor", parameter)
-    return part.detach()
+    return (parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter).detach()
 
 
 def elements(parameter: Sharded) -> int:
     """Return the number of elements of a Parameter, partitioned or not."""
-    return getattr(parameter, "ds_numel", parameter.numel())
+    return parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
 
 
 def own_rows(parameter: Sharded) -> Tensor | None:

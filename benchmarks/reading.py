@@ -81,8 +81,8 @@ def rank(config: ReadingBenchmark, model: Path) -> None:
     engines.init_distributed()
     before = anonymous_memory()
     with PeakAllocated() as allocated, deepspeed_internals.partitioned_reading(ds_config):
-        student = models.load(str(model), torch.float32)
-    own = sum(parameter.ds_tensor.numel() for parameter in student.parameters())
+        student = models.load(str(model), torch.float32, deepspeed_internals.own_part)
+    own = sum(deepspeed_internals.own_part(parameter).numel() for parameter in student.parameters())
     assert own * 4 < 0.51 * weights_size(model)
     own_figures = {
         "part": own * 4,

@@ -30,8 +30,8 @@ from qat.quant.architecture import (
     windowed_layers,
 )
 from qat.quant.rotated import check_plain
+from qat.runtime import operators
 from qat.runtime.errors import UserError
-from qat.runtime.machine import has_onednn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -214,11 +214,11 @@ class Decoder:
         return summed
 
     def _multiply(self, weight: Tensor, bias: Tensor | None) -> Product:
-        if weight.device.type == "cpu" and weight.dtype == torch.float32 and has_onednn():
+        if weight.device.type == "cpu" and weight.dtype == torch.float32 and operators.has_onednn():
             # oneDNN, with the weight laid out for it in advance. The choice must not depend on a measurement: ranks
             # that chose differently would write different bytes.
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight, self.slots)
-            return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+            packed = operators.laid_out(weight, self.slots)
+            return lambda x: operators.onednn_linear(x, packed, bias)
         return lambda x: linear(x, weight, bias)
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from qat.data.shards import ShardFolder
 from qat.runtime.errors import UserError
 from qat.runtime.machine import device, take_gpu
-from qat.runtime.ranks import TIMEOUT, announce, join
+from qat.runtime.ranks import TIMEOUT, announce, join, launchers_store
 
 
 def ranks_from_slurm(environment: MutableMapping[str, str]) -> None:
@@ -92,10 +92,9 @@ class Group:
                 "them, or export both before srun."
             )
         join(self.rank, self.size, f"group-{self.number}")
-        store, _, _ = next(iter(dist.rendezvous("env://")))
         dist.init_process_group(
             "nccl" if torch.cuda.is_available() else "gloo",
-            store=dist.PrefixStore(f"group-{self.number}", store),
+            store=dist.PrefixStore(f"group-{self.number}", launchers_store(TIMEOUT)),
             rank=self.rank,
             world_size=self.size,
             timeout=TIMEOUT,

@@ -72,6 +72,14 @@ def test_generate_with_the_integer_cache_equals_generate_without_a_cache(beams):
     assert torch.equal(model.generate(prompt, past_key_values=IntegerCache(model), **settings), expected)
 
 
+def test_what_was_stored_is_not_taken_for_new_keys():
+    """Attention that knows nothing of the cache would multiply rotated keys with queries that are not."""
+    model = double_model({"kv_rotation": "hadamard"})
+    model.set_attn_implementation("eager")
+    with pytest.raises(AttributeError, match="Stored"):
+        model(ids(model), past_key_values=IntegerCache(model))
+
+
 @given(st.integers(2, 8), st.sampled_from(["minmax", "minmax_asymmetric"]), st.integers(1, 5), st.integers(1, 8))
 def test_packing_loses_nothing(bits, method, rows, half):
     form = Format(bits, method)

@@ -164,7 +164,7 @@ def caches(bench: Bench) -> tuple[dict, dict]:
             layer = IntegerLayer(KVQuantizer(form, form))
             with _mode("kernels" if device.type == "cuda" else "eager"):
                 read = layer.update(keys.to(device), values.to(device))
-            stored.append([part.cpu() for part in (layer.keys, layer.values, *read)])
+            stored.append([part.cpu() for part in (layer.keys, layer.values, *(one.tensor for one in read))])
         mismatches[name] = sum(_different(a, b) for a, b in zip(*stored, strict=True))
     rotated = [Integers(Format(4), "token_head", "hadamard").keys(keys.to(d)).cpu() for d in ("cpu", bench.device)]
     codes = [quantize(part, Format(4)).codes for part in rotated]

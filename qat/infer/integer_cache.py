@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from qat.quant.architecture import attentions
-from qat.quant.kv_cache import KVQuantizer, mark_stored
+from qat.quant.kv_cache import KVQuantizer, Stored
 from qat.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,12 +62,15 @@ class IntegerLayer(DynamicLayer):
         self.values = torch.empty(0, dtype=torch.uint8, device=self.device)
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values [batch, kv_heads, new, head_dim]; return all of them, rotated and on their grid."""
+    def update(  # type: ignore[override]
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Stored, Stored]:
+        """Append keys and values [batch, kv_heads, new, head_dim]; return all of them, for
+        ``quantized_attention``."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys = torch.cat([self.keys, self.quantizer.encode_key(key_states)], -2)
         self.values = torch.cat([self.values, self.quantizer.encode_value(value_states)], -2)
         heads, dtype = key_states.shape[1], key_states.dtype
         keys = self.quantizer.keys.decode(self.keys, heads, dtype)
-        return mark_stored(keys), mark_stored(self.quantizer.values.decode(self.values, heads, dtype))
+        return Stored(keys), Stored(self.quantizer.values.decode(self.values, heads, dtype))

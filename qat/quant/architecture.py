@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from qat.runtime.errors import UserError
 from qat.runtime.table import Table
@@ -179,6 +179,20 @@ def rotation(model: PreTrainedModel) -> nn.Module:
 def new_rotation(model: PreTrainedModel) -> nn.Module:
     """Recreate ``rotation`` from the model's config, in fp32 on the CPU."""
     return type(rotation(model))(model.config)
+
+
+def rope_types() -> tuple[str, ...]:
+    """Return the kinds of RoPE that transformers computes, by their names in a config."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    return "default", *ROPE_INIT_FUNCTIONS
+
+
+def scaled_frequencies(config: PretrainedConfig) -> Tensor:
+    """Return RoPE's frequencies, fp32 [head_dim / 2], of a config whose rope_type is not "default"."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    return ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config)[0]
 
 
 def quantizable_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:

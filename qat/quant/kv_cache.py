@@ -11,7 +11,7 @@ The keys and values that a cache would store are rounded per token before they a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,16 @@ if TYPE_CHECKING:
 
 ATTENTION = "qat_sdpa"
 """The name under which ``quantized_attention`` is registered with transformers."""
+
+
+class Stored(NamedTuple):
+    """Keys or values [batch, kv_heads, tokens, head_dim] as an IntegerCache reads them: rotated and on their grid.
+
+    It is not a Tensor, so that none can be taken for one that is still to be rotated: transformers passes it on from
+    the cache to ``quantized_attention``, and code between them that computed with it would fail.
+    """
+
+    tensor: Tensor
 
 
 class KVQuantizer:
@@ -41,12 +51,16 @@ class KVQuantizer:
         """Return queries [batch, heads, tokens, head_dim] as they are multiplied with stored keys."""
         return self.keys.queries(self._ordered(x))
 
-    def key(self, x: Tensor) -> Tensor:
+    def key(self, x: Tensor | Stored) -> Tensor:
         """Return keys [batch, kv_heads, tokens, head_dim] as they are read."""
+        if isinstance(x, Stored):
+            return x.tensor
         return self.keys.round(self.keys.keys(self._ordered(x)), x.dtype)
 
-    def value(self, x: Tensor) -> Tensor:
+    def value(self, x: Tensor | Stored) -> Tensor:
         """Return values, shaped like keys, as they are read."""
+        if isinstance(x, Stored):
+            return x.tensor
         return self.values.round(self.values.values(x), x.dtype)
 
     def output(self, x: Tensor) -> Tensor:
@@ -111,17 +125,15 @@ def quantized_attention(
 ) -> tuple[Tensor, None]:
     """Compute scaled dot-product attention over quantized keys and values, with transformers' signature.
 
-    A layer without ``kv_quantizer`` attends in full precision. Keys and values that come out of an IntegerCache
-    are rotated and on their grid already. Of the packed sequences of ``sequence_lengths`` tokens each attends to itself
-    alone; no scores of one with another are computed.
+    A layer without ``kv_quantizer`` attends in full precision. Keys and values that come out of an IntegerCache are
+    ``Stored``. Of the packed sequences of ``sequence_lengths`` tokens each attends to itself alone; no scores of one
+    with another are computed.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     kv: KVQuantizer | None = getattr(module, "kv_quantizer", None)
     if kv is not None:
-        query = kv.query(query)
-        if not is_stored(key):
-            key, value = kv.key(key), kv.value(value)
+        query, key, value = kv.query(query), kv.key(key), kv.value(value)
     if attention_record is not None:
         attention_record.layers[module.layer_idx] = query, key, scaling, kwargs.get("sliding_window")  # type: ignore[index]
     if sequence_lengths:
@@ -145,14 +157,3 @@ def _window_mask(query: Tensor, window: int | None) -> Tensor | None:
         return None
     seen = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device)
     return seen.tril().triu(1 - window)[None, None]
-
-
-def mark_stored(x: Tensor) -> Tensor:
-    """Mark keys or values as coming from an IntegerCache; transformers passes the tensor objects on unchanged."""
-    x.stored_on_grid = True  # type: ignore[attr-defined]
-    return x
-
-
-def is_stored(x: Tensor) -> bool:
-    """Return whether keys or values are marked by ``mark_stored``."""
-    return getattr(x, "stored_on_grid", False)

@@ -58,7 +58,7 @@ class InputQuantizer:
     def __call__(self, x: Tensor) -> "SharedInput":
         last = self._last
         if last is None or not last.is_of(x):
-            last = self._last = _LastInput(x.detach(), _version(x), SharedInput(quantize(x, self.form)))
+            last = self._last = _LastInput(x.detach(), _changes(x), SharedInput(quantize(x, self.form)))
         last.reads += 1
         if last.reads == self.readers:
             self._last = None
@@ -94,11 +94,11 @@ class _LastInput:
             self.source.data_ptr() == x.data_ptr()
             and self.source.shape == x.shape
             and self.source.stride() == x.stride()
-            and self.version == _version(x)
+            and self.version == _changes(x)
         )
 
 
-def _version(x: Tensor) -> int:
+def _changes(x: Tensor) -> int:
     """Return the count of in-place changes to x; inference tensors have none."""
     return 0 if x.is_inference() else x._version
 

@@ -31,7 +31,7 @@ from qat.quant.fused import fused
 from qat.quant.kernels.sizes import FEW_ROWS
 from qat.quant.number_format import Quantized, dequantize
 from qat.quant.quantizers.base import Grid
-from qat.runtime.machine import has_onednn
+from qat.runtime import operators
 
 _logger = logging.getLogger(__name__)
 
@@ -56,8 +56,8 @@ once from it, in fp32."""
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """Compute a [rows, inner] @ b [inner, columns], without a gradient; either may be a transposed view."""
-    if a.device.type == "cpu" and a.dtype == torch.float32 and has_onednn():
-        return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+    if a.device.type == "cpu" and a.dtype == torch.float32 and operators.has_onednn():
+        return operators.onednn_linear(a, b.t())
     return a @ b
 
 
@@ -148,11 +148,11 @@ def int_mm(codes: Tensor, weight: Tensor) -> Tensor:
     """Multiply codes, as an IntegerProduct, on GPUs and on CPUs that multiply bytes (VNNI); elsewhere it is a plain
     loop."""
     if codes.device.type == "cpu":
-        return torch._int_mm(codes, weight.t())
+        return operators.int8_mm(codes, weight.t())
     rows, columns = codes.shape
     out, more = len(weight), -columns % _FEATURES
     codes = pad(codes, (0, more, 0, -rows % _ROWS))
-    return torch._int_mm(codes, pad(weight, (0, more, 0, -out % _FEATURES)).t())[:rows, :out]
+    return operators.int8_mm(codes, pad(weight, (0, more, 0, -out % _FEATURES)).t())[:rows, :out]
 
 
 def qlinear(codes: Tensor, weight: Tensor) -> Tensor:
@@ -160,12 +160,7 @@ def qlinear(codes: Tensor, weight: Tensor) -> Tensor:
 
     Without VNNI it adds pairs of products in 16 bits: exact for weights of 7 bits at most, as 255 * 2 * 64 < 2^15.
     """
-    packed = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)  # it ignores other strides
-    unsigned = codes.bitwise_xor(-128).view(torch.uint8)  # code + 128
-    ones, zeros = torch.ones(len(weight)), torch.zeros(len(weight), dtype=torch.int64)
-    return torch.ops.onednn.qlinear_pointwise(
-        unsigned, 1.0, 128, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
-    )
+    return operators.onednn_int8_linear(codes.bitwise_xor(-128).view(torch.uint8), weight)  # code + 128
 
 
 def float_blocks(codes: Tensor, weight: Tensor) -> Tensor:

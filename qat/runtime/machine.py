@@ -1,6 +1,5 @@
 """The hardware: this process's GPU, and a description of the machine for measured figures."""
 
-import functools
 import os
 import platform
 import time
@@ -54,14 +53,6 @@ class Moment:
         self._event.synchronize()
         assert earlier._event
         return earlier._event.elapsed_time(self._event) / 1e3
-
-
-@functools.cache
-def has_onednn() -> bool:
-    """Return whether this torch has oneDNN's product of fp32 matrices, and the operator that lays a weight out for
-    it."""
-    operators = ("_linear_pointwise", "_reorder_linear_weight")
-    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in operators)
 
 
 def local_ranks() -> int:

@@ -68,7 +68,7 @@ def join(rank: int, size: int, group: str = "all") -> None:
         return
     patience = _patience(os.environ.get(PATIENCE, str(_PATIENCE)))
     try:
-        meeting = dist.PrefixStore(f"ranks-{group}", next(iter(dist.rendezvous("env://", timeout=_JOINING)))[0])
+        meeting = dist.PrefixStore(f"ranks-{group}", launchers_store(_JOINING))
         if meeting.add(f"rank {rank}", 1) > 1:  # this store belongs to another run, which has a rank of this number
             raise _port_in_use()
         _self = _Self(size, meeting, patience)
@@ -82,6 +82,12 @@ def join(rank: int, size: int, group: str = "all") -> None:
         ) from error
     _watch.start()
     atexit.register(_watch.leave)
+
+
+def launchers_store(timeout: timedelta) -> dist.Store:
+    """Return the store at MASTER_ADDR and MASTER_PORT, through which all ranks of the launcher find each other."""
+    store, _, _ = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    return store
 
 
 def announce(what: str, step: int | None = None) -> None:

@@ -28,7 +28,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
-from qat.quant.architecture import architecture_of, head_dim, windowed_layers
+from qat.quant.architecture import architecture_of, head_dim, scaled_frequencies, windowed_layers
 from qat.quant.number_format import Format, Quantized, dequantize
 from qat.quant.products import speed_up
 from qat.quant.quantizers.base import Grid
@@ -430,12 +430,10 @@ def _rope_metadata(config: PreTrainedConfig) -> dict[str, str | float | int]:
 def _rope_factors(config: PreTrainedConfig) -> Tensor | None:
     """Return the divisors of the frequencies for llama.cpp, fp32 [head_dim / 2]; None if the frequencies are the
     default ones or follow from the metadata."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     rope = config.rope_parameters
     if rope["rope_type"] != "llama3":
         return None
-    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
+    frequencies = scaled_frequencies(config)
     size = 2 * len(frequencies)
     return 1 / (rope["rope_theta"] ** (torch.arange(0, size, 2) / size)) / frequencies
 

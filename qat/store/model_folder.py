@@ -23,6 +23,7 @@ from qat.quant.architecture import (
     architecture_of,
     new_rotation,
     quantizable_linears,
+    rope_types,
     rotation,
     windowed_layers,
 )
@@ -77,14 +78,13 @@ def _check_computable(config: PreTrainedConfig, name: str) -> None:
     """Raise UserError for settings that transformers reads without complaint, and then fails at or computes without the
     causal mask."""
     from transformers.activations import ACT2FN
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope, window = config.rope_parameters, getattr(config, "sliding_window", None)
     positions, dtype = config.max_position_embeddings, config.dtype
     by_layer = architecture_of(config).sliding_window == "layer_types"
     layers = set(config.layer_types) if by_layer else set()
     kind, part = rope["rope_type"], rope.get("partial_rotary_factor", 1)
-    kinds, types = ("default", *ROPE_INIT_FUNCTIONS), {"full_attention", "sliding_attention"}
+    kinds, types = rope_types(), {"full_attention", "sliding_attention"}
     faults = {
         f"is_causal={getattr(config, 'is_causal', None)}": (
             getattr(config, "is_causal", True),

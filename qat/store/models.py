@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,11 +104,14 @@ def _download(name: str) -> str:
         ) from error
 
 
-def load(name: str, dtype: torch.dtype | str, **how: Any) -> PreTrainedModel:
+def load(
+    name: str, dtype: torch.dtype | str, own_part: Callable[[Tensor], Tensor] = Tensor.detach, **how: Any
+) -> PreTrainedModel:
     """Load the full-precision causal LM in the folder ``name`` in eval mode, on the CPU; dtype "auto" is that of the
     file. One whose config.json says how it is quantized is what transformers makes of it.
 
-    ``how`` goes to ``from_pretrained``. Raises UserError if its weights are not those of its config, or not finite.
+    ``own_part`` returns what this rank has of a Parameter, where that is not its value; ``how`` goes to
+    ``from_pretrained``. Raises UserError if the weights are not those of the config, or not finite.
     """
     if quantization_of(Path(name)):
         model = _load_quantized(name, dtype)
@@ -117,7 +120,7 @@ def load(name: str, dtype: torch.dtype | str, **how: Any) -> PreTrainedModel:
         model_class = causal_lm_class(config)
         model = model_class.from_pretrained(name, dtype=dtype, attn_implementation="sdpa", config=config, **how)
     for weight, parameter in model.named_parameters():
-        check_finite(weight, _held(parameter), name)
+        check_finite(weight, _local(own_part(parameter)), name)
     return model.eval()
 
 
@@ -143,10 +146,9 @@ def _of_others(directory: Path) -> bool:
     return quantization is not None and quantization.get("format") not in compressed_tensors.LAYOUTS
 
 
-def _held(parameter: Tensor) -> Tensor:
-    """Return this rank's part of a parameter: under ZeRO-3 and tensor parallelism it is not all of it."""
-    held = getattr(parameter, "ds_tensor", parameter).detach()
-    return held.to_local() if hasattr(held, "to_local") else held  # a DTensor; importing its class takes long
+def _local(weight: Tensor) -> Tensor:
+    """Return this rank's part of a weight: under tensor parallelism it is not all of it."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight  # a DTensor; importing its class takes long
 
 
 def renew_rope(model: PreTrainedModel) -> None:

@@ -159,6 +159,16 @@ class Fetcher(ABC):
         """Called when the weights have changed."""
 
 
+def own_part(parameter: Sharded) -> Tensor:
+    """Return this rank's part of a Parameter, flat; all of it if it is not partitioned."""
+    return (parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter).detach()
+
+
+def elements(parameter: Sharded) -> int:
+    """Return the number of elements of a Parameter, partitioned or not."""
+    return parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
+
+
 def own_rows(parameter: Sharded) -> Tensor | None:
     """Return this rank's rows of a sharded weight [out, in]; None where a row is cut in two, or DeepSpeed keeps the
     weight elsewhere: whole on every rank, in each node once more, sharded in groups of ranks, or on NVMe."""

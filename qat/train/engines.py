@@ -162,7 +162,7 @@ def _learns(module: nn.Module) -> bool:
 
 def _elements(module: nn.Module) -> int:
     """Return the number of elements of a module's Parameters, partitioned or not."""
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
+    return sum(map(deepspeed_internals.elements, module.parameters()))
 
 
 def follow(engine: deepspeed.DeepSpeedEngine, lr_factor: Callable[[int], float]) -> None:
@@ -291,7 +291,7 @@ def save_student(
 def _read_partitioned(model: str, ds_config: dict[str, Any]) -> PreTrainedModel:
     """Load the model at ``model`` for an engine, each rank with its part of the weights."""
     with partitioned_reading(ds_config):
-        language_model = models.load(model, deepspeed_json.dtype(ds_config))
+        language_model = models.load(model, deepspeed_json.dtype(ds_config), deepspeed_internals.own_part)
     models.renew_rope(language_model)
     machine.place(architecture.rotation(language_model))  # zero.Init has placed the rest
     return language_model

@@ -139,7 +139,7 @@ def replace_weights(model: "PreTrainedModel", weights: dict[str, Tensor]) -> Non
     for name, weight in weights.items():
         place, _, own = name.rpartition(".")
         module = model.get_submodule(place)
-        module._parameters.pop(own, None)
+        delattr(module, own)  # it is a Parameter, whose name no other tensor may take
         setattr(module, own, weight)
 
 

@@ -59,7 +59,7 @@ _SCALE_DTYPES = {
 }
 
 _DETERMINED = ("kv_quantizer", "kv_site", "kv_granularity", "kv_rotation")
-"""The settings that a KV format of an engine determines."""
+"""The settings that a KV format other than ``int`` determines."""
 
 _SITES = {"post_rope": "what a cache stores", "pre_rope": "the paper's released code"}
 _GRANULARITIES = {"token_head": "one scale per token and KV head", "token": "one per token (the paper)"}
@@ -74,7 +74,7 @@ class QuantConfig:
     Args:
         w_bits: weights: 2 to 8, or 16 for full precision
         a_bits: inputs of the linear layers: 2 to 8, or 16
-        kv_bits: KV cache: 2 to 8, or 16; with an engine's kv_format: the bits of its keys
+        kv_bits: KV cache: 2 to 8, or 16; with another kv_format than int: the bits of its keys
         w_quantizer: quantizer of the weights
         a_quantizer: quantizer of the activations, with one scale per token, or per block of it if the quantizer has
             blocks
@@ -89,8 +89,8 @@ class QuantConfig:
             from -1 backwards, and a later pattern wins. Embedding and output layer need their full names, no pattern:
             {"model.embed_tokens": {"w_bits": 8}, "lm_head": {"w_bits": 8, "a_bits": 8}}; if they are tied, one entry is
             enough
-        kv_format: how the KV cache is stored: int, defined by the other KV settings; or an engine's format, which fixes
-            them; KEYS/VALUES if the engine can store them differently
+        kv_format: how the KV cache is stored: int, defined by the other KV settings; or a format, such as an engine's,
+            that fixes them; KEYS/VALUES if the engine can store them differently
     """
 
     w_bits: int = 4
@@ -130,8 +130,7 @@ class QuantConfig:
             self._check_override(pattern, changes)
 
     def _check_kv_format(self) -> None:
-        """Raise UserError for a format of an engine beside settings that it determines, and for a pair that no engine
-        has."""
+        """Raise UserError for a format beside settings that it determines, and for a pair that no engine has."""
         keys, values = self.kv_formats
         if keys != values and not (keys.pairs and values.engine == keys.engine):
             pairs = [name for name, known in KV_FORMATS.items() if known.pairs]
@@ -139,7 +138,7 @@ class QuantConfig:
                 f"No engine stores keys and values in kv_format={self.kv_format}: give one format, or two of "
                 f"{', '.join(pairs)}."
             )
-        if not keys.engine:
+        if keys.adjustable:
             return
         for one in fields(self):
             if one.name in _DETERMINED and (given := getattr(self, one.name)) != one.default:

@@ -24,6 +24,7 @@ class KVFormat(ABC):
         bits: bits of a code, which kv_bits must equal
         engine: the inference engine that stores keys and values so; empty if none does
         type: the engine's name for it; empty if there is no engine
+        adjustable: whether the other settings of the KV cache determine it; any other format determines them
         pairs: whether the engine may store keys and values in different formats
         reorders: whether it stores the channels of keys as the engine's own copy of the model has them: see
             Architecture.interleaves
@@ -33,6 +34,7 @@ class KVFormat(ABC):
     bits: int
     engine: ClassVar[str] = ""
     type: str
+    adjustable: ClassVar[bool] = False
     pairs: ClassVar[bool] = False
     reorders: ClassVar[bool] = False
     served: ClassVar[str] = ""

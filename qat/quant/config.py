@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from qat.quant.number_format import FULL_PRECISION, Format
 from qat.quant.quantizers import QUANTIZERS, quantizers_of
 from qat.runtime.errors import UserError
 from qat.runtime.files import read_json, write_atomically, writing
+from qat.runtime.settings import LATER, is_later, recorded
 from qat.runtime.table import check_choices, choice
 
 CONFIG_FILE = "quant_config.json"
@@ -34,10 +35,6 @@ SCALES_FILE = "tensor_scales.safetensors"
 
 _FILES = {"weight_grids": GRIDS_FILE, "tensor_scales": SCALES_FILE}
 """The entries of ``quant_config.json`` that name these files."""
-
-_LATER = ("overrides", "w_scale_dtype", "kv_format")
-"""Settings that earlier versions did not have: they are recorded only where they are not the default, and missing in a
-record they are the default."""
 
 _PER_LAYER = (
     "w_bits",
@@ -100,12 +97,12 @@ class QuantConfig:
     a_quantizer: str = choice("minmax", partial(quantizers_of, "activations"))
     kv_quantizer: str = choice("minmax", partial(quantizers_of, "kv"))
     w_group_size: int = 0
-    w_scale_dtype: str = choice("float32", lambda: _SCALE_DTYPES)
+    w_scale_dtype: str = choice("float32", lambda: _SCALE_DTYPES, later=True)
     kv_site: str = choice("post_rope", lambda: _SITES)
     kv_granularity: str = choice("token_head", lambda: _GRANULARITIES)
     kv_rotation: str = choice("none", lambda: _ROTATIONS)
-    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
-    kv_format: str = choice(INTEGERS, lambda: KV_FORMATS, separator="/")
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False, metadata=LATER)
+    kv_format: str = choice(INTEGERS, lambda: KV_FORMATS, separator="/", later=True)
 
     def __post_init__(self) -> None:
         for name in ("w_bits", "a_bits", "kv_bits"):
@@ -272,18 +269,13 @@ class QuantConfig:
 
     def record(self) -> dict[str, Any]:
         """Return the settings to record: the later ones only if they are not the default."""
-        default = QuantConfig()
-        return {
-            name: value for name, value in asdict(self).items() if name not in _LATER or value != getattr(default, name)
-        }
+        return recorded(self)
 
     @staticmethod
     def among(settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return the record of a QuantConfig from the settings of a run; raise KeyError if one is missing."""
         return {
-            one.name: settings[one.name]
-            for one in fields(QuantConfig)
-            if one.name not in _LATER or one.name in settings
+            one.name: settings[one.name] for one in fields(QuantConfig) if not is_later(one) or one.name in settings
         }
 
     def save(self, directory: Path) -> None:

@@ -18,7 +18,7 @@ from qat.quant.number_format import Format
 class KVFormat(ABC):
     """A way to store keys or values. A new one is a file, and a line in ``qat.quant.kv_formats.KV_FORMATS``.
 
-    Keys, values and outputs are [batch, heads, tokens, head_dim] here, after RoPE.
+    Queries, keys and values, which methods call x, are [batch, heads, tokens, head_dim] here, after RoPE.
 
     Attributes:
         bits: bits of a code, which kv_bits must equal
@@ -82,7 +82,8 @@ class KVFormat(ABC):
 
     @abstractmethod
     def decode(self, packed: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
-        """Return what is read, of ``dtype`` and still rotated, of bytes."""
+        """Return what is read of bytes [batch, groups, tokens, bytes]: keys or values [batch, kv_heads, tokens,
+        head_dim], of ``dtype`` and still rotated."""
 
     def stored_bits(self, head_dim: int) -> float:
         """Return the bits that one number takes, its part of the scales included."""
@@ -124,7 +125,7 @@ class BlockFormat(KVFormat):
 
     @abstractmethod
     def unpack(self, packed: Tensor) -> tuple[Tensor, ...]:
-        """Undo ``pack``."""
+        """Undo ``pack``: return the codes [blocks, n] and the parts of their grid [blocks, 1]."""
 
     def round(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return _StraightThrough.apply(x, self, dtype)

@@ -59,7 +59,7 @@ class Attention:
             self.keys = self.keys.view(slots, kv_heads, -1, head_dim, _LANES)
 
     def keep(self, slots: Tensor) -> None:
-        """Keep only the given slots and drop all others."""
+        """Keep only the given slots [kept] and drop all others."""
         self.keys, self.values = self.keys[slots], self.values[slots]
 
     def __call__(self, qkv: Tensor, cos: Tensor, sin: Tensor, position: Tensor, columns: int) -> Tensor:

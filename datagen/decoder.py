@@ -118,7 +118,7 @@ class Decoder:
         return self.graphs(self.logits, tokens, position, columns)
 
     def logits(self, tokens: Tensor, position: Tensor, columns: int) -> Tensor:
-        """Compute ``step`` from tensors on the device; attention reads ``columns`` columns of the cache."""
+        """Compute ``step`` from tensors [slots] on the device; attention reads ``columns`` columns of the cache."""
         cos, sin = self.cos[position], self.sin[position]
         x = self._embedded(tokens)
         for layer in self.layers:
@@ -151,7 +151,7 @@ class Decoder:
         return both[0].long(), both[1]
 
     def keep(self, slots: Tensor) -> None:
-        """Keep only the given slots and drop all others."""
+        """Keep only the given slots [kept] and drop all others."""
         slots = slots.to(self.device)
         for layer in self.layers:
             layer.attention.keep(slots)

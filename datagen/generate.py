@@ -7,7 +7,7 @@ the next sequence at once.
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from datagen.decoder import Decoder
 from datagen.dialogues import Dialogues
 from qat.data.shards import Sequence
 from qat.runtime.errors import UserError, check_least, check_one_of
+from qat.runtime.settings import LATER, recorded
 from qat.store.model_folder import read_config
 from qat.store.models import load_generation_config, special_ids
 
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 ENGINES = ("torch", "vllm")
-
-_LATER = ("chat_share", "turns", "system", "teacher_cache")
-"""Settings that folders of earlier versions do not record."""
 
 _NOT_OF_TEXT = ("teacher_cache",)
 """Settings that change nothing in the shards."""
@@ -75,9 +73,9 @@ class GenerateConfig:
     seed: int = 0
     engine: str = "torch"
     tensor_parallel: int = 1
-    chat_share: float = 1.0
-    turns: int = 1
-    system: str = ""
+    chat_share: float = field(default=1.0, metadata=LATER)
+    turns: int = field(default=1, metadata=LATER)
+    system: str = field(default="", metadata=LATER)
     teacher_cache: int = 0
 
     def __post_init__(self) -> None:
@@ -114,12 +112,7 @@ class GenerateConfig:
 
     def record(self) -> dict[str, Any]:
         """Return the settings that make the shards: the later ones only if they are not the default."""
-        default = asdict(GenerateConfig())
-        return {
-            name: value
-            for name, value in asdict(self).items()
-            if name not in _NOT_OF_TEXT and (name not in _LATER or value != default[name])
-        }
+        return {name: value for name, value in recorded(self).items() if name not in _NOT_OF_TEXT}
 
     @property
     def truncation(self) -> sampling.Truncation:

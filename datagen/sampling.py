@@ -48,7 +48,7 @@ def uniform(seed: int, sequence: Tensor, position: Tensor | int) -> Tensor:
 
 
 def seeds(seed: int, sequence: Tensor) -> list[int]:
-    """Return a seed for each sequence, for engines that draw their own random numbers."""
+    """Return a seed for each sequence of ``sequence`` [sequences], for engines that draw their own random numbers."""
     return (uniform(seed, sequence, _SEED) * 2**31).long().tolist()
 
 
@@ -65,7 +65,8 @@ def start_tokens(vocabulary: list[int], seed: int, first: int, count: int) -> li
 
 
 def greedy_tokens(strategy: str, seed: int, sequence: Tensor, max_length: int) -> Tensor:
-    """Return the number of tokens after the start token that each sequence takes greedily, if it is no dialogue."""
+    """Return the number of tokens [sequences] after the start token that each sequence of ``sequence`` [sequences]
+    takes greedily, if it is no dialogue."""
     if strategy == "top1":
         return torch.full_like(sequence, max_length)
     if strategy == "sample":

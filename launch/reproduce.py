@@ -16,7 +16,7 @@ import random
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ from qat.quant.config import QuantConfig
 from qat.runtime.errors import UserError, check_least, check_one_of, differences
 from qat.runtime.files import lock, read_json, read_lines, wait_until_free, write_atomically, writing
 from qat.runtime.preemption import RESUMABLE_EXIT, handle_signals
+from qat.runtime.settings import LATER, recorded
 from qat.store import models, rotate, smollm2
 from qat.store.run_folder import CHECKPOINTS, FINAL, LOG
 from qat.train import checkpoint
@@ -71,9 +72,6 @@ _CALIBRATION = 64
 _ROTATIONS = ("none", *rotate.KINDS, "learned")
 _LEARNING = LearnConfig(batch_size=2)
 """How rotations are learned; the tokens are those of the usual training."""
-
-_LATER = ("rotation", "train", "chat_share", "decay_steps", "sequences")
-"""Settings that cells of earlier versions do not record: they are recorded only where they are not the default."""
 
 _START = "start"
 """Name, in a cell's folder, of the student's starting weights, if they are not the model's."""
@@ -134,8 +132,8 @@ class Budget:
     max_length: int = 256
     lr: float = 2e-4
     warmup_steps: int = 4
-    decay_steps: int = 0
-    sequences: int = 0
+    decay_steps: int = field(default=0, metadata=LATER)
+    sequences: int = field(default=0, metadata=LATER)
     text: str = "encyclopedia,howto"
     window: int = 512
     windows: int = 16
@@ -166,9 +164,9 @@ class Cell:
     loss: str = "logits"
     student: str = "model"
     seed: int = 0
-    chat_share: float = 1.0
-    rotation: str = "none"
-    train: str = "weights"
+    chat_share: float = field(default=1.0, metadata=LATER)
+    rotation: str = field(default="none", metadata=LATER)
+    train: str = field(default="weights", metadata=LATER)
 
     def __post_init__(self) -> None:
         methods = ("full_precision", *METHODS, "qat", *_LLAMA_CPPS)
@@ -292,7 +290,7 @@ def _jobs(settings: dict[str, Any], path: Path) -> list[Job]:
     settings |= _bits(settings.pop("bits", "16-16-16"))
 
     def take(kind: type) -> dict[str, Any]:
-        names = [field.name for field in fields(kind) if field.name in settings]
+        names = [one.name for one in fields(kind) if one.name in settings]
         return {name: settings.pop(name) for name in names}
 
     tasks, in_llama_cpp = Tasks(**take(Tasks)), Served(**take(Served))
@@ -588,10 +586,8 @@ def _row(cell: dict[str, Any], accuracy: dict[str, Any] | None) -> dict[str, Any
 
 
 def _flat(cell: Cell) -> dict[str, Any]:
-    own = asdict(cell) | {"quant": cell.quant.record()}
-    flat = {"method": own.pop("method"), **own.pop("quant"), **own.pop("budget"), **own}
-    defaults = {one.name: one.default for kind in (Cell, Budget) for one in fields(kind)}
-    return {key: value for key, value in flat.items() if key not in _LATER or value != defaults[key]}
+    own = recorded(cell) | {"quant": cell.quant.record(), "budget": recorded(cell.budget)}
+    return {"method": own.pop("method"), **own.pop("quant"), **own.pop("budget"), **own}
 
 
 def _bits(short: str) -> dict[str, Any]:

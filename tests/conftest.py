@@ -176,7 +176,7 @@ def run_python(script: str, *flags: str, cwd: Path = ROOT) -> SimpleNamespace:
     return said
 
 
-def start_command(program: str, *arguments: object) -> subprocess.Popen:
+def start_command(program: str, *arguments: object, cwd: Path = ROOT) -> subprocess.Popen:
     """A command line as users type it, without the forks' head start, in a process group of its own.
 
     Args:
@@ -184,7 +184,7 @@ def start_command(program: str, *arguments: object) -> subprocess.Popen:
     """
     command = [Path(sys.executable).parent / program, *map(str, arguments)]
     return subprocess.Popen(
-        command, env=environment(), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        command, env=environment(), cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         start_new_session=True,
     )  # fmt: skip
 

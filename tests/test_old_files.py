@@ -29,8 +29,12 @@ from make_fixtures import (
 from transformers import PreTrainedModel
 
 import qat
+from datagen.generate import GenerateConfig
+from launch.reproduce import Budget
 from qat.data.sequences import Row, TrainingData
+from qat.quant.config import QuantConfig
 from qat.quant.products import INTEGER_PRODUCTS
+from qat.runtime.settings import recorded
 from qat.store import models
 from qat.train.teacher_cache import TeacherCache
 
@@ -94,6 +98,17 @@ def test_a_finished_command_finds_its_output(script, flags, said, folder, monkey
     with redirect_stdout(StringIO()) as printed:
         import_module(f"launch.{script}").main()
     assert said in printed.getvalue()
+
+
+def test_a_later_setting_is_recorded_only_where_it_changes_something():
+    for kind, later in (
+        (QuantConfig, {"overrides": {"*": {"w_bits": 8}}, "kv_format": "ggml_q4_0", "w_scale_dtype": "float16"}),
+        (GenerateConfig, {"strategy": "chat", "chat_share": 0.5, "turns": 2, "system": "Be brief."}),
+        (Budget, {"decay_steps": 5, "sequences": 7}),
+    ):
+        usual, changed = recorded(kind()), recorded(kind(**later))
+        assert changed == usual | later
+        assert usual.keys() & later.keys() <= {"strategy"}
 
 
 @pytest.mark.parametrize("top_k", [8, 0])

@@ -33,18 +33,7 @@ from qat.runtime.errors import UserError
 from qat.train.distill import Distiller, TeacherTargets
 
 PLUGINS = {
-    Olmo2Config: """
-from qat.quant.architecture import ARCHITECTURES, Architecture, Smoothed
-
-ARCHITECTURES.add("olmo2", Architecture(
-    shared_inputs=(
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
-        ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",),
-    ),
-    smoothed=(Smoothed("self_attn.v_proj", ("self_attn.o_proj",)), Smoothed("mlp.up_proj", ("mlp.down_proj",))),
-    key_values=("self_attn.k_proj", "self_attn.v_proj"),
-))
-""",
+    Olmo2Config: (ROOT / "tests" / "plugin_architecture.py").read_text(),
     Phi3Config: """
 from qat.quant.architecture import ARCHITECTURES, Architecture, Smoothed
 

@@ -131,7 +131,7 @@ def _unquantized(student: Student) -> str:
 
 
 def _cache_row(quant: QuantConfig) -> str:
-    if quant.kv.quantizes and quant.kv_formats[0].engine:
+    if quant.kv.quantizes and not quant.kv_formats[0].adjustable:
         meanings = dict.fromkeys(form.meaning for form in quant.kv_formats)
         return f"| KV cache | {quant.kv_bits} | {quant.kv_format} | {'; '.join(meanings)} |"
     group = quant.kv.group_size

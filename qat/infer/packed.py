@@ -125,7 +125,8 @@ class PackedLinear(QuantLinear):
 
     @classmethod
     def convert_packed(cls, linear: QuantLinear, packed: Tensor, trained_dtype: torch.dtype) -> None:
-        """Turn ``linear`` into a PackedLinear in place; its own weight is dropped."""
+        """Turn ``linear`` into a PackedLinear of ``packed`` [out, groups, bytes], in place; its own weight is
+        dropped."""
         linear.__class__ = cls
         assert isinstance(linear, cls)
         del linear.weight
@@ -167,7 +168,8 @@ class PackedEmbedding(QuantEmbedding):
     def convert_packed(
         cls, embedding: QuantEmbedding, packed: Tensor, trained_dtype: torch.dtype, dtype: torch.dtype
     ) -> None:
-        """Turn ``embedding`` into a PackedEmbedding in place; its own weight is dropped."""
+        """Turn ``embedding`` into a PackedEmbedding of ``packed`` [vocabulary, groups, bytes] in place; its own weight
+        is dropped."""
         embedding.__class__ = cls
         assert isinstance(embedding, cls)
         del embedding.weight

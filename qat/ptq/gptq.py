@@ -167,7 +167,8 @@ def gptq(weight: Tensor, hessian: Tensor, form: Format, config: GPTQConfig) -> Q
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Compute the upper triangular U with U^T U = (H + d)^-1, where d is ``damping`` times H's mean diagonal.
+    """Compute the upper triangular U [in, in] with U^T U = (H + d)^-1, where H is [in, in] and d is ``damping`` times
+    its mean diagonal.
 
     Where H is zero, as all inputs are, d is 1: weights are then rounded to nearest.
 

@@ -114,7 +114,7 @@ def search(groups: Iterable[Smoothed], error: Callable[[Alphas], float]) -> dict
 
 def fold(weights: Weights, largest: Mapping[Smoothed, Tensor], alphas: Alphas, head_dim: int) -> Weights:
     """Return a decoder layer's weights, smoothed with the given alphas; ``largest`` is max|x_j| of each tensor's
-    channels.
+    channels, [read].
 
     Computed in fp32, whatever the dtype of the weights.
     """
@@ -134,7 +134,8 @@ def fold(weights: Weights, largest: Mapping[Smoothed, Tensor], alphas: Alphas, h
 
 
 def smoothing_scale(inputs: Tensor, columns: Tensor, alpha: float) -> Tensor:
-    """Compute s from the largest magnitudes of input channels and weight columns; 1 where one of them is 0.
+    """Compute s [produced] from the largest magnitudes of input channels and weight columns, both [produced]; 1 where
+    one of them is 0.
 
     Its geometric mean is 1: a common factor would change nothing that is rounded, only the weights' range.
     """
@@ -163,7 +164,7 @@ def largest_inputs(stream: Stream, layer: nn.Module, group: Smoothed) -> Tensor:
 
 
 def first_tokens(hidden: list[Tensor], most: int) -> list[Tensor]:
-    """Return the first complete sequences that together have ``most`` tokens or slightly more."""
+    """Return the first complete sequences [1, tokens, hidden] that together have ``most`` tokens or slightly more."""
     taken, tokens = [], 0
     for x in hidden:
         if tokens >= most:
@@ -174,8 +175,9 @@ def first_tokens(hidden: list[Tensor], most: int) -> list[Tensor]:
 
 
 def output_error(stream: Stream, weights: Weights, hidden: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
-    """Compute the squared error of the quantized layer's output, relative to each token's size, because the next norm
-    scales all tokens to the same size; return the mean over the tokens."""
+    """Compute the squared error of the quantized layer's output on each ``hidden`` [1, tokens, hidden], which should be
+    ``wanted`` [1, tokens, hidden]; relative to each token's size, because the next norm scales all tokens to the same
+    size. Return the mean over the tokens."""
     layer = stream.load_rounded(weights, {})
     errors = []
     for x, y in zip(hidden, wanted, strict=True):

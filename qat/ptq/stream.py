@@ -125,7 +125,8 @@ class Stream:
         self.layers[self.position].to("meta")
 
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """Return the output of a layer at ``position`` for one sequence's hidden states, on the device."""
+        """Return the output [1, tokens, hidden] of a layer at ``position`` for one sequence's hidden states [1, tokens,
+        hidden], on the device."""
         arguments = self._arguments[hidden.shape[1]][self.position]
         return layer(hidden.to(self.device), **arguments)
 
@@ -181,7 +182,7 @@ class Stream:
 @torch.inference_mode()
 def measured_scales(source: Path, quant: QuantConfig, sequences: list[Tensor]) -> dict[str, float]:
     """Measure the scales of the inputs that need one (``QuantConfig.scales_inputs``), by ``NAME.input``: the model in
-    full precision reads the sequences, one decoder layer in memory at a time."""
+    full precision reads the sequences [1, tokens], one decoder layer in memory at a time."""
     bits = dict.fromkeys(("w_bits", "a_bits", "kv_bits"), FULL_PRECISION)
     stream = Stream(source, quant.everywhere(**bits), sequences)
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from qat.quant.number_format import FULL_PRECISION, Format
 from qat.quant.quantizers import QUANTIZERS, quantizers_of
 from qat.runtime.errors import UserError
 from qat.runtime.files import read_json, write_atomically, writing
+from qat.runtime.settings import LATER, is_later, recorded
 from qat.runtime.table import check_choices, choice
 
 CONFIG_FILE = "quant_config.json"
@@ -34,10 +35,6 @@ SCALES_FILE = "tensor_scales.safetensors"
 
 _FILES = {"weight_grids": GRIDS_FILE, "tensor_scales": SCALES_FILE}
 """The entries of ``quant_config.json`` that name these files."""
-
-_LATER = ("overrides", "w_scale_dtype", "kv_format")
-"""Settings that earlier versions did not have: they are recorded only where they are not the default, and missing in a
-record they are the default."""
 
 _PER_LAYER = (
     "w_bits",
@@ -59,7 +56,7 @@ _SCALE_DTYPES = {
 }
 
 _DETERMINED = ("kv_quantizer", "kv_site", "kv_granularity", "kv_rotation")
-"""The settings that a KV format of an engine determines."""
+"""The settings that a KV format other than ``int`` determines."""
 
 _SITES = {"post_rope": "what a cache stores", "pre_rope": "the paper's released code"}
 _GRANULARITIES = {"token_head": "one scale per token and KV head", "token": "one per token (the paper)"}
@@ -74,7 +71,7 @@ class QuantConfig:
     Args:
         w_bits: weights: 2 to 8, or 16 for full precision
         a_bits: inputs of the linear layers: 2 to 8, or 16
-        kv_bits: KV cache: 2 to 8, or 16; with an engine's kv_format: the bits of its keys
+        kv_bits: KV cache: 2 to 8, or 16; with another kv_format than int: the bits of its keys
         w_quantizer: quantizer of the weights
         a_quantizer: quantizer of the activations, with one scale per token, or per block of it if the quantizer has
             blocks
@@ -89,8 +86,8 @@ class QuantConfig:
             from -1 backwards, and a later pattern wins. Embedding and output layer need their full names, no pattern:
             {"model.embed_tokens": {"w_bits": 8}, "lm_head": {"w_bits": 8, "a_bits": 8}}; if they are tied, one entry is
             enough
-        kv_format: how the KV cache is stored: int, defined by the other KV settings; or an engine's format, which fixes
-            them; KEYS/VALUES if the engine can store them differently
+        kv_format: how the KV cache is stored: int, defined by the other KV settings; or a format, such as an engine's,
+            that fixes them; KEYS/VALUES if the engine can store them differently
     """
 
     w_bits: int = 4
@@ -100,12 +97,12 @@ class QuantConfig:
     a_quantizer: str = choice("minmax", partial(quantizers_of, "activations"))
     kv_quantizer: str = choice("minmax", partial(quantizers_of, "kv"))
     w_group_size: int = 0
-    w_scale_dtype: str = choice("float32", lambda: _SCALE_DTYPES)
+    w_scale_dtype: str = choice("float32", lambda: _SCALE_DTYPES, later=True)
     kv_site: str = choice("post_rope", lambda: _SITES)
     kv_granularity: str = choice("token_head", lambda: _GRANULARITIES)
     kv_rotation: str = choice("none", lambda: _ROTATIONS)
-    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
-    kv_format: str = choice(INTEGERS, lambda: KV_FORMATS, separator="/")
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False, metadata=LATER)
+    kv_format: str = choice(INTEGERS, lambda: KV_FORMATS, separator="/", later=True)
 
     def __post_init__(self) -> None:
         for name in ("w_bits", "a_bits", "kv_bits"):
@@ -130,8 +127,7 @@ class QuantConfig:
             self._check_override(pattern, changes)
 
     def _check_kv_format(self) -> None:
-        """Raise UserError for a format of an engine beside settings that it determines, and for a pair that no engine
-        has."""
+        """Raise UserError for a format beside settings that it determines, and for a pair that no engine has."""
         keys, values = self.kv_formats
         if keys != values and not (keys.pairs and values.engine == keys.engine):
             pairs = [name for name, known in KV_FORMATS.items() if known.pairs]
@@ -139,7 +135,7 @@ class QuantConfig:
                 f"No engine stores keys and values in kv_format={self.kv_format}: give one format, or two of "
                 f"{', '.join(pairs)}."
             )
-        if not keys.engine:
+        if keys.adjustable:
             return
         for one in fields(self):
             if one.name in _DETERMINED and (given := getattr(self, one.name)) != one.default:
@@ -273,18 +269,13 @@ class QuantConfig:
 
     def record(self) -> dict[str, Any]:
         """Return the settings to record: the later ones only if they are not the default."""
-        default = QuantConfig()
-        return {
-            name: value for name, value in asdict(self).items() if name not in _LATER or value != getattr(default, name)
-        }
+        return recorded(self)
 
     @staticmethod
     def among(settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return the record of a QuantConfig from the settings of a run; raise KeyError if one is missing."""
         return {
-            one.name: settings[one.name]
-            for one in fields(QuantConfig)
-            if one.name not in _LATER or one.name in settings
+            one.name: settings[one.name] for one in fields(QuantConfig) if not is_later(one) or one.name in settings
         }
 
     def save(self, directory: Path) -> None:

@@ -55,5 +55,5 @@ def run(
 
 
 def predicting(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """Run ``model`` over one sequence; return the final hidden states of ``run``."""
+    """Run ``model`` over one sequence [1, tokens]; return the final hidden states [tokens - 1, hidden] of ``run``."""
     return run(model, input_ids)[0]

@@ -58,7 +58,7 @@ class KVQuantizer:
         return self.keys.round(self.keys.keys(self._ordered(x)), x.dtype)
 
     def value(self, x: Tensor | Stored) -> Tensor:
-        """Return values, shaped like keys, as they are read."""
+        """Return values, [batch, kv_heads, tokens, head_dim] as they are read."""
         if isinstance(x, Stored):
             return x.tensor
         return self.values.round(self.values.values(x), x.dtype)
@@ -72,7 +72,7 @@ class KVQuantizer:
         return self.keys.encode(self.keys.keys(self._ordered(x)))
 
     def encode_value(self, x: Tensor) -> Tensor:
-        """Return the bytes of values."""
+        """Return the bytes, uint8 [batch, groups, tokens, bytes], of values."""
         return self.values.encode(self.values.values(x))
 
     def _ordered(self, x: Tensor) -> Tensor:
@@ -123,7 +123,9 @@ def quantized_attention(
     sequence_lengths: tuple[int, ...] = (),
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Compute scaled dot-product attention over quantized keys and values, with transformers' signature.
+    """Compute scaled dot-product attention over quantized keys and values, with transformers' signature: queries
+    [batch, heads, tokens, head_dim] attend to keys and values [batch, kv_heads, columns, head_dim], where ``columns``
+    counts the tokens of the cache too; the output is [batch, tokens, heads, head_dim].
 
     A layer without ``kv_quantizer`` attends in full precision. Keys and values that come out of an IntegerCache are
     ``Stored``. Of the packed sequences of ``sequence_lengths`` tokens each attends to itself alone; no scores of one

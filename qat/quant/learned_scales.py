@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def initialise_steps(model: nn.Module, steps: dict[str, Tensor]) -> None:
-    """Set the Parameters of learned quantizers, by the layer's name."""
+    """Set the Parameters of learned quantizers, [size] each, by the layer's name."""
     for name, linear in quant_linears(model).items():
         if linear.input_step is not None:
             linear.input_step.copy_(steps[name])

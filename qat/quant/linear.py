@@ -104,7 +104,7 @@ def _changes(x: Tensor) -> int:
 
 
 class QuantLinear(nn.Linear):
-    """``y = x_hat @ w_hat.T + bias``: x on the grid of its tokens, w on the grid of its output channels.
+    """``y = x_hat @ w_hat.T + bias``: x [..., in] on the grid of its tokens, w [out, in] on that of its channels.
 
     Attributes:
         weight_format: how the weight is quantized
@@ -154,7 +154,7 @@ class QuantLinear(nn.Linear):
         return _QuantLinear.apply(x, self.weight, self.bias, self.scale_change, self, shared)
 
     def quantize_input(self, x: Tensor) -> tuple[Tensor, "SharedInput | None"]:
-        """Return x rounded by a learned quantizer, or x and its codes, or x unchanged."""
+        """Return x [..., in] rounded by a learned quantizer, or x and its codes, or x unchanged."""
         learned = self.input_format.learned
         if learned is not None and self.input_step is not None:
             x = learned.fake_quantize(x, self.input_step, self.input_format.qmax)
@@ -187,7 +187,8 @@ class QuantLinear(nn.Linear):
         self.register_buffer("start_bits", _as_bits(start), persistent=False)
 
     def learned_grid(self, change: Tensor | None = None) -> Grid | None:
-        """Return the weight's learned grid, by another ``change`` if one is given; None where its values give it."""
+        """Return the weight's learned grid [out, groups], by another ``change`` of that shape if one is given; None
+        where its values give it."""
         change = self.scale_change if change is None else change
         if change is None:
             return None
@@ -200,7 +201,8 @@ class QuantLinear(nn.Linear):
         return Grid(*self.start_bits.to(device).view(torch.float32))
 
     def quantized(self, weight: Tensor, grid: Grid | None) -> Quantized:
-        """Quantize ``weight`` on ``grid``, or on that of its values; or return the codes that stand in for them."""
+        """Quantize ``weight`` [out, in] on ``grid`` [out, groups], or on that of its values; or return the codes that
+        stand in for them."""
         if (codes := stand_in(self.weight, self.weight_format)) is not None:
             return codes
         if not self.keeps_codes or grid is None:
@@ -208,7 +210,7 @@ class QuantLinear(nn.Linear):
         return Quantized(quantize(weight, self.weight_format, self._start(weight.device)).codes, grid)
 
     def rounded(self, weight: Tensor, grid: Grid | None) -> tuple[Tensor, Grid]:
-        """Return the values of ``quantized``, of the weight's dtype, and their grid."""
+        """Return the values [out, in] of ``quantized``, of the weight's dtype, and their grid [out, groups]."""
         if (codes := stand_in(self.weight, self.weight_format)) is not None:
             return dequantize(codes, weight.dtype), codes.grid
         if not self.keeps_codes or grid is None:
@@ -216,8 +218,9 @@ class QuantLinear(nn.Linear):
         return dequantize(self.quantized(weight, grid), weight.dtype), grid
 
     def gradients(self, grad: Tensor, weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-        """Return the gradients of the weight and of ``scale_change``, given that of the rounded weight. Codes that stay
-        make the values a product with the scale, whose gradient is exact, and nothing passes to the weight."""
+        """Return the gradients of the weight [out, in] and of ``scale_change`` [out, groups], given that of the rounded
+        weight, which is on ``grid``. Codes that stay make the values a product with the scale, whose gradient is exact,
+        and nothing passes to the weight."""
         if self.keeps_codes:
             codes = self.quantized(weight, Grid(torch.ones_like(grid.scale), grid.zero_point))
             slopes = grad.float() * dequantize(codes, torch.float32)

@@ -133,7 +133,7 @@ def round_to_grid(x: Tensor, form: Format, grid: Grid | None = None) -> tuple[Te
 
 
 def fake_quantize(x: Tensor, form: Format) -> Tensor:
-    """Round x to its grid, with the straight-through gradient; with 16 bits return x itself."""
+    """Round x [..., n] to its grid, with the straight-through gradient; with 16 bits return x itself."""
     if not form.quantizes:
         return x
     return _StraightThrough.apply(x, form)

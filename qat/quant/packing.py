@@ -28,7 +28,7 @@ def pack(quantized: Quantized, form: Format) -> Tensor:
 
 
 def unpack(packed: Tensor, form: Format) -> Quantized:
-    """Unpack codes and grid: the inverse of ``pack``."""
+    """Unpack uint8 [..., bytes] to codes [..., n] and their grid [..., groups]: the inverse of ``pack``."""
     by = form.by_on(packed.device)
     group_bytes = by.scale_bytes + (not form.symmetric)
     of_codes = form.group_size // 2 if form.bits <= 4 else form.group_size

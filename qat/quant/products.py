@@ -145,8 +145,8 @@ def _unrounded(product: IntegerProduct, codes: Tensor, weight: Tensor, weight_qm
 
 
 def int_mm(codes: Tensor, weight: Tensor) -> Tensor:
-    """Multiply codes, as an IntegerProduct, on GPUs and on CPUs that multiply bytes (VNNI); elsewhere it is a plain
-    loop."""
+    """Multiply codes [rows, in] by [out, in], as an IntegerProduct, on GPUs and on CPUs that multiply bytes (VNNI);
+    elsewhere it is a plain loop."""
     if codes.device.type == "cpu":
         return operators.int8_mm(codes, weight.t())
     rows, columns = codes.shape
@@ -156,7 +156,7 @@ def int_mm(codes: Tensor, weight: Tensor) -> Tensor:
 
 
 def qlinear(codes: Tensor, weight: Tensor) -> Tensor:
-    """Multiply codes, as an IntegerProduct, on CPUs, with inputs shifted to be unsigned.
+    """Multiply codes [rows, in] by [out, in], as an IntegerProduct, on CPUs, with inputs shifted to be unsigned.
 
     Without VNNI it adds pairs of products in 16 bits: exact for weights of 7 bits at most, as 255 * 2 * 64 < 2^15.
     """
@@ -164,8 +164,8 @@ def qlinear(codes: Tensor, weight: Tensor) -> Tensor:
 
 
 def float_blocks(codes: Tensor, weight: Tensor) -> Tensor:
-    """Multiply codes, as an IntegerProduct, anywhere: as fp32 matrices, over so few columns at a time that no sum is
-    rounded."""
+    """Multiply codes [rows, in] by [out, in], as an IntegerProduct, anywhere: as fp32 matrices, over so few columns at
+    a time that no sum is rounded."""
     total = torch.zeros((), dtype=torch.int32, device=codes.device)
     for some, of_weight in zip(codes.split(_EXACT_IN_FP32, 1), weight.split(_EXACT_IN_FP32, 1), strict=True):
         total = total + matmul(some.float(), of_weight.float().t()).int()

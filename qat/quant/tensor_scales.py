@@ -39,8 +39,8 @@ def tensor_scales(
 
 @torch.no_grad()
 def largest_inputs(model: PreTrainedModel, config: QuantConfig, run: Callable[[], object]) -> dict[str, Tensor]:
-    """Return the largest magnitude, fp32, of each input whose quantizer has a scale of the tensor, while ``run`` runs
-    the full-precision ``model``; by ``NAME.input``."""
+    """Return the largest magnitude, fp32 [], of each input whose quantizer has a scale of the tensor, while ``run``
+    runs the full-precision ``model``; by ``NAME.input``."""
     found: dict[str, Tensor] = {}
 
     def note(name: str, x: Tensor) -> None:

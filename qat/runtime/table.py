@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 from qat.runtime.errors import UserError
+from qat.runtime.settings import LATER
 
 T = TypeVar("T")
 
@@ -49,15 +50,19 @@ class Table(Mapping[str, T], Generic[T]):
         return len(self._things)
 
 
-def choice(default: str, choices: Callable[[], Mapping[str, Any]], separator: str | None = None) -> Any:
+def choice(
+    default: str, choices: Callable[[], Mapping[str, Any]], separator: str | None = None, later: bool = False
+) -> Any:
     """Return a dataclass field with the choices of a table, which may grow after its class was made.
 
     ``check_choices`` refuses other values, and the commands' ``--help`` lists each choice with its ``meaning``.
 
     Args:
         separator: separator of several choices in one value; None if only one is allowed
+        later: whether earlier versions did not have the field: see LATER
     """
-    return dataclasses.field(default=default, metadata={"choices": choices, "separator": separator})
+    metadata = {"choices": choices, "separator": separator, **(LATER if later else {})}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def choices_of(kind: type) -> dict[str, Mapping[str, Any]]:

@@ -256,15 +256,15 @@ class _Product:
         self.hidden, self.weight = hidden, weight
 
     def logits(self, rows: slice) -> Tensor:
-        """Compute the logits of some of the tokens."""
+        """Compute the logits [rows, vocabulary] of some of the tokens."""
         return matmul(self.hidden[rows], self.weight.t())
 
     def grad_hidden(self, grad: Tensor) -> Tensor:
-        """Compute the gradient of hidden states from that of their logits."""
+        """Compute the gradient of hidden states [rows, hidden] from that of their logits [rows, vocabulary]."""
         return matmul(grad, self.weight)
 
     def mask(self, grad_hidden: Tensor | None, grad_weight: Tensor | None) -> None:
-        """Set gradients of what was clipped to 0; here nothing is."""
+        """Set gradients [tokens, hidden], [vocabulary, hidden] of what was clipped to 0; here nothing is."""
 
 
 class _QuantProduct(_Product):

@@ -126,7 +126,7 @@ def trained_output(quant: QuantConfig) -> str:
 
 def trained_cache(quant: QuantConfig) -> str:
     """Return the beginning of a sentence on a quantized KV cache."""
-    if quant.kv_formats[0].engine:
+    if not quant.kv_formats[0].adjustable:
         return f"KV cache: trained as {quant.kv_format}"
     return (
         f"KV cache: trained with {quant.kv_bits} bits ({quant.kv_quantizer}, {quant.kv_site}, {quant.kv_granularity}, "

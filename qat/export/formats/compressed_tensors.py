@@ -174,7 +174,7 @@ class CompressedTensors(ExportFormat):
                 "uses its compute dtype."
             ]
         known = {4: "int4_per_token_head (rotated, asymmetric)", 8: "int8_per_token_head"}
-        near = None if quant.kv_formats[0].engine else known.get(quant.kv_bits)
+        near = known.get(quant.kv_bits) if quant.kv_formats[0].adjustable else None
         if quant.kv.by.is_float:
             near = "fp8_per_token_head" if quant.kv_quantizer == "fp8" else None
         hint = (

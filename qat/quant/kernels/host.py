@@ -71,7 +71,7 @@ def quantize(rows: Tensor, by: Quantizer, qmax: int) -> tuple[Tensor, Tensor, Te
 
 
 def round_rows(rows: Tensor, by: Quantizer, qmax: int) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """Return the values of ``quantize``'s codes in place of these."""
+    """Return the values [groups, n] of ``quantize``'s codes in place of these, of the dtype of ``rows``."""
     return _found(rows, by, qmax, rows.dtype)
 
 
@@ -81,7 +81,7 @@ def quantize_on(rows: Tensor, scale: Tensor, zero_point: Tensor | None, by: Quan
 
 
 def round_rows_on(rows: Tensor, scale: Tensor, zero_point: Tensor | None, by: Quantizer, qmax: int) -> Tensor | None:
-    """Return the values of ``quantize_on``'s codes in place of these."""
+    """Return the values [groups, n] of ``quantize_on``'s codes in place of these, of the dtype of ``rows``."""
     return _on(rows, scale, zero_point, by, qmax, rows.dtype)
 
 

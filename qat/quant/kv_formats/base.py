@@ -18,12 +18,13 @@ from qat.quant.number_format import Format
 class KVFormat(ABC):
     """A way to store keys or values. A new one is a file, and a line in ``qat.quant.kv_formats.KV_FORMATS``.
 
-    Keys, values and outputs are [batch, heads, tokens, head_dim] here, after RoPE.
+    Queries, keys and values, which methods call x, are [batch, heads, tokens, head_dim] here, after RoPE.
 
     Attributes:
         bits: bits of a code, which kv_bits must equal
         engine: the inference engine that stores keys and values so; empty if none does
         type: the engine's name for it; empty if there is no engine
+        adjustable: whether the other settings of the KV cache determine it; any other format determines them
         pairs: whether the engine may store keys and values in different formats
         reorders: whether it stores the channels of keys as the engine's own copy of the model has them: see
             Architecture.interleaves
@@ -33,6 +34,7 @@ class KVFormat(ABC):
     bits: int
     engine: ClassVar[str] = ""
     type: str
+    adjustable: ClassVar[bool] = False
     pairs: ClassVar[bool] = False
     reorders: ClassVar[bool] = False
     served: ClassVar[str] = ""
@@ -80,7 +82,8 @@ class KVFormat(ABC):
 
     @abstractmethod
     def decode(self, packed: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
-        """Return what is read, of ``dtype`` and still rotated, of bytes."""
+        """Return what is read of bytes [batch, groups, tokens, bytes]: keys or values [batch, kv_heads, tokens,
+        head_dim], of ``dtype`` and still rotated."""
 
     def stored_bits(self, head_dim: int) -> float:
         """Return the bits that one number takes, its part of the scales included."""
@@ -122,7 +125,7 @@ class BlockFormat(KVFormat):
 
     @abstractmethod
     def unpack(self, packed: Tensor) -> tuple[Tensor, ...]:
-        """Undo ``pack``."""
+        """Undo ``pack``: return the codes [blocks, n] and the parts of their grid [blocks, 1]."""
 
     def round(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return _StraightThrough.apply(x, self, dtype)

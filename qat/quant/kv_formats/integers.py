@@ -24,6 +24,7 @@ class Integers(KVFormat):
     rotation: str
 
     type = ""
+    adjustable = True
     meaning = "kv_bits by kv_quantizer, kv_granularity and kv_rotation, for qat.load"
 
     @property

@@ -47,7 +47,7 @@ class ScaledPerTokenHead(PerTokenHead):
 
     @abstractmethod
     def nearest(self, steps: Tensor) -> Tensor:
-        """Return the codes of numbers in scales, in fp32."""
+        """Return the codes [heads, head_dim], in fp32, of numbers that are given in scales."""
 
     def codes(self, rows: Tensor) -> tuple[Tensor, ...]:
         scale = divided(rows.abs().amax(-1, keepdim=True), int(self.high)).clamp(min=SMALLEST_SCALE)
@@ -65,5 +65,5 @@ class ScaledPerTokenHead(PerTokenHead):
 
 
 def away(x: Tensor) -> Tensor:
-    """Round half away from zero, as vLLM's kernels do: add half, and cut."""
+    """Round x [...] half away from zero, as vLLM's kernels do: add half, and cut."""
     return torch.trunc(x + torch.where(x >= 0, 0.5, -0.5))

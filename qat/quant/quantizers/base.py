@@ -27,7 +27,7 @@ class Grid(NamedTuple):
     zero_point: Tensor | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Grid":
-        """Return a grid with both parts changed by ``change``."""
+        """Return a grid with both parts [..., groups] changed by ``change``."""
         return Grid(change(self.scale), None if self.zero_point is None else change(self.zero_point))
 
 
@@ -103,7 +103,7 @@ class Quantizer:
         raise NotImplementedError
 
     def stored_grid(self, rows: Tensor, qmax: int) -> Grid:
-        """Compute ``grid`` with the scale as it is stored."""
+        """Compute ``grid`` [groups, 1] with the scale as it is stored."""
         grid = self.grid(rows, qmax)
         if self.scale_dtype == torch.float32:
             return grid
@@ -119,8 +119,8 @@ class Quantizer:
         return self.codes(rows, grid, qmax), grid
 
     def codes(self, rows: Tensor, grid: Grid, qmax: int) -> Tensor:
-        """Compute codes [groups, n] in fp32. Where nothing is clipped, clamping moves nothing by more than half a
-        step."""
+        """Compute codes [groups, n], in fp32, of rows [groups, n] on a grid [groups, 1]. Where nothing is clipped,
+        clamping moves nothing by more than half a step."""
         codes = torch.round(rows.float() / grid.scale)
         if grid.zero_point is not None:
             codes.add_(grid.zero_point)
@@ -138,11 +138,11 @@ class Quantizer:
         return self.clips
 
     def to_bits(self, codes: Tensor) -> Tensor:
-        """Return codes, of ``code_dtype``, as they are kept in memory: in the last bits of an int8."""
+        """Return codes [...], of ``code_dtype``, as they are kept in memory: in the last bits of an int8."""
         return codes.view(torch.int8)
 
     def from_bits(self, bits: Tensor) -> Tensor:
-        """Undo ``to_bits``, given an int8 whose sign is that of the last bits."""
+        """Undo ``to_bits``, given int8 [...] whose sign is that of the last bits."""
         return bits
 
     def scale_to_bits(self, scale: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ class Quantizer:
         return scale.contiguous().view(torch.uint8)
 
     def scale_from_bits(self, bits: Tensor) -> Tensor:
-        """Undo ``scale_to_bits``."""
+        """Undo ``scale_to_bits``: return fp32 [..., groups]."""
         return bits.contiguous().view(torch.float32)
 
 
@@ -196,19 +196,20 @@ class LearnedQuantizer(Quantizer):
 
 
 def usable(scale: Tensor) -> Tensor:
-    """Replace by 1 the scales that would be denormal (above all of groups of zeros), hence zero codes: a denormal scale
-    has too few bits left to keep the codes in range. NaN stays NaN."""
+    """Replace by 1 the scales [...] that would be denormal (above all of groups of zeros), hence zero codes: a denormal
+    scale has too few bits left to keep the codes in range. NaN stays NaN."""
     return torch.where(scale < SMALLEST_SCALE, 1.0, scale)
 
 
 def stored(scale: Tensor, dtype: torch.dtype, zero: float = 1.0) -> Tensor:
-    """Round an fp32 scale to ``dtype``; return it in fp32. Where it becomes 0 it is ``zero``: with 1, zero codes."""
+    """Round fp32 scales [...] to ``dtype``; return them in fp32. Where one becomes 0 it is ``zero``: with 1, zero
+    codes."""
     rounded = scale.to(dtype).float()
     return torch.where(rounded == 0, zero, rounded)
 
 
 def divided(x: Tensor, number: int) -> Tensor:
-    """Compute x / number in fp32, correctly rounded on every device. Compilers and GPUs turn a division by a number
-    into a product with its reciprocal; in fp64 the error of that is too small to change the rounding to fp32, as no
-    quotient by an odd number below 2^9 lies nearer than 2^-34 to the middle between two fp32 numbers."""
+    """Compute x / number, x being [...], in fp32, correctly rounded on every device. Compilers and GPUs turn a division
+    by a number into a product with its reciprocal; in fp64 the error of that is too small to change the rounding to
+    fp32, as no quotient by an odd number below 2^9 lies nearer than 2^-34 to the middle between two fp32 numbers."""
     return (x.double() / number).float()

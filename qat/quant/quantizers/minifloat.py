@@ -29,8 +29,8 @@ def power_of_two(exponent: int) -> float:
 
 
 def nearest(x: Tensor, mantissa: int, normal: float, largest: float) -> Tensor:
-    """Round fp32 x to the nearest number with ``mantissa`` bits after the first one; halves to even, and what is too
-    large to the largest. Below ``normal``, the smallest normal number, they are evenly spaced. NaN stays NaN."""
+    """Round fp32 x [...] to the nearest number with ``mantissa`` bits after the first one; halves to even, and what is
+    too large to the largest. Below ``normal``, the smallest normal number, they are evenly spaced. NaN stays NaN."""
     power = (x.view(torch.int32) & _EXPONENT).view(torch.float32)  # 2**floor(log2|x|)
     step = power.clamp(min=normal) * 2.0**-mantissa
     steps = (_TWICE_ONE - step.view(torch.int32)).clamp(min=0).view(torch.float32)  # 1 / step, as it is a power of two
@@ -38,7 +38,7 @@ def nearest(x: Tensor, mantissa: int, normal: float, largest: float) -> Tensor:
 
 
 def nearest_e4m3(x: Tensor) -> Tensor:
-    """Round fp32 x to e4m3, as fp32."""
+    """Round fp32 x [...] to e4m3, as fp32."""
     return nearest(x, 3, E4M3_NORMAL, E4M3_MAX)
 
 

@@ -100,8 +100,8 @@ class Loss(ABC):
 
 
 def log_softmax(logits: Tensor) -> Tensor:
-    """Compute log-probabilities in fp32 at least, by their definition: when fused, only the sums need a pass of their
-    own, and nothing large is stored."""
+    """Compute log-probabilities of logits, both [..., vocabulary], in fp32 at least, by their definition: when fused,
+    only the sums need a pass of their own, and nothing large is stored."""
     logits = logits.to(at_least_fp32(logits.dtype))
     return logits - torch.logsumexp(logits, -1, keepdim=True)
 

@@ -15,8 +15,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import compiler
 import torch
-from conftest import ROOT, run_python, run_ranks, tiny_model, tiny_tokenizer
+from commands import ROOT, run_python, run_ranks
+from tiny import tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from qat.evaluate.perplexity import perplexity
@@ -52,6 +54,7 @@ def main() -> None:
     output = Path(sys.argv[1]).resolve()
     if output.exists():
         sys.exit(f"{output} exists already: give a new folder.")
+    compiler.switch_off()
     with tempfile.TemporaryDirectory() as name:
         os.chdir(name)  # the files name each other by relative paths
         write(Path(name))

@@ -15,7 +15,8 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
-from conftest import ROOT, full_disk
+from commands import ROOT
+from faults import flip, full_disk
 from make_fixtures import FIXTURES
 
 from qat.runtime.errors import UserError
@@ -75,12 +76,6 @@ def trained(tmp_path) -> Path:
     """Checkpoints of the steps 2, 4 and 6."""
     train(engine(), tmp_path / "checkpoints", TrainState(), 6, keep=3)
     return tmp_path / "checkpoints"
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 DAMAGES = {

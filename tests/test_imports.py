@@ -8,7 +8,7 @@ from dataclasses import is_dataclass
 from itertools import chain
 
 import pytest
-from conftest import ROOT
+from commands import ROOT
 
 from qat.export.formats import FORMATS
 from qat.quant.architecture import ARCHITECTURES

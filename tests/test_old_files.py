@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import finish, start_training
+from commands import finish, start_training
 from make_fixtures import (
     EVALUATE,
     FIXTURES,

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, finish, kill, run_python, start_training, tiny_model
+from commands import ROOT, finish, kill, run_python, start_training
 from plugin_quantizer import LearnedRange, Squared
 from safetensors.torch import load_file
-from test_train import flags, losses
+from tiny import tiny_model
+from training import flags, losses
 
 import qat
 from launch import quantize, train

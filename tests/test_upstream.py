@@ -6,7 +6,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from conftest import ROOT
+from commands import ROOT
 
 NEEDED = [
     ("deepspeed.ops", "__compatible_ops__", "switches off the shared-memory op, which wants a compiler on CPUs"),

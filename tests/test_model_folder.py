@@ -288,7 +288,7 @@ def test_numbers_that_are_not_finite_are_found_where_they_are_read(folder, tiny_
 @pytest.mark.parametrize("form", [PACKED, INTEGERS])
 def test_a_quantized_folder_that_is_not_ours_is_what_transformers_makes_of_it(form, tmp_path):
     """In a layout that we write too, as llm-compressor's folders are: without quant_config.json."""
-    folder = Path(shutil.copytree(FIXTURES / f"export-{form}", tmp_path / "model"))
+    folder = Path(shutil.copytree(FIXTURES / "v1" / f"export-{form}", tmp_path / "model"))
     (folder / CONFIG_FILE).unlink()
     tokens = torch.arange(40, 52)[None]
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits

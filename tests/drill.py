@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from conftest import ROOT, generate_flags, kill, run_python, start_training, tiny_model, tiny_tokenizer
+from commands import ROOT, generate_flags, kill, run_python, start_training
+from tiny import tiny_model, tiny_tokenizer
 
 from launch import cli
 from qat.store.manifest import MANIFEST

@@ -21,6 +21,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import IO
 
+import compiler
+
 import launch
 from launch import stages
 from launch.stages import free_port
@@ -58,6 +60,7 @@ def run_ranks(target: Callable[..., None], number: int, *given: object) -> None:
 def _as_rank(target: Callable[..., None], rank: int, number: int, port: str, given: tuple[object, ...]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    compiler.switch_off()
     target(rank, *given)
 
 

@@ -1,10 +1,11 @@
-"""Writes one of every kind of file that this version writes, and the numbers that they give, into a new folder.
+"""Writes small files of the kinds that this version writes, and the numbers that they give, into a new folder.
 
-python tests/make_fixtures.py tests/fixtures/vN
+python tests/make_fixtures.py v2
 
-v1 was written at commit c94a77f. Coming versions must still read it (see test_old_files.py), so it is made once: a
-version that writes other files adds a folder of its own. The model is as small as GGUF's blocks allow. Written again by
-the same version, the files differ only in times.
+v1 was written at commit c94a77f, v2 at the commit that added it: what came after v1, in today's formats. Coming
+versions must still read both (see test_old_files.py), so each is made once: a version that writes other files adds a
+folder of its own. The model is as small as GGUF's blocks allow. Written again by the same version, the files differ
+only in times.
 """
 
 import json
@@ -15,17 +16,19 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import compiler
 import torch
-from conftest import ROOT, run_python, run_ranks, tiny_model, tiny_tokenizer
+from commands import ROOT, run_python, run_ranks
+from tiny import TEMPLATE, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from qat.evaluate.perplexity import perplexity
 from qat.export.formats import FAKE, GGUF
 from qat.infer import simulated
 from qat.store import gguf_files, student_folder
-from qat.store.compressed_tensors import INTEGERS, PACKED
+from qat.store.compressed_tensors import FLOAT8, INTEGERS, NVFP4, PACKED
 
-FIXTURES = ROOT / "tests" / "fixtures" / "v1"
+FIXTURES = ROOT / "tests" / "fixtures"
 
 TOKENS = 128
 STEPS, STOPPED = 8, 4
@@ -38,38 +41,72 @@ GPTQ = ("--method=gptq", "--w_group_size=32", "--kv_rotation=hadamard")
 SMOOTHQUANT = ("--method=smoothquant", "--w_bits=8", "--kv_bits=8")
 EXPORTS = (PACKED, INTEGERS, FAKE, GGUF)
 """The formats that hold the run's integers."""
-EVALUATE = ("--text=text.txt", "--window=32", "--windows=3")
+EVALUATED = ("--model=finished/final", "--teacher=model", "--text=text.txt", "--window=32", "--windows=3")
+TAUGHT = (
+    *("--sequences=12", "--max_length=24", "--batch_size=4"),
+    *("--strategy=chat", "--chat_share=0.5", "--teacher_cache=8"),
+)
+RTN = ("--method=rtn", "--model=model")
+OVERRIDES = {"model.embed_tokens": {"w_bits": 8}, "lm_head": {"w_bits": 8, "a_bits": 8}, "*.down_proj": {"w_bits": 8}}
+BLOCKS = (
+    *("--w_quantizer=ggml_q4_0", "--a_quantizer=ggml_q8_0", "--kv_bits=16"),
+    '--overrides={"lm_head": {"w_bits": 4, "a_bits": 8}}',
+)
+_MEASURED = ("--kv_quantizer=fp8", "--kv_bits=8", "--data=data")
+FLOATS = {
+    NVFP4: ("--w_quantizer=nvfp4", "--a_quantizer=nvfp4", "--w_bits=4", "--a_bits=4", *_MEASURED),
+    FLOAT8: ("--w_quantizer=fp8", "--a_quantizer=fp8_tensor", "--w_bits=8", "--a_bits=8", *_MEASURED),
+}
+"""What is exported in each format of floats."""
 
 
-def train_flags(folder: Path, steps: int = STEPS) -> list[str]:
-    """Of a run on the fixtures' model and data in ``folder``, but for its --output."""
+def train_flags(version: str, folder: Path, steps: int = STEPS) -> list[str]:
+    """Of the run of ``version`` on its model and data in ``folder``, but for its --output."""
+    return {"v1": _v1_flags, "v2": _v2_flags}[version](folder, steps)
+
+
+def _v1_flags(folder: Path, steps: int) -> list[str]:
     places = [f"--model={folder / 'model'}", f"--data={folder / 'data'}", "--lr=1e-3", "--batch_size=2"]
     json_file = f"--deepspeed={ROOT / 'ds_configs' / 'zero3_cpu.json'}"
     return [*places, json_file, f"--steps={steps}", f"--save_every={STOPPED}", "--w_bits=3"]
 
 
+def _v2_flags(folder: Path, steps: int) -> list[str]:
+    """In bf16, of a rotated student, with what the teacher predicted when it wrote."""
+    data = folder / "data"
+    places = [f"--model={folder / 'model'}", f"--student={folder / 'rotated'}", f"--data={data}"]
+    settings = ["--w_group_size=32", "--w_scale_dtype=bfloat16", "--kv_format=vllm_int8", "--kv_bits=8"]
+    return [
+        *(*places, f"--teacher_cache={data / 'teacher_cache'}", f"--deepspeed={ROOT / 'ds_configs' / 'zero3.json'}"),
+        *(*settings, f"--overrides={json.dumps(OVERRIDES)}"),
+        *("--lr=1e-3", "--batch_size=4", "--micro_batch_size=2", f"--steps={steps}", f"--save_every={STOPPED}"),
+    ]
+
+
 def main() -> None:
-    output = Path(sys.argv[1]).resolve()
+    version = sys.argv[1]
+    output = FIXTURES / version
     if output.exists():
-        sys.exit(f"{output} exists already: give a new folder.")
+        sys.exit(f"{output} exists already: give another version.")
+    compiler.switch_off()
     with tempfile.TemporaryDirectory() as name:
         os.chdir(name)  # the files name each other by relative paths
-        write(Path(name))
-        (Path(name) / "expected.json").write_text(json.dumps(expected(), indent=1) + "\n")
+        {"v1": write_v1, "v2": write_v2}[version](Path(name))
+        (Path(name) / "expected.json").write_text(json.dumps(expected(version), indent=1) + "\n")
         shutil.copytree(name, output, ignore=shutil.ignore_patterns("lock", "tensorboard", "*.png"))
 
 
-def write(here: Path) -> None:
+def write_v1(here: Path) -> None:
     """All files, into ``here``, the working directory."""
     for name, tied in (("model", False), ("tied", True)):
         tiny_model(**SHAPE, tie_word_embeddings=tied).save_pretrained(name)
         tiny_tokenizer(tokens=TOKENS).save_pretrained(name)
     (here / "text.txt").write_text((ROOT / "LICENSE").read_text()[:600])
     run_python("generate", "--model=model", "--output=data", *GENERATE, cwd=here)
-    run_ranks("train", *train_flags(Path()), "--output=finished", cwd=here)
+    run_ranks("train", *train_flags("v1", Path()), "--output=finished", cwd=here)
     stop_in_the_middle(Path("finished"), Path("stopped"))
     shutil.rmtree("finished/checkpoints")
-    run_ranks("train", *train_flags(Path(), steps=1), "--a_quantizer=lsq", "--output=lsq", cwd=here)
+    run_ranks("train", *train_flags("v1", Path(), steps=1), "--a_quantizer=lsq", "--output=lsq", cwd=here)
     shutil.rmtree("lsq/checkpoints")
     for method in (GPTQ, SMOOTHQUANT):
         name = method[0].removeprefix("--method=")
@@ -81,8 +118,31 @@ def write(here: Path) -> None:
     for form in EXPORTS:
         flags = ["--checkpoint=finished/final", f"--output=export-{form}", f"--format={form}", "--text=text.txt"]
         run_python("export", *flags, cwd=here)
-    flags = ["--model=finished/final", "--teacher=model", *EVALUATE, "--output=evaluation.json"]
-    run_python("evaluate", *flags, cwd=here)
+    run_python("evaluate", *EVALUATED, "--output=evaluation.json", cwd=here)
+
+
+def write_v2(here: Path) -> None:
+    """All files, into ``here``, the working directory."""
+    tiny_model(**SHAPE | {"intermediate_size": 32, "num_hidden_layers": 1}).save_pretrained("model")
+    tokenizer = tiny_tokenizer(tokens=TOKENS)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained("model")
+    (here / "text.txt").write_text((ROOT / "LICENSE").read_text()[:600])
+    run_python("generate", "--model=model", "--output=data", *TAUGHT, cwd=here)
+    run_python("rotate", "--model=model", "--output=rotated", "--untie=true", cwd=here)
+    run_ranks("train", *train_flags("v2", Path()), "--output=finished", cwd=here)
+    stop_in_the_middle(Path("finished"), Path("stopped"))
+    shutil.rmtree("finished/checkpoints")
+    run_python("quantize", *RTN, *BLOCKS, "--output=blocks", cwd=here)
+    for form, flags in FLOATS.items():
+        run_python("quantize", *RTN, *flags, f"--output=ptq-{form}", cwd=here)
+    exports = {PACKED: "finished/final", GGUF: "blocks"} | {form: f"ptq-{form}" for form in FLOATS}
+    for form, student in exports.items():
+        flags = [f"--checkpoint={student}", f"--output=export-{form}", f"--format={form}", "--text=text.txt"]
+        run_python("export", *flags, cwd=here)
+    for student in ("blocks", f"ptq-{FLOAT8}"):  # of which the exports are enough
+        shutil.rmtree(student)
+    run_python("evaluate", *EVALUATED, "--output=evaluation.json", cwd=here)
 
 
 def stop_in_the_middle(run: Path, stopped: Path) -> None:
@@ -93,10 +153,10 @@ def stop_in_the_middle(run: Path, stopped: Path) -> None:
     (stopped / "log.jsonl").write_text("".join(lines[:STOPPED]))
 
 
-def expected() -> dict[str, object]:
+def expected(version: str) -> dict[str, object]:
     """What the files give: the losses of all steps of the run, and each model's perplexity and some of its logits."""
     losses = [json.loads(line)["loss"] for line in Path("finished/log.jsonl").read_text().splitlines()]
-    return {"losses": losses, "models": {name: numbers(read(Path())) for name, read in MODELS.items()}}
+    return {"losses": losses, "models": {name: numbers(read(Path())) for name, read in MODELS[version].items()}}
 
 
 @torch.no_grad()
@@ -106,7 +166,8 @@ def numbers(model: PreTrainedModel) -> dict[str, object]:
 
 
 def _read_checkpoint(folder: Path) -> PreTrainedModel:
-    student = student_folder.find(folder / "stopped" / "checkpoints", str(folder / "model"))
+    began_with = folder / "rotated" if (folder / "rotated").exists() else folder / "model"
+    student = student_folder.find(folder / "stopped" / "checkpoints", str(began_with))
     return simulated.simulate(student.directory, student.weights(), student.dtype, student.quant, torch.float32)
 
 
@@ -114,11 +175,18 @@ def _reader(name: str) -> Callable[[Path], PreTrainedModel]:
     return lambda folder: simulated.load(str(folder / name), torch.float32)
 
 
-QUANTIZED = ("finished/final", "lsq/final", "gptq", "smoothquant", f"export-{PACKED}", f"export-{INTEGERS}")
+QUANTIZED = {
+    "v1": ("finished/final", "lsq/final", "gptq", "smoothquant", f"export-{PACKED}", f"export-{INTEGERS}"),
+    "v2": ("finished/final", f"ptq-{NVFP4}", *(f"export-{form}" for form in (PACKED, *FLOATS))),
+}
+FULL = {"v1": ("model", "tied", f"export-{FAKE}"), "v2": ("model", "rotated")}
 MODELS = {
-    **{name: _reader(name) for name in ("model", "tied", f"export-{FAKE}", *QUANTIZED)},
-    f"export-{GGUF}": lambda folder: gguf_files.load(folder / f"export-{GGUF}"),
-    "stopped": _read_checkpoint,
+    version: {
+        **{name: _reader(name) for name in FULL[version] + QUANTIZED[version]},
+        f"export-{GGUF}": lambda folder: gguf_files.load(folder / f"export-{GGUF}"),
+        "stopped": _read_checkpoint,
+    }
+    for version in ("v1", "v2")
 }
 """What reads each of the models in the folder of the fixtures."""
 

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TEXT, tiny_model
+from commands import ROOT
+from tiny import TEXT, tiny_model
 from transformers import AutoModelForCausalLM
 
 import qat

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIG, tiny_model, tiny_tokenizer
-from test_launch import error_of
+from commands import error_of
+from tiny import CONFIG, FAMILIES, LONGROPE, rope, tiny_model, tiny_tokenizer
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from datagen import attention
@@ -21,16 +21,9 @@ from qat.quant.config import QuantConfig
 from qat.runtime.errors import UserError
 from qat.store import gguf_files, models, student_folder
 
-FAMILIES = (LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)
 LENGTH = 24
-HALF_HEAD = CONFIG["head_dim"] // 2
 
 
-def rope(kind: str, **more) -> dict:
-    return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **more}}
-
-
-LONGROPE = rope("longrope", factor=4.0, short_factor=[1.5] * HALF_HEAD, long_factor=[3.0] * HALF_HEAD)
 QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 6}
 
 EVERYWHERE = [

@@ -4,10 +4,11 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, finish, needs_compiler, run_python, run_ranks, start, start_training, tiny_model
+from commands import ROOT, error_of, finish, run_python, run_ranks, start, start_training
+from compiler import needs_compiler
 from safetensors.torch import load_file
-from test_launch import error_of
-from test_train import log_of, losses
+from tiny import tiny_model
+from training import log_of, losses
 
 from qat.data.sequences import Row, Sample, TrainingData
 from qat.infer import simulated
@@ -179,8 +180,6 @@ def test_impossible_arms_are_refused(settings, named, monkeypatch, tiny_director
 
 
 def test_groups_that_do_not_divide_the_layers_are_refused():
-    from conftest import tiny_model
-
     from qat.quant.prepare import prepare
 
     with pytest.raises(models.UserError, match="w_group_size=48 does not divide"):

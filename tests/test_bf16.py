@@ -8,13 +8,15 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import conftest
 import pytest
 import torch
-from conftest import NOTHING_KEPT, ROOT, finish, needs_compiler, start_training, tiny_model
+from commands import ROOT, finish, start_training
+from compiler import needs_compiler, really_compiles
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from forked import run_ranks
+from tiny import tiny_model
 from torch import Tensor, nn
+from training import NOTHING_KEPT
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from qat.data.sequences import Row, Sample
@@ -92,7 +94,7 @@ def _rank(rank: int, folder: Path) -> None:
     ds_config["zero_optimization"] |= NOTHING_KEPT
     path = folder / f"zero3-{rank}.json"
     path.write_text(json.dumps(ds_config))
-    fused.compiles = conftest.really_compiles  # importing conftest has switched it off
+    fused.compiles = really_compiles  # run_ranks has switched it off
     engines.init_distributed()
     ids = torch.randint(2, 300, (1, POSITIONS + 1), generator=torch.Generator().manual_seed(rank))
     resolved = deepspeed_json.resolve(path, TrainConfig(batch_size=2).ds_settings(2))

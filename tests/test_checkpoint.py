@@ -15,7 +15,8 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
-from conftest import ROOT, full_disk
+from commands import ROOT
+from faults import flip, full_disk
 from make_fixtures import FIXTURES
 
 from qat.runtime.errors import UserError
@@ -75,12 +76,6 @@ def trained(tmp_path) -> Path:
     """Checkpoints of the steps 2, 4 and 6."""
     train(engine(), tmp_path / "checkpoints", TrainState(), 6, keep=3)
     return tmp_path / "checkpoints"
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 DAMAGES = {
@@ -268,12 +263,12 @@ def test_going_on_with_another_number_of_ranks_runs_no_code(trained, tmp_path, m
 
 @pytest.mark.parametrize("file", FILES)
 def test_an_export_runs_no_code(file, tmp_path):
-    (folder,) = (shutil.copytree(FIXTURES / "stopped", tmp_path / "run") / "checkpoints").glob("step-*")
-    assert list(student_folder.find(folder, str(FIXTURES / "model")).weights())
+    (folder,) = (shutil.copytree(FIXTURES / "v1" / "stopped", tmp_path / "run") / "checkpoints").glob("step-*")
+    assert list(student_folder.find(folder, str(FIXTURES / "v1" / "model")).weights())
     plant(folder / file, tmp_path / "mark")
     sign(folder)
     with refused(tmp_path / "mark"):
-        list(student_folder.find(folder, str(FIXTURES / "model")).weights())
+        list(student_folder.find(folder, str(FIXTURES / "v1" / "model")).weights())
 
 
 def test_size_and_duration_are_written_down(trained):

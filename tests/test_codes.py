@@ -10,17 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-import conftest
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import NOTHING_KEPT, ROOT, needs_compiler, tiny_model
+from commands import ROOT
+from compiler import needs_compiler, really_compiles
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from forked import run_ranks
 from safetensors.torch import load_file
+from tiny import tiny_model
 from torch import Tensor, nn
+from training import NOTHING_KEPT
 from transformers import LlamaConfig, Qwen2Config
 
 from qat.data.sequences import Row, Sample
@@ -129,7 +131,7 @@ def _rank(rank: int, number: int, folder: Path, dtype: str, names: tuple[str, ..
     engines.init_distributed()
     for name in names:
         _, quant, changes = CASES[name]
-        fused.compiles = conftest.really_compiles if name == COMPILED else lambda device: False
+        fused.compiles = really_compiles if name == COMPILED else lambda device: False
         config = TrainConfig(steps=STEPS, lr=1e-3, batch_size=4, **changes)
         ds_config = deepspeed_json.resolve(json_file(folder / f"{rank}.json", dtype), config.ds_settings(number))
         reusing = copy.deepcopy(ds_config)  # so that a pass without a backward pass leaves weights gathered

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, TEMPLATE, TEXT, finish, run_python, start_training, talking, tiny_model
-from test_launch import error_of
+from commands import ROOT, error_of, finish, run_python, start_training
+from tiny import TEMPLATE, TEXT, talking, tiny_model
 
 from datagen import card, plan, sampling
 from datagen.dialogues import Dialogues

@@ -2,10 +2,9 @@ import gc
 
 import pytest
 import torch
-from conftest import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from test_prepare import ids
+from tiny import ids, tiny_model
 from transformers import LlamaConfig, MistralConfig
 
 from qat.data.sequences import Row, Sample

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from conftest import ROOT
+from commands import ROOT
 
 from qat.quant.kv_formats import INTEGERS, KV_FORMATS
 from qat.quant.quantizers import QUANTIZERS

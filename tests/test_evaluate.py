@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TEXT, finish, start_training, talking, tiny_model, tiny_tokenizer
-from test_launch import error_of
+from commands import ROOT, error_of, finish, start_training
+from tiny import TEXT, talking, tiny_model, tiny_tokenizer
 from torch.nn.functional import kl_div
 
 import launch.evaluate

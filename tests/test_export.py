@@ -17,14 +17,13 @@ import pytest
 import sentencepiece
 import torch
 import xllamacpp
-from conftest import ROOT, finish, run_python, start_training, tiny_model, tiny_tokenizer
+from commands import ROOT, error_of, finish, run_python, start_training
+from faults import flip
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_architectures import LONGROPE, rope
-from test_checkpoint import flip
-from test_launch import error_of
-from test_prepare import FAMILIES, ids
+from students import SETTINGS, WINDOWS, write_student
+from tiny import FAMILIES, LONGROPE, ids, rope, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from qat.export import export, model_card
@@ -33,51 +32,19 @@ from qat.infer import simulated
 from qat.quant.config import CONFIG_FILE, QuantConfig
 from qat.quant.linear import can_multiply_codes, quant_linears
 from qat.quant.number_format import Format, Quantized, dequantize, grid_of, quantize
-from qat.quant.prepare import calibrate, prepare
+from qat.quant.prepare import prepare
 from qat.quant.quantizers import QUANTIZERS, quantizers_of
 from qat.quant.quantizers.base import Grid
-from qat.quant.tensor_scales import tensor_scales_in
 from qat.runtime.errors import UserError
 from qat.store import compressed_tensors, gguf_files, models, student_folder
 from qat.store.compressed_tensors import INTEGERS, LAYOUTS, PACKED
 from qat.store.manifest import MANIFEST
-from qat.store.sidecars import GRIDS_FILE, STEP_SUFFIX, load_steps, save_grids, save_steps, save_tensor_scales
+from qat.store.sidecars import GRIDS_FILE, load_steps, save_grids
 
-SETTINGS = [
-    QuantConfig(4, 8, 4, kv_rotation="hadamard"),
-    QuantConfig(8, 8, 16),
-    QuantConfig(3, 6, 8),
-    QuantConfig(5, 8, 4, w_quantizer="statsq", kv_granularity="token"),
-    QuantConfig(2, 16, 4, kv_site="pre_rope", a_quantizer="minmax_asymmetric"),
-    QuantConfig(4, 8, 16, w_group_size=32),
-    QuantConfig(4, 8, 4, a_quantizer="lsq"),
-    QuantConfig(4, 8, 16, w_quantizer="ggml_q4_0", a_quantizer="ggml_q8_0"),
-    QuantConfig(4, 8, 16, w_quantizer="minmax_full", a_quantizer="minmax_full"),
-    QuantConfig(4, 8, 16, w_quantizer="minmax_signed"),
-    QuantConfig(2, 8, 16, w_quantizer="seq"),
-    QuantConfig(4, 8, 16, w_quantizer="minmax_asymmetric", w_group_size=32),
-]
 ASYMMETRIC = [(bits, "minmax_asymmetric") for bits in (2, 4, 8)]
 SYMMETRIC = [
     name for name, by in quantizers_of("weights").items() if by.symmetric and by.grid_gives_codes and not by.is_float
 ]
-WINDOWS = torch.randint(2, 300, (2, 24), generator=torch.Generator().manual_seed(0))
-
-
-def write_student(directory: Path, quant: QuantConfig, dtype=torch.float32, **how) -> student_folder.Student:
-    """Write a student as a training run does."""
-    tiny_model(**how).to(dtype).save_pretrained(directory, max_shard_size="100KB")
-    tiny_tokenizer().save_pretrained(directory)
-    if quant.scales_inputs:
-        model = prepare(tiny_model(**how).to(dtype), quant)
-        calibrate(model, tiny_model(**how), WINDOWS)
-        save_tensor_scales(tensor_scales_in(model), directory)
-    quant.save(directory)
-    if quant.activations.learned:
-        names = quant_linears(prepare(tiny_model(**how), quant))
-        steps = {f"{name}{STEP_SUFFIX}": torch.tensor([0.01 + place / 1000]) for place, name in enumerate(names)}
-        save_steps(steps, directory)
-    return student_folder.find(directory)
 
 
 @pytest.fixture

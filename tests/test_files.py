@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_launch import error_of, train_flags
+from commands import error_of, train_flags
 
 from qat.data.shards import Sequence, ShardFolder
 from qat.quant.config import QuantConfig

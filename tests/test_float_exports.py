@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, finish, kill, run_python, start_training, tiny_model
+from commands import ROOT, finish, kill, run_python, start_training
 from safetensors.torch import load_file
-from test_export import WINDOWS, write_student
-from test_prepare import ids
-from test_train import losses
+from students import WINDOWS, write_student
+from tiny import ids, tiny_model
+from training import losses
 from transformers import AutoModelForCausalLM
 
 import qat

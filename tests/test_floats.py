@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import needs_compiler
+from compiler import needs_compiler
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays

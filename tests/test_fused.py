@@ -1,9 +1,8 @@
 """Functions that are compiled where they can be, and run eagerly where they cannot."""
 
-import conftest
+import compiler
 import pytest
 import torch
-from conftest import needs_compiler
 
 from qat.quant import fused
 
@@ -21,7 +20,7 @@ def known(monkeypatch):
 
 
 def test_a_torch_without_exact_division_compiles_nothing_for_gpus(known, caplog):
-    really_compiles = conftest.really_compiles.__wrapped__
+    really_compiles = compiler.really_compiles.__wrapped__
     known("emulate_precision_casts")
     assert not really_compiles("cuda")
     assert "no option for exact division" in caplog.text
@@ -36,10 +35,10 @@ def test_a_torch_without_exact_division_compiles_nothing_for_gpus(known, caplog)
 def test_a_torch_that_drops_a_rounding_compiles_nothing(monkeypatch, caplog):
     """As torch 2.11 does on CPUs: scales in fp16 were not rounded there, and compiled functions gave other codes."""
     monkeypatch.setattr(torch, "compile", lambda function, **how: lambda x: x / (x + 1) * 3)
-    assert not conftest.really_compiles.__wrapped__("cpu")
+    assert not compiler.really_compiles.__wrapped__("cpu")
     assert "does not round where eager mode does" in caplog.text
     monkeypatch.setattr(torch, "compile", lambda function, **how: function)
-    assert conftest.really_compiles.__wrapped__("cpu")
+    assert compiler.really_compiles.__wrapped__("cpu")
 
 
 def test_this_torch_divides_exactly_and_keeps_roundings():
@@ -50,7 +49,7 @@ def test_this_torch_divides_exactly_and_keeps_roundings():
 
 def test_a_function_that_cannot_be_compiled_runs_eagerly_and_the_others_compiled(monkeypatch, caplog):
     """As torch 2.11 could not compile one of ours: the trial, with another function, had passed."""
-    needs_compiler()
+    compiler.needs_compiler()
     monkeypatch.setattr(fused, "compiles", lambda device: True)
 
     def bad(x):

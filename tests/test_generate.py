@@ -4,8 +4,9 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import generate_flags, needs_compiler, run_python, tiny_model, tiny_tokenizer
-from test_launch import error_of
+from commands import error_of, generate_flags, run_python
+from compiler import needs_compiler
+from tiny import tiny_model, tiny_tokenizer
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from datagen import attention

@@ -10,13 +10,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, finish, needs_compiler, start_training, tiny_model, tiny_tokenizer
+from commands import ROOT, finish, start_training
+from compiler import needs_compiler
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from test_export import WINDOWS, write_student
-from test_prepare import ids
-from test_quantizers import same
+from layers import same
+from students import WINDOWS, write_student
+from tiny import ids, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import Qwen2Config
 

@@ -3,7 +3,7 @@
 import json
 import os
 
-from conftest import ROOT, environment
+from commands import ROOT, environment
 from forked import Command
 
 

@@ -1,10 +1,10 @@
 """The offline tasks are those of the harness: whole, with the right answers."""
 
 import pytest
-from conftest import tiny_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from lm_eval.models.huggingface import HFLM
+from tiny import tiny_model
 
 from qat.evaluate import harness, taskdata, tasks
 from qat.runtime.errors import UserError

@@ -1,4 +1,4 @@
-"""The house: which package may import which, and what importing costs."""
+"""The house: which package and which test may import what, and what importing costs."""
 
 import ast
 import re
@@ -6,9 +6,10 @@ import subprocess
 import sys
 from dataclasses import is_dataclass
 from itertools import chain
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from commands import ROOT
 
 from qat.export.formats import FORMATS
 from qat.quant.architecture import ARCHITECTURES
@@ -58,12 +59,16 @@ def package_of(module: str) -> str:
 
 def imports(module: str) -> set[str]:
     """Modules that ``module`` imports, wherever in it: ours, and others by their first name."""
+    return imports_in(FILES[module])
+
+
+def imports_in(file: Path) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(FILES[module].read_text())):
+    for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{module}: imports are absolute"
+            assert node.level == 0, f"{file}: imports are absolute"
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= {name if name in FILES else node.module for name in names}
     return {name if name in FILES else name.partition(".")[0] for name in found}
@@ -82,6 +87,12 @@ def test_no_circles():
     while free := {module for module, needs in rest.items() if not needs & rest.keys()}:
         rest = {module: needs for module, needs in rest.items() if module not in free}
     assert not rest
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "tests").glob("*.py")), ids=lambda file: file.stem)
+def test_what_several_tests_use_is_in_no_test_module(file):
+    """Nor in conftest.py, which has fixtures."""
+    assert not [name for name in imports_in(file) if name.startswith("test_") or name == "conftest"]
 
 
 def test_number_formats_need_torch_alone():

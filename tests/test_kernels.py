@@ -11,12 +11,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT
+from commands import ROOT
+from layers import make
 
 if sys.platform != "linux":
     pytest.skip("Triton is for Linux alone", allow_module_level=True)
 
-from test_linear import make
 from triton.runtime import interpreter  # without it this fails: it is in requirements-dev.txt
 
 from qat.quant import kernels, number_format, products

@@ -1,9 +1,8 @@
 import pytest
 import torch
-from conftest import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from test_prepare import ids
+from tiny import ids, tiny_model
 
 from qat.infer.integer_cache import IntegerCache
 from qat.quant.config import QuantConfig

@@ -4,11 +4,11 @@ import ctypes
 
 import pytest
 import torch
-from conftest import needs_compiler, really_compiles, tiny_model
+from compiler import needs_compiler, really_compiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_export import write_student
-from test_prepare import ids
+from students import write_student
+from tiny import ids, tiny_model
 
 import qat
 from qat.export import export, model_card

@@ -7,18 +7,18 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext, redirect_stderr
+from contextlib import nullcontext
 from dataclasses import MISSING, asdict, fields
 from importlib import import_module
-from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, generate_flags, tiny_model, tiny_tokenizer
+from commands import JSON, ROOT, error_of, generate_flags, train_flags
 from forked import processes
+from tiny import tiny_model, tiny_tokenizer
 from transformers import GPTNeoXConfig
 
 from datagen.corpus import Corpus
@@ -32,23 +32,6 @@ from qat.runtime.errors import UserError
 from qat.runtime.files import lock
 from qat.train import deepspeed_json
 from qat.train.config import TrainConfig
-
-JSON = ROOT / "ds_configs" / "zero3_cpu.json"
-
-
-def error_of(monkeypatch, script: str, *flags) -> str:
-    """Run an entry point in this process, expecting it to refuse; its sentence."""
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
-    with pytest.raises(SystemExit) as stop, redirect_stderr(StringIO()) as printed:
-        cli.run(import_module(f"launch.{script}").main)
-    assert stop.value.code == 2
-    *_, message = printed.getvalue().strip().splitlines()
-    assert message.startswith("error: ")
-    return message
-
-
-def train_flags(model, data, output, deepspeed=JSON) -> list[str]:
-    return [f"--model={model}", f"--data={data}", f"--output={output}", f"--deepspeed={deepspeed}"]
 
 
 @pytest.mark.parametrize("script", ["train", "generate", "evaluate"])

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, environment
-from test_ranks import log_of
-from test_train import flags
+from commands import ROOT, environment
+from training import flags, log_of
 
 from launch.stages import free_port
 from qat.store.run_folder import CHECKPOINTS, LATEST

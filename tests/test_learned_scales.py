@@ -4,12 +4,11 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, finish, kill, run_python, start_training
+from commands import ROOT, error_of, finish, kill, run_python, start_training
+from layers import A8, FULL, make
 from safetensors.torch import load_file
-from test_launch import error_of
-from test_linear import A8, FULL, make
-from test_prepare import ids
-from test_train import log_of, losses
+from tiny import ids
+from training import log_of, losses
 
 import qat
 from launch.train import starting_grids

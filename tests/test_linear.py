@@ -1,14 +1,14 @@
 import pytest
 import torch
+from layers import A8, FULL, W4, make
 from torch import nn
 from torch.nn.functional import linear
 
 from qat.quant import products
-from qat.quant.linear import InputQuantizer, QuantLinear
+from qat.quant.linear import QuantLinear
 from qat.quant.number_format import Format, Quantized, fake_quantize, grid_of, inside, quantize, round_to_grid
 from qat.quant.quantizers.base import Grid
 
-FULL, W4, A8 = Format(16), Format(4), Format(8)
 SETTINGS = [
     (W4, A8),
     (W4, FULL),
@@ -27,12 +27,6 @@ SETTINGS = [
     (Format(4, "minmax_signed"), A8),
     (Format(3, "minmax_signed", 24), A8),
 ]
-
-
-def make(weight=W4, inputs=A8, bias=True, readers=1):
-    torch.manual_seed(0)
-    shared = InputQuantizer(inputs, readers) if inputs.quantizes else None
-    return QuantLinear.convert(nn.Linear(48, 24, bias=bias), weight, inputs, shared)
 
 
 @pytest.mark.parametrize("bias", [True, False])

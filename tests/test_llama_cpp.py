@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, tiny_model, tiny_tokenizer
-from test_export import write_student
+from commands import ROOT
+from students import write_student
+from tiny import tiny_model, tiny_tokenizer
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 

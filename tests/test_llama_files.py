@@ -7,9 +7,10 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TEXT, tiny_model, tiny_tokenizer
+from commands import ROOT
 from gguf import GGMLQuantizationType as Type
-from test_export import write_student
+from students import write_student
+from tiny import TEXT, tiny_model, tiny_tokenizer
 
 from launch import evaluate
 from qat.evaluate import llama_cpp, llama_quantize

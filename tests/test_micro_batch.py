@@ -4,9 +4,10 @@ import time
 
 import pytest
 import torch
-from conftest import finish, kill, start_training, tiny_model
+from commands import finish, kill, start_training
 from safetensors.torch import load_file
-from test_train import flags, latest, log_of, losses
+from tiny import tiny_model
+from training import flags, latest, log_of, losses
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 from transformers.integrations import sdpa_attention
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import generate_flags, tiny_model, tiny_tokenizer
+from commands import error_of, generate_flags
+from faults import WEIGHTS, change_weights, edit, odd
 from make_fixtures import FIXTURES
 from safetensors.torch import load_file, save_file
-from test_launch import error_of
-from test_prepare import ids
+from tiny import ids, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import qat
@@ -31,37 +31,12 @@ from qat.store.model_folder import ModelFolder
 from qat.store.sidecars import GRIDS_FILE, STEPS_FILE
 from qat.store.weight_files import BIN, BIN_INDEX, INDEX, stored_tensors, weight_files, weights_size
 
-WEIGHTS = "model.safetensors"
 FULL = QuantConfig(16, 16, 16)
 RECORD = {"method": "none"}
 
 
-def edit(file: Path, drop: tuple[str, ...] = (), **changes) -> None:
-    values = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({name: value for name, value in values.items() if name not in drop}))
-
-
-def change_weights(folder: Path, change, file: str = WEIGHTS) -> None:
-    """``change`` takes the weights and returns them, or changes them in place."""
-    weights = load_file(folder / file)
-    save_file(change(weights) or weights, folder / file, metadata={"format": "pt"})
-
-
-def rotary_buffers(weights: dict) -> None:
-    for layer in range(2):
-        weights[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.rand(8)
-
-
 def own_head(folder: Path) -> None:
     edit(folder / "config.json", tie_word_embeddings=True)
-
-
-def odd(folder: Path) -> None:
-    """What real folders have: LLaMA-1's buffers and -1 for no padding, vicuna's sampling without do_sample, settings of
-    generation in the config, fine-tuning's use_cache, and a head of its own where the config ties it."""
-    change_weights(folder, rotary_buffers, weight_files(folder)[0].name)
-    edit(folder / "config.json", tie_word_embeddings=True, use_cache=False, pad_token_id=-1, temperature=0.7)
-    edit(folder / "generation_config.json", temperature=0.9, top_p=0.6)
 
 
 def without_head(weights: dict) -> dict:
@@ -313,7 +288,7 @@ def test_numbers_that_are_not_finite_are_found_where_they_are_read(folder, tiny_
 @pytest.mark.parametrize("form", [PACKED, INTEGERS])
 def test_a_quantized_folder_that_is_not_ours_is_what_transformers_makes_of_it(form, tmp_path):
     """In a layout that we write too, as llm-compressor's folders are: without quant_config.json."""
-    folder = Path(shutil.copytree(FIXTURES / f"export-{form}", tmp_path / "model"))
+    folder = Path(shutil.copytree(FIXTURES / "v1" / f"export-{form}", tmp_path / "model"))
     (folder / CONFIG_FILE).unlink()
     tokens = torch.arange(40, 52)[None]
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits

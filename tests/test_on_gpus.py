@@ -15,8 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CONFIG, tiny_model, tiny_tokenizer
-from test_prepare import FAMILIES
+from tiny import CONFIG, FAMILIES, tiny_model, tiny_tokenizer
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode

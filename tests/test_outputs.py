@@ -7,8 +7,8 @@ from importlib import import_module
 
 import pytest
 import torch
-from conftest import ROOT, full_disk
-from test_launch import error_of
+from commands import ROOT, error_of
+from faults import full_disk
 
 import qat
 from qat.quant.config import QuantConfig

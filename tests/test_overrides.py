@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from conftest import tiny_model
-from test_export import write_student
-from test_prepare import ids
+from students import write_student
+from tiny import ids, tiny_model
 
 import qat
 from launch import cli

@@ -11,11 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, tiny_model, tiny_tokenizer
-from test_export import WINDOWS
-from test_launch import error_of
-from test_own_format import run
-from test_prepare import ids
+from commands import ROOT, error_of, output_of
+from students import WINDOWS
+from tiny import ids, tiny_model, tiny_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import Olmo2Config, Phi3Config
 
@@ -75,14 +73,14 @@ def test_it_goes_the_whole_way(family, tmp_path, monkeypatch):
     flags = ["--model=model", "--output=rtn", "--kv_rotation=hadamard"]
     assert f"{family.model_type!r}, which is not supported" in error_of(monkeypatch, "quantize", *flags)
     plugin = f"--plugin=my_{family.model_type}"
-    run("quantize", *flags, plugin)
+    output_of("quantize", *flags, plugin)
     text = f"--text={ROOT / 'LICENSE'}"
-    run(
+    output_of(
         "evaluate", "--model=rtn", "--teacher=model", text, "--window=32", "--windows=1", "--output=result.json", plugin
     )
     (score,) = json.loads((tmp_path / "result.json").read_text())["texts"].values()
     assert score["kl"] > 0.01
-    assert "Verified: read back" in run("export", "--checkpoint=rtn", "--output=exported", text, plugin)
+    assert "Verified: read back" in output_of("export", "--checkpoint=rtn", "--output=exported", text, plugin)
     described = json.loads((tmp_path / "exported" / "config.json").read_text())["quantization_config"]
     assert described["ignore"] == ["lm_head"]
     exported, simulation = qat.load("exported"), simulated.load("rtn", torch.float32)

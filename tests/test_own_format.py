@@ -1,15 +1,12 @@
 """An export format from outside: a module of some lines, which ``--plugin`` names."""
 
 import sys
-from contextlib import redirect_stdout
 from importlib import import_module
-from io import StringIO
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from test_export import WINDOWS, write_student
-from test_launch import error_of
+from commands import ROOT, error_of, output_of
+from students import WINDOWS, write_student
 
 from qat.export import export
 from qat.export.formats import FORMATS
@@ -32,19 +29,11 @@ def plugin(tmp_path, monkeypatch) -> Path:
     sys.modules.pop("my_npz", None)
 
 
-def run(script: str, *flags: str) -> str:
-    """An entry point in this process; what it printed."""
-    sys.argv = [f"{script}.py", *flags]
-    with redirect_stdout(StringIO()) as printed:
-        import_module(f"launch.{script}").main()
-    return printed.getvalue()
-
-
 def test_a_format_of_a_plug_in_is_written_read_back_and_documented(plugin, monkeypatch, capsys):
     write_student(plugin / "final", QuantConfig(4, 8, 16))
     flags = ["--checkpoint=final", "--output=exported", "--format=npz", f"--text={ROOT / 'LICENSE'}"]
     assert "choose pack-quantized or" in error_of(monkeypatch, "export", *flags)
-    said = run("export", *flags, "--plugin=my_npz")
+    said = output_of("export", *flags, "--plugin=my_npz")
     assert "Verified: read back" in said
     assert "differs: Activations: trained with 8 bits per token; here they stay in full precision." in said
     assert {file.name for file in (plugin / "exported").iterdir()} > {"weights.npz", "config.json", "tokenizer.json"}

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
 from plugin_quantizer import LearnedRange, Squared
+from tiny import tiny_model
 
 import qat
 from launch import quantize, train

@@ -7,7 +7,7 @@ import tomllib
 import zipfile
 from itertools import chain
 
-from conftest import ROOT
+from commands import ROOT
 from packaging.requirements import Requirement
 
 PACKAGES = ("qat", "datagen", "launch", "ds_configs")

@@ -6,9 +6,9 @@ from io import BytesIO, TextIOWrapper
 
 import pytest
 import torch
-from conftest import run_python, tiny_model
-from test_export import SETTINGS, write_student
-from test_prepare import ids
+from commands import run_python
+from students import SETTINGS, write_student
+from tiny import ids, tiny_model
 from transformers.cache_utils import DynamicCache
 
 import qat

@@ -8,10 +8,11 @@ import sys
 import time
 from pathlib import Path
 
-import conftest
+import commands
 import pytest
-from conftest import ROOT, finish, kill, run_python, start_command, start_training, tiny_model
+from commands import ROOT, finish, kill, run_python, start_command, start_training
 from forked import Command
+from tiny import tiny_model
 from transformers import Qwen2Config
 
 from datagen.parallel import Group, ranks_from_slurm
@@ -24,7 +25,7 @@ FLAGS = ["--sequences=160", "--max_length=96", "--batch_size=8", "--sequences_pe
 
 
 def start(model: Path, output: Path) -> Command:
-    return conftest.start(0, "generate", f"--model={model}", f"--output={output}", *FLAGS)
+    return commands.start(0, "generate", f"--model={model}", f"--output={output}", *FLAGS)
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -4,7 +4,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, tiny_model
+from commands import ROOT
+from tiny import tiny_model
 
 from launch.paper import claims
 from qat.quant.config import QuantConfig

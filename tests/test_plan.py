@@ -10,9 +10,9 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import CONFIG, ROOT, finish, start_command, tiny_model
+from commands import ROOT, error_of, finish, start_command
 from forked import processes
-from test_launch import error_of
+from tiny import CONFIG, tiny_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, LlamaConfig
 

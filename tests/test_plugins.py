@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, finish, kill, run_python, start_command, start_training, tiny_model, tiny_tokenizer
+from commands import ROOT, finish, kill, run_python, start_command, start_training
 from safetensors.torch import load_file
-from test_train import flags, losses
+from tiny import tiny_model, tiny_tokenizer
+from training import flags, losses
 from transformers import Olmo2Config
 
 import qat

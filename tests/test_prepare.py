@@ -1,18 +1,12 @@
 import pytest
 import torch
-from conftest import tiny_model
-from transformers import GPTNeoXConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from tiny import FAMILIES, ids, tiny_model
+from transformers import GPTNeoXConfig
 
 from qat.quant.config import QuantConfig
 from qat.quant.linear import quant_linears
 from qat.quant.prepare import freeze, prepare
 from qat.runtime.errors import UserError
-
-FAMILIES = [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config]
-
-
-def ids(model, batch=1, tokens=20):
-    return torch.randint(2, model.config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(1))
 
 
 def test_sixteen_everywhere_changes_nothing():

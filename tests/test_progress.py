@@ -10,7 +10,7 @@ from contextlib import redirect_stderr
 from io import StringIO
 
 import pytest
-from conftest import environment
+from commands import environment
 
 from qat.runtime import progress
 

@@ -6,10 +6,9 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import ROOT, run_python, tiny_model
+from commands import ROOT, error_of, run_python
 from safetensors.torch import load_file, save_file
-from test_launch import error_of
-from test_prepare import FAMILIES, ids
+from tiny import FAMILIES, ids, tiny_model
 
 import qat
 from launch import quantize as command

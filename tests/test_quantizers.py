@@ -3,12 +3,13 @@ import math
 import gguf
 import pytest
 import torch
+from compiler import needs_compiler
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.utils import calculate_qparams
-from conftest import needs_compiler
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
+from layers import same
 
 from qat.quant import fused, number_format
 from qat.quant.number_format import (
@@ -42,10 +43,6 @@ FORMATS = st.sampled_from(EVERY)
 def tensors(draw):
     values = draw(arrays("float32", array_shapes(min_dims=1, max_dims=3, max_side=9), elements=FLOATS))
     return torch.from_numpy(values).to(draw(DTYPES)).nan_to_num(0.0, 0.0, 0.0)  # what overflows fp16 counts as 0
-
-
-def same(a, b):
-    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 @given(tensors(), FORMATS)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, kill
+from commands import ROOT, kill
 
 from qat.quant.config import QuantConfig
 from qat.quant.prepare import prepare

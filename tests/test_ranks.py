@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import rank_worker
-from conftest import ROOT, environment
+from commands import ROOT, environment
 from forked import processes
-from test_train import flags, log_of
+from training import flags, log_of
 
 from launch.stages import free_port
 from qat.runtime import ranks

@@ -7,9 +7,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, finish, kill, start, start_command, tiny_model, tiny_tokenizer
-from test_launch import error_of
-from test_outputs import full_disk
+from commands import ROOT, error_of, finish, kill, start, start_command
+from faults import full_disk
+from tiny import tiny_model, tiny_tokenizer
 
 from launch.reproduce import Budget, Cell, Job, Reproduction, _Runner, queue, read_recipe
 from launch.stages import Stages

@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict
 
 import pytest
-from conftest import ROOT
+from commands import ROOT
 
 from launch.paper import claims, curve, flips, served
 from launch.paper.claims import Claim, Difference, Finding, Goal, closes

@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 import torch
+from commands import ROOT, error_of, finish, run_python, start_training
 from compressed_tensors.transform import TransformConfig, TransformFactory
-from conftest import ROOT, finish, run_python, start_training, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file
-from test_launch import error_of
-from test_train import losses
+from tiny import tiny_model, tiny_tokenizer
+from training import losses
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 import qat

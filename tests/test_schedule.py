@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, finish, start_training
+from commands import ROOT, error_of, finish, start_training
 from safetensors.torch import load_file
-from test_launch import error_of
 
 from launch.train import check_schedule
 from qat.runtime.errors import UserError

@@ -5,15 +5,11 @@ where QAT_VLLM_VENV says.
 """
 
 import json
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from commands import run_in
 from torch.nn.functional import log_softmax
 
 from qat.evaluate import heldout
@@ -38,16 +34,6 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="session")
-def vllm() -> Path:
-    """The environment's bin folder."""
-    if find_spec("vllm"):
-        return Path(sys.executable).parent
-    directory = Path(os.environ.get("QAT_VLLM_VENV", ROOT / ".venv-vllm"))
-    subprocess.run([ROOT / "tests" / "vllm_venv.sh", directory], check=True)
-    return directory / "bin"
-
-
-@pytest.fixture(scope="session")
 def exports(tmp_path_factory) -> dict[str, Path]:
     """SmolLM2, rounded as a student that was not trained, in vLLM's format for CPUs."""
     model = Path(models.resolve(smollm2.EMBEDDED)).absolute()
@@ -68,13 +54,6 @@ def windows(exports) -> torch.Tensor:
     return text_windows(heldout.paragraphs(heldout.ENCYCLOPEDIA), models.load_tokenizer(str(exports["full"])), 256, 2)
 
 
-def run(vllm: Path, *command: object, **more) -> str:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{vllm}:{os.environ['PATH']}"}
-    done = subprocess.run([*map(str, command)], env=environment, cwd=ROOT, text=True, capture_output=True, **more)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
 @torch.inference_mode()
 def ours(directory: Path, windows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     model = simulated.load(str(directory), dtype)
@@ -90,7 +69,7 @@ def test_vllm_gives_the_log_probabilities_of_our_own_model(name, vllm, exports, 
     torch.save(windows, tmp_path / "windows.pt")
     script = tmp_path / "serve.py"
     script.write_text(SERVE)
-    run(vllm, vllm / "python", script, exports[name], tmp_path / "windows.pt", tmp_path / "found.pt")
+    run_in(vllm, vllm / "python", script, exports[name], tmp_path / "windows.pt", tmp_path / "found.pt")
     found, expected = torch.load(tmp_path / "found.pt"), ours(exports[name], windows, torch.float32)
     other_sums = ours(exports[name], windows, torch.float64)
     assert (found - expected).abs().mean() < 1.3 * (other_sums - expected).abs().mean()
@@ -123,7 +102,7 @@ def test_lm_evaluation_harness_runs_on_it_without_our_code(vllm, exports, tmp_pa
     (tmp_path / "capitals.yaml").write_text(TASK % (tmp_path / "test.json"))
     arguments = f"pretrained={exports['W8A8']},dtype=float32"
     flags = ["--tasks=capitals", f"--include_path={tmp_path}", f"--output_path={tmp_path / 'out'}"]
-    run(vllm, vllm / "lm_eval", "--model=hf", f"--model_args={arguments}", *flags, "--device=cpu")
+    run_in(vllm, vllm / "lm_eval", "--model=hf", f"--model_args={arguments}", *flags, "--device=cpu")
     (result,) = (tmp_path / "out").rglob("results*.json")
     accuracy = json.loads(result.read_text())["results"]["capitals"]["acc,none"]
     assert accuracy >= 0.8, "by chance it is 0.2"

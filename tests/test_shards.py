@@ -13,11 +13,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import TEXT, generate_flags, run_python, run_ranks, tiny_tokenizer
+from commands import error_of, generate_flags, run_python, run_ranks
 from datasets import load_dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from test_launch import error_of
+from tiny import TEXT, tiny_tokenizer
 
 from datagen import card, corpus
 from datagen.corpus import Corpus

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment, run_python
+from commands import ROOT, environment, run_python
 from drill import losses, weights
 
 SCRIPTS = ROOT / "launch" / "slurm"

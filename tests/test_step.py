@@ -13,12 +13,14 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import NOTHING_KEPT, ROOT, tiny_model
+from commands import ROOT
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from forked import run_ranks
+from tiny import tiny_model
 from torch import Tensor
+from training import NOTHING_KEPT
 
 from qat.data.sequences import Sample
 from qat.quant import architecture

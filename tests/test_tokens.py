@@ -6,8 +6,8 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from conftest import CONFIG, TEXT, tiny_model, tiny_tokenizer
-from test_launch import error_of, train_flags
+from commands import error_of, train_flags
+from tiny import CONFIG, TEXT, tiny_model, tiny_tokenizer
 
 from datagen.generate import Vocabulary
 from launch import chat

@@ -13,23 +13,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import (
-    ROOT,
-    finish,
-    generate_flags,
-    kill,
-    needs_compiler,
-    run_python,
-    start_command,
-    start_training,
-    tiny_model,
-)
+from commands import ROOT, error_of, finish, generate_flags, kill, run_python, start_command, start_training
+from compiler import needs_compiler
 from deepspeed.ops.op_builder import AsyncIOBuilder
+from faults import odd
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_launch import error_of
-from test_model_folder import odd
+from tiny import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
+from training import CONFIG, STEPS, flags, latest, log_of, losses
 
 import qat
 from launch import cli
@@ -51,32 +43,7 @@ from qat.train.config import TrainConfig
 from qat.train.distill import Distiller, TeacherTargets
 from qat.train.loop import check_sane, update_average
 
-STEPS = 12  # two passes over the 12 sequences
-CONFIG = TrainConfig(steps=STEPS, lr=1e-3, warmup_steps=2, batch_size=2)
 QUANT = QuantConfig(w_bits=3)  # coarse: much to learn in few steps
-
-
-def flags(model: Path, data: Path, output: Path, ds_config: str | Path = "zero3_cpu.json") -> list[str]:
-    places = [f"--model={model}", f"--data={data}", f"--output={output}"]
-    json_file = f"--deepspeed={ROOT / 'ds_configs' / ds_config}"
-    return [
-        *places,
-        json_file,
-        f"--steps={STEPS}",
-        "--lr=1e-3",
-        "--warmup_steps=2",
-        "--batch_size=2",
-        "--w_bits=3",
-        "--save_every=5",
-    ]
-
-
-def log_of(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-
-
-def losses(run: Path) -> list[tuple[float, float, float]]:
-    return [(record["loss"], record["kl"], record["grad_norm"]) for record in log_of(run)]
 
 
 HELD_OUT = 5
@@ -210,11 +177,6 @@ def test_another_number_of_ranks_goes_on_with_the_same_batches(run, weights, tin
         adam = torch.load(file, weights_only=False)["optimizer_state_dict"]["optimizer_state_dict"]["state"]
         assert len(adam) > 1
         assert {int(group["step"]) for group in adam.values()} == {STEPS}
-
-
-def latest(output: Path) -> str:
-    pointer = output / "checkpoints" / "latest"
-    return pointer.read_text() if pointer.exists() else ""
 
 
 @pytest.mark.parametrize("size", ["7b", "13b", "30b"])

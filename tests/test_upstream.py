@@ -9,7 +9,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from conftest import ROOT
+from commands import ROOT
 
 PARTS = {
     "launch/cli.py": [("atexit", "_run_exitfuncs", "runs exit handlers where the interpreter's own end is skipped")],

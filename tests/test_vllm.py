@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_model, tiny_tokenizer
+from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from datagen.generate import Beginnings, GenerateConfig, Vocabulary, write_sequences

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_served import run, vllm  # noqa: F401  # a fixture
+from commands import run_in
 
 from qat.quant.kv_formats import KV_FORMATS
 
@@ -73,11 +73,11 @@ def given() -> list[tuple[int, torch.Tensor, torch.Tensor]]:
     return cases
 
 
-def test_codes_and_scales_are_those_of_vllms_kernels(vllm: Path, tmp_path):  # noqa: F811
+def test_codes_and_scales_are_those_of_vllms_kernels(vllm: Path, tmp_path):
     cases = given()
     torch.save(cases, tmp_path / "given.pt")
     (tmp_path / "script.py").write_text(SCRIPT)
-    run(vllm, vllm / "python", tmp_path / "script.py", tmp_path / "given.pt", tmp_path / "found.pt")
+    run_in(vllm, vllm / "python", tmp_path / "script.py", tmp_path / "given.pt", tmp_path / "found.pt")
     for (bits, *tensors), theirs in zip(cases, torch.load(tmp_path / "found.pt"), strict=True):
         form = KV_FORMATS[f"vllm_int{bits}"]
         for x, rotate, (codes, scale) in zip(tensors, (form.keys, form.values), theirs, strict=True):

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import finish, kill, start_training, tiny_model, tiny_tokenizer
+from commands import finish, kill, start_training
 from safetensors.torch import load_file
-from test_export import WINDOWS, write_student
-from test_prepare import ids
-from test_train import CONFIG, flags, log_of
+from students import WINDOWS, write_student
+from tiny import ids, tiny_model, tiny_tokenizer
 from torch.func import functional_call
+from training import CONFIG, flags, log_of
 from transformers import AutoModelForCausalLM
 
 import qat

@@ -15,14 +15,14 @@ class MinMaxAsymmetric(Quantizer):
     gguf_types: ClassVar[Mapping[int, str]] = dict.fromkeys((2, 3, 4), "Q4_1")
 
     def grid(self, rows: Tensor, qmax: int) -> Grid:
-        return self.between(*self.ends(rows), qmax)
+        return Grid(*self.between(*self.ends(rows), qmax))
 
     def ends(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the ends [groups, 1], fp32, of the smallest range that holds rows [groups, n] and 0."""
         return rows.amin(-1, keepdim=True).float().clamp(max=0), rows.amax(-1, keepdim=True).float().clamp(min=0)
 
-    def between(self, low: Tensor, high: Tensor, qmax: int) -> Grid:
-        """Return the grid [groups, 1] whose codes lie between two ends."""
+    def between(self, low: Tensor, high: Tensor, qmax: int) -> tuple[Tensor, Tensor]:
+        """Return the scale and the zero point [groups, 1] with which the codes lie between two ends."""
         levels = 2 * qmax + 1
         scale = usable(divided(high, levels) - divided(low, levels))
-        return Grid(scale, torch.round(-low / scale) - (qmax + 1))
+        return scale, torch.round(-low / scale) - (qmax + 1)

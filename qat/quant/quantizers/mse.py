@@ -15,8 +15,8 @@ from qat.quant.quantizers.minmax_asymmetric import MinMaxAsymmetric
 SHARES = (1.0, 0.9, 0.8, 0.7, 0.6)
 
 _UNITS = 2.0**16
-"""Squared errors are counted in whole units, of the squared step of the whole range over this: whole numbers have the
-same sum in any order, so that compiled code chooses as eager code does."""
+"""Squared errors are whole numbers, in parts of the squared step of the whole range: these have the same sum in any
+order, so that compiled code chooses as eager code does."""
 
 
 class MSE(MinMaxAsymmetric):
@@ -26,17 +26,19 @@ class MSE(MinMaxAsymmetric):
 
     def grid(self, rows: Tensor, qmax: int) -> Grid:
         low, high = self.ends(rows)
-        whole = best = self.between(low, high, qmax)
-        least = self._error(rows, whole, whole, qmax)
+        scale, zero_point = whole = self.between(low, high, qmax)
+        least = self._error(rows, *whole, whole[0], qmax)
         for share in SHARES[1:]:
-            grid = self.between(low * share, high * share, qmax)
-            error = self._error(rows, grid, whole, qmax)
-            better, least = error < least, torch.minimum(error, least)
-            best = Grid(*(torch.where(better, new, old) for new, old in zip(grid, best, strict=True)))
-        return best
+            smaller = self.between(low * share, high * share, qmax)
+            error = self._error(rows, *smaller, whole[0], qmax)
+            scale, zero_point = (
+                torch.where(error < least, new, old) for new, old in zip(smaller, (scale, zero_point), strict=True)
+            )
+            least = torch.minimum(error, least)
+        return Grid(scale, zero_point)
 
-    def _error(self, rows: Tensor, grid: Grid, whole: Grid, qmax: int) -> Tensor:
-        """Compute the squared error [groups, 1] of rows [groups, n] on ``grid``, in units of that of ``whole``."""
-        codes = self.codes(rows, grid, qmax)
-        error = (codes - grid.zero_point - rows.float() / grid.scale) * (grid.scale / whole.scale)
+    def _error(self, rows: Tensor, scale: Tensor, zero_point: Tensor, unit: Tensor, qmax: int) -> Tensor:
+        """Compute the squared error [groups, 1] of rows [groups, n] on a grid, in ``_UNITS`` of ``unit`` squared."""
+        codes = self.codes(rows, Grid(scale, zero_point), qmax)
+        error = (codes - zero_point - rows.float() / scale) * (scale / unit)
         return (error * error * _UNITS).long().sum(-1, keepdim=True)

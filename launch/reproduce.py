@@ -233,6 +233,12 @@ class Job(NamedTuple):
     def name(self) -> str:
         return self.cell.name if self.kind == TEXTS else f"{self.cell.name}.{self.kind}"
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return what its JSON records, but for the model."""
+        more = self.tasks or self.served
+        return {**_flat(self.cell), **(asdict(more) if more else {})}
+
 
 def main() -> int:
     (reproduction,) = cli.parse(__doc__, Reproduction)
@@ -344,8 +350,7 @@ class _Runner:
         _write(record, json.dumps(settings, indent=1) + "\n")
 
     def settings(self, job: Job) -> dict[str, Any]:
-        more = job.tasks or job.served
-        return {"model": self.fingerprint, **_flat(job.cell), **(asdict(more) if more else {})}
+        return {"model": self.fingerprint, **job.settings}
 
     def path(self, job: Job) -> Path:
         return self.cells / f"{job.name}.json"
@@ -513,31 +518,61 @@ class _Runner:
     def collect(self, tables: dict[str, list[Job]]) -> None:
         """Write the results so far: each table as JSON, and all of them as a page with plots."""
         done = {(job.cell.name, job.kind): job for jobs in tables.values() for job in jobs if self.is_done(job)}
-        found = {key: json.loads(self.path(job).read_text()) for key, job in done.items()}
-        cells, accuracies, whole, in_llama_cpp = (
-            {name: found[name, kind] for name, kind in found if kind == of}
-            for of in (TEXTS, TASKS, WHOLE_TASKS, SERVED)
-        )
-        output = self.reproduction.output
-        names = {table: list(dict.fromkeys(job.cell.name for job in jobs)) for table, jobs in tables.items()}
-        to_serve = names.pop("served", [])
-        shown = [in_llama_cpp[name] for name in to_serve if name in in_llama_cpp]
+        results = Results.of(tables, {key: json.loads(self.path(job).read_text()) for key, job in done.items()})
+        output, cells = self.reproduction.output, results.cells
         with writing(output):
-            write_atomically(output / "served.json", json.dumps(served.rows(shown), indent=1) + "\n")
-            if shown:
-                plots.plot_served(shown, output / "served.png")
-            for table, listed in names.items():
-                rows = [_row(cells[name], accuracies.get(name)) for name in listed if name in cells]
+            write_atomically(output / "served.json", json.dumps(served.rows(results.served), indent=1) + "\n")
+            if results.served:
+                plots.plot_served(results.served, output / "served.png")
+            for table, listed in results.tables.items():
+                rows = [_row(cells[name], results.accuracies.get(name)) for name in listed if name in cells]
                 write_atomically(output / f"{table}.json", json.dumps(rows, indent=1) + "\n")
                 if rows:
                     plots.plot_cells([cells[name] for name in listed if name in cells], output / f"{table}.png")
             if curves := curve.curves(cells):
                 plots.plot_curves(curves, output / "curve.png")
-            averages = claims.zero_shot_averages(accuracies)
+            averages = claims.zero_shot_averages(results.accuracies)
             plots.plot_bits([*cells.values()], averages, claims.SETTINGS, output / "bits.png")
-            peers = read_json(output / PEERS) if (output / PEERS).exists() else {}
-            page = claims.markdown(names, cells, accuracies, whole, peers, served.markdown(shown, len(to_serve)))
-            write_atomically(output / "README.md", page)
+            write_atomically(output / "README.md", results.page(output / PEERS))
+
+
+@dataclass(frozen=True)
+class Results:
+    """What was measured of some tables.
+
+    Args:
+        tables: the names of each table's cells, in order, but for what is served
+        cells: each cell's results on texts, by name
+        accuracies: each cell's results on tasks, by name
+        whole: the same on all documents
+        served: the results in llama.cpp, in order
+        to_serve: the number of cells to measure there
+    """
+
+    tables: dict[str, list[str]]
+    cells: dict[str, Any]
+    accuracies: dict[str, Any]
+    whole: dict[str, Any]
+    served: list[Any]
+    to_serve: int
+
+    @classmethod
+    def of(cls, tables: dict[str, list[Job]], found: dict[tuple[str, str], Any]) -> "Results":
+        """Return the results in ``tables`` of what was ``found``, by a cell's name and the kind of measurement."""
+        cells, accuracies, whole, in_llama_cpp = (
+            {name: found[name, kind] for name, kind in found if kind == of}
+            for of in (TEXTS, TASKS, WHOLE_TASKS, SERVED)
+        )
+        names = {table: list(dict.fromkeys(job.cell.name for job in jobs)) for table, jobs in tables.items()}
+        to_serve = names.pop("served", [])
+        shown = [in_llama_cpp[name] for name in to_serve if name in in_llama_cpp]
+        return cls(names, cells, accuracies, whole, shown, len(to_serve))
+
+    def page(self, peers: Path) -> str:
+        """Return the page of results, in Markdown, with those of benchmarks/peers.py, if the file is there."""
+        of_peers = read_json(peers) if peers.exists() else {}
+        in_llama_cpp = served.markdown(self.served, self.to_serve)
+        return claims.markdown(self.tables, self.cells, self.accuracies, self.whole, of_peers, in_llama_cpp)
 
 
 def _write(path: Path, content: str) -> None:

@@ -1,5 +1,6 @@
 """Claims are told from cells: by pairs of windows, and never by more than was measured."""
 
+import json
 import math
 from dataclasses import asdict
 
@@ -9,7 +10,7 @@ from commands import ROOT
 from launch.paper import claims, curve, flips, served
 from launch.paper.claims import Claim, Difference, Finding, Goal, closes
 from launch.paper.curve import Law
-from launch.reproduce import Budget, Cell, queue, read_recipe
+from launch.reproduce import PEERS, TABLES, Budget, Cell, Results, queue, read_recipe
 from qat.evaluate.tasks import ZERO_SHOT
 from qat.quant.config import QuantConfig
 
@@ -266,3 +267,19 @@ def test_other_texts_are_no_counterpart():
     assert claims.counterpart(cells["q"], "full_precision", cells) is None
     cells |= {"r": cell("rtn", 1, rotation="hadamard"), "o": cell("rtn", 1), "q": cell("qat", 0, rotation="hadamard")}
     assert claims.counterpart(cells["q"], "rtn", cells) is cells["o"], "the distance is that of RTN without rotation"
+
+
+def test_the_page_says_what_the_cells_say():
+    """The committed one. ``launch/reproduce.py`` with any cell that is there writes it again."""
+    results = ROOT / "docs" / "results"
+    tables = {table: read_recipe(RECIPES / f"{table}.yaml") for table in TABLES}
+    found = {}
+    for job in (job for jobs in tables.values() for job in jobs):
+        file = results / "cells" / f"{job.name}.json"
+        if file.exists():
+            result = json.loads(file.read_text())
+            if {key: value for key, value in result["settings"].items() if key != "model"} == job.settings:
+                found[job.cell.name, job.kind] = result
+    assert len(found) > 100
+    page = Results.of(tables, found).page(results / PEERS)
+    assert page.splitlines() == (results / "README.md").read_text().splitlines()

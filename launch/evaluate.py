@@ -39,6 +39,7 @@ from qat.runtime import ranks
 from qat.runtime.errors import UserError, check_least, check_one_of, differences
 from qat.runtime.files import write_atomically, writing
 from qat.runtime.machine import inference_dtype, machine, place, take_gpu
+from qat.runtime.settings import recorded
 from qat.store import gguf_files, models
 from qat.store.model_folder import read_config
 
@@ -204,7 +205,7 @@ def main() -> None:
         for text, windows in texts.items():
             models.check_ids(read_config(name), max(int(ids.max()) for ids in windows.ids), f"The text {text}")
     settings = {
-        **{key: value for key, value in asdict(evaluation).items() if key not in _NOT_RECORDED},
+        **{key: value for key, value in recorded(evaluation).items() if key not in _NOT_RECORDED},
         "window": window,
         "quant": rounded.record() if rounded else None,
         "weights": subject.weights,

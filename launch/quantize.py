@@ -16,6 +16,7 @@ from qat.quant.config import SCALES_FILE, QuantConfig
 from qat.quant.prepare import prepare
 from qat.runtime.errors import UserError, check_least
 from qat.runtime.machine import take_gpu
+from qat.runtime.settings import recorded
 from qat.runtime.table import check_choices, choice
 from qat.store import models, rotate
 from qat.store.model_folder import ModelFolder
@@ -118,7 +119,7 @@ def described(
     }
     if data is not None:
         record |= {"data": data.fingerprint, "sequences": settings.sequences}
-    return record | asdict(options)
+    return record | recorded(options)
 
 
 if __name__ == "__main__":

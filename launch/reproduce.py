@@ -237,7 +237,7 @@ class Job(NamedTuple):
     def settings(self) -> dict[str, Any]:
         """Return what its JSON records, but for the model."""
         more = self.tasks or self.served
-        return {**_flat(self.cell), **(asdict(more) if more else {})}
+        return {**_flat(self.cell), **(recorded(more) if more else {})}
 
 
 def main() -> int:

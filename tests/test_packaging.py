@@ -1,14 +1,17 @@
 """What ``pip install .`` gives: every module, what they read, and ranges that hold the pinned versions."""
 
+import ast
 import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
 from itertools import chain
 
 from commands import ROOT
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 PACKAGES = ("qat", "datagen", "launch", "ds_configs")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -61,3 +64,20 @@ def test_the_environment_of_vllm_is_made_anew_when_what_makes_it_changes(tmp_pat
         requirements.write("another\n")
     assert calls() == 3 * made
     assert calls() == 3 * made
+
+
+def test_what_the_code_imports_is_declared():
+    """Among the dependencies or the extras; but for vLLM, which has an environment of its own."""
+    imported = set()
+    for file in (file for package in PACKAGES for file in (ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                imported.add(node.module.partition(".")[0])
+    foreign = imported - set(sys.stdlib_module_names) - set(PACKAGES) - {"vllm"}
+    of = packages_distributions()
+    declared = chain(PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
+    names = {canonicalize_name(Requirement(one).name) for one in declared}
+    missing = {module for module in foreign if not names & {canonicalize_name(own) for own in of.get(module, [])}}
+    assert not missing

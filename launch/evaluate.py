@@ -11,7 +11,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -380,22 +380,32 @@ def _measure_in_llama_cpp(
     caches = dict.fromkeys(one.cache for one in wanted.values() if one.cache)
     if not caches:
         return
-    with served.file_of(name, method) as file:
+    with served.file_of(name, method) as file, ExitStack() as engines:
         megabytes = file.stat().st_size / 1e6
         teacher = _load(teacher_name, what="the teacher") if teacher_name else None
+        running = {}
         for cache in caches:
             keys, values = llama_cpp.types(cache)
-            with llama_cpp.Engine(file, window, keys, values, torch.get_num_threads()) as engine:
-                own = {name: one.windows for name, one in wanted.items() if one.cache == cache}
-                rate = engine.tokens_per_second(next(iter(own.values())).ids[0])
-                results.keep_served(megabytes, cache, rate)
-                cli.say(
-                    f"llama.cpp, {megabytes:.1f} MB, with a cache of {keys} keys and {values} values: "
-                    f"{rate:.1f} tokens/s"
-                )
-                for text, windows in own.items():
-                    with results.timed(text):
-                        results.keep_text(text, windows, llama_cpp.score_windows(engine, windows, teacher))
+            engine = llama_cpp.Engine(file, window, keys, values, torch.get_num_threads())
+            running[cache] = engines.enter_context(engine)
+            some = next(one.windows for one in wanted.values() if one.cache == cache)
+            rate = engine.tokens_per_second(some.ids[0])
+            results.keep_served(megabytes, cache, rate)
+            cli.say(
+                f"llama.cpp, {megabytes:.1f} MB, with a cache of {keys} keys and {values} values: {rate:.1f} tokens/s"
+            )
+        together: dict[str, dict[str, _Measurement]] = {}  # of a text, with every cache
+        for measured, one in wanted.items():
+            if one.cache:
+                together.setdefault(_digest(one.windows), {})[measured] = one
+        for own in together.values():
+            windows = next(iter(own.values())).windows
+            with ExitStack() as timed:
+                for measured in reversed(own):  # whose lines come in their order
+                    timed.enter_context(results.timed(measured))
+                scores = llama_cpp.score_windows([running[one.cache] for one in own.values()], windows, teacher)
+                for measured, of_one in zip(own, scores, strict=True):
+                    results.keep_text(measured, windows, of_one)
 
 
 def _measure_tasks(

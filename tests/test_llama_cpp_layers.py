@@ -196,7 +196,7 @@ def test_a_real_student_is_served_as_it_is_simulated(tmp_path):
         Engine(tmp_path / "export" / gguf_files.FILE, 512, "q8_0", "q4_0", watched=True) as engine,
     ):
         check(Seen(engine, model, windows[0, :256]))
-        nll["served"] = [score.nll for score in score_windows(engine, Windows(windows))]
+        nll["served"] = [score.nll for score in score_windows([engine], Windows(windows))[0]]
     del model
     nll["in fp64"] = [score.nll for score in simulated_scores(simulated.load(str(tmp_path), torch.float64), windows)]
     mean = {name: statistics.fmean(values) for name, values in nll.items()}

@@ -11,7 +11,7 @@ import importlib.metadata
 import statistics
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_int64, c_size_t, c_uint8, c_uint32, c_void_p
 from functools import cache
 from pathlib import Path
@@ -370,22 +370,26 @@ def _parse(state: np.ndarray) -> list[CachedLayer]:
 
 @torch.inference_mode()
 def score_windows(
-    engine: Engine, windows: Windows, teacher: PreTrainedModel | None = None, progress: bool = True
-) -> list[WindowScore]:
-    """Score what llama.cpp serves, as qat.evaluate.perplexity.score_windows does."""
-    scores = []
+    engines: Sequence[Engine], windows: Windows, teacher: PreTrainedModel | None = None, progress: bool = True
+) -> list[list[WindowScore]]:
+    """Score what llama.cpp serves, as qat.evaluate.perplexity.score_windows does; return the scores of each engine. The
+    teacher predicts each window once."""
+    scores: list[list[WindowScore]] = [[] for _ in engines]
     for number, window in enumerate(bar(windows.ids, desc="windows in llama.cpp", unit="window", disable=not progress)):
         rows = slice(None) if windows.counted is None else windows.counted[number]
-        engine.forget()
-        log_p = engine.logits(window)[:-1][rows].log_softmax(-1)
-        nll = cross_entropy(log_p, window[1:][rows]).item()
-        if teacher is None:
-            scores.append(WindowScore(nll, None, len(log_p)))
-        else:
+        expected = None
+        if teacher is not None:
             hidden = predicting(teacher, window[None].to(teacher.device))[rows]
             expected = output_layer(teacher)(hidden).float().log_softmax(-1).cpu()
+        for engine, own in zip(engines, scores, strict=True):
+            engine.forget()
+            log_p = engine.logits(window)[:-1][rows].log_softmax(-1)
+            nll = cross_entropy(log_p, window[1:][rows]).item()
+            if expected is None:
+                own.append(WindowScore(nll, None, len(log_p)))
+                continue
             kl = kl_div(log_p, expected, reduction="none", log_target=True).sum(-1)
             top1 = (log_p.argmax(-1) == expected.argmax(-1)).float().mean().item()
-            scores.append(WindowScore(nll, kl.mean().item(), len(log_p), top1, kl))
+            own.append(WindowScore(nll, kl.mean().item(), len(log_p), top1, kl))
         ranks.progress()
     return scores

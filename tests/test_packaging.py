@@ -1,6 +1,7 @@
 """What ``pip install .`` gives: every module, what they read, and ranges that hold the pinned versions."""
 
 import ast
+import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def test_the_wheel_has_every_module_and_what_they_read(tmp_path):
+    """From another folder than the repository's."""
     source = tmp_path / "source"
     for package in PACKAGES:
         shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -27,7 +29,15 @@ def test_the_wheel_has_every_module_and_what_they_read(tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--quiet"]
     subprocess.run([*command, "--wheel-dir", str(tmp_path)], cwd=source, check=True)
     (wheel,) = tmp_path.glob("*.whl")
-    assert not expected - set(zipfile.ZipFile(wheel).namelist())
+    installed = tmp_path / "installed"
+    with zipfile.ZipFile(wheel) as files:
+        assert not expected - set(files.namelist())
+        files.extractall(installed)
+    plan = [sys.executable, "-m", "launch.plan", "--model=llama-7b", "--deepspeed=ds_configs/zero3.json"]
+    run = subprocess.run(
+        plan, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(installed)}, capture_output=True, text=True
+    )
+    assert "zero3.json fits" in run.stdout, run.stderr
 
 
 def test_the_pinned_versions_are_within_the_ranges():

@@ -75,7 +75,7 @@ def measure(table: pa.Table) -> dict[str, float]:
         of_dialogues = int(lengths[is_dialogue].sum())
         figures["dialogues"] = int(is_dialogue.sum())
         figures["tokens in dialogues"] = of_dialogues / tokens
-        figures["of these given"] = 1 - int(chosen[is_dialogue].sum()) / of_dialogues
+        figures["given tokens in dialogues"] = 1 - int(chosen[is_dialogue].sum()) / of_dialogues
     flat = ids.flatten().to_numpy()[: int(lengths[:_SAMPLED].sum())]
     sequence = np.repeat(np.arange(min(len(lengths), _SAMPLED)), lengths[:_SAMPLED])
     for n in (1, 2, 3):
@@ -169,7 +169,7 @@ def _card(
 def _number(name: str, value: float) -> str:
     if name in ("sequences", "tokens", "dialogues"):
         return f"{int(value):,}"
-    if name in ("ended by EOS", f"repeated {_REPEATED}-grams", "tokens in dialogues", "of these given"):
+    if name in ("ended by EOS", f"repeated {_REPEATED}-grams", "tokens in dialogues", "given tokens in dialogues"):
         return f"{value:.1%}"
     return f"{value:.1f}" if name == "mean length" else f"{value:.3f}"
 

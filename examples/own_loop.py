@@ -33,7 +33,7 @@ schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
 known = min(len(tokenizer), teacher.config.vocab_size)
 
 for step in range(settings.steps):
-    # The paper's data: the teacher goes on from a random token. A single sequence needs no padding.
+    # The paper's data: the teacher continues a random token. A single sequence needs no padding.
     start = torch.randint(known, (1, 1)).to(device)
     there = torch.ones_like(start)
     ids = teacher.generate(start, attention_mask=there, do_sample=True, max_length=settings.tokens, pad_token_id=0)

@@ -63,12 +63,12 @@ def main() -> None:
     from qat.train import engines  # with DeepSpeed, whose import no refusal above has to wait for
 
     engines.init_distributed()
-    with ranks.doing("checking the files that are there"):
+    with ranks.doing("checking existing files"):
         missing = [cache.missing(len(data)) if cli.is_first_rank() else []]
-    ranks.meet("the files that are there are checked")
+    ranks.meet("existing files are checked")
     dist.broadcast_object_list(missing, 0)
     if not missing[0]:
-        cli.say(f"{config.output} is complete already: what {config.model} predicts on {len(data)} sequences")
+        cli.say(f"{config.output} is already complete: predictions of {config.model} for {len(data)} sequences")
         return
     with ranks.doing("loading the teacher"):
         teacher = engines.Teacher(model, deepspeed_json.for_teacher(ds_config))
@@ -97,7 +97,7 @@ def main() -> None:
                 if entries:
                     cache.write(number, entries)
             ranks.meet("the targets are written")
-    cli.say(f"{config.output}: what {config.model} predicts on {len(data)} sequences; train with --teacher_cache")
+    cli.say(f"{config.output}: predictions of {config.model} for {len(data)} sequences; train with --teacher_cache")
 
 
 def settings(model: str, data: TrainingData) -> dict[str, object]:

@@ -113,7 +113,7 @@ class Evaluation:
             )
         if self.engine == _LLAMA_CPP and (self.method == "rtn" or self.tasks):
             raise UserError(
-                "engine=llama.cpp measures perplexity and KL of what is in a file: leave out --tasks and --method rtn "
+                "engine=llama.cpp measures only perplexity and KL: leave out --tasks and --method rtn "
                 "(launch/quantize.py --method rtn makes a student)."
             )
         if self.engine != _LLAMA_CPP and self.method in llama_quantize.KINDS:
@@ -219,7 +219,7 @@ def main() -> None:
         results.show([*wanted, *tasks])
         results.show_average(tasks)
         results.show_flips(before, evaluation.baseline)
-        cli.say(f"{evaluation.output} already exists: these results")
+        cli.say(f"These results are already in {evaluation.output}")
         return
     if cli.is_first_rank():
         results.check_writable()
@@ -241,7 +241,7 @@ def main() -> None:
     results.show_average(tasks)
     results.show_flips(before, evaluation.baseline)
     if evaluation.output:
-        cli.say(f"{evaluation.output}: these results")
+        cli.say(f"Results written to {evaluation.output}")
 
 
 def _subject(evaluation: Evaluation) -> "_Subject":

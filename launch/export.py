@@ -73,7 +73,7 @@ def main() -> None:
     print(checks or "not verified")
     for sentence in kind.all_differences(student):
         print(f"differs: {sentence}")
-    print(f"{settings.output}: {settings.format}, {size / 1e6:.0f} MB; README.md says all of this")
+    print(f"{settings.output}: {settings.format}, {size / 1e6:.0f} MB; details in README.md there")
 
 
 def _origin(settings: Export, student: student_folder.Student) -> model_card.Origin:

@@ -1,4 +1,4 @@
-"""What training a model will need, before it is started: memory, traffic, hours, and which DeepSpeed JSON fits.
+"""Estimate the memory, traffic and time of a training run, and choose a DeepSpeed JSON.
 
 python launch/plan.py --model llama-30b --gpus 8 --gpu_memory 80 --host_memory 1000
 
@@ -117,19 +117,19 @@ def config_of(model: str) -> "PretrainedConfig":
 def table(question: Question, machine: Machine, plans: dict[str, Plan]) -> Table:
     """Return a table with one column for each plan."""
     title = f"{question.model}: {machine.gpus} GPUs of {machine.gpu_memory:g} GB, {question.tokens} tokens"
-    result = Table("GB per rank, unless said", *plans, title=title)
+    result = Table("GB per rank, unless stated otherwise", *plans, title=title)
     some = next(iter(plans.values()))
     names = list(dict.fromkeys(name for found in plans.values() for name in found.device))
     for name in names:
         result.add_row(name, *(_gb(found.device.get(name, 0.0)) for found in plans.values()))
     for name in some.passing:
-        result.add_row(f"  at times: {name}", *(_gb(found.passing[name]) for found in plans.values()))
+        result.add_row(f"  transient: {name}", *(_gb(found.passing[name]) for found in plans.values()))
     result.add_row("peak", *(f"{found.peak / 1e9:.1f}" for found in plans.values()), style="bold")
     result.add_row("host memory of a node", *(_gb(found.host) for found in plans.values()))
     result.add_row("NVMe of a node", *(_gb(found.nvme) for found in plans.values()))
     result.add_row("received per step", *(_gb(found.received_per_step) for found in plans.values()))
     result.add_row("teacher on each rank", *("whole" if found.whole_teacher else "a part" for found in plans.values()))
-    result.add_row("fetches of layers per row", *(f"{found.fetches}" for found in plans.values()))
+    result.add_row("layer fetches per forward/backward row", *(f"{found.fetches}" for found in plans.values()))
     result.add_row("seconds per step", *(f"{found.step_seconds:.2f}" for found in plans.values()))
     result.add_row("fits", *("yes" if not found.missing(machine) else "no" for found in plans.values()), style="bold")
     return result

@@ -1,8 +1,8 @@
 """The paper's tables and those beyond it, one cell after another, with the real commands.
 
-python launch/reproduce.py runs all that is missing; --tables and --cells choose, --minutes limits. Stop it at any
-moment, kill it, start it again: it resumes, and a cell whose JSON is there, with the same
-settings, is not computed again.
+python launch/reproduce.py measures all missing cells; select with --tables and --cells, limit the time with --minutes.
+Stop it at any moment, kill it, start it again: it resumes, and a cell whose JSON is there, with the same settings, is
+not computed again.
 
 A table is a recipe in launch/recipes/reproduce/. What a cell measured is <output>/cells/<name>.json; the cells of a
 table are collected in <output>/<table>.json.

@@ -307,8 +307,8 @@ def starting_point(student: Path, model: str, quant: QuantConfig) -> str:
     models.check_same_tokens(teachers, own, f"{model} and the student {student}")
     if quant.activations.learned:
         raise UserError(
-            f"a_quantizer={quant.a_quantizer} takes its first steps from the teacher's activations: leave out "
-            "--student."
+            f"a_quantizer={quant.a_quantizer} initializes its learned step sizes from the teacher's activations: leave "
+            "out --student."
         )
     if found and found.has_grids and quant.weights.quantizes and found.quant.weights != quant.weights:
         raise UserError(
@@ -356,8 +356,8 @@ def check_teacher(cache: Path | None, quant: QuantConfig, config: TrainConfig) -
         )
     if quant.activations.learned and (cache or not loss.needs_teacher):
         raise UserError(
-            f"a_quantizer={quant.a_quantizer} takes its first steps from the teacher's activations: give a loss that "
-            "runs the teacher, and no --teacher_cache."
+            f"a_quantizer={quant.a_quantizer} initializes its learned step sizes from the teacher's activations: give "
+            "a loss that runs the teacher, and no --teacher_cache."
         )
     if quant.scales_inputs and (cache or not loss.needs_teacher):
         raise UserError(

@@ -168,7 +168,7 @@ def test_a_cache_of_other_data_is_refused(monkeypatch, tiny_directory, tiny_data
     [
         (["--a_quantizer=statsq"], "a_quantizer='statsq' is invalid: choose minmax or minmax_asymmetric or"),
         (["--loss=mse"], "loss='mse' is invalid: choose logits or label or"),
-        (["--a_quantizer=lsq", "--loss=label"], "takes its first steps from the teacher's activations"),
+        (["--a_quantizer=lsq", "--loss=label"], "initializes its learned step sizes from the teacher's activations"),
         (["--loss=label", "--teacher_cache=anywhere"], "loss=label needs no teacher, so --teacher_cache"),
         (["--loss=logits+hidden", "--teacher_cache=anywhere"], "needs more of the teacher than the predictions"),
         (["--steps=0", "--batch_size=16"], "has 12 sequences, fewer than batch_size=16: generate more"),

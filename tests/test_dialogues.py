@@ -253,7 +253,7 @@ def test_the_card_says_how_much_is_dialogue_and_how_much_of_it_was_given(taught)
     tokens = sum(len(row["input_ids"]) for row in spoken)
     assert figures["dialogues"] == len(spoken) == 260
     assert figures["tokens in dialogues"] == tokens / figures["tokens"]
-    assert figures["of these given"] == pytest.approx(1 - sum(sum(row["chosen"]) for row in spoken) / tokens)
+    assert figures["given tokens in dialogues"] == pytest.approx(1 - sum(sum(row["chosen"]) for row in spoken) / tokens)
     drawn = [row for row in rows if row["surprisal"] is not None]
     count = sum(
         sum(row["chosen"]) if row["chosen"] else len(row["input_ids"]) - 2 - row["greedy_tokens"] for row in drawn

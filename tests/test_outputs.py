@@ -82,7 +82,7 @@ def test_evaluate_says_what_it_measured_where_it_cannot_be_written(tiny_director
     (measured,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("perplexity"))
     assert not list(tmp_path.iterdir())
     succeed(monkeypatch, "evaluate", *flags, f"--output={output}")
-    assert capsys.readouterr().out.splitlines() == [measured, f"{output}: these results"]
+    assert capsys.readouterr().out.splitlines() == [measured, f"Results written to {output}"]
 
 
 def test_evaluate_measures_nothing_where_no_file_can_be(tiny_directory, tmp_path, monkeypatch, capsys):

@@ -122,7 +122,7 @@ def markdown(found: Sequence[Curve]) -> str:
     text = (
         "KL in nats against the tokens of the whole training, the constant part included. The law is fitted to these "
         "points, without a floor and, of four or more, with the best one; its log error is the root mean square of "
-        "log(law / KL); what it says of more tokens is no measurement."
+        "log(law / KL); predictions for more tokens are extrapolations."
     )
     return "\n\n".join([text, table(head, lines), "![KL against tokens](curve.png)"])
 

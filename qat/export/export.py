@@ -83,7 +83,7 @@ class Verified:
     def sentence(self, text: str) -> str:
         begins, engine = "Verified: read back", self.engine
         if engine is None:
-            begins, engine = "Read back, not verified", "; whether its engine loads it is not known: that had no end"
+            begins, engine = "Read back, not verified", "; loading it in its engine timed out"
         sentence = (
             f"{begins}, the export gives the logits of the model in memory, bit for bit{engine}. "
             f"Perplexity on {self.tokens:,} tokens of {text}: {self.trained:.3f} as trained"

@@ -59,7 +59,7 @@ def check_rank(work: str, needs: Mapping[str, float], advice: str) -> None:
 
 def check_host(work: str, offloaded: float, advice: str) -> None:
     """Warn likewise if a plan offloads more bytes to a node's host than are available."""
-    _check(work, "host", {"what is offloaded": offloaded}, of_host(), advice)
+    _check(work, "host", {"offloaded state": offloaded}, of_host(), advice)
 
 
 def _check(work: str, place: str, needs: Mapping[str, float], there: float, advice: str) -> None:

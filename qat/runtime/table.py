@@ -36,7 +36,7 @@ class Table(Mapping[str, T], Generic[T]):
     def __getitem__(self, name: str) -> T:
         if name not in self._things:
             raise UserError(
-                f"The {self.kind} {name!r} is unknown: choose {' or '.join(self)}, or load what adds it with --plugin."
+                f"The {self.kind} {name!r} is unknown: choose {' or '.join(self)}, or load its plug-in with --plugin."
             )
         return self._things[name]
 
@@ -79,5 +79,5 @@ def check_choices(settings: Any) -> None:
         given, separator = getattr(settings, name), separators[name]
         parts = given.split(separator) if separator and isinstance(given, str) else [given]
         if any(part not in choices for part in parts):
-            plugin = ", or load what adds it with --plugin" if isinstance(choices, Table) else ""
+            plugin = ", or load its plug-in with --plugin" if isinstance(choices, Table) else ""
             raise UserError(f"{name}={given!r} is invalid: choose {' or '.join(choices)}{plugin}.")

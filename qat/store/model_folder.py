@@ -62,7 +62,7 @@ def read_config(name: str) -> PreTrainedConfig:
         if config.model_type not in ARCHITECTURES:
             raise UserError(
                 f"{name} is of the architecture {config.model_type!r}, which is not supported: give one of "
-                f"{', '.join(ARCHITECTURES)}, or load what adds it with --plugin."
+                f"{', '.join(ARCHITECTURES)}, or load its plug-in with --plugin."
             )
         _check_computable(config, name)
     except UserError:

@@ -50,7 +50,10 @@ def load_steps(model: nn.Module, directory: Path) -> None:
     for name, linear in linears.items():
         step = steps[name + STEP_SUFFIX]
         if step.shape != linear.input_step.shape or not step.isfinite().all():  # type: ignore[union-attr]
-            raise UserError(f"{directory / STEPS_FILE} is damaged: {name} has no step that is possible. Copy it again.")
+            raise UserError(
+                f"{directory / STEPS_FILE} is damaged: the step of {name} is not finite, or has the wrong shape. Copy "
+                "it again."
+            )
         linear.input_step.data = step.float().to(linear.input_step.device)  # type: ignore[union-attr]
 
 

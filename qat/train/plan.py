@@ -110,7 +110,7 @@ class Plan:
     @property
     def needs(self) -> Mapping[str, float]:
         """Return the most bytes that a rank holds, by purpose."""
-        return {**self.device, "at times": at_once(self.passing)}
+        return {**self.device, "transient": at_once(self.passing)}
 
     @property
     def peak(self) -> float:

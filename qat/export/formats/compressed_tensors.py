@@ -220,8 +220,8 @@ class PackQuantized(CompressedTensors):
     meaning = "compressed-tensors, codes packed in int32, for engines on GPUs"
     layout = LAYOUTS[PACKED]
     embedding = (
-        "Embedding: by vLLM's source it looks up packed codes on GPUs, which we have not run; transformers' own loader "
-        "reads quantized embeddings of int-quantized alone."
+        "Embedding: according to its source, vLLM reads packed embeddings on GPUs (not tested here); transformers' own "
+        "loader reads quantized embeddings of int-quantized alone."
     )
     vllm = "                        # GPU"
     states_rotation = True

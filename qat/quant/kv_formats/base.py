@@ -73,8 +73,8 @@ class KVFormat(ABC):
 
     @abstractmethod
     def round(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return what is read of rotated keys or values, of ``dtype``, with the straight-through gradient: 0 where a
-        value was clipped."""
+        """Return rotated keys or values as they are read back, of ``dtype``, with the straight-through gradient: 0
+        where a value was clipped."""
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
@@ -82,8 +82,8 @@ class KVFormat(ABC):
 
     @abstractmethod
     def decode(self, packed: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
-        """Return what is read of bytes [batch, groups, tokens, bytes]: keys or values [batch, kv_heads, tokens,
-        head_dim], of ``dtype`` and still rotated."""
+        """Return keys or values [batch, kv_heads, tokens, head_dim] as they are read back from bytes [batch, groups,
+        tokens, bytes], of ``dtype`` and still rotated."""
 
     def stored_bits(self, head_dim: int) -> float:
         """Return the bits that one number takes, its part of the scales included."""

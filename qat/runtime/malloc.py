@@ -20,3 +20,13 @@ def keep_freed_memory() -> None:
     libc.mallopt(_M_MMAP_MAX, 0)
     libc.mallopt(_M_TRIM_THRESHOLD, -1)
     libc.mallopt(_M_TOP_PAD, 64 * 2**20)
+
+
+def return_freed_memory() -> None:
+    """Tell glibc to return what is free to the kernel, also between blocks that are in use.
+
+    Tensors of many lengths leave gaps that no later one fits: without this, a CPU rank grows by megabytes in a step,
+    for as long as it trains.
+    """
+    if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qat.data.sequences import Row, TrainingData
-from qat.runtime import ranks
+from qat.runtime import malloc, ranks
 from qat.runtime.errors import UserError
 from qat.runtime.machine import Moment, device, send
 from qat.runtime.preemption import StopSignal
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
 _STEPS_BEFORE_JUDGING = 20
 """Number of steps that the loss is averaged over, and that must have been taken before a loss is called exploding."""
+
+_STEPS_OF_FREED_MEMORY = 50
+"""Number of steps after which a rank returns freed memory to the kernel. Getting it again takes a step about half a
+second."""
 
 
 def train(
@@ -60,6 +64,8 @@ def train(
     with RunLog(run / LOG, student, state, config.steps) if dist.get_rank() == 0 else nullcontext() as log:
         while state.step < config.steps and not stopped:
             taken = take_step(student, teacher, data, config, unread or state, stop)
+            if taken.step % _STEPS_OF_FREED_MEMORY == 0:
+                malloc.return_freed_memory()
             if unread:
                 figures, stopped = read(unread, config, state, run / CHECKPOINTS)
                 if log is not None:

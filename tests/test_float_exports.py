@@ -242,7 +242,7 @@ def test_refusals_name_the_format_that_fits(tmp_path):
         prepare(tiny_model(), QuantConfig(kv_quantizer="mxfp4"))
     with pytest.raises(UserError, match="lm_head supports integer quantizers only"):
         prepare(tiny_model(), QuantConfig(overrides={"lm_head": {"w_bits": 8, "w_quantizer": "fp8"}}))
-    with pytest.raises(UserError, match="measures the scales of inputs before method=smoothquant changes these"):
+    with pytest.raises(UserError, match="measured before method=smoothquant changes the activations"):
         SmoothQuant.check(QuantConfig(4, 4, 4, a_quantizer="nvfp4"))
     with pytest.raises(UserError, match="kv_quantizer='nvfp4' is invalid"):
         QuantConfig(kv_quantizer="nvfp4")
@@ -312,7 +312,7 @@ def test_scales_that_are_missing_are_missed(runs, tmp_path):
         (tmp_path / name).write_text((runs[0] / "final" / name).read_text())
     assert json.loads((tmp_path / CONFIG_FILE).read_text())["tensor_scales"] == SCALES_FILE
     shutil.copy(runs[0] / "final" / SCALES_FILE, tmp_path)
-    assert QuantConfig.load(tmp_path).scales_inputs
+    assert QuantConfig.load(tmp_path).measures_scales
     (tmp_path / SCALES_FILE).unlink()
     with pytest.raises(UserError, match=f"{SCALES_FILE}, which defines how its weights are rounded, is missing"):
         QuantConfig.load(tmp_path)

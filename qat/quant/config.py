@@ -218,14 +218,15 @@ class QuantConfig:
         return [self, *(replace(self, overrides={}, **changes) for changes in self.overrides.values())]
 
     @property
-    def scales_inputs(self) -> bool:
+    def measures_scales(self) -> bool:
         """Return whether activations need scales that are measured before training."""
-        return bool(self.measured_quantizer)
+        return bool(self.measured_setting)
 
     @property
-    def measured_quantizer(self) -> str:
-        """Return the quantizer of activations whose scales are measured before training; empty if there is none."""
-        return next((own.a_quantizer for own in self.all_settings() if own.activations.scales_tensors), "")
+    def measured_setting(self) -> str:
+        """Return a setting, with its value, for which scales are measured before training; empty if there is none."""
+        of_inputs = (own.a_quantizer for own in self.all_settings() if own.activations.scales_tensors)
+        return next((f"a_quantizer={name}" for name in of_inputs), "")
 
     def __str__(self) -> str:
         """Return the field's short form, W-A-KV: 4-8-4."""

@@ -38,7 +38,7 @@ def tensor_scales(
 
 
 @torch.no_grad()
-def largest_inputs(model: PreTrainedModel, config: QuantConfig, run: Callable[[], object]) -> dict[str, Tensor]:
+def largest_magnitudes(model: PreTrainedModel, config: QuantConfig, run: Callable[[], object]) -> dict[str, Tensor]:
     """Return the largest magnitude, fp32 [], of each input whose quantizer has a scale of the tensor, while ``run``
     runs the full-precision ``model``; by ``NAME.input``."""
     found: dict[str, Tensor] = {}
@@ -56,9 +56,9 @@ def largest_inputs(model: PreTrainedModel, config: QuantConfig, run: Callable[[]
     return found
 
 
-def input_scales(model: PreTrainedModel, config: QuantConfig, largest: Mapping[str, Any]) -> dict[str, float]:
-    """Return the scales of the inputs of ``model``, whose weights are not read, from the given ``largest_inputs``, with
-    a margin for larger values in other text."""
+def scales_from(model: PreTrainedModel, config: QuantConfig, largest: Mapping[str, Any]) -> dict[str, float]:
+    """Return the scales of the inputs of ``model``, whose weights are not read, from ``largest_magnitudes``, with a
+    margin for larger values in other text."""
     by = {f"{name}.input": own.activations.by for name, own in layer_settings(model, config).items()}
     return {
         name: by[name].scale_of_tensor(by[name].margin * _finite(name, float(value))) for name, value in largest.items()

@@ -28,7 +28,7 @@ from qat.quant.number_format import grid_of
 from qat.quant.prepare import prepare
 from qat.quant.products import speed_up
 from qat.quant.quantizers.base import Grid
-from qat.quant.tensor_scales import input_scales, largest_inputs, set_tensor_scales
+from qat.quant.tensor_scales import largest_magnitudes, scales_from, set_tensor_scales
 from qat.runtime import machine, ranks
 from qat.runtime.errors import UserError
 from qat.runtime.machine import local_ranks, take_gpu
@@ -249,12 +249,12 @@ class Teacher:
         dist.all_reduce(together)
         return dict(zip(sorted(found), together / dist.get_world_size(), strict=True))
 
-    def input_scales(self, row: Row, quant: QuantConfig) -> dict[str, float]:
+    def measured_scales(self, row: Row, quant: QuantConfig) -> dict[str, float]:
         """Compute the scales of inputs, by ``NAME.input``, for all ranks' rows."""
-        found = largest_inputs(self.language_model, quant, lambda: self(row))
+        found = largest_magnitudes(self.language_model, quant, lambda: self(row))
         together = torch.stack([found[name] for name in sorted(found)])
         dist.all_reduce(together, dist.ReduceOp.MAX)
-        return input_scales(self.language_model, quant, dict(zip(sorted(found), together.tolist(), strict=True)))
+        return scales_from(self.language_model, quant, dict(zip(sorted(found), together.tolist(), strict=True)))
 
 
 def labels(loss: str) -> Callable[[Row], LabelTargets]:

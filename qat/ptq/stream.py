@@ -181,8 +181,8 @@ class Stream:
 
 @torch.inference_mode()
 def measured_scales(source: Path, quant: QuantConfig, sequences: list[Tensor]) -> dict[str, float]:
-    """Measure the scales of the inputs that need one (``QuantConfig.measures_scales``), by ``NAME.input``: the model in
-    full precision reads the sequences [1, tokens], one decoder layer in memory at a time."""
+    """Measure the scales of the inputs, keys and values that need one (``QuantConfig.measures_scales``), by name: the
+    model in full precision reads the sequences [1, tokens], one decoder layer in memory at a time."""
     bits = dict.fromkeys(("w_bits", "a_bits", "kv_bits"), FULL_PRECISION)
     stream = Stream(source, quant.everywhere(**bits), sequences)
 

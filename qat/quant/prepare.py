@@ -87,8 +87,9 @@ def weight_holders(model: nn.Module) -> dict[str, list[QuantLinear | QuantEmbedd
 
 
 def calibrate(student: PreTrainedModel, teacher: PreTrainedModel, input_ids: Tensor) -> None:
-    """Set the scales of a prepared student's inputs, for a quantizer that has any (``QuantConfig.measures_scales``), by
-    those that the full-precision ``teacher`` has for input_ids [batch, tokens]."""
+    """Set the scales of a prepared student's inputs, keys and values whose formats have any
+    (``QuantConfig.measures_scales``), by what the full-precision ``teacher`` computes from input_ids [batch,
+    tokens]."""
     config = prepared_with(student)
     largest = largest_magnitudes(teacher, config, lambda: teacher(input_ids))
     set_tensor_scales(student, scales_from(student, config, largest))
@@ -183,7 +184,7 @@ def _quantize_kv(layer: nn.Module, model: PreTrainedModel, config: QuantConfig) 
     architecture, size = architecture_of(model.config), head_dim(model.config)
     keys, values = config.kv_formats
     if config.kv_site == "post_rope":
-        quantizer = kv_cache.KVQuantizer(keys, values, keys.reorders and architecture.interleaves)
+        quantizer = kv_cache.KVQuantizer(keys, values, architecture.interleaves)
         layer.get_submodule(architecture.attention).kv_quantizer = quantizer  # type: ignore[assignment]
         return
     if not architecture.key_values:

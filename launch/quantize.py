@@ -33,7 +33,7 @@ class Quantization:
         output: folder of the quantized model
         method: the post-training method
         data: folder of calibration shards, made by launch/generate.py or from a corpus, for methods that need text, and
-            for activations whose scales are measured (nvfp4, say)
+            for activations and KV caches whose scales are measured (nvfp4, say)
         sequences: number of sequences to calibrate on, the first of data; 0 for all
     """
 

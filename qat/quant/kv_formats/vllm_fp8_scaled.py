@@ -19,7 +19,7 @@ from qat.quant.quantizers.minifloat import E4M3
 @dataclass(frozen=True)
 class VllmFp8Scaled(Vllm, TensorScaled):
     type = "fp8"
-    served = "FlashAttention 3 rounds queries to FP8 too, and CPUs cut off where training rounds"
+    served = "FlashAttention 3 rounds queries to FP8 too; CPUs need AVX-512, and cut off where training rounds"
     meaning = "vLLM's fp8 cache: e4m3, one scale per layer for keys and one for values, measured before training"
 
     def encode(self, x: Tensor) -> Tensor:

@@ -185,10 +185,10 @@ def main() -> None:
         raise UserError(
             f"method=rtn rounds without training, but a_quantizer={quant.a_quantizer} has learned steps: give minmax."
         )
-    if rtn and quant.scales_inputs:
+    if rtn and quant.measures_scales:
         raise UserError(
-            f"method=rtn has no calibration text, which a_quantizer={quant.measured_quantizer} needs: evaluate the "
-            "output of launch/quantize.py --method rtn, or give mxfp4 or fp8."
+            f"method=rtn has no calibration text, which {quant.measured_setting} needs: evaluate the output of "
+            "launch/quantize.py --method rtn, or give another format."
         )
     longest = min(subject.positions, models.positions(teacher_name) if teacher_name else subject.positions)
     # vLLM does not score a text without generating a token after it.

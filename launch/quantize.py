@@ -33,7 +33,7 @@ class Quantization:
         output: folder of the quantized model
         method: the post-training method
         data: folder of calibration shards, made by launch/generate.py or from a corpus, for methods that need text, and
-            for activations whose scales are measured (nvfp4, say)
+            for activations and KV caches whose scales are measured (nvfp4, say)
         sequences: number of sequences to calibrate on, the first of data; 0 for all
     """
 
@@ -68,7 +68,7 @@ def main() -> None:
         models.check_sequences(model.config, longest, data.largest, str(settings.data))
     take_gpu()
     with writer.appearing(folder, settings.output, quant, record, rotate.base_model(source, settings.model)) as output:
-        if quant.scales_inputs and not (output / SCALES_FILE).is_file():
+        if quant.measures_scales and not (output / SCALES_FILE).is_file():
             save_tensor_scales(weight_scales(source, quant) | measured_scales(source, quant, sequences), output)
         method.write(output, quant, sequences)
     print(f"{settings.output}: {settings.method}, {quant}")
@@ -95,12 +95,12 @@ def _check_text(settings: Quantization, quant: QuantConfig) -> None:
         raise UserError(
             f"method={settings.method} needs calibration text: give --data, a folder of launch/generate.py."
         )
-    if settings.data is None and quant.scales_inputs:
+    if settings.data is None and quant.measures_scales:
         raise UserError(
-            f"a_quantizer={quant.measured_quantizer} has scales that are measured on calibration text: give --data, a "
-            "folder of launch/generate.py, or another a_quantizer."
+            f"{quant.measured_setting} has scales that are measured on calibration text: give --data, a folder of "
+            "launch/generate.py, or another format."
         )
-    if settings.data is not None and not METHODS[settings.method].needs_text and not quant.scales_inputs:
+    if settings.data is not None and not METHODS[settings.method].needs_text and not quant.measures_scales:
         others = [name for name, method in METHODS.items() if method.needs_text]
         raise UserError(
             f"method={settings.method} needs no calibration text: leave out --data, or give "

@@ -411,7 +411,7 @@ class _Runner:
 
     def _quantize(self, cell: Cell, method: str, output: Path, stages: Stages) -> None:
         quantize = [sys.executable, _LAUNCH / "quantize.py", "--method", method, *_flags(cell.quant)]
-        if METHODS[method].needs_text or cell.quant.scales_inputs:
+        if METHODS[method].needs_text or cell.quant.measures_scales:
             quantize += ["--data", self._data(cell, _CALIBRATION, stages), "--sequences", _CALIBRATION]
         stages.run("quantize", quantize, ["--model", self._rotated(cell, stages), "--output", output])
 
@@ -585,7 +585,7 @@ def _write(path: Path, content: str) -> None:
 def _rounds_by_itself(job: Job) -> bool:
     """Return whether launch/evaluate.py makes a cell's model: it rounds to nearest where nothing is to be measured, but
     not for an engine."""
-    return job.cell.method == _RTN and not job.served and not job.cell.quant.scales_inputs
+    return job.cell.method == _RTN and not job.served and not job.cell.quant.measures_scales
 
 
 def _settings_of(path: Path) -> dict[str, Any]:

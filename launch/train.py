@@ -148,10 +148,10 @@ def main() -> int:
             f"loss={config.loss} compares hidden states with the teacher's, and the student's are rotated: give "
             f"another loss, or --model {begin}."
         )
-    if is_rotated and quant.scales_inputs:
+    if is_rotated and quant.measures_scales:
         raise UserError(
-            f"a_quantizer={quant.measured_quantizer} takes its scales from the teacher's activations, and the "
-            f"student's are rotated: give --model {begin}."
+            f"{quant.measured_setting} takes its scales from the teacher's activations, and the student's are "
+            f"rotated: give --model {begin}."
         )
     if config.train != "weights":
         check_scales_can_learn(prepared)
@@ -221,9 +221,9 @@ def main() -> int:
         if quant.activations.learned:
             ranks.announce("measuring activations")
             steps = teacher.initial_steps(Row.of(data.sample(cli.rank())).to(device()), quant)
-        if quant.scales_inputs and not ((trunk or paths.output) / SETTINGS).exists():
+        if quant.measures_scales and not ((trunk or paths.output) / SETTINGS).exists():
             ranks.announce("measuring activations")
-            scales |= teacher.input_scales(Row.of(data.sample(cli.rank())).to(device()), quant)
+            scales |= teacher.measured_scales(Row.of(data.sample(cli.rank())).to(device()), quant)
     with ranks.doing("loading the student"):
         student = engines.student_engine(
             begin,
@@ -359,10 +359,10 @@ def check_teacher(cache: Path | None, quant: QuantConfig, config: TrainConfig) -
             f"a_quantizer={quant.a_quantizer} initializes its learned step sizes from the teacher's activations: give "
             "a loss that runs the teacher, and no --teacher_cache."
         )
-    if quant.scales_inputs and (cache or not loss.needs_teacher):
+    if quant.measures_scales and (cache or not loss.needs_teacher):
         raise UserError(
-            f"a_quantizer={quant.measured_quantizer} takes its scales from the teacher's activations: give a loss that "
-            "runs the teacher, and no --teacher_cache."
+            f"{quant.measured_setting} takes its scales from the teacher's activations: give a loss that runs the "
+            "teacher, and no --teacher_cache."
         )
 
 

@@ -33,7 +33,7 @@ def write_student(directory: Path, quant: QuantConfig, dtype=torch.float32, **ho
     """Write a student as a training run does."""
     tiny_model(**how).to(dtype).save_pretrained(directory, max_shard_size="100KB")
     tiny_tokenizer().save_pretrained(directory)
-    if quant.scales_inputs:
+    if quant.measures_scales:
         model = prepare(tiny_model(**how).to(dtype), quant)
         calibrate(model, tiny_model(**how), WINDOWS)
         save_tensor_scales(tensor_scales_in(model), directory)

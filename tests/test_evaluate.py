@@ -212,6 +212,9 @@ def test_flags_that_would_be_ignored_are_refused(tiny_directory, monkeypatch):
     assert "is measured as it is (in full precision)" in message
     message = error_of(monkeypatch, "evaluate", f"--model={tiny_directory}", "--method=rtn", "--a_quantizer=lsq")
     assert "rounds without training" in message
+    cache = ["--kv_format=vllm_fp8_scaled", "--kv_bits=8"]
+    message = error_of(monkeypatch, "evaluate", f"--model={tiny_directory}", "--method=rtn", *cache)
+    assert "has no calibration text, which kv_format=vllm_fp8_scaled needs" in message
     message = error_of(monkeypatch, "evaluate", f"--model={tiny_directory}", "--text=none")
     assert "nothing to measure" in message
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import ROOT, finish, kill, run_python, start_training
+from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file
 from students import WINDOWS, write_student
 from tiny import ids, tiny_model
@@ -16,6 +17,7 @@ from training import losses
 from transformers import AutoModelForCausalLM
 
 import qat
+from qat.data.sequences import TrainingData
 from qat.export import export, model_card
 from qat.export.formats import FORMATS, GGUF
 from qat.infer import packed, simulated
@@ -30,6 +32,7 @@ from qat.runtime.errors import UserError
 from qat.store import models, student_folder
 from qat.store.compressed_tensors import FLOAT8, INTEGERS, LAYOUTS, MXFP4, NVFP4, PACKED
 from qat.store.sidecars import save_tensor_scales
+from qat.train.config import TrainConfig
 
 CASES = [
     (NVFP4, QuantConfig(4, 16, 16, w_quantizer="nvfp4")),
@@ -43,6 +46,14 @@ CASES = [
     (FLOAT8, QuantConfig(8, 8, 16, w_quantizer="fp8", a_quantizer="fp8_tensor")),
     (FLOAT8, QuantConfig(8, 8, 16, w_quantizer="fp8_tensor", a_quantizer="fp8_tensor")),
 ]
+FP8_CACHE = {"kv_bits": 8, "kv_format": "vllm_fp8_scaled"}
+CACHES = [
+    (PACKED, QuantConfig(a_bits=16, **FP8_CACHE)),
+    (INTEGERS, QuantConfig(w_bits=8, **FP8_CACHE)),
+    (FLOAT8, QuantConfig(w_bits=8, w_quantizer="fp8", a_quantizer="fp8_tensor", **FP8_CACHE)),
+    (PACKED, QuantConfig(overrides={"model.layers.-1.*": FP8_CACHE})),
+    (NVFP4, QuantConfig(4, 4, 4, w_quantizer="nvfp4", a_quantizer="nvfp4", kv_format="nvfp4")),
+]
 NAMES = [f"{form} {quant}" for form, quant in CASES]
 FORMATS_OF_WEIGHTS = [
     Format(4, "nvfp4", 16, tensor_scale=512.0),
@@ -54,7 +65,7 @@ FORMATS_OF_WEIGHTS = [
 WIDE = {"head_dim": 32}  # blocks of the cache
 
 
-@pytest.mark.parametrize(("form", "quant"), CASES, ids=NAMES)
+@pytest.mark.parametrize(("form", "quant"), [*CASES, *CACHES], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_an_export_is_what_was_trained_in_memory_and_packed(form, quant, dtype, tmp_path):
     student = write_student(tmp_path / "final", quant, dtype, **WIDE)
@@ -85,6 +96,43 @@ def test_transformers_own_loader_reads_the_same_weights(form, quant, tmp_path):
     theirs(ids(ours))  # it decompresses at the first call
     for name, weight in ours.named_parameters():
         assert torch.equal(theirs.get_parameter(name), weight), name
+
+
+@pytest.mark.parametrize(("form", "quant"), CACHES, ids=str)
+def test_an_export_states_a_cache_that_engines_have_in_all_layers(form, quant, tmp_path):
+    """As compressed-tensors and vLLM read it: fp32 scales of attention, and one description for all of it."""
+    student = write_student(tmp_path / "final", quant, torch.bfloat16)
+    export.export(student, tmp_path / "export", form)
+    stored = load_file(tmp_path / "export" / "model.safetensors")
+    found = {name: scale for name, scale in stored.items() if name.endswith((".k_scale", ".v_scale"))}
+    described = json.loads((tmp_path / "export" / "config.json").read_text())["quantization_config"]
+    read = QuantizationConfig.model_validate(described).kv_cache_scheme
+    said = [sentence for sentence in FORMATS[form].all_differences(student) if "KV cache" in sentence]
+    if quant.kv_format != "vllm_fp8_scaled":
+        assert not found
+        assert read is None
+        assert "not all layers have kv_format=vllm_fp8_scaled" in said[-1] or quant.kv_format == "nvfp4"
+        return
+    assert (read.num_bits, read.type, read.strategy) == (8, "float", "tensor")
+    assert read.symmetric
+    assert read.dynamic is False
+    assert len(said) == 1
+    for number in range(2):
+        for ours, theirs in (("keys", "k_scale"), ("values", "v_scale")):
+            expected = torch.tensor([student.tensor_scales[f"model.layers.{number}.self_attn.{ours}"]])
+            assert torch.equal(found.pop(f"model.layers.{number}.self_attn.{theirs}"), expected)
+    assert not found
+
+
+def test_transformers_own_loader_simulates_the_same_cache(tmp_path):
+    quant = CACHES[0][1]
+    export.export(write_student(tmp_path / "final", quant), tmp_path / "export", PACKED)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32)
+    ours = simulated.load(str(tmp_path / "export"), torch.float32)(WINDOWS).logits
+    torch.testing.assert_close(theirs(WINDOWS).logits, ours)
+    write_student(tmp_path / "without", quant.everywhere(kv_bits=16))
+    without = simulated.load(str(tmp_path / "without"), torch.float32)(WINDOWS).logits
+    assert (ours - without).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "nvfp4_4over6", "mxfp4"])
@@ -133,6 +181,7 @@ def test_post_training_methods_make_students_that_are_exported(
     settings = [f"--w_quantizer={weights}", f"--w_bits={bits[weights]}"]
     settings += [f"--a_quantizer={inputs}", f"--a_bits={bits[inputs]}"]
     places = [f"--model={tiny_directory}", f"--data={tiny_data}", f"--output={tmp_path / 'student'}"]
+    settings += ["--kv_format=vllm_fp8_scaled", "--kv_bits=8"] if form == FLOAT8 else []
     run_python("quantize", f"--method={method}", "--sequences=4", *places, *settings)
     student = student_folder.find(tmp_path / "student")
     export.export(student, tmp_path / "export", form)
@@ -144,15 +193,15 @@ def test_post_training_methods_make_students_that_are_exported(
 @pytest.mark.parametrize("quantizer", ["nvfp4", "fp8_tensor"])
 def test_scales_measured_layer_by_layer_are_those_of_the_whole_model(quantizer, tiny_directory):
     bits = 4 if quantizer == "nvfp4" else 8
-    quant = QuantConfig(
-        4, bits, 4, a_quantizer=quantizer, overrides={"*.down_proj": {"a_quantizer": "fp8", "a_bits": 8}}
-    )
+    cache = {"kv_bits": bits, "kv_format": "nvfp4" if quantizer == "nvfp4" else "vllm_fp8_scaled"}
+    others = {"*.down_proj": {"a_quantizer": "fp8", "a_bits": 8}, "model.layers.0.self_attn": {"kv_bits": 16}}
+    quant = QuantConfig(4, bits, a_quantizer=quantizer, **cache, overrides=others)
     teacher = models.load(str(tiny_directory), torch.float32)
     student = prepare(models.load(str(tiny_directory), torch.float32), quant)
     calibrate(student, teacher, WINDOWS)
     found = stream.measured_scales(Path(tiny_directory), quant, [WINDOWS[:1], WINDOWS[1:]])
     assert found == tensor_scales_in(student)
-    assert len(found) == 2 * 6
+    assert len(found) == 2 * 6 + 2
 
 
 def test_layers_that_engines_fuse_share_the_scale_of_their_tensors(tmp_path):
@@ -242,7 +291,7 @@ def test_refusals_name_the_format_that_fits(tmp_path):
         prepare(tiny_model(), QuantConfig(kv_quantizer="mxfp4"))
     with pytest.raises(UserError, match="lm_head supports integer quantizers only"):
         prepare(tiny_model(), QuantConfig(overrides={"lm_head": {"w_bits": 8, "w_quantizer": "fp8"}}))
-    with pytest.raises(UserError, match="measures the scales of inputs before method=smoothquant changes these"):
+    with pytest.raises(UserError, match="measured before method=smoothquant changes the activations"):
         SmoothQuant.check(QuantConfig(4, 4, 4, a_quantizer="nvfp4"))
     with pytest.raises(UserError, match="kv_quantizer='nvfp4' is invalid"):
         QuantConfig(kv_quantizer="nvfp4")
@@ -255,6 +304,11 @@ def test_refusals_name_the_format_that_fits(tmp_path):
     with pytest.raises(UserError, match=r"tensor_scales.safetensors lacks model.layers.0.mlp.down_proj.input"):
         qat.load(str(tmp_path / "final"))
     assert prepare(tiny_model(), quant)(WINDOWS).logits.isnan().any(), "scales that nobody measured must be noticed"
+    QuantConfig(16, 16, **FP8_CACHE).save(tmp_path / "final")
+    with pytest.raises(UserError, match=r"tensor_scales.safetensors lacks model.layers.0.self_attn.keys"):
+        qat.load(str(tmp_path / "final"))
+    with pytest.raises(UserError, match="kv_format=vllm_fp8_scaled has scales that are measured before method=smooth"):
+        SmoothQuant.check(QuantConfig(**FP8_CACHE))
 
 
 def test_differences_say_which_engine_runs_what():
@@ -270,7 +324,7 @@ def test_differences_say_which_engine_runs_what():
 def runs(request, tiny_directory, tiny_data, tmp_path_factory):
     """Two ranks train NVFP4 weights and activations; and again, killed after the first checkpoint, and resumed."""
     json_file, again = request.param
-    quant = ["--w_quantizer=nvfp4", "--a_quantizer=nvfp4", "--a_bits=4", "--kv_quantizer=fp8", "--kv_bits=8"]
+    quant = ["--w_quantizer=nvfp4", "--a_quantizer=nvfp4", "--a_bits=4", "--kv_format=vllm_fp8_scaled", "--kv_bits=8"]
     how = [f"--deepspeed={ROOT / 'ds_configs' / json_file}", "--steps=3", "--lr=1e-2", "--save_every=1", *quant]
     how += [f"--model={tiny_directory}", f"--data={tiny_data}"]
     whole, killed = (tmp_path_factory.mktemp("runs") / name for name in ("whole", "killed"))
@@ -289,7 +343,7 @@ def test_trained_under_zero3_killed_resumed_and_exported(runs, tmp_path):
     """A checkpoint has the scales of the run: those that the first weights, and the teacher's activations, gave,
     whatever has become of them. They are powers of two, and layers that read one tensor share them."""
     scales = load_file(runs[0] / SCALES_FILE)
-    assert len(scales) == 28
+    assert len(scales) == 28 + 4
     assert all(math.frexp(scale.item())[0] == 0.5 for scale in scales.values())
     for first, second in (("self_attn.q_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
         for part in ("weight", "input"):
@@ -307,12 +361,25 @@ def test_trained_under_zero3_killed_resumed_and_exported(runs, tmp_path):
     export.verify(student_folder.find(runs[0] / "final"), tmp_path / "checkpoint", NVFP4, WINDOWS)
 
 
+def test_scales_are_those_of_the_values_of_all_ranks(runs, tiny_directory, tiny_data):
+    """Each rank has measured a sequence of its own; transformers' cache has its keys and values."""
+    teacher = models.load(str(tiny_directory), torch.bfloat16 if len(runs) > 1 else torch.float32)
+    data = TrainingData(tiny_data, models.load_tokenizer(str(tiny_directory)), TrainConfig().seed)
+    held = [teacher(data.sample(rank).input_ids).past_key_values.layers for rank in range(2)]
+    scales = load_file(runs[0] / SCALES_FILE)
+    for number in range(2):
+        for part in ("keys", "values"):
+            largest = max(getattr(layers[number], part).abs().max().item() for layers in held)
+            expected = Format(8, "fp8_tensor").by.scale_of_tensor(2 * largest)
+            assert scales[f"model.layers.{number}.self_attn.{part}_tensor_scale"] == expected
+
+
 def test_scales_that_are_missing_are_missed(runs, tmp_path):
     for name in ("config.json", CONFIG_FILE):
         (tmp_path / name).write_text((runs[0] / "final" / name).read_text())
     assert json.loads((tmp_path / CONFIG_FILE).read_text())["tensor_scales"] == SCALES_FILE
     shutil.copy(runs[0] / "final" / SCALES_FILE, tmp_path)
-    assert QuantConfig.load(tmp_path).scales_inputs
+    assert QuantConfig.load(tmp_path).measures_scales
     (tmp_path / SCALES_FILE).unlink()
     with pytest.raises(UserError, match=f"{SCALES_FILE}, which defines how its weights are rounded, is missing"):
         QuantConfig.load(tmp_path)

@@ -7,7 +7,7 @@ import torch
 from compiler import needs_compiler, really_compiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from students import write_student
+from students import WINDOWS, write_student
 from tiny import ids, tiny_model
 
 import qat
@@ -20,11 +20,19 @@ from qat.quant.config import QuantConfig
 from qat.quant.kv_formats import KV_FORMATS
 from qat.quant.kv_formats.base import _fused_round
 from qat.quant.kv_formats.vllm_int4 import _signs
-from qat.quant.prepare import prepare
+from qat.quant.prepare import calibrate, prepare
+from qat.quant.tensor_scales import tensor_scales_in
 from qat.runtime.errors import UserError
-from qat.store.compressed_tensors import INTEGERS, PACKED
+from qat.store.compressed_tensors import INTEGERS, PACKED, kv_cache_scheme
 
-ENGINES = [name for name, form in KV_FORMATS.items() if form.engine]
+LARGEST = 4.0
+FORMS = {
+    name: form.for_tensor(form.scale_of_tensor(LARGEST)) if form.scales_tensors else form
+    for name, form in KV_FORMATS.items()
+    if not form.adjustable and type(form).__module__.startswith("qat.")  # no plug-ins of tests
+}
+"""With scales for numbers up to ``LARGEST``, where one must be measured."""
+SCALED = [name for name, form in FORMS.items() if form.scales_tensors]
 GGML = [name for name, form in KV_FORMATS.items() if form.engine == "llama.cpp"]
 PAIR = "ggml_q8_0/ggml_q4_0"
 DTYPES = (torch.float32, torch.bfloat16)
@@ -40,6 +48,7 @@ VECTORS = {
     "vllm_int8": "8518ad40d467fc9124b94be073089d30c457ec7f14a93cd063f88d20b547dc6f",
     "vllm_fp8": "fe6af976f27bd6fc70f878ee7d5efb72",
     "vllm_fp8_unscaled": bytes(KNOWN.to(torch.float8_e4m3fn).view(torch.uint8).flatten().tolist()).hex(),
+    "vllm_fp8_scaled": bytes((KNOWN * 64).to(torch.float8_e4m3fn).view(torch.uint8).flatten().tolist()).hex(),
 }
 ROTATED = {
     "ggml_q4_0": ((0.5, -0.5, -1, 0, 0, -2), "003849c78688484408888888c4440888c4cc"),
@@ -54,13 +63,20 @@ def quant_of(name: str) -> QuantConfig:
     return QuantConfig(4, 8, KV_FORMATS[name.split("/")[0]].bits, kv_format=name)
 
 
+def prepared(name: str, **how):
+    """A prepared model, with the scales of the full-precision one."""
+    model = prepare(tiny_model(**how), quant_of(name))
+    calibrate(model, tiny_model(**how), WINDOWS)
+    return model
+
+
 def begins(packed: torch.Tensor, expected: str) -> bool:
     return packed.numpy().tobytes().hex().startswith(expected)
 
 
 @pytest.mark.parametrize("name", VECTORS)
 def test_known_bytes(name):
-    assert begins(KV_FORMATS[name].encode(KNOWN), VECTORS[name])
+    assert begins(FORMS[name].encode(KNOWN), VECTORS[name])
 
 
 @pytest.mark.parametrize("name", ROTATED)
@@ -106,7 +122,7 @@ def test_bytes_and_numbers_are_ggmls(name, kind, ggml):
     assert torch.equal(form.decode(ours.view(1, 1, 1, -1), 1, torch.float32).view_as(x), numbers)
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", FORMS)
 @settings(max_examples=15)
 @given(
     st.integers(1, 4),
@@ -120,7 +136,7 @@ def test_fake_equals_stored(name, tokens, head_dim, size, seed):
     x[:, 0, 0, 0] *= 1e3
     x[:, 1] = x[:, 1].abs() + size
     for dtype in DTYPES:
-        form = KV_FORMATS[name]
+        form = FORMS[name]
         fake, stored = form.round(x.to(dtype), dtype), form.encode(x.to(dtype))
         assert stored.dtype == torch.uint8
         assert stored.shape[:-1] == x.shape[:-1]
@@ -128,13 +144,13 @@ def test_fake_equals_stored(name, tokens, head_dim, size, seed):
         assert fake.dtype == dtype
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", FORMS)
 def test_nothing_hides_a_nan(name):
     x = torch.randn(1, 1, 3, 64)
     x[0, 0, 1, 7] = torch.nan
-    found = KV_FORMATS[name].round(x, torch.float32)
-    alone = name == "vllm_fp8_unscaled"  # nothing is shared with it
-    assert found[0, 0, 1, 7 if alone else slice(32)].isnan().all()
+    found = FORMS[name].round(x, torch.float32)
+    lost = {"vllm_fp8_unscaled": 7, "vllm_fp8_scaled": 7, "nvfp4": slice(16)}  # what shares its scale
+    assert found[0, 0, 1, lost.get(name, slice(32))].isnan().all()
     assert not found[0, 0, ::2].isnan().any()
 
 
@@ -151,14 +167,14 @@ def test_compiled_equals_eager(name, monkeypatch):
         assert (compiled is None and eager is None) or torch.equal(compiled, eager)
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", FORMS)
 def test_the_gradient_passes_but_where_a_value_was_clipped(name):
-    form, x = KV_FORMATS[name], torch.randn(1, 2, 5, 64).requires_grad_()
+    form, x = FORMS[name], torch.randn(1, 2, 5, 64).requires_grad_()
     values = form.round(x, torch.float32)
     values.backward(torch.ones_like(values))
     passes, error = x.grad == 1, (x - values).abs()
     assert set(x.grad.unique().tolist()) <= {0.0, 1.0}
-    assert form.clips or passes.all()
+    assert passes.all() or (name not in SCALED and form.clips)
     assert passes.float().mean() > 0.9
     if not passes.all():
         assert error[~passes].min() > 0.9 * error[passes].mean(), "what was clipped is far from its value"
@@ -173,21 +189,21 @@ def test_what_clips_in_q4_0():
     assert x.grad[0, 0, 0, :6].tolist() == [1, 1, 1, 0, 0, 1]
 
 
-def test_what_clips_without_a_scale():
-    x = torch.tensor([447.0, 448, 449, 1e6, -448, -464, 0.001, 0]).view(1, 1, 1, 8).requires_grad_()
-    found = KV_FORMATS["vllm_fp8_unscaled"].round(x, torch.float32)
+@pytest.mark.parametrize(("name", "scale"), [("vllm_fp8_unscaled", 1), ("vllm_fp8_scaled", 2**-3)])
+def test_what_clips_with_a_scale_and_without_one(name, scale):
+    form = KV_FORMATS[name].for_tensor(scale) if name in SCALED else KV_FORMATS[name]
+    x = (torch.tensor([447.0, 448, 449, 1e6, -448, -464, 0.001, 0]) * scale).view(1, 1, 1, 8).requires_grad_()
+    found = form.round(x, torch.float32)
     found.sum().backward()
-    assert found.flatten().tolist() == [448, 448, 448, 448, -448, -448, 2**-9, 0]
+    assert (found / scale).flatten().tolist() == [448, 448, 448, 448, -448, -448, 2**-9, 0]
     assert x.grad.flatten().tolist() == [1, 1, 0, 0, 1, 0, 1, 1]
 
 
 @pytest.mark.parametrize(
-    ("name", "head_dim"), [(PAIR, 128), ("vllm_int4", 96), ("ggml_q4_1", 32), *((name, 64) for name in ENGINES)]
+    ("name", "head_dim"), [(PAIR, 128), ("vllm_int4", 96), ("ggml_q4_1", 32), *((name, 64) for name in FORMS)]
 )
 def test_cached_decoding_equals_the_full_forward(name, head_dim):
-    model = prepare(
-        tiny_model(num_attention_heads=2, num_key_value_heads=1, head_dim=head_dim), quant_of(name)
-    ).double()
+    model = prepared(name, num_attention_heads=2, num_key_value_heads=1, head_dim=head_dim).double()
     tokens = ids(model, batch=2, tokens=10)
     full = model(tokens).logits
     cache = IntegerCache(model)
@@ -199,12 +215,12 @@ def test_cached_decoding_equals_the_full_forward(name, head_dim):
     assert cache.nbytes() == 2 * 2 * 10 * head_dim * bits / 8, "layers, batch, tokens"
 
 
-@pytest.mark.parametrize("name", ["vllm_int4", PAIR])
+@pytest.mark.parametrize("name", ["vllm_int4", PAIR, *SCALED])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_student_trains_and_gradient_checkpointing_is_exact(name, dtype):
     gradients = []
     for checkpointing in (False, True):
-        model = prepare(tiny_model(head_dim=64, dtype=dtype), quant_of(name)).train()
+        model = prepared(name, head_dim=64, dtype=dtype).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model(ids(model), use_cache=False).logits.square().mean().backward()
@@ -214,10 +230,10 @@ def test_a_student_trains_and_gradient_checkpointing_is_exact(name, dtype):
         assert gradient.any(), f"{parameter} learns"
 
 
-@pytest.mark.parametrize("name", ["vllm_int4", PAIR])
+@pytest.mark.parametrize("name", ["vllm_int4", PAIR, *SCALED])
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generate_with_the_cache_equals_generate_without(name, beams):
-    model = prepare(tiny_model(head_dim=64), quant_of(name)).double()
+    model = prepared(name, head_dim=64).double()
     prompt, mask = ids(model, batch=2, tokens=6), torch.ones(2, 6, dtype=torch.long)
     mask[0, :2] = 0
     how = {"attention_mask": mask, "max_new_tokens": 8, "num_beams": beams, "do_sample": False, "pad_token_id": 0}
@@ -225,7 +241,7 @@ def test_generate_with_the_cache_equals_generate_without(name, beams):
     assert torch.equal(model.generate(prompt, past_key_values=IntegerCache(model), **how), expected)
 
 
-@pytest.mark.parametrize("name", ["vllm_int4", PAIR])
+@pytest.mark.parametrize("name", ["vllm_int4", PAIR, *SCALED])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_is_loaded_equals_the_simulation(name, dtype, tmp_path):
     write_student(tmp_path, quant_of(name), dtype, head_dim=64)
@@ -237,11 +253,13 @@ def test_what_is_loaded_equals_the_simulation(name, dtype, tmp_path):
     assert held == 2 * 2 * 64 * (keys.stored_bits(64) + values.stored_bits(64)) / 8, "layers and heads"
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", FORMS)
 def test_more_bits_are_nearer_and_rotations_cancel(name):
     tokens = ids(tiny_model())
     exact = tiny_model(head_dim=64)(tokens).logits.log_softmax(-1)
-    found = prepare(tiny_model(head_dim=64), QuantConfig(16, 16, KV_FORMATS[name].bits, kv_format=name))(tokens)
+    student = prepare(tiny_model(head_dim=64), QuantConfig(16, 16, KV_FORMATS[name].bits, kv_format=name))
+    calibrate(student, tiny_model(head_dim=64), WINDOWS)
+    found = student(tokens)
     error = (found.logits.log_softmax(-1) - exact).square().mean().sqrt()
     assert error < {8: 0.1, 5: 0.4, 4: 0.8}[KV_FORMATS[name].bits]
 
@@ -279,9 +297,38 @@ def test_refusals(given, named):
         QuantConfig(**given)
 
 
-def test_heads_that_do_not_fit_are_refused():
-    with pytest.raises(UserError, match="blocks of 32 channels, and this model's heads have 16: give kv_format=int"):
-        prepare(tiny_model(), quant_of("ggml_q4_0"))
+@pytest.mark.parametrize(("name", "block", "head_dim"), [("ggml_q4_0", 32, 16), ("nvfp4", 16, 8)])
+def test_heads_that_do_not_fit_are_refused(name, block, head_dim):
+    with pytest.raises(UserError, match=f"blocks of {block} channels, .* heads have {head_dim}: give kv_format=int"):
+        prepare(tiny_model(head_dim=head_dim), quant_of(name))
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_scales_are_those_of_the_full_precision_cache(name):
+    """transformers' own cache has the keys after RoPE, and the values; the model that is measured stays as it was."""
+    model, teacher = prepare(tiny_model(), quant_of(name)), tiny_model()
+    assert model(WINDOWS).logits.isnan().any(), "scales that nobody measured must be noticed"
+    before = teacher(WINDOWS)
+    calibrate(model, teacher, WINDOWS)
+    assert torch.equal(teacher(WINDOWS).logits, before.logits)
+    form, found = KV_FORMATS[name], tensor_scales_in(model)
+    for number, layer in enumerate(before.past_key_values.layers):
+        for part, held in (("keys", layer.keys), ("values", layer.values)):
+            expected = form.scale_of_tensor(form.margin * held.abs().max().item())
+            assert found.pop(f"model.layers.{number}.self_attn.{part}") == expected
+    assert not found
+    assert model(WINDOWS).logits.isfinite().all()
+
+
+def test_fp8_with_a_scale_is_compressed_tensors():
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+
+    scheme = kv_cache_scheme([quant_of("vllm_fp8_scaled")])
+    x = torch.randn(2, 3, 40, 64, generator=torch.Generator().manual_seed(0)) ** 3
+    theirs = fake_quantize(x, torch.tensor([2.0**-5]), None, QuantizationArgs(**scheme))
+    assert (x.abs() > 448 / 32).any()
+    assert torch.equal(KV_FORMATS["vllm_fp8_scaled"].for_tensor(2.0**-5).round(x, x.dtype), theirs)
 
 
 def test_full_precision_stays_full_precision():
@@ -306,6 +353,10 @@ def test_files_name_a_format_only_if_it_is_not_the_default(tmp_path):
         (PACKED, "vllm_fp8", "--kv-cache-dtype fp8_per_token_head", " (GPUs divide"),
         (PACKED, "vllm_fp8_unscaled", "--kv-cache-dtype fp8", " (FlashAttention 3 rounds queries"),
         (PACKED, "ggml_q8_0", "", ""),
+        (PACKED, "vllm_fp8_scaled", "--kv-cache-dtype fp8", " (FlashAttention 3 rounds queries"),
+        (INTEGERS, "vllm_fp8_scaled", "--kv-cache-dtype fp8", " (FlashAttention 3 rounds queries"),
+        (GGUF, "vllm_fp8_scaled", "", ""),
+        (PACKED, "nvfp4", "", ""),
         (INTEGERS, "vllm_int8", "", ""),  # vLLM on CPUs has no such cache
     ],
 )

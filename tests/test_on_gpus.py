@@ -39,6 +39,7 @@ from qat.quant.packing import STAND_IN, makes_rows, pack, pack_rows, stand_in, s
 from qat.quant.prepare import freeze, prepare
 from qat.quant.quantizers import QUANTIZERS
 from qat.quant.rotated import RECORD, Rotation, causal_lm_class
+from qat.quant.tensor_scales import measured, set_tensor_scales
 from qat.runtime import machine
 from qat.store import model_folder, weight_files
 from qat.train import distill
@@ -405,10 +406,11 @@ def test_keys_and_values(bits, method, rotation, granularity, dtype, gpu):
     check_cached(prepare(model_on_gpu(dtype), quant), dtype)
 
 
-@pytest.mark.parametrize("name", [name for name, form in KV_FORMATS.items() if form.engine])
-def test_caches_of_engines(name, gpu):
+@pytest.mark.parametrize("name", [name for name, form in KV_FORMATS.items() if not form.adjustable])
+def test_caches_of_formats(name, gpu):
     quant = QuantConfig(kv_bits=KV_FORMATS[name].bits, kv_format=name)
     model = prepare(model_on_gpu(head_dim=64), quant)
+    set_tensor_scales(model, dict.fromkeys(measured(model, quant), 1.0))
     check_cached(model, torch.bfloat16)
     check(model(tokens_on_gpu(9, 2)).logits, torch.bfloat16)
 

@@ -337,8 +337,10 @@ def test_launch_rotate_learns(plain, tiny_data, tmp_path):
 
 
 def test_scales_of_tensors_are_not_learned_under(monkeypatch, plain, tiny_data, tmp_path):
-    given = [f"--model={plain}", f"--output={tmp_path / 'rotated'}", f"--data={tiny_data}", "--w_quantizer=nvfp4"]
-    assert "nvfp4 has scales of tensors" in error_of(monkeypatch, "rotate", *given)
+    given = [f"--model={plain}", f"--output={tmp_path / 'rotated'}", f"--data={tiny_data}"]
+    assert "w_quantizer=nvfp4 has scales of tensors" in error_of(monkeypatch, "rotate", *given, "--w_quantizer=nvfp4")
+    message = error_of(monkeypatch, "rotate", *given, "--kv_format=nvfp4")
+    assert "kv_format=nvfp4 has scales of tensors" in message
 
 
 def test_flags_that_say_nothing_are_refused(monkeypatch, plain, tmp_path):

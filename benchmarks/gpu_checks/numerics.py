@@ -157,7 +157,10 @@ def caches(bench: Bench) -> tuple[dict, dict]:
         for granularity in ("token_head", "token")
         for bits in (4, 8)
     }
-    for name, form in {**forms, **{name: form for name, form in KV_FORMATS.items() if form.engine}}.items():
+    forms |= {name: form for name, form in KV_FORMATS.items() if not form.adjustable}
+    for name, form in forms.items():
+        if form.scales_tensors:
+            form = form.for_tensor(form.scale_of_tensor(4.0))
         keys, values = (torch.randn(1, 4, 33, head, dtype=bench.dtype) for _ in range(2))
         stored = []
         for device in (torch.device("cpu"), bench.device):

@@ -29,7 +29,7 @@ class IntegerCache(Cache):
     """
 
     def __init__(self, model: PreTrainedModel):
-        quantizers = [getattr(attention, "kv_quantizer", None) for attention in attentions(model)]
+        quantizers = [getattr(attention, "kv_quantizer", None) for attention in attentions(model).values()]
         if not any(quantizers):
             raise UserError(
                 "An integer KV cache needs a model with kv_bits below 16 and kv_site=post_rope: a cache stores the "

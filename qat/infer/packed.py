@@ -94,7 +94,7 @@ def load(directory: str) -> PreTrainedModel:
         for other in others:
             other.packed = first.packed  # moving a model copies what two of its modules share
     products.speed_up(model)
-    if any(hasattr(attention, "kv_quantizer") for attention in attentions(model)):
+    if any(hasattr(attention, "kv_quantizer") for attention in attentions(model).values()):
         model.__class__ = _caching_integers(type(model))
     return model.eval().requires_grad_(False)
 

@@ -58,10 +58,10 @@ class SmoothQuant(LayerByLayer):
 
     @classmethod
     def check(cls, quant: QuantConfig) -> None:
-        if quant.scales_inputs:
+        if quant.measures_scales:
             raise UserError(
-                f"a_quantizer={quant.measured_quantizer} measures the scales of inputs before method=smoothquant "
-                "changes these: give mxfp4 or fp8, or method=rtn or gptq."
+                f"{quant.measured_setting} has scales that are measured before method=smoothquant changes the "
+                "activations: give another format, or method=rtn or gptq."
             )
 
     def __init__(self, source: Path, settings: SmoothQuantConfig):

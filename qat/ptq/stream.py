@@ -20,7 +20,7 @@ from qat.quant.linear import quant_linears
 from qat.quant.number_format import FULL_PRECISION
 from qat.quant.prepare import prepare, prepared_with
 from qat.quant.quantizers.base import Grid
-from qat.quant.tensor_scales import input_scales, largest_inputs, set_tensor_scales, tensor_scales
+from qat.quant.tensor_scales import largest_magnitudes, scales_from, set_tensor_scales, tensor_scales
 from qat.runtime import machine
 from qat.runtime.machine import device
 from qat.store import models
@@ -181,8 +181,8 @@ class Stream:
 
 @torch.inference_mode()
 def measured_scales(source: Path, quant: QuantConfig, sequences: list[Tensor]) -> dict[str, float]:
-    """Measure the scales of the inputs that need one (``QuantConfig.scales_inputs``), by ``NAME.input``: the model in
-    full precision reads the sequences [1, tokens], one decoder layer in memory at a time."""
+    """Measure the scales of the inputs, keys and values that need one (``QuantConfig.measures_scales``), by name: the
+    model in full precision reads the sequences [1, tokens], one decoder layer in memory at a time."""
     bits = dict.fromkeys(("w_bits", "a_bits", "kv_bits"), FULL_PRECISION)
     stream = Stream(source, quant.everywhere(**bits), sequences)
 
@@ -191,7 +191,7 @@ def measured_scales(source: Path, quant: QuantConfig, sequences: list[Tensor]) -
             stream.run_all(stream.files.layer(number), {})
             stream.position += 1
 
-    return input_scales(stream.model, quant, largest_inputs(stream.model, quant, run))
+    return scales_from(stream.model, quant, largest_magnitudes(stream.model, quant, run))
 
 
 def fill(module: nn.Module, weights: Weights, device: torch.device | str) -> None:

@@ -6,7 +6,6 @@ adds it with ``ARCHITECTURES.add(model_type, Architecture(...))``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -148,10 +147,11 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
-def attentions(model: PreTrainedModel) -> Iterator[nn.Module]:
-    """Yield the attention module of each decoder layer."""
-    name = architecture_of(model.config).attention
-    return (layer.get_submodule(name) for layer in decoder_layers(model))
+def attentions(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the attention module of each decoder layer, by its name."""
+    architecture = architecture_of(model.config)
+    names = [architecture.prefix(number) + architecture.attention for number in range(len(decoder_layers(model)))]
+    return {name: model.get_submodule(name) for name in names}
 
 
 def input_embedding(model: PreTrainedModel) -> nn.Module:

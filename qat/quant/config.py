@@ -31,7 +31,8 @@ GRIDS_FILE = "weight_grids.safetensors"
 learned one."""
 
 SCALES_FILE = "tensor_scales.safetensors"
-"""Name of a file beside the weights with the scales of tensors that were fixed before training: NVFP4's."""
+"""Name of a file beside the weights with the scales of tensors that were fixed before training: those of NVFP4, and of
+FP8 per tensor."""
 
 _FILES = {"weight_grids": GRIDS_FILE, "tensor_scales": SCALES_FILE}
 """The entries of ``quant_config.json`` that name these files."""
@@ -218,14 +219,19 @@ class QuantConfig:
         return [self, *(replace(self, overrides={}, **changes) for changes in self.overrides.values())]
 
     @property
-    def scales_inputs(self) -> bool:
-        """Return whether activations need scales that are measured before training."""
-        return bool(self.measured_quantizer)
+    def measures_scales(self) -> bool:
+        """Return whether activations, or the KV cache, need scales that are measured before training."""
+        return bool(self.measured_setting)
 
     @property
-    def measured_quantizer(self) -> str:
-        """Return the quantizer of activations whose scales are measured before training; empty if there is none."""
-        return next((own.a_quantizer for own in self.all_settings() if own.activations.scales_tensors), "")
+    def measured_setting(self) -> str:
+        """Return a setting, with its value, for which scales are measured before training; empty if there is none."""
+        for own in self.all_settings():
+            if own.activations.scales_tensors:
+                return f"a_quantizer={own.a_quantizer}"
+            if own.scaled_kv_formats:
+                return f"kv_format={own.kv_format}"
+        return ""
 
     def __str__(self) -> str:
         """Return the field's short form, W-A-KV: 4-8-4."""
@@ -253,6 +259,12 @@ class QuantConfig:
         keys, _, values = self.kv_format.partition("/")
         settings = self.kv, self.kv_granularity, self.kv_rotation
         return KV_FORMATS[keys].of(*settings), KV_FORMATS[values or keys].of(*settings)
+
+    @property
+    def scaled_kv_formats(self) -> dict[str, KVFormat]:
+        """Return the formats with a scale that is measured before training: of "keys", of "values", of both or none."""
+        formats = dict(zip(("keys", "values"), self.kv_formats, strict=True)) if self.kv.quantizes else {}
+        return {part: form for part, form in formats.items() if form.scales_tensors}
 
     @property
     def one_kv_format(self) -> bool:

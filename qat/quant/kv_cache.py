@@ -11,6 +11,7 @@ The keys and values that a cache would store are rounded per token before they a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -40,12 +41,12 @@ class KVQuantizer:
 
     Args:
         keys, values: their formats
-        interleaves: whether the channels of queries and keys are stored in llama.cpp's order: neighbours are those
-            that transformers has half a head apart
+        interleaves: whether a format that ``reorders`` stores the channels of queries and keys in llama.cpp's order:
+            neighbours are those that transformers has half a head apart
     """
 
     def __init__(self, keys: KVFormat, values: KVFormat, interleaves: bool = False):
-        self.keys, self.values, self.interleaves = keys, values, interleaves
+        self.keys, self.values, self.interleaves = keys, values, interleaves and keys.reorders
 
     def query(self, x: Tensor) -> Tensor:
         """Return queries [batch, heads, tokens, head_dim] as they are multiplied with stored keys."""
@@ -77,6 +78,34 @@ class KVQuantizer:
 
     def _ordered(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) if self.interleaves else x
+
+
+class KVRecorder(KVQuantizer):
+    """Takes the place of a KVQuantizer in a full-precision model: it quantizes nothing, and calls ``note`` with "keys"
+    or "values" and what a cache would store [batch, kv_heads, tokens, head_dim]."""
+
+    def __init__(self, keys: KVFormat, values: KVFormat, interleaves: bool, note: Callable[[str, Tensor], None]):
+        super().__init__(keys, values, interleaves)
+        self._note = note
+
+    def query(self, x: Tensor) -> Tensor:
+        return x
+
+    def key(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        self._note("keys", self.keys.keys(self._ordered(x)))
+        return x
+
+    def value(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        self._note("values", self.values.values(x))
+        return x
+
+    def output(self, x: Tensor) -> Tensor:
+        return x
+
+
+def kv_quantizers(model: nn.Module) -> dict[str, KVQuantizer]:
+    """Return the KVQuantizer of each attention module that has one, by the module's name."""
+    return {name: module.kv_quantizer for name, module in model.named_modules() if hasattr(module, "kv_quantizer")}
 
 
 class AttentionRecord:

@@ -25,6 +25,13 @@ def layer_settings(model: PreTrainedModel, config: QuantConfig) -> dict[str, Qua
     }
 
 
+def attention_settings(model: PreTrainedModel, config: QuantConfig) -> dict[str, QuantConfig]:
+    """Return the settings, with overrides, of each layer's attention, which keeps the KV cache, by its name."""
+    architecture, layers = architecture_of(model.config), len(decoder_layers(model))
+    names = [architecture.names(number, layers, architecture.attention) for number in range(layers)]
+    return {own[0]: config.of_layer(own) for own in names}
+
+
 def vocabulary_settings(model: PreTrainedModel, config: QuantConfig) -> dict[str, QuantConfig]:
     """Return the settings of the layers with a row for each token, the embedding and the output layer, by name; only of
     those that are quantized.

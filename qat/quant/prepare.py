@@ -22,11 +22,11 @@ from qat.quant.architecture import (
 from qat.quant.config import QuantConfig, matches
 from qat.quant.embedding import QuantEmbedding
 from qat.quant.kv_formats.integers import Integers
-from qat.quant.layer_settings import layer_settings, vocabulary_settings
+from qat.quant.layer_settings import attention_settings, layer_settings, vocabulary_settings
 from qat.quant.linear import InputQuantizer, QuantLinear, quant_linears
 from qat.quant.number_format import Format
 from qat.quant.rotated import check_rotates
-from qat.quant.tensor_scales import input_scales, largest_inputs, set_tensor_scales, tensor_scales
+from qat.quant.tensor_scales import largest_magnitudes, scales_from, set_tensor_scales, tensor_scales
 from qat.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,16 +51,15 @@ def prepare(model: PreTrainedModel, config: QuantConfig) -> PreTrainedModel:
     _check_cache(model, config)
     _warn_of_idle_settings(model, config)
     architecture, layers = architecture_of(model.config), decoder_layers(model)
-    settings, cached = layer_settings(model, config), False
+    settings, caches = layer_settings(model, config), attention_settings(model, config)
     for number, layer in enumerate(layers):
         for names in architecture.shared_inputs:
             own = [settings[architecture.prefix(number) + name] for name in names]
             _quantize_linears({name: linear_in(layer, name) for name in names}, own)
-        kv = config.of_layer(architecture.names(number, len(layers), architecture.attention))
+        kv = caches[architecture.prefix(number) + architecture.attention]
         if kv.kv.quantizes:
             _quantize_kv(layer, model, kv)
-            cached = True
-    if cached and config.kv_site == "post_rope":
+    if any(own.kv.quantizes for own in caches.values()) and config.kv_site == "post_rope":
         kv_cache.attend(model)
     _quantize_vocabulary(model, config)
     if all(linear.weight.numel() and not linear.weight.is_meta for linear in quant_linears(model).values()):
@@ -88,11 +87,12 @@ def weight_holders(model: nn.Module) -> dict[str, list[QuantLinear | QuantEmbedd
 
 
 def calibrate(student: PreTrainedModel, teacher: PreTrainedModel, input_ids: Tensor) -> None:
-    """Set the scales of a prepared student's inputs, for a quantizer that has any (``QuantConfig.scales_inputs``), by
-    those that the full-precision ``teacher`` has for input_ids [batch, tokens]."""
+    """Set the scales of a prepared student's inputs, keys and values whose formats have any
+    (``QuantConfig.measures_scales``), by what the full-precision ``teacher`` computes from input_ids [batch,
+    tokens]."""
     config = prepared_with(student)
-    largest = largest_inputs(teacher, config, lambda: teacher(input_ids))
-    set_tensor_scales(student, input_scales(student, config, largest))
+    largest = largest_magnitudes(teacher, config, lambda: teacher(input_ids))
+    set_tensor_scales(student, scales_from(student, config, largest))
 
 
 def freeze(model: nn.Module) -> None:
@@ -105,9 +105,7 @@ def freeze(model: nn.Module) -> None:
 
 
 def _check_cache(model: PreTrainedModel, config: QuantConfig) -> None:
-    architecture, layers = architecture_of(model.config), len(decoder_layers(model))
-    for number in range(layers):
-        own = config.of_layer(architecture.names(number, layers, architecture.attention))
+    for own in attention_settings(model, config).values():
         for form in own.kv_formats if own.kv.quantizes else ():
             form.check(head_dim(model.config))
 
@@ -186,7 +184,7 @@ def _quantize_kv(layer: nn.Module, model: PreTrainedModel, config: QuantConfig) 
     architecture, size = architecture_of(model.config), head_dim(model.config)
     keys, values = config.kv_formats
     if config.kv_site == "post_rope":
-        quantizer = kv_cache.KVQuantizer(keys, values, keys.reorders and architecture.interleaves)
+        quantizer = kv_cache.KVQuantizer(keys, values, architecture.interleaves)
         layer.get_submodule(architecture.attention).kv_quantizer = quantizer  # type: ignore[assignment]
         return
     if not architecture.key_values:

@@ -1,19 +1,25 @@
-"""Scales of whole tensors, for quantizers that have one: computed from weights, measured on inputs, and set."""
+"""Scales of whole tensors, for formats that have one: computed from weights, measured on inputs, keys and values, and
+set."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from qat.quant.architecture import architecture_of, decoder_layers, quantizable_linears
+from qat.quant.architecture import architecture_of, attentions, decoder_layers, quantizable_linears
 from qat.quant.config import QuantConfig
-from qat.quant.layer_settings import layer_settings
+from qat.quant.kv_cache import KVRecorder, attend, kv_quantizers
+from qat.quant.kv_formats import KVFormat
+from qat.quant.layer_settings import attention_settings, layer_settings
 from qat.quant.linear import quant_linears
+from qat.quant.number_format import Format
+from qat.quant.quantizers.base import Quantizer
 from qat.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,29 +43,48 @@ def tensor_scales(
     return scales
 
 
-@torch.no_grad()
-def largest_inputs(model: PreTrainedModel, config: QuantConfig, run: Callable[[], object]) -> dict[str, Tensor]:
-    """Return the largest magnitude, fp32 [], of each input whose quantizer has a scale of the tensor, while ``run``
-    runs the full-precision ``model``; by ``NAME.input``."""
-    found: dict[str, Tensor] = {}
-
-    def note(name: str, x: Tensor) -> None:
-        found[name] = torch.maximum(x.abs().amax().float(), found.get(name, torch.zeros((), device=x.device)))
-
-    settings, hooks = layer_settings(model, config), []
-    for name, linear in quantizable_linears(model).items():
-        if settings[name].activations.scales_tensors:
-            hooks.append(linear.register_forward_pre_hook(lambda _, x, own=f"{name}.input": note(own, x[0])))
-    run()
-    for hook in hooks:
-        hook.remove()
+def measured(model: PreTrainedModel, config: QuantConfig) -> dict[str, Quantizer | KVFormat]:
+    """Return what has a scale that is measured: inputs, by ``NAME.input`` of their layer, and keys and values, by
+    ``NAME.keys`` and ``NAME.values`` of their attention."""
+    inputs = {f"{name}.input": own.activations for name, own in layer_settings(model, config).items()}
+    found: dict[str, Quantizer | KVFormat] = {name: form.by for name, form in inputs.items() if form.scales_tensors}
+    for name, own in attention_settings(model, config).items():
+        found |= {f"{name}.{part}": form for part, form in own.scaled_kv_formats.items()}
     return found
 
 
-def input_scales(model: PreTrainedModel, config: QuantConfig, largest: Mapping[str, Any]) -> dict[str, float]:
-    """Return the scales of the inputs of ``model``, whose weights are not read, from the given ``largest_inputs``, with
-    a margin for larger values in other text."""
-    by = {f"{name}.input": own.activations.by for name, own in layer_settings(model, config).items()}
+@torch.no_grad()
+def largest_magnitudes(model: PreTrainedModel, config: QuantConfig, run: Callable[[], object]) -> dict[str, Tensor]:
+    """Return the largest magnitude, fp32 [], of each of ``measured``, by name, while ``run`` runs the full-precision
+    ``model``."""
+    wanted = measured(model, config)
+    found: dict[str, Tensor] = {}
+
+    def note(owner: str, part: str, x: Tensor) -> None:
+        if (name := f"{owner}.{part}") in wanted:
+            found[name] = torch.maximum(x.abs().amax().float(), found.get(name, torch.zeros((), device=x.device)))
+
+    hooks, caches = [], attention_settings(model, config)
+    recorded = {name: module for name, module in attentions(model).items() if caches[name].scaled_kv_formats}
+    for name, linear in quantizable_linears(model).items():
+        hooks.append(linear.register_forward_pre_hook(lambda _, x, own=name: note(own, "input", x[0])))
+    if recorded:
+        attend(model)
+    for name, module in recorded.items():
+        formats, interleaves = caches[name].kv_formats, architecture_of(model.config).interleaves
+        module.kv_quantizer = KVRecorder(*formats, interleaves, partial(note, name))  # type: ignore[assignment]
+    run()
+    for hook in hooks:
+        hook.remove()
+    for module in recorded.values():
+        del module.kv_quantizer
+    return found
+
+
+def scales_from(model: PreTrainedModel, config: QuantConfig, largest: Mapping[str, Any]) -> dict[str, float]:
+    """Return the scales of what is ``measured`` in ``model``, whose weights are not read, from ``largest_magnitudes``,
+    with a margin for larger values in other text."""
+    by = measured(model, config)
     return {
         name: by[name].scale_of_tensor(by[name].margin * _finite(name, float(value))) for name, value in largest.items()
     }
@@ -69,17 +94,19 @@ def _finite(name: str, largest: float) -> float:
     if not math.isfinite(largest):
         raise UserError(
             f"{name} has the value {largest}, for which no scale can be fixed before training: repair the model, or "
-            "give that layer a quantizer without such a scale (fp8, mxfp4, minmax)."
+            "give that layer a format without such a scale (quantizer fp8, mxfp4, minmax; kv_format int)."
         )
     return largest
 
 
 def set_tensor_scales(model: nn.Module, scales: Mapping[str, float]) -> None:
-    """Set the scales of weights and inputs, by their names in ``model``, where these are quantized; ``prepare`` sets
-    those of weights that it has."""
-    linears = quant_linears(model)
+    """Set the scales of weights, inputs, keys and values, by their names in ``model``, where these are quantized;
+    ``prepare`` sets those of weights that it has."""
+    linears, caches = quant_linears(model), kv_quantizers(model)
     for name, scale in scales.items():
         layer, _, part = name.rpartition(".")
+        if (cache := caches.get(layer)) is not None:
+            setattr(cache, part, getattr(cache, part).for_tensor(scale))
         linear = linears.get(layer)
         if linear is None:
             continue
@@ -91,6 +118,9 @@ def set_tensor_scales(model: nn.Module, scales: Mapping[str, float]) -> None:
 
 def tensor_scales_in(model: nn.Module) -> dict[str, float]:
     """Return the scales that were set, by name."""
-    forms = {f"{name}.weight": linear.weight_format for name, linear in quant_linears(model).items()}
-    forms |= {f"{name}.input": linear.input_format for name, linear in quant_linears(model).items()}
+    forms: dict[str, Format | KVFormat] = {}
+    for name, linear in quant_linears(model).items():
+        forms |= {f"{name}.weight": linear.weight_format, f"{name}.input": linear.input_format}
+    for name, cache in kv_quantizers(model).items():
+        forms |= {f"{name}.keys": cache.keys, f"{name}.values": cache.values}
     return {name: form.tensor_scale for name, form in forms.items() if form.tensor_scale is not None}

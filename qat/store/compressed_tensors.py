@@ -10,6 +10,9 @@
                      ``weight_scale`` [out, groups] as e4m3, with ``weight_global_scale`` [1] that divides them, or as
                      exponents (uint8)
 
+``kv_cache_scheme`` describes a KV cache with a scale for all keys of a layer, and one for all its values: ``k_scale``
+and ``v_scale`` [1] of its attention.
+
 Codes and scales are those that training simulated, scales in fp32 as there; no library derives them again.
 """
 
@@ -59,6 +62,12 @@ _FLOAT_INPUTS: dict[str, dict[str, Any]] = {
     "nvfp4": {**_NVFP4_BLOCKS, "dynamic": "local"},
 }
 """The description of activations that are rounded to floats, by their quantizer."""
+
+_CACHES: dict[str, dict[str, Any]] = {"vllm_fp8_scaled": _FLOAT_INPUTS["fp8_tensor"]}
+"""The description of KV caches, by their format."""
+
+CACHE_SCALES = {"keys": "k_scale", "values": "v_scale"}
+"""The tensors [1] that hold the scales of a layer's keys and values, by the ends of our names for them."""
 
 _ZERO_POINT = "weight_zero_point"
 
@@ -345,6 +354,20 @@ class _NVFP4(_Float4):
         return Format(4, self.quantizers[0], tensor_scale=parts["weight_global_scale"].item())
 
 
+def kv_cache_scheme(settings: Iterable[QuantConfig]) -> dict[str, Any] | None:
+    """Return the ``kv_cache_scheme`` of a model, given the settings of its layers' attention; None where it has no
+    place for their KV cache, or they differ."""
+    formats = {own.kv_format if own.kv.quantizes else "" for own in settings}
+    return _CACHES.get(formats.pop()) if len(formats) == 1 else None
+
+
+def cache_layout(attentions: Iterable[str], config: dict[str, Any]) -> Shapes:
+    """Return the shapes of the scales of the KV cache, given the names of the modules that attend; ``config`` is the
+    result of ``quantization_config``."""
+    names = [f"{name}.{scale}" for name in attentions for scale in CACHE_SCALES.values()]
+    return dict.fromkeys(names if config.get("kv_cache_scheme") else [], ((1,), frozenset({"F32"})))
+
+
 def transform_config(layers: list[str], width: int, block: int) -> dict[str, Any]:
     """Return the ``transform_config`` of R4: these layers' inputs, of ``width``, are to be multiplied by Sylvester's
     Hadamard matrix over sqrt(block) in blocks of ``block``. Its inverse is in their weights."""
@@ -403,7 +426,7 @@ def decode(stored: Iterable[tuple[str, Tensor]], config: dict[str, Any]) -> Iter
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in stored:
         layer, _, suffix = name.rpartition(".")
-        if suffix in INPUT_SCALES.values():  # it stands in a file of our own, too
+        if suffix in (*INPUT_SCALES.values(), *CACHE_SCALES.values()):  # it stands in a file of our own, too
             continue
         if suffix not in (*kind.suffixes, _ZERO_POINT) or (suffix == "weight" and tensor.dtype not in kind.code_dtypes):
             yield name, tensor

@@ -21,6 +21,7 @@ from torch import Tensor
 from qat.quant.architecture import (
     ARCHITECTURES,
     architecture_of,
+    attentions,
     new_rotation,
     quantizable_linears,
     rope_types,
@@ -348,4 +349,5 @@ def _encoded(expected: dict[str, Kind], model: PreTrainedModel, quantization: di
             else {name: (kind.shape, FLOATS)}
         )
         encoded |= {part: Kind(torch.Size(shape), dtypes) for part, (shape, dtypes) in parts.items()}
-    return encoded
+    scales = compressed_tensors.cache_layout(attentions(model), quantization)
+    return encoded | {name: Kind(torch.Size(shape), dtypes) for name, (shape, dtypes) in scales.items()}

@@ -82,7 +82,8 @@ def load_grids(directory: Path, file: str = GRIDS_FILE) -> dict[str, Grid]:
 
 
 def save_tensor_scales(scales: dict[str, float], directory: Path) -> None:
-    """Write the scales of weights and inputs, where there are some, by ``NAME.weight`` and ``NAME.input``."""
+    """Write the scales of tensors, where there are some, by their names: ``NAME.weight``, ``NAME.input`` of a layer,
+    ``NAME.keys``, ``NAME.values`` of an attention."""
     if scales:
         save_tensors({name + _SCALE: torch.tensor([scale]) for name, scale in scales.items()}, directory / SCALES_FILE)
 

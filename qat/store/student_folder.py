@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from qat.quant.architecture import architecture_of, is_tied, quantizable_linears
 from qat.quant.config import CONFIG_FILE, QuantConfig
-from qat.quant.layer_settings import layer_settings, vocabulary_settings
+from qat.quant.layer_settings import attention_settings, layer_settings, vocabulary_settings
 from qat.quant.linear import quant_linears
 from qat.quant.number_format import FULL_PRECISION, Format, Quantized, dequantize, quantize
 from qat.quant.prepare import prepared_with
 from qat.quant.quantizers.base import Grid
 from qat.quant.rotated import rotation_of
-from qat.quant.tensor_scales import tensor_scales, tensor_scales_in
+from qat.quant.tensor_scales import measured, tensor_scales, tensor_scales_in
 from qat.runtime import progress
 from qat.runtime.errors import UserError
 from qat.runtime.files import appearing_folder, read_json, read_lines, using
@@ -215,6 +215,11 @@ class Student:
         return layer_settings(skeleton(self.directory), self.quant)
 
     @cached_property
+    def attention_settings(self) -> dict[str, QuantConfig]:
+        """Return the settings, with overrides, of each layer's attention, by its name."""
+        return attention_settings(skeleton(self.directory), self.quant)
+
+    @cached_property
     def vocabulary_settings(self) -> dict[str, QuantConfig]:
         """Return the settings of the embedding and the output layer, by name, where they are quantized."""
         return vocabulary_settings(skeleton(self.directory), self.quant)
@@ -236,7 +241,8 @@ class Student:
 
     @cached_property
     def tensor_scales(self) -> dict[str, float]:
-        """Return the scales of weights and inputs whose format has one, by ``NAME.weight`` and ``NAME.input``."""
+        """Return the scales of tensors whose format has one, by ``NAME.weight``, ``NAME.input``, ``NAME.keys`` and
+        ``NAME.values``."""
         return scales_of(self.path.parent.parent if self.is_checkpoint else self.path, self.directory, self.quant)
 
     @cached_property
@@ -335,11 +341,12 @@ def _fits(grid: Grid, linear: nn.Module, form: Format) -> bool:
 
 
 def scales_of(stored: Path, model: Path, quant: QuantConfig) -> dict[str, float]:
-    """Return the scales of weights and inputs, by their names: those in the folder ``stored``, or else those that the
-    weights of the model in the folder ``model`` give. Raises UserError if they do not fit it."""
-    settings = layer_settings(skeleton(model), quant)
-    expected = {f"{layer}.weight" for layer, own in settings.items() if own.weights.scales_tensors}
-    expected |= {f"{layer}.input" for layer, own in settings.items() if own.activations.scales_tensors}
+    """Return the scales of weights, inputs, keys and values, by their names: those in the folder ``stored``, or else
+    those that the weights of the model in the folder ``model`` give. Raises UserError if they do not fit it."""
+    empty = skeleton(model)
+    weights = {name: own.weights for name, own in layer_settings(empty, quant).items()}
+    expected = {f"{layer}.weight" for layer, form in weights.items() if form.scales_tensors}
+    expected |= measured(empty, quant).keys()
     scales = load_tensor_scales(stored) or weight_scales(model, quant)
     if without := expected - scales.keys():
         raise UserError(f"{stored} is incomplete: {SCALES_FILE} lacks {min(without)}. Copy it again.")

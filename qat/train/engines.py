@@ -28,7 +28,7 @@ from qat.quant.number_format import grid_of
 from qat.quant.prepare import prepare
 from qat.quant.products import speed_up
 from qat.quant.quantizers.base import Grid
-from qat.quant.tensor_scales import input_scales, largest_inputs, set_tensor_scales
+from qat.quant.tensor_scales import largest_magnitudes, scales_from, set_tensor_scales
 from qat.runtime import machine, ranks
 from qat.runtime.errors import UserError
 from qat.runtime.machine import local_ranks, take_gpu
@@ -96,8 +96,8 @@ def student_engine(
     Args:
         lr_factor: the factor on the learning rate at each step
         initial_steps: ``Teacher.initial_steps``, where the quantizer of the activations is learned
-        tensor_scales: scales of weights and inputs, if their formats have any; by default those of the
-            model's weights
+        tensor_scales: scales of weights, inputs, keys and values, if their formats have any; by default those of
+            the model's weights
         train: what learns, see TrainConfig
         grids: initial grids of learned weight scales, by layer; by default those of the weights' own values
         as_codes: gather weights as codes where possible; false only in comparisons
@@ -249,12 +249,12 @@ class Teacher:
         dist.all_reduce(together)
         return dict(zip(sorted(found), together / dist.get_world_size(), strict=True))
 
-    def input_scales(self, row: Row, quant: QuantConfig) -> dict[str, float]:
-        """Compute the scales of inputs, by ``NAME.input``, for all ranks' rows."""
-        found = largest_inputs(self.language_model, quant, lambda: self(row))
+    def measured_scales(self, row: Row, quant: QuantConfig) -> dict[str, float]:
+        """Compute the scales of what is ``measured``, by name, for all ranks' rows."""
+        found = largest_magnitudes(self.language_model, quant, lambda: self(row))
         together = torch.stack([found[name] for name in sorted(found)])
         dist.all_reduce(together, dist.ReduceOp.MAX)
-        return input_scales(self.language_model, quant, dict(zip(sorted(found), together.tolist(), strict=True)))
+        return scales_from(self.language_model, quant, dict(zip(sorted(found), together.tolist(), strict=True)))
 
 
 def labels(loss: str) -> Callable[[Row], LabelTargets]:

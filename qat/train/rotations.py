@@ -66,12 +66,12 @@ def learn(
         raise UserError(
             f"a_quantizer={quant.a_quantizer} has learned steps, and no weights are trained here: give minmax."
         )
-    for form in (form for own in quant.all_settings() for form in (own.weights, own.activations)):
-        if form.scales_tensors:
-            raise UserError(
-                f"{form.quantizer} has scales of tensors, which change with the rotation: learn it for mxfp4 or fp8, "
-                "or leave out --data."
-            )
+    scaled = [f"w_quantizer={own.w_quantizer}" for own in quant.all_settings() if own.weights.scales_tensors]
+    if scaled or quant.measures_scales:
+        raise UserError(
+            f"{(*scaled, quant.measured_setting)[0]} has scales of tensors, which change with the rotation: learn it "
+            "for another format, or leave out --data."
+        )
     rotating = Rotating(folder, rotation, quant)
     matrices = start.to(machine.device()).to(torch.float64)
     with progress.bar(range(config.steps), desc="learn rotations", unit="step") as bar:

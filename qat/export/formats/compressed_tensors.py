@@ -1,8 +1,8 @@
 """``pack-quantized``, ``int-quantized`` and the formats of floats: checkpoints in the compressed-tensors layouts, see
 qat.store.compressed_tensors.
 
-``quant_config.json`` beside them keeps what the format cannot describe (the KV cache, and the true number of bits), so
-that qat.load reads them exactly as trained. ``differences`` concern other engines.
+``quant_config.json`` beside them keeps what the format cannot describe (most KV caches, and the true number of bits),
+so that qat.load reads them exactly as trained. ``differences`` concern other engines.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from qat.quant.rotated import online_widths
 from qat.runtime.errors import UserError
 from qat.runtime.files import load_tensors, save_tensors
 from qat.store.compressed_tensors import (
+    CACHE_SCALES,
     FLOAT8,
     INTEGERS,
     LAYOUTS,
@@ -31,6 +32,7 @@ from qat.store.compressed_tensors import (
     NVFP4,
     PACKED,
     Layout,
+    kv_cache_scheme,
     transform_config,
 )
 from qat.store.model_folder import shapes, skeleton
@@ -96,6 +98,8 @@ class CompressedTensors(ExportFormat):
         if online := _online(student):
             ((width, block),) = set(online.values())
             described["transform_config"] = transform_config(list(online), width, block)
+        if scheme := kv_cache_scheme(student.attention_settings.values()):
+            described["kv_cache_scheme"] = scheme
         save_tensor_scales(student.tensor_scales, output)
         student.quant.save(output)
         if student.quant.activations.learned:
@@ -112,6 +116,10 @@ class CompressedTensors(ExportFormat):
                     yield f"{layer}.{scale}", torch.tensor([student.tensor_scales[f"{layer}.input"]])
             else:
                 yield name, weight
+        if kv_cache_scheme(student.attention_settings.values()):
+            for name in student.attention_settings:
+                for part, scale in CACHE_SCALES.items():
+                    yield f"{name}.{scale}", torch.tensor([student.tensor_scales[f"{name}.{part}"]])
 
     def load(self, exported: Path) -> PreTrainedModel:
         return simulated.load(str(exported), torch.float32)
@@ -164,15 +172,31 @@ class CompressedTensors(ExportFormat):
             "values are the same."
         ]
 
+    def cache_flags(self, quant: QuantConfig) -> str:
+        if kv_cache_scheme([quant]):
+            keys, values = quant.kv_formats
+            return keys.flags(values)
+        return super().cache_flags(quant)
+
+    def all_differences(self, student: Student) -> list[str]:
+        sentences = super().all_differences(student)
+        scaled = [own.kv_format for own in student.attention_settings.values() if kv_cache_scheme([own])]
+        if scaled and not kv_cache_scheme(student.attention_settings.values()):
+            sentences.append(
+                f"KV cache: not all layers have kv_format={scaled[0]}, so its scales stand in a file for qat.load "
+                "alone: other engines would take 1."
+            )
+        return sentences
+
     def _cache(self, quant: QuantConfig) -> list[str]:
         if quant.kv_bits == FULL_PRECISION:
             return []
         if flags := self.cache_flags(quant):
             served = f" ({quant.kv_formats[0].served})" if quant.kv_formats[0].served else ""
-            return [
-                f"{trained_cache(quant)}. vLLM stores it like this, in all layers, with {flags}{served}; without, it "
-                "uses its compute dtype."
-            ]
+            without = "; without, it uses its compute dtype"
+            if kv_cache_scheme([quant]):
+                without = f", where the weight files have {' and '.join(CACHE_SCALES.values())}"
+            return [f"{trained_cache(quant)}. vLLM stores it like this, in all layers, with {flags}{served}{without}."]
         known = {4: "int4_per_token_head (rotated, asymmetric)", 8: "int8_per_token_head"}
         near = known.get(quant.kv_bits) if quant.kv_formats[0].adjustable else None
         if quant.kv.by.is_float:

@@ -29,6 +29,9 @@ class KVFormat(ABC):
         reorders: whether it stores the channels of keys as the engine's own copy of the model has them: see
             Architecture.interleaves
         served: how serving differs from training, in a few words; empty if no difference is known
+        scales_tensors: whether it needs a scale of a layer's keys, and one of its values, measured before training
+        margin: factor by which keys and values may exceed those of the calibration text, in such scales
+        tensor_scale: this scale; until it is known, what is read is NaN
     """
 
     bits: int
@@ -38,6 +41,9 @@ class KVFormat(ABC):
     pairs: ClassVar[bool] = False
     reorders: ClassVar[bool] = False
     served: ClassVar[str] = ""
+    scales_tensors: ClassVar[bool] = False
+    margin: float = 1.0
+    tensor_scale: float | None = None
 
     @property
     @abstractmethod
@@ -47,6 +53,14 @@ class KVFormat(ABC):
     def of(self, form: Format, granularity: str, rotation: str) -> "KVFormat":
         """Return the format that has these settings: itself, if it has none."""
         return self
+
+    def scale_of_tensor(self, largest: float) -> float:
+        """Compute the scale of keys, or of values, as they are stored, whose largest magnitude is given."""
+        raise NotImplementedError
+
+    def for_tensor(self, scale: float) -> "KVFormat":
+        """Return this format with the given scale."""
+        raise NotImplementedError
 
     def flags(self, values: "KVFormat") -> str:
         """Return the flags that make the engine store keys so, and values as ``values``."""

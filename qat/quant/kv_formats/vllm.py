@@ -13,13 +13,17 @@ from qat.quant.quantizers.base import divided
 SMALLEST_SCALE = 1e-6
 
 
-class VllmFormat(BlockFormat):
+class Vllm(KVFormat):
     """A cache that one flag of vLLM's names."""
 
     engine = "vLLM"
 
     def flags(self, values: KVFormat) -> str:
         return f"--kv-cache-dtype {self.type}"
+
+
+class VllmFormat(Vllm, BlockFormat):
+    """Such a cache whose blocks have grids of their own, or none."""
 
 
 class PerTokenHead(VllmFormat):

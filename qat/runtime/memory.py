@@ -11,8 +11,8 @@ import torch
 from qat.runtime.machine import device, local_ranks
 
 PROCESS = {"cpu": 1.1e9, "cuda": 1.5e9}
-"""Bytes that a rank holds without a model: on a CPU Python, the libraries and torch.compile, measured with a tiny one; on
-a GPU the CUDA context, assumed."""
+"""Bytes that a rank holds without a model: on a CPU Python, the libraries and torch.compile, measured; on a GPU its
+context, assumed."""
 
 _logger = logging.getLogger(__name__)
 

@@ -546,7 +546,8 @@ def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
 
     assert "w_bits=16" in refusal(QuantConfig(16, 8, 4), PACKED)
     assert "give --format pack-quantized" in refusal(QuantConfig(w_quantizer="minmax_asymmetric"), INTEGERS)
-    assert "w_bits=8 fits no GGUF type" in refusal(QuantConfig(8, w_quantizer="minmax_asymmetric"), GGUF)
+    eight_bits = QuantConfig(8, w_quantizer="minmax_asymmetric")
+    assert "w_bits=8 fits no GGUF type. Give --format hf-fake." in refusal(eight_bits, GGUF)
     assert "multiple of 32" in refusal(QuantConfig(w_group_size=16), GGUF)
     assert "hidden_act='gelu', where llama.cpp computes silu" in refusal(QuantConfig(), GGUF, hidden_act="gelu")
     for family, said in ((LlamaConfig, LONGROPE), (Qwen2Config, LLAMA3), (LlamaConfig, YARN_BY_HAND)):

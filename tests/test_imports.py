@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from commands import ROOT
 
-from qat.export.formats import FORMATS
+from qat.export.formats import FAKE, FORMATS, GGUF
 from qat.quant.architecture import ARCHITECTURES
+from qat.store.compressed_tensors import FLOAT8, INTEGERS, MXFP4, NVFP4, PACKED
 
 FLOORS = [
     {"launch", "launch.paper"},
@@ -137,11 +138,21 @@ def test_one_file_knows_the_layers_names(module):
             assert not found, f"{module}, line {node.lineno}"
 
 
-@pytest.mark.parametrize(
-    "module", ["qat.export.export", "qat.export.model_card", "launch.export", "qat.infer.simulated"]
-)
-def test_what_writes_and_reads_exports_names_no_format(module):
-    assert not [name for name in FORMATS if name in FILES[module].read_text()]
+DEFINES_FORMATS = {
+    "qat.store.compressed_tensors": {PACKED, INTEGERS, FLOAT8, NVFP4, MXFP4},
+    "qat.export.formats.base": {FAKE, GGUF},
+    "qat.store.gguf_files": {GGUF},  # the package's name, too
+}
+"""The constants with the names of export formats, and where they are defined."""
+
+
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_names_of_export_formats_are_not_repeated(module):
+    nodes = ast.walk(ast.parse(FILES[module].read_text()))
+    values = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    names = FORMATS.keys() - DEFINES_FORMATS.get(module, set())
+    assert not names & values
+    assert not [value for value in values for name in names if f"--format {name}" in value]
 
 
 def test_help_imports_neither_transformers_nor_deepspeed():

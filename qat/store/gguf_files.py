@@ -96,6 +96,10 @@ _SPLITS = {"{1,3}".join(_SPLIT): "llama-bpe", "".join(_SPLIT): "qwen2"}
 """llama.cpp's names for the ways in which a text is split before BPE."""
 
 
+class Unsupported(UserError):
+    """A model or student that GGUF, or llama.cpp, cannot hold. Another export format may."""
+
+
 def find(path: Path) -> Path | None:
     """Return the GGUF file at ``path``: the file itself, or that of the folder of an export; None if there is none."""
     file = path / FILE if path.is_dir() else path
@@ -110,7 +114,7 @@ def longest(file: Path) -> int:
 
 
 def check(student: Student) -> None:
-    """Raise UserError for weights that no GGUF type can hold, and for models that are not mapped here."""
+    """Raise Unsupported for weights that no GGUF type can hold, and for models that are not mapped here."""
     from transformers import AutoConfig
 
     for own in student.settings.values():
@@ -118,31 +122,29 @@ def check(student: Student) -> None:
         if own.weights.quantizes and (
             own.w_bits not in types or has_zero_points != (types[own.w_bits] == Type.Q4_1.name)
         ):
-            raise UserError(
-                f"w_quantizer={own.w_quantizer} with w_bits={own.w_bits} fits no GGUF type: give --format hf-fake."
-            )
+            raise Unsupported(f"w_quantizer={own.w_quantizer} with w_bits={own.w_bits} fits no GGUF type.")
         if own.weights.group_size % _BLOCK and not own.weights.by.is_float:
-            raise UserError(
+            raise Unsupported(
                 f"w_group_size={own.weights.group_size}: GGUF has one scale per {_BLOCK} codes, so it must be a "
-                f"multiple of {_BLOCK}. Give --format hf-fake."
+                f"multiple of {_BLOCK}."
             )
     config = AutoConfig.from_pretrained(student.directory)
     _check_computed(config)
     block = max((gguf.GGML_QUANT_SIZES[type_of(form)][0] for form in student.weight_formats.values()), default=1)
     if config.hidden_size % block or config.intermediate_size % block:
-        raise UserError(
+        raise Unsupported(
             f"hidden_size={config.hidden_size} and intermediate_size={config.intermediate_size} must be multiples of "
-            f"{block} for this GGUF type: give --format hf-fake."
+            f"{block} for this GGUF type."
         )
     _tokenizer(student.directory)
     _special_tokens(student.directory, config.vocab_size)
 
 
 def _check_computed(config: PreTrainedConfig) -> None:
-    """Raise UserError for a model that llama.cpp would compute differently, or not load."""
+    """Raise Unsupported for a model that llama.cpp would compute differently, or not load."""
     kind, rope, name = config.model_type, config.rope_parameters, architecture_of(config).gguf
     if not name:
-        raise UserError(f"The architecture {kind} is not mapped to GGUF here: give --format hf-fake.")
+        raise Unsupported(f"The architecture {kind} is not mapped to GGUF here.")
     is_llama = name == "llama"
     ropes = [name for name in _ROPES if is_llama or name != "llama3"]
     scaled = rope["rope_type"]
@@ -158,7 +160,7 @@ def _check_computed(config: PreTrainedConfig) -> None:
     elif scaled != "default" and (more := set(rope) - _ROPES[scaled] - {"rope_type", "type", "rope_theta"}):
         reasons.append(f"rope_parameters with {', '.join(sorted(more))}, which are not mapped to GGUF here")
     if reasons:
-        raise UserError(f"The model has {'; and '.join(reasons)}. Give --format hf-fake.")
+        raise Unsupported(f"The model has {'; and '.join(reasons)}.")
 
 
 def positions(config: PreTrainedConfig) -> int:
@@ -340,8 +342,8 @@ def is_loaded(directory: Path) -> bool:
     """Return whether llama.cpp, which is installed, loads ``directory/model.gguf``; False if that cannot be determined:
     it takes more than ten minutes and a second for every 10 MB.
 
-    Runs in another process, which llama.cpp may end if it cannot compute the model. Raises UserError if it rejects the
-    file.
+    Runs in another process, which llama.cpp may end if it cannot compute the model. Raises Unsupported if it rejects
+    the file.
     """
     limit = _LOADING + (directory / FILE).stat().st_size / 10e6
     command = [sys.executable, "-c", _LOAD, str(directory / FILE)]
@@ -352,7 +354,7 @@ def is_loaded(directory: Path) -> bool:
     if done.returncode:
         reasons = [line for line in done.stderr.splitlines() if "error" in line.lower()]
         reason = (reasons or ["no reason given"])[0].strip()
-        raise UserError(f"{directory / FILE} is wrong: llama.cpp does not load it ({reason}). Give --format hf-fake.")
+        raise Unsupported(f"{directory / FILE} is wrong: llama.cpp does not load it ({reason}).")
     return True
 
 
@@ -365,9 +367,8 @@ def _check_scale(name: str, scale: Tensor) -> None:
     errors = (scale.half().float() - scale).abs()
     wrong = ~(errors <= _LARGEST_ERROR * scale.abs())  # a scale may be 0, or negative
     if wrong.any():
-        raise UserError(
-            f"GGUF stores scales in fp16, which cannot represent {scale[wrong][0]:.3g}, a scale of {name}: give "
-            "--format hf-fake."
+        raise Unsupported(
+            f"GGUF stores scales in fp16, which cannot represent {scale[wrong][0]:.3g}, a scale of {name}."
         )
 
 
@@ -479,7 +480,7 @@ def _special_tokens(directory: Path, vocabulary_size: int) -> gguf.SpecialVocab:
 
 
 def _split(directory: Path) -> str:
-    """Return llama.cpp's name for how the tokenizer splits a text before BPE; raise UserError if it has none here."""
+    """Return llama.cpp's name for how the tokenizer splits a text before BPE; raise Unsupported if it has none here."""
     file = directory / "tokenizer.json"
     content = read_json(file) if file.is_file() else {}
     with using(file):
@@ -493,7 +494,7 @@ def _split(directory: Path) -> str:
             return "smollm"
         if kinds == ["Split", "ByteLevel"] and (name := _SPLITS.get(steps[0]["pattern"].get("Regex"))):
             return name
-    raise UserError(
-        f"The tokenizer of {directory} splits text in a way that is not mapped to llama.cpp's here: give --format "
-        "hf-fake and convert that with llama.cpp's own script."
+    raise Unsupported(
+        f"The tokenizer of {directory} splits text in a way that is not mapped to llama.cpp's here, but may be in "
+        "llama.cpp's own conversion script."
     )

@@ -1,14 +1,12 @@
 """Export formats, by their name for ``--format``. A new one is a file here and a line in ``FORMATS``; a plug-in adds
 its own with ``FORMATS.add(name, format)``."""
 
-from qat.export.formats.base import ExportFormat
+from qat.export.formats.base import FAKE, GGUF, ExportFormat
 from qat.export.formats.compressed_tensors import FloatQuantized, IntQuantized, MXFP4Packed, NVFP4Packed, PackQuantized
 from qat.export.formats.fake import Fake
 from qat.export.formats.gguf import Gguf
 from qat.runtime.table import Table
 from qat.store.compressed_tensors import FLOAT8, INTEGERS, MXFP4, NVFP4, PACKED
-
-FAKE, GGUF = "hf-fake", "gguf"
 
 FORMATS: Table[ExportFormat] = Table(
     "export format",

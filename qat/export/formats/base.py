@@ -18,6 +18,9 @@ from qat.store.student_folder import Student
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+FAKE, GGUF = "hf-fake", "gguf"
+"""The names of formats that the messages of others recommend; FAKE holds every student."""
+
 
 class ExportFormat(ABC):
     """A way to write a student for other engines. The defaults are those of a format that holds the weights, codes and

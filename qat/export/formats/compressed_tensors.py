@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from qat.export.formats.base import ExportFormat, trained_activations, trained_cache, write_folder
+from qat.export.formats.base import FAKE, GGUF, ExportFormat, trained_activations, trained_cache, write_folder
 from qat.infer import simulated
 from qat.quant.architecture import kept_linears
 from qat.quant.config import QuantConfig
@@ -81,7 +81,7 @@ class CompressedTensors(ExportFormat):
             groups = f" in groups of {own.w_group_size}" if own.w_group_size else ""
             raise UserError(
                 f"w_quantizer={own.w_quantizer}{groups}: {self.layout.name} cannot store such weights. Give "
-                f"--format {' or '.join([*others, 'hf-fake'])}."
+                f"--format {' or '.join([*others, FAKE])}."
             )
         for width, block in _online(student).values():
             if block != largest_power_of_two(block):
@@ -217,7 +217,7 @@ class CompressedTensors(ExportFormat):
         if quantized and student.is_tied:
             sentences.append(
                 "Embedding and output layer share one quantized weight, which transformers' own loader cannot read; "
-                "not tried in vLLM. qat.load reads it, and llama.cpp after --format gguf."
+                f"not tried in vLLM. qat.load reads it, and llama.cpp after --format {GGUF}."
             )
         elif any(own is not output for own in quantized):
             sentences.append(self.embedding)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,9 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from qat.export.formats.base import ExportFormat, trained_activations, trained_cache, trained_output
+from qat.export.formats.base import FAKE, ExportFormat, trained_activations, trained_cache, trained_output
 from qat.quant.config import QuantConfig
 from qat.quant.number_format import FULL_PRECISION, Format, Quantized
+from qat.runtime.errors import UserError
 from qat.store import gguf_files
 from qat.store.student_folder import Student
 
@@ -25,7 +28,8 @@ class Gguf(ExportFormat):
     engine = "llama.cpp"
 
     def check(self, student: Student) -> None:
-        gguf_files.check(student)
+        with _advising():
+            gguf_files.check(student)
 
     def longest(self, student: Student) -> int:
         from transformers import AutoConfig
@@ -34,7 +38,8 @@ class Gguf(ExportFormat):
 
     def write(self, student: Student, output: Path, file_bytes: int) -> None:
         """Write one file, whatever its size."""
-        gguf_files.write(student, output)
+        with _advising():
+            gguf_files.write(student, output)
 
     def load(self, exported: Path) -> PreTrainedModel:
         return gguf_files.load(exported)
@@ -49,7 +54,8 @@ class Gguf(ExportFormat):
     def loaded_by(self, exported: Path) -> str | None:
         if not gguf_files.is_installed():
             return "; not tried in llama.cpp (xllamacpp is not installed)"
-        return ", and llama.cpp loads it" if gguf_files.is_loaded(exported) else None
+        with _advising():
+            return ", and llama.cpp loads it" if gguf_files.is_loaded(exported) else None
 
     def differences(self, quant: QuantConfig) -> list[str]:
         sentences = [_activations(quant)]
@@ -81,6 +87,15 @@ class Gguf(ExportFormat):
 
     def serve(self, name: str) -> list[str]:
         return [f"llama-cli -m {name}/{gguf_files.FILE}"]
+
+
+@contextlib.contextmanager
+def _advising() -> Iterator[None]:
+    """Add the export format that holds every student to the message of Unsupported."""
+    try:
+        yield
+    except gguf_files.Unsupported as error:
+        raise UserError(f"{error} Give --format {FAKE}.") from error
 
 
 def _activations(quant: QuantConfig) -> str:

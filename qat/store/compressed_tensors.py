@@ -26,7 +26,8 @@ from torch import Tensor
 
 from qat.quant.config import QuantConfig
 from qat.quant.number_format import FULL_PRECISION, Format, Quantized
-from qat.quant.quantizers.base import Grid
+from qat.quant.quantizers import mxfp4, nvfp4
+from qat.quant.quantizers.base import FloatFormat, Grid, Quantizer
 from qat.store.weight_files import FLOATS
 
 PACKED, INTEGERS, FLOAT8 = "pack-quantized", "int-quantized", "float-quantized"
@@ -55,13 +56,13 @@ _NVFP4_BLOCKS = {
     "scale_dtype": "torch.float8_e4m3fn",
     "zp_dtype": "torch.float8_e4m3fn",
 }
-_FLOAT_INPUTS: dict[str, dict[str, Any]] = {
-    "fp8": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True},
-    "fp8_tensor": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": _TENSOR, "dynamic": False},
-    "mxfp4": {**_MXFP4_BLOCKS, "dynamic": True},
-    "nvfp4": {**_NVFP4_BLOCKS, "dynamic": "local"},
+_FLOAT_INPUTS: dict[FloatFormat, dict[str, Any]] = {
+    FloatFormat.FP8: {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True},
+    FloatFormat.FP8_TENSOR: {"num_bits": 8, "type": "float", "symmetric": True, "strategy": _TENSOR, "dynamic": False},
+    FloatFormat.MXFP4: {**_MXFP4_BLOCKS, "dynamic": True},
+    FloatFormat.NVFP4: {**_NVFP4_BLOCKS, "dynamic": "local"},
 }
-"""The description of activations that are rounded to floats, by their quantizer."""
+"""The description of activations that are rounded to floats."""
 
 _CACHES: dict[str, dict[str, Any]] = {"vllm_fp8_scaled": _FLOAT_INPUTS["fp8_tensor"]}
 """The description of KV caches, by their format."""
@@ -85,7 +86,7 @@ class Layout(ABC):
         stored_bits: the declared bits, by those of the codes. Every code of 3 bits is one of 4 bits,
             with the same scale, and engines have kernels for those
         engine_a_bits: the bits to which engines that read it can round activations, to integers
-        float_inputs: the quantizers of activations to floats that engines which read it have too
+        float_inputs: the formats of floats to which engines that read it can round activations
         scale_dtype: safetensors' name of the dtype of ``weight_scale``
         code_dtypes: dtypes of a tensor ``weight`` that holds codes
     """
@@ -95,7 +96,7 @@ class Layout(ABC):
     has_zero_points: bool = False
     stored_bits: ClassVar[Mapping[int, int]]
     engine_a_bits: tuple[int, ...] = ()
-    float_inputs: tuple[str, ...] = ()
+    float_inputs: tuple[FloatFormat, ...] = ()
     scale_dtype = "F32"
     code_dtypes: tuple[torch.dtype, ...] = ()
 
@@ -108,7 +109,8 @@ class Layout(ABC):
         points."""
         if quant.a_bits == FULL_PRECISION or not quant.weights.symmetric:
             return False
-        return quant.a_quantizer in self.float_inputs if quant.activations.by.is_float else bool(self.engine_a_bits)
+        by = quant.activations.by
+        return by.float_format in self.float_inputs if by.is_float else bool(self.engine_a_bits)
 
     def served_a_bits(self, quant: QuantConfig) -> int:
         """Return the bits to which an engine rounds activations: those that were trained, or else 8."""
@@ -176,8 +178,8 @@ class Layout(ABC):
         return INPUT_SCALES.get(self._inputs(quant)["strategy"]) if self.serves_inputs(quant) else None
 
     def _inputs(self, quant: QuantConfig) -> dict[str, Any]:
-        if quant.activations.by.is_float:
-            return _FLOAT_INPUTS[quant.a_quantizer]
+        if floats := quant.activations.by.float_format:
+            return _FLOAT_INPUTS[floats]
         return {
             "num_bits": self.served_a_bits(quant),
             "type": "int",
@@ -208,7 +210,7 @@ class _Packed(Layout):
     has_zero_points = True
     stored_bits: ClassVar[Mapping[int, int]] = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
     engine_a_bits = 4, 8
-    float_inputs = ("fp8",)
+    float_inputs = (FloatFormat.FP8,)
 
     def encode(self, name: str, quantized: Quantized, form: Format) -> dict[str, Tensor]:
         from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32  # takes seconds to import
@@ -267,11 +269,11 @@ class _Float8(Layout):
     name = FLOAT8
     suffixes = "weight", "weight_scale"
     stored_bits: ClassVar[Mapping[int, int]] = {8: 8}
-    float_inputs = "fp8", "fp8_tensor"
+    float_inputs = FloatFormat.FP8, FloatFormat.FP8_TENSOR
     code_dtypes = (torch.float8_e4m3fn,)
 
     def holds(self, form: Format) -> bool:
-        return form.quantizer in ("fp8", "fp8_tensor") and not form.group_size
+        return form.by.float_format in self.float_inputs and not form.group_size
 
     def _weights(self, quant: QuantConfig) -> dict[str, Any]:
         strategy = {"strategy": _TENSOR} if quant.weights.scales_tensors else {}
@@ -294,10 +296,10 @@ class _Float4(Layout):
 
     suffixes: tuple[str, ...] = "weight_packed", "weight_scale"
     stored_bits: ClassVar[Mapping[int, int]] = {4: 4}
-    quantizers: tuple[str, ...]
+    quantizer: Quantizer
 
     def holds(self, form: Format) -> bool:
-        return form.quantizer in self.quantizers
+        return form.by.float_format is self.quantizer.float_format
 
     def encode(self, name: str, quantized: Quantized, form: Format) -> dict[str, Tensor]:
         by, scale = form.by_on(quantized.codes.device), quantized.grid.scale
@@ -312,18 +314,19 @@ class _Float4(Layout):
 
     def join(self, parts: Mapping[str, Tensor], bits: int) -> Quantized:
         packed = parts["weight_packed"]
-        by = self._form(parts).by_on(packed.device)
+        by = self._quantizer(parts)
         codes = by.from_bits(torch.stack([packed & 15, packed >> 4], -1).flatten(-2).view(torch.int8))
         return Quantized(codes, Grid(by.scale_from_bits(parts["weight_scale"].view(torch.uint8))))
 
-    def _form(self, parts: Mapping[str, Tensor]) -> Format:
-        return Format(4, self.quantizers[0])
+    def _quantizer(self, parts: Mapping[str, Tensor]) -> Quantizer:
+        """Return the quantizer that reads the codes and scales of a weight."""
+        return self.quantizer
 
 
 class _MXFP4(_Float4):
     name = MXFP4
-    quantizers = ("mxfp4",)
-    float_inputs = "mxfp4", "fp8"
+    quantizer = mxfp4.MXFP4()
+    float_inputs = FloatFormat.MXFP4, FloatFormat.FP8
     scale_dtype = "U8"
 
     def _weights(self, quant: QuantConfig) -> dict[str, Any]:
@@ -332,9 +335,9 @@ class _MXFP4(_Float4):
 
 class _NVFP4(_Float4):
     name = NVFP4
-    quantizers = "nvfp4", "nvfp4_4over6"
+    quantizer = nvfp4.NVFP4()
     suffixes = "weight_packed", "weight_scale", "weight_global_scale"
-    float_inputs = ("nvfp4",)
+    float_inputs = (FloatFormat.NVFP4,)
     scale_dtype = "F8_E4M3"
 
     def _weights(self, quant: QuantConfig) -> dict[str, Any]:
@@ -350,8 +353,8 @@ class _NVFP4(_Float4):
             f"{name}.weight_global_scale": ((1,), frozenset({"F32"})),
         }
 
-    def _form(self, parts: Mapping[str, Tensor]) -> Format:
-        return Format(4, self.quantizers[0], tensor_scale=parts["weight_global_scale"].item())
+    def _quantizer(self, parts: Mapping[str, Tensor]) -> Quantizer:
+        return self.quantizer.for_tensor(parts["weight_global_scale"].squeeze(0))
 
 
 def kv_cache_scheme(settings: Iterable[QuantConfig]) -> dict[str, Any] | None:

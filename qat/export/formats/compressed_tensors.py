@@ -20,6 +20,7 @@ from qat.quant.architecture import kept_linears
 from qat.quant.config import QuantConfig
 from qat.quant.hadamard import largest_power_of_two
 from qat.quant.number_format import FULL_PRECISION, Quantized
+from qat.quant.quantizers.base import FloatFormat
 from qat.quant.rotated import online_widths
 from qat.runtime.errors import UserError
 from qat.runtime.files import load_tensors, save_tensors
@@ -143,12 +144,12 @@ class CompressedTensors(ExportFormat):
             sentences.append(
                 f"{trained_activations(quant)}; no engine has kernels for that, and they are rounded to {served}."
             )
-        if quant.a_quantizer == "minmax_full":
+        if quant.activations.by.added_to_qmax == 0.5:
             sentences.append(
                 "Activations: as trained in transformers' own loader; vLLM scales them by max/qmax instead."
             )
             return sentences
-        if quant.a_quantizer != "minmax":
+        if quant.activations.by.added_to_qmax != 0:
             sentences.append(
                 f"Activations: trained with {quant.a_quantizer}; engines quantize them with scale max/qmax per token."
             )
@@ -160,7 +161,7 @@ class CompressedTensors(ExportFormat):
     def _float_activations(self, quant: QuantConfig) -> list[str]:
         return [
             f"Activations: trained as {quant.a_quantizer}; vLLM rounds them by the same rule on "
-            f"{_FLOAT_GPUS[quant.a_quantizer]}, but sums in another order; on other GPUs it does not round them."
+            f"{_gpus(quant)}, but sums in another order; on other GPUs it does not round them."
         ]
 
     def _weights(self, quant: QuantConfig) -> list[str]:
@@ -200,7 +201,7 @@ class CompressedTensors(ExportFormat):
         known = {4: "int4_per_token_head (rotated, asymmetric)", 8: "int8_per_token_head"}
         near = known.get(quant.kv_bits) if quant.kv_formats[0].adjustable else None
         if quant.kv.by.is_float:
-            near = "fp8_per_token_head" if quant.kv_quantizer == "fp8" else None
+            near = "fp8_per_token_head" if quant.kv.by.float_format is FloatFormat.FP8 else None
         hint = (
             f", or, on GPUs, --kv-cache-dtype {near}, which is near but not equal to what was trained" if near else ""
         )
@@ -232,12 +233,10 @@ def _online(student: Student) -> dict[str, tuple[int, int]]:
     return online_widths(skeleton(student.directory))
 
 
-_FLOAT_GPUS = {
-    "fp8": "GPUs of compute capability 8.9 or later",
-    "fp8_tensor": "GPUs of compute capability 8.9 or later",
-    "mxfp4": "GPUs of compute capability 10.0 or later",
-    "nvfp4": "GPUs of compute capability 10.0 or later",
-}
+def _gpus(quant: QuantConfig) -> str:
+    """Name the GPUs with instructions for the floats of the activations."""
+    eight_bits = quant.activations.by.float_format in (FloatFormat.FP8, FloatFormat.FP8_TENSOR)
+    return f"GPUs of compute capability {'8.9' if eight_bits else '10.0'} or later"
 
 
 class PackQuantized(CompressedTensors):

@@ -81,7 +81,7 @@ class Gguf(ExportFormat):
         output = student.output_settings
         if output is None or not output.weights.quantizes:
             return super().vocabulary_differences(student)
-        if output.a_bits != FULL_PRECISION and output.a_quantizer == "ggml_q8_0":
+        if output.a_bits != FULL_PRECISION and output.activations.by.rounds_as_llama_cpp:
             return []
         return [f"{trained_output(output)}; llama.cpp rounds it to 8 bits in blocks of 32."]
 
@@ -102,7 +102,7 @@ def _activations(quant: QuantConfig) -> str:
     blocks = "llama.cpp rounds them to 8 bits in blocks of 32"
     if quant.a_bits == FULL_PRECISION:
         return f"Activations: {blocks}."
-    if quant.a_quantizer == "ggml_q8_0":
+    if quant.activations.by.rounds_as_llama_cpp:
         return "Activations: as trained on CPUs with AVX; elsewhere llama.cpp's rule differs in the last bits."
     finer = "" if quant.activations.group_size else ", finer than one scale per token"
     return f"{trained_activations(quant)}; {blocks}{finer}."

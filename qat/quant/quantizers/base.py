@@ -10,6 +10,7 @@ A group is a row here: quantizers get [groups, elements of a group], see qat.qua
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from enum import Enum
 from functools import cache
 from typing import ClassVar, NamedTuple
 
@@ -29,6 +30,15 @@ class Grid(NamedTuple):
     def map(self, change: Callable[[Tensor], Tensor]) -> "Grid":
         """Return a grid with both parts [..., groups] changed by ``change``."""
         return Grid(change(self.scale), None if self.zero_point is None else change(self.zero_point))
+
+
+class FloatFormat(Enum):
+    """The formats of floats that engines have kernels for: codes, and what shares a scale."""
+
+    FP8 = "e4m3, a scale per row"
+    FP8_TENSOR = "e4m3, a scale per tensor"
+    MXFP4 = "e2m1, an exponent per 32"
+    NVFP4 = "e2m1, an e4m3 scale per 16, and a scale per tensor"
 
 
 class Quantizer:
@@ -51,7 +61,10 @@ class Quantizer:
             unless it is of whole numbers that the dtype holds
         grid_gives_codes: whether ``codes`` on the grid of ``encode`` are the codes of ``encode``; not where codes are
             made before the scale is rounded, as ggml makes them
+        float_format: the format in which engines store its codes, if they are floats that engines have
+        added_to_qmax: a in scale = max|x| / (qmax + a), the engines' rules for activations; None for other rules
         gguf_types: the types of GGUF that hold its codes as weights, by bits
+        rounds_as_llama_cpp: whether llama.cpp rounds activations like this
         learned: whether the grid is that of Parameters, see LearnedQuantizer
         scales_tensors: whether the groups' scales are in units of a scale of the tensor's, or are that scale, which is
             fixed before training; ``grid`` is then that of ``for_tensor``
@@ -72,11 +85,14 @@ class Quantizer:
     half_step: ClassVar[float] = 0.5
     is_exact: ClassVar[bool] = True
     grid_gives_codes: ClassVar[bool] = True
+    float_format: ClassVar[FloatFormat | None] = None
+    added_to_qmax: ClassVar[float | None] = None
     gguf_types: ClassVar[Mapping[int, str]] = {
         **dict.fromkeys((2, 3, 4), "Q4_0"),
         5: "Q5_0",
         **dict.fromkeys((6, 7, 8), "Q8_0"),
     }
+    rounds_as_llama_cpp: ClassVar[bool] = False
     learned: ClassVar[bool] = False
     scales_tensors: ClassVar[bool] = False
     margin: ClassVar[float] = 1.0

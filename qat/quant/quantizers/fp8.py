@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from qat.quant.quantizers.base import Grid, Quantizer, divided
+from qat.quant.quantizers.base import FloatFormat, Grid, Quantizer, divided
 from qat.quant.quantizers.minifloat import E4M3, E4M3_MAX, nearest_e4m3
 
 
@@ -17,6 +17,7 @@ class FP8(Quantizer):
     bits = (8,)
     is_float = True
     code_dtype = E4M3
+    float_format: ClassVar[FloatFormat | None] = FloatFormat.FP8
     gguf_types: ClassVar[Mapping[int, str]] = {}
 
     def grid(self, rows: Tensor, qmax: int) -> Grid:

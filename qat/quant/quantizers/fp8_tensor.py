@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from qat.quant.quantizers.base import Grid
+from qat.quant.quantizers.base import FloatFormat, Grid
 from qat.quant.quantizers.fp8 import FP8
 from qat.quant.quantizers.minifloat import E4M3_MAX, power_of_two
 
@@ -20,6 +20,7 @@ class FP8Tensor(FP8):
     meaning = "8-bit floats (e4m3) with one scale per tensor, measured before training"
     parts = ("weights", "activations")
     clips = True
+    float_format = FloatFormat.FP8_TENSOR
     scales_tensors = True
     margin = 2.0
 

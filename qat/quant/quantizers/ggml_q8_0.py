@@ -19,6 +19,7 @@ class GgmlQ8_0(Quantizer):
     scale_dtype = torch.float16
     grid_gives_codes = False
     full_range = True
+    rounds_as_llama_cpp = True
 
     def grid(self, rows: Tensor, qmax: int) -> Grid:
         return Grid(divided(_largest(rows), qmax))

@@ -11,6 +11,7 @@ from qat.quant.quantizers.base import Grid, Quantizer, divided, usable
 
 class MinMax(Quantizer):
     meaning = "symmetric, no clipping (the paper's)"
+    added_to_qmax = 0.0
 
     def grid(self, rows: Tensor, qmax: int) -> Grid:
         return Grid(usable(divided(rows.abs().amax(-1, keepdim=True).float(), qmax)))

@@ -15,6 +15,7 @@ class MinMaxFull(Quantizer):
     meaning = "symmetric, all codes (torchao's)"
     parts: ClassVar[tuple[str, ...]] = ("weights", "activations")
     full_range = True
+    added_to_qmax: ClassVar[float | None] = 0.5
 
     def grid(self, rows: Tensor, qmax: int) -> Grid:
         largest = rows.abs().amax(-1, keepdim=True).float()

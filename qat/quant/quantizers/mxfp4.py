@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qat.quant.quantizers.base import Grid
+from qat.quant.quantizers.base import FloatFormat, Grid
 from qat.quant.quantizers.minifloat import E2M1
 
 _QUARTER = 1 << 21
@@ -30,6 +30,7 @@ class MXFP4(E2M1):
     meaning = "4-bit floats, blocks of 32 that share a power of two"
     group_size = 32
     scale_bytes = 1
+    float_format: ClassVar[FloatFormat | None] = FloatFormat.MXFP4
     gguf_types: ClassVar[Mapping[int, str]] = {4: "MXFP4"}
 
     def grid(self, rows: Tensor, qmax: int) -> Grid:

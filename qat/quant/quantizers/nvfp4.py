@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qat.quant.quantizers.base import Grid, divided
+from qat.quant.quantizers.base import FloatFormat, Grid, divided
 from qat.quant.quantizers.minifloat import E2M1, E2M1_MAX, E4M3, E4M3_MAX, E4M3_NORMAL, nearest_e4m3, power_of_two
 
 _SMALLEST = 0.125
@@ -31,6 +31,7 @@ class NVFP4(E2M1):
     clips = True
     group_size = 16
     scale_bytes = 1
+    float_format: ClassVar[FloatFormat | None] = FloatFormat.NVFP4
     gguf_types: ClassVar[Mapping[int, str]] = {4: "NVFP4"}
     scales_tensors = True
     margin = 4.0

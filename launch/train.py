@@ -153,7 +153,7 @@ def main() -> int:
             f"{quant.measured_setting} takes its scales from the teacher's activations, and the student's are "
             f"rotated: give --model {begin}."
         )
-    if config.train != "weights":
+    if config.trained.scales:
         check_scales_can_learn(prepared)
     grids = starting_grids(paths.student, quant, config) if paths.student else {}
     cache = None
@@ -166,7 +166,7 @@ def main() -> int:
     ds_settings = config.ds_settings(cli.ranks())
     student_json = deepspeed_json.resolve(paths.deepspeed, ds_settings)
     teacher_json = deepspeed_json.resolve(paths.teacher_deepspeed or paths.deepspeed, ds_settings)
-    if config.train == "scales":
+    if not config.trained.weights:
         check_codes_last(prepared, deepspeed_json.dtype(student_json))
     student_json.setdefault("tensorboard", {"enabled": True, "output_path": str(paths.output), "job_name": TENSORBOARD})
     identity = {
@@ -330,7 +330,7 @@ def starting_grids(student: Path, quant: QuantConfig, config: TrainConfig) -> di
     are none, or if scales do not learn: then grids follow from the weights' values."""
     if is_rotated_model(student) or not (found := student_folder.find(student)).has_grids:
         return {}
-    if config.train == "weights":
+    if not config.trained.scales:
         cli.say(f"train=weights ignores the weight grids of {student} and computes new ones from its rounded weights.")
         return {}
     if found.quant.overrides != quant.overrides:

@@ -54,6 +54,28 @@ class Block:
 
 
 @dataclass(frozen=True)
+class LlamaCpp:
+    """The properties of one of llama.cpp's architectures.
+
+    Args:
+        interleaves: whether it rotates neighbouring channels of a head, not the two halves
+        divides_frequencies: whether it reads divisors of RoPE's frequencies, which llama3's scaled positions need
+        has_attention_bias: whether it reads biases of queries, keys and values
+    """
+
+    interleaves: bool = False
+    divides_frequencies: bool = False
+    has_attention_bias: bool = True
+
+
+LLAMA_CPP = {
+    "llama": LlamaCpp(interleaves=True, divides_frequencies=True),
+    "qwen3": LlamaCpp(has_attention_bias=False),
+}
+"""By llama.cpp's names; those not listed have the defaults."""
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A causal LM of transformers that attends through its attention interface, and whose logits are the product of
     ``norm``'s output with ``head``, neither scaled nor capped.
@@ -92,7 +114,12 @@ class Architecture:
     def interleaves(self) -> bool:
         """Return whether llama.cpp rotates neighbouring channels of a head, where transformers rotates its two halves,
         so that a GGUF file has the channels of queries and keys in another order."""
-        return self.gguf == "llama" and self.block is not None
+        return self.llama_cpp.interleaves and self.block is not None
+
+    @property
+    def llama_cpp(self) -> LlamaCpp:
+        """Return the properties of llama.cpp's architecture."""
+        return LLAMA_CPP.get(self.gguf, LlamaCpp())
 
     def names(self, number: int, layers: int, name: str) -> tuple[str, str]:
         """Return the full names of module ``name`` in decoder layer ``number`` of ``layers``: counted from 0, and from

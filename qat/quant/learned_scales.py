@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,24 @@ from qat.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+class Trained(NamedTuple):
+    """Which Parameters of a student learn."""
+
+    meaning: str
+    weights: bool
+    scales: bool
+
+
+TRAINED = {
+    "weights": Trained("all weights; the scales of their grids follow from their values at every step", True, False),
+    "all": Trained(
+        "all weights, and the scales of their grids, initialized from the starting point's (LSQ)", True, True
+    ),
+    "scales": Trained("only the scales; the codes of the weights stay fixed", False, True),
+}
+"""What ``TrainConfig.train`` can be. Old runs, which do not record it, trained the weights."""
 
 
 @torch.no_grad()

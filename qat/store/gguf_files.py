@@ -142,19 +142,18 @@ def check(student: Student) -> None:
 
 def _check_computed(config: PreTrainedConfig) -> None:
     """Raise Unsupported for a model that llama.cpp would compute differently, or not load."""
-    kind, rope, name = config.model_type, config.rope_parameters, architecture_of(config).gguf
-    if not name:
+    kind, rope, architecture = config.model_type, config.rope_parameters, architecture_of(config)
+    if not architecture.gguf:
         raise Unsupported(f"The architecture {kind} is not mapped to GGUF here.")
-    is_llama = name == "llama"
-    ropes = [name for name in _ROPES if is_llama or name != "llama3"]
+    ropes = [name for name in _ROPES if architecture.llama_cpp.divides_frequencies or name != "llama3"]
     scaled = rope["rope_type"]
     reasons = []
     if config.hidden_act not in ("silu", "swish"):
         reasons.append(f"hidden_act={config.hidden_act!r}, where llama.cpp computes silu")
     if config.max_position_embeddings >= 2**32:
         reasons.append(f"max_position_embeddings={config.max_position_embeddings}, where GGUF has 32 bits")
-    if name == "qwen3" and config.attention_bias:
-        reasons.append("attention_bias=True, which llama.cpp's qwen3 does not support")
+    if not architecture.llama_cpp.has_attention_bias and config.attention_bias:
+        reasons.append(f"attention_bias=True, which llama.cpp's {architecture.gguf} does not support")
     if scaled not in ropes:
         reasons.append(f"rope_type={scaled!r}, where llama.cpp's {kind} has {', '.join(ropes)}")
     elif scaled != "default" and (more := set(rope) - _ROPES[scaled] - {"rope_type", "type", "rope_theta"}):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from qat.quant.architecture import architecture_of, is_tied, quantizable_linears
 from qat.quant.config import CONFIG_FILE, QuantConfig
 from qat.quant.layer_settings import attention_settings, layer_settings, vocabulary_settings
+from qat.quant.learned_scales import TRAINED
 from qat.quant.linear import quant_linears
 from qat.quant.number_format import FULL_PRECISION, Format, Quantized, dequantize, quantize
 from qat.quant.prepare import prepared_with
@@ -313,7 +314,7 @@ def _of_checkpoint(path: Path, model: str | None) -> Student:
         expected = settings["student"] if "student" in run else settings["model"]
         quant = QuantConfig.of(QuantConfig.among(settings), record)
         in_bf16 = (settings.get("bf16") or {}).get("enabled", False)
-        learned = settings.get("train", "weights") != "weights"
+        learned = TRAINED[settings.get("train", "weights")].scales
     if models.weights_fingerprint(directory) != expected:
         raise UserError(f"{began_with} is not the starting model of the run of {path}: give that with --model.")
     if quant.activations.learned:

@@ -6,18 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from qat.quant.config import QuantConfig
+from qat.quant.learned_scales import TRAINED, Trained
 from qat.quant.linear import ARITHMETIC, can_multiply_codes
 from qat.runtime.errors import UserError, check_least
 from qat.runtime.table import check_choices, choice
 from qat.train import flat
 from qat.train.losses import LOSSES
-
-TRAINED = {
-    "weights": "all weights; the scales of their grids follow from their values at every step",
-    "all": "all weights, and the scales of their grids, initialized from the starting point's (LSQ)",
-    "scales": "only the scales; the codes of the weights stay fixed",
-}
-"""What ``TrainConfig.train`` can be."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +77,11 @@ class TrainConfig:
             )
         if not 0 < self.lr < 1:
             raise UserError(f"lr={self.lr} is invalid: choose a learning rate above 0 and below 1, say 2e-5.")
+
+    @property
+    def trained(self) -> Trained:
+        """Return which Parameters of the student learn."""
+        return TRAINED[self.train]
 
     def lr_factor(self, step: int) -> float:
         """Return the learning rate of optimizer step ``step`` (from 0) over ``lr``: linear warm-up, then a cosine, with

@@ -23,7 +23,7 @@ from qat.data.sequences import Row
 from qat.quant import architecture
 from qat.quant.config import QuantConfig
 from qat.quant.layer_settings import layer_settings
-from qat.quant.learned_scales import initialise_steps, learn_scales, scales_that_learn, train_only_scales
+from qat.quant.learned_scales import TRAINED, initialise_steps, learn_scales, scales_that_learn, train_only_scales
 from qat.quant.number_format import grid_of
 from qat.quant.prepare import prepare
 from qat.quant.products import speed_up
@@ -98,7 +98,7 @@ def student_engine(
         initial_steps: ``Teacher.initial_steps``, where the quantizer of the activations is learned
         tensor_scales: scales of weights, inputs, keys and values, if their formats have any; by default those of
             the model's weights
-        train: what learns, see TrainConfig
+        train: what learns, one of TRAINED
         grids: initial grids of learned weight scales, by layer; by default those of the weights' own values
         as_codes: gather weights as codes where possible; false only in comparisons
         room_for_codes: bytes in which gathered codes are kept from forward to backward, and for further rows of a step;
@@ -111,9 +111,9 @@ def student_engine(
     set_tensor_scales(student, tensor_scales)
     if initial_steps is not None:
         initialise_steps(student, initial_steps)
-    if train != "weights":
+    if TRAINED[train].scales:
         learn_scales(student, _on_device(grids) if grids else _own_grids(student))
-    if train == "scales":
+    if not TRAINED[train].weights:
         train_only_scales(student)
     student.train()
     if gradient_checkpointing:

@@ -10,7 +10,7 @@ from launch import cli
 from qat.evaluate import heldout
 from qat.evaluate.perplexity import text_windows
 from qat.export import export, model_card
-from qat.export.formats import FORMAT, FORMATS
+from qat.export.formats import DEFAULT_EXPORT_FORMAT, EXPORT_FORMATS
 from qat.runtime.files import appearing_folder, check_new
 from qat.runtime.table import check_choices, choice
 from qat.store import models, student_folder
@@ -38,7 +38,7 @@ class Export:
 
     checkpoint: Path
     output: Path
-    format: str = choice(FORMAT, lambda: FORMATS)
+    format: str = choice(DEFAULT_EXPORT_FORMAT, lambda: EXPORT_FORMATS)
     model: str | None = None
     verify: bool = True
     text: str = heldout.ENCYCLOPEDIA
@@ -58,7 +58,7 @@ def main() -> None:
     windows = None
     if settings.verify:
         tokenizer = models.load_tokenizer(str(student.directory))
-        window = min(_WINDOW, FORMATS[settings.format].longest(student))
+        window = min(_WINDOW, EXPORT_FORMATS[settings.format].longest(student))
         windows = text_windows(heldout.paragraphs(settings.text), tokenizer, window, _WINDOWS)
         models.check_ids(read_config(str(student.directory)), int(windows.max()), f"The text {settings.text}")
     print(f"{student.quant} student of {settings.checkpoint} -> {settings.format}", flush=True)
@@ -68,10 +68,10 @@ def main() -> None:
         if windows is not None:
             checks = export.verify(student, partial, settings.format, windows).sentence(settings.text)
         model_card.write(student, settings.format, _origin(settings, student), checks, partial)
-    kind = FORMATS[settings.format]
+    kind = EXPORT_FORMATS[settings.format]
     size = sum(file.stat().st_size for file in settings.output.glob(kind.weight_files))
     print(checks or "not verified")
-    for sentence in kind.all_differences(student):
+    for sentence in kind.all_deviations(student):
         print(f"differs: {sentence}")
     print(f"{settings.output}: {settings.format}, {size / 1e6:.0f} MB; details in README.md there")
 

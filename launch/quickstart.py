@@ -17,7 +17,7 @@ from launch import cli
 from launch.paper import plots
 from launch.stages import CPU_ONLY, Stages, free_port, interrupt
 from qat.evaluate.heldout import ENCYCLOPEDIA
-from qat.export.formats import FORMAT
+from qat.export.formats import DEFAULT_EXPORT_FORMAT
 from qat.quant.config import QuantConfig
 from qat.runtime.errors import UserError
 from qat.runtime.files import lock, read_lines, wait_until_free, write_atomically, writing
@@ -112,7 +112,7 @@ def _report(settings: Quickstart, model: str, stages: Stages) -> None:
         "stage_seconds": {name: round(seconds, 1) for name, seconds in stages.seconds.items()},
         "teacher_bytes": full_size,
         "export_bytes": low_size,
-        "export_format": FORMAT,
+        "export_format": DEFAULT_EXPORT_FORMAT,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")},
         "seed": train["seed"],
     }

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qat.export.formats import FORMATS, ExportFormat
+from qat.export.formats import EXPORT_FORMATS, ExportFormat
 from qat.quant.number_format import Quantized
 from qat.quant.products import speed_up
 from qat.store.model_folder import ModelFolder, write_companions
@@ -40,4 +40,4 @@ class Npz(ExportFormat):
         return [f"my_engine {name}/weights.npz"]
 
 
-FORMATS.add("npz", Npz())
+EXPORT_FORMATS.add("npz", Npz())

@@ -27,7 +27,7 @@ from tiny import FAMILIES, LONGROPE, ids, rope, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from qat.export import export, model_card
-from qat.export.formats import FAKE, FORMATS, GGUF
+from qat.export.formats import EXPORT_FORMATS, FAKE, GGUF
 from qat.infer import simulated
 from qat.quant.config import CONFIG_FILE, QuantConfig
 from qat.quant.linear import can_multiply_codes, quant_linears
@@ -261,7 +261,7 @@ def write_biased_student(directory: Path, quant: QuantConfig, **how) -> student_
 @pytest.mark.parametrize(("config_class", "said"), SAID)
 def test_gguf_is_read_back_by_transformers(config_class, said, tmp_path):
     student = write_biased_student(tmp_path / "final", QuantConfig(), config_class=config_class, **said)
-    assert FORMATS[GGUF].longest(student) == said.get("sliding_window", 256)
+    assert EXPORT_FORMATS[GGUF].longest(student) == said.get("sliding_window", 256)
     export.check(student, GGUF)
     export.export(student, tmp_path / "export", GGUF)
     found = export.verify(student, tmp_path / "export", GGUF, WINDOWS)  # bit for bit, or UserError
@@ -586,20 +586,22 @@ def test_scales_in_the_dtype_of_an_engine_change_nothing_there(scales, w_group_s
         scale = stored[f"{layer}.weight_scale"]
         assert torch.equal(scale.to(scales).float(), scale)
         assert torch.equal(scale, grid_of(weights[f"{layer}.weight"], quant.weights).scale)
-    assert not any("vLLM keeps these scales" in said for said in FORMATS[PACKED].all_differences(student))
+    assert not any("vLLM keeps these scales" in said for said in EXPORT_FORMATS[PACKED].all_deviations(student))
     other = replace(student, dtype=torch.float32)
-    assert any(f"exact with --dtype {name}" in said for said in FORMATS[PACKED].all_differences(other))
-    assert any("rounded to fp16" in said for said in FORMATS[GGUF].all_differences(student)) == (name != "float16")
+    assert any(f"exact with --dtype {name}" in said for said in EXPORT_FORMATS[PACKED].all_deviations(other))
+    assert any("rounded to fp16" in said for said in EXPORT_FORMATS[GGUF].all_deviations(student)) == (
+        name != "float16"
+    )
 
 
 def test_what_engines_will_do_differently_is_said():
-    said = " ".join(FORMATS[PACKED].differences(QuantConfig(3, 6, 4)))
+    said = " ".join(EXPORT_FORMATS[PACKED].deviations(QuantConfig(3, 6, 4)))
     assert "trained with 6 bits" in said
     assert "rounded to 8" in said
     assert "3-bit codes are declared as 4-bit" in said
     assert "trained with 4 bits" in said
     assert "KV cache" in said
-    assert not FORMATS[FAKE].differences(QuantConfig(4, 16, 16))
+    assert not EXPORT_FORMATS[FAKE].deviations(QuantConfig(4, 16, 16))
 
 
 def test_the_snippets_of_card_and_docs_run_as_they_stand(tmp_path, monkeypatch, capsys):

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import qat
 from qat.data.sequences import TrainingData
 from qat.export import export, model_card
-from qat.export.formats import FORMATS, GGUF
+from qat.export.formats import EXPORT_FORMATS, GGUF
 from qat.infer import packed, simulated
 from qat.ptq import gptq, stream
 from qat.ptq.smoothquant import SmoothQuant
@@ -312,10 +312,10 @@ def test_refusals_name_the_format_that_fits(tmp_path):
 
 
 def test_differences_say_which_engine_runs_what():
-    said = " ".join(FORMATS[NVFP4].differences(CASES[1][1]))
+    said = " ".join(EXPORT_FORMATS[NVFP4].deviations(CASES[1][1]))
     assert "do not quantize them" in said
     assert "compute capability 7.5" in said
-    said = " ".join(FORMATS[MXFP4].differences(CASES[3][1]))
+    said = " ".join(EXPORT_FORMATS[MXFP4].deviations(CASES[3][1]))
     assert "capability 10.0" in said
     assert {form for form, _ in CASES} <= set(LAYOUTS)
 

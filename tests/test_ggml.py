@@ -25,8 +25,7 @@ import qat
 from launch import cli
 from launch.train import TrainConfig
 from qat.export import export
-from qat.export.formats import FORMATS as EXPORTS
-from qat.export.formats import GGUF
+from qat.export.formats import EXPORT_FORMATS, GGUF
 from qat.infer import packed, simulated
 from qat.infer.packed import PackedLinear
 from qat.quant import fused, number_format
@@ -211,7 +210,7 @@ def test_an_exported_file_has_the_bytes_that_ggml_makes_of_the_trained_weights(q
         assert np.array_equal(stored[f"{names.get_name(name)}.weight"], ggmls(linear.weight.detach(), quant.w_bits))
     verified = export.verify(student, tmp_path / "export", GGUF, WINDOWS)
     assert "llama.cpp loads it" in verified.engine
-    said = EXPORTS[GGUF].differences(quant)
+    said = EXPORT_FORMATS[GGUF].deviations(quant)
     assert len(said) == 1
     assert "as trained" in said[0]
 
@@ -245,7 +244,7 @@ def test_the_recipe_trains_what_llama_cpp_runs(tiny_data, tmp_path):
     assert student.quant == replace(EXPORTED[0], kv_bits=8, kv_format="ggml_q8_0/ggml_q4_0")
     export.export(student, tmp_path / "export", GGUF)
     assert "llama.cpp loads it" in export.verify(student, tmp_path / "export", GGUF, WINDOWS).engine
-    differences = EXPORTS[GGUF].all_differences(student)
+    differences = EXPORT_FORMATS[GGUF].all_deviations(student)
     assert any("-ctk q8_0 -ctv q4_0" in sentence for sentence in differences)
     assert not any("Weights" in sentence for sentence in differences)
 

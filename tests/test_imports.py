@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from commands import ROOT
 
-from qat.export.formats import FAKE, FORMATS, GGUF
+from qat.export.formats import EXPORT_FORMATS, FAKE, GGUF
 from qat.quant.architecture import ARCHITECTURES
 from qat.store.compressed_tensors import FLOAT8, INTEGERS, MXFP4, NVFP4, PACKED
 
@@ -150,7 +150,7 @@ DEFINES_FORMATS = {
 def test_names_of_export_formats_are_not_repeated(module):
     nodes = ast.walk(ast.parse(FILES[module].read_text()))
     values = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    names = FORMATS.keys() - DEFINES_FORMATS.get(module, set())
+    names = EXPORT_FORMATS.keys() - DEFINES_FORMATS.get(module, set())
     assert not names & values
     assert not [value for value in values for name in names if f"--format {name}" in value]
 

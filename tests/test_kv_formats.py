@@ -12,7 +12,7 @@ from tiny import ids, tiny_model
 
 import qat
 from qat.export import export, model_card
-from qat.export.formats import FORMATS, GGUF
+from qat.export.formats import EXPORT_FORMATS, GGUF
 from qat.infer import packed, simulated
 from qat.infer.integer_cache import IntegerCache
 from qat.quant import fused
@@ -362,8 +362,8 @@ def test_files_name_a_format_only_if_it_is_not_the_default(tmp_path):
 )
 def test_exports_name_the_flag_that_serves_what_was_trained(form, name, flags, served, tmp_path):
     student = write_student(tmp_path / "final", quant_of(name), head_dim=64)
-    assert FORMATS[form].cache_flags(student.quant) == flags
-    (said,) = (sentence for sentence in FORMATS[form].all_differences(student) if "KV cache" in sentence)
+    assert EXPORT_FORMATS[form].cache_flags(student.quant) == flags
+    (said,) = (sentence for sentence in EXPORT_FORMATS[form].all_deviations(student) if "KV cache" in sentence)
     assert f"trained as {name}" in said
     assert not flags or f"{flags}{served}" in said
     export.export(student, tmp_path / "export", form)
@@ -371,4 +371,4 @@ def test_exports_name_the_flag_that_serves_what_was_trained(form, name, flags, s
     card = (tmp_path / "export" / "README.md").read_text()
     assert bool(flags) == ("with the KV cache as trained" in card)
     mixed = QuantConfig(kv_bits=8, kv_format="ggml_q8_0", overrides={"model.layers.0.*": {"kv_bits": 16}})
-    assert "as trained\n" not in model_card._serving(FORMATS[GGUF], mixed, "name")
+    assert "as trained\n" not in model_card._serving(EXPORT_FORMATS[GGUF], mixed, "name")

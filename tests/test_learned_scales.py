@@ -16,7 +16,7 @@ from qat.data.sequences import TrainingData
 from qat.evaluate import heldout
 from qat.evaluate.perplexity import perplexity, text_windows
 from qat.export import export
-from qat.export.formats import FORMAT
+from qat.export.formats import DEFAULT_EXPORT_FORMAT
 from qat.infer import simulated
 from qat.quant.config import QuantConfig
 from qat.quant.learned_scales import check_codes_last, learn_scales, train_only_scales
@@ -210,8 +210,8 @@ def test_two_ranks_learn_and_survive_a_kill(arm, rounded, tiny_directory, tiny_d
     assert all(torch.equal(resumed_grids[name].scale, grid.scale) for name, grid in grids.items())
 
     student = student_folder.find(final)
-    export.export(student, tmp_path / "export", FORMAT)
-    export.verify(student, tmp_path / "export", FORMAT, torch.randint(2, 300, (2, 24)))
+    export.export(student, tmp_path / "export", DEFAULT_EXPORT_FORMAT)
+    export.verify(student, tmp_path / "export", DEFAULT_EXPORT_FORMAT, torch.randint(2, 300, (2, 24)))
     first = log_of(tmp_path / "whole")[0]["kl"]
     data = TrainingData(tiny_data, models.load_tokenizer(str(tiny_directory)), seed=0)
     teacher = models.load(str(tiny_directory), torch.float32)

@@ -9,7 +9,7 @@ import qat
 from launch import cli
 from qat.evaluate.perplexity import perplexity
 from qat.export import export
-from qat.export.formats import FORMATS
+from qat.export.formats import EXPORT_FORMATS
 from qat.infer import simulated
 from qat.ptq import gptq
 from qat.ptq.stream import Stream
@@ -116,7 +116,7 @@ def test_files_of_a_later_version_are_refused(tmp_path):
         QuantConfig.load(tmp_path)
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", EXPORT_FORMATS)
 def test_an_export_equals_the_student(form, tmp_path):
     quant = SETTINGS.get(form, OWN)
     student = write_student(tmp_path / "student", quant)
@@ -124,13 +124,13 @@ def test_an_export_equals_the_student(form, tmp_path):
     export.export(student, tmp_path / "export", form)
     windows = torch.randint(2, 256, (2, 24), generator=torch.Generator().manual_seed(0))
     export.verify(student, tmp_path / "export", form, windows)
-    if FORMATS[form].runs_as_trained:
+    if EXPORT_FORMATS[form].runs_as_trained:
         model, simulation = qat.load(str(tmp_path / "export")), simulated.load(str(tmp_path / "student"), torch.float32)
         assert torch.equal(model(windows).logits, simulation(windows).logits)
         how = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
         expected = simulation.generate(windows[:, :6], use_cache=False, **how)
         assert torch.equal(model.generate(windows[:, :6], **how), expected)
-    said = FORMATS[form].all_differences(student)
+    said = EXPORT_FORMATS[form].all_deviations(student)
     assert form != PACKED or any("trained with 6 bits" in sentence for sentence in said)
 
 

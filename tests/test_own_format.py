@@ -9,7 +9,7 @@ from commands import ROOT, error_of, output_of
 from students import WINDOWS, write_student
 
 from qat.export import export
-from qat.export.formats import FORMATS
+from qat.export.formats import EXPORT_FORMATS
 from qat.quant.config import QuantConfig
 from qat.runtime.errors import UserError
 
@@ -23,7 +23,7 @@ def plugin(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [])  # ``run`` sets it
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(FORMATS, "_things", dict(FORMATS))
+    monkeypatch.setattr(EXPORT_FORMATS, "_things", dict(EXPORT_FORMATS))
     monkeypatch.delitem(sys.modules, "my_npz", raising=False)
     yield tmp_path
     sys.modules.pop("my_npz", None)
@@ -46,7 +46,7 @@ def test_a_format_of_a_plug_in_is_written_read_back_and_documented(plugin, monke
 
 def test_a_loader_that_changes_one_code_is_refused(plugin):
     sys.path.append(str(plugin))
-    npz = type(import_module("my_npz").FORMATS["npz"])
+    npz = type(import_module("my_npz").EXPORT_FORMATS["npz"])
 
     class Flipped(npz):
         def load(self, exported):
@@ -56,7 +56,7 @@ def test_a_loader_that_changes_one_code_is_refused(plugin):
             weight.data[0, 0] += step if weight[0, 0] < 0 else -step
             return model
 
-    FORMATS.add("flipped", Flipped())
+    EXPORT_FORMATS.add("flipped", Flipped())
     student = write_student(plugin / "final", QuantConfig(4, 16, 16))
     export.export(student, plugin / "exported", "flipped")
     export.verify(student, plugin / "exported", "npz", WINDOWS)

@@ -17,7 +17,7 @@ from training import flags, losses
 from transformers import Olmo2Config
 
 import qat
-from qat.export.formats import FORMATS
+from qat.export.formats import EXPORT_FORMATS
 from qat.infer import simulated
 from qat.ptq import METHODS
 from qat.quant.architecture import ARCHITECTURES
@@ -37,7 +37,7 @@ TOKENS = torch.arange(2, 22).view(2, 10)
 def plug_ins(monkeypatch) -> None:
     """The plug-ins in this process too, which reads what the commands have written; until the test ends."""
     import_module("plugin_quantizer")  # stays, for the tests that have its classes
-    for table in (ARCHITECTURES, KV_FORMATS, METHODS, FORMATS):
+    for table in (ARCHITECTURES, KV_FORMATS, METHODS, EXPORT_FORMATS):
         monkeypatch.setattr(table, "_things", dict(table))
     for name in OTHERS:
         monkeypatch.delitem(sys.modules, name, raising=False)

@@ -17,7 +17,7 @@ from datagen import decoder
 from launch.served import file_of
 from qat.data.sequences import TrainingData
 from qat.export import export
-from qat.export.formats import FAKE, FORMATS, GGUF
+from qat.export.formats import EXPORT_FORMATS, FAKE, GGUF
 from qat.infer import simulated
 from qat.infer.integer_cache import IntegerCache
 from qat.quant import hadamard
@@ -252,7 +252,7 @@ def test_an_export_states_r4_as_engines_read_it(plain, served, tmp_path):
     windows = ids(40).view(2, 20)
     verified = export.verify(served, tmp_path / "export", PACKED, windows)
     assert verified.exported == verified.trained
-    assert "transformers' own loader leaves it out" in FORMATS[PACKED].all_differences(served)[-1]
+    assert "transformers' own loader leaves it out" in EXPORT_FORMATS[PACKED].all_deviations(served)[-1]
     stated = json.loads((tmp_path / "export" / "config.json").read_text())["quantization_config"]["transform_config"]
     layer = torch.nn.Module()
     layer.down = torch.nn.Linear(96, 8, bias=False, dtype=torch.float64)
@@ -267,10 +267,10 @@ def test_an_export_states_r4_as_engines_read_it(plain, served, tmp_path):
 
 
 def test_formats_refuse_what_they_cannot_state(served, rotated, run):
-    for form in FORMATS:
+    for form in EXPORT_FORMATS:
         with pytest.raises(UserError, match="--untie true"):
             export.check(student_folder.find(run / "final"), form)
-    for form in FORMATS.keys() - {PACKED}:
+    for form in EXPORT_FORMATS.keys() - {PACKED}:
         with pytest.raises(UserError, match="--down none"):
             export.check(served, form)
 

@@ -29,7 +29,7 @@ from launch.stages import free_port
 from launch.train import Paths
 from qat.data.sequences import TrainingData
 from qat.export import export
-from qat.export.formats import FORMAT
+from qat.export.formats import DEFAULT_EXPORT_FORMAT
 from qat.infer import simulated
 from qat.quant.config import QuantConfig
 from qat.quant.forward import predicting
@@ -385,7 +385,7 @@ def test_model_flops_are_those_that_pytorch_counts():
 
 
 def test_the_trained_student_exports_and_reloads_bit_for_bit(run, tmp_path):
-    export.export(student_folder.find(run / "final"), tmp_path / "export", FORMAT)
+    export.export(student_folder.find(run / "final"), tmp_path / "export", DEFAULT_EXPORT_FORMAT)
     ids = torch.arange(2, 50)[None]
     in_memory = simulated.load(str(run / "final"), torch.float32)
     reloaded = simulated.load(str(tmp_path / "export"), torch.float32)

@@ -18,7 +18,7 @@ import qat
 from qat.data.sequences import TrainingData
 from qat.evaluate.perplexity import perplexity
 from qat.export import export, model_card
-from qat.export.formats import FAKE, FORMATS, GGUF
+from qat.export.formats import EXPORT_FORMATS, FAKE, GGUF
 from qat.infer import packed, simulated
 from qat.ptq import gptq, writer
 from qat.ptq.stream import Stream
@@ -45,7 +45,7 @@ ZERO_POINTS = {
 Q4_0 = {"w_bits": 4, "w_quantizer": "ggml_q4_0"}
 BLOCKS = {EMBEDDING: Q4_0, HEAD: Q4_0 | {"a_bits": 8, "a_quantizer": "ggml_q8_0"}}
 INPUT = {HEAD: {"a_bits": 4}}
-OF_INTEGERS = [form for form in FORMATS if form not in LAYOUTS or LAYOUTS[form].holds(Format(4))]
+OF_INTEGERS = [form for form in EXPORT_FORMATS if form not in LAYOUTS or LAYOUTS[form].holds(Format(4))]
 VOCABULARIES = {
     "rows": ROWS,
     "groups": GROUPS,
@@ -254,7 +254,7 @@ def test_transformers_reads_what_the_card_says_it_reads(tmp_path):
         folder = tmp_path / f"{form}-{tied}"
         student = write_student(folder / "final", QuantConfig(4, 8, 16, overrides=ROWS), tie_word_embeddings=tied)
         export.export(student, folder / "export", form)
-        said = " ".join(FORMATS[form].all_differences(student))
+        said = " ".join(EXPORT_FORMATS[form].all_deviations(student))
         assert ("which transformers' own loader cannot read" in said) == tied
         if (form, tied) == (INTEGERS, False):
             theirs = AutoModelForCausalLM.from_pretrained(folder / "export", dtype=torch.float32)
@@ -346,5 +346,5 @@ def test_two_ranks_and_one_that_resumes_equal_one_plain_process(tied_directory, 
 
 def test_a_format_without_activations_holds_no_input_of_the_output_layer():
     quant = QuantConfig(overrides={HEAD: {"a_bits": 8, "a_quantizer": "ggml_q8_0"}})
-    held = FORMATS[FAKE].held(quant)
+    held = EXPORT_FORMATS[FAKE].held(quant)
     assert not hasattr(prepare(tiny_model(), held).lm_head, "input_format")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qat.evaluate.perplexity import perplexity
-from qat.export.formats import FORMATS, ExportFormat
+from qat.export.formats import EXPORT_FORMATS, ExportFormat
 from qat.infer import simulated
 from qat.quant.number_format import Quantized
 from qat.quant.rotated import rotation_of
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def check(student: Student, form: str) -> None:
+def check(student: Student, format_name: str) -> None:
     """Raise UserError for what the format cannot hold, and for a student that is not complete."""
     if not student.quant.weights.quantizes:
         raise UserError(
@@ -37,11 +37,11 @@ def check(student: Student, form: str) -> None:
         raise UserError(
             f"{student.directory} has no tokenizer ({', '.join(_TOKENIZERS)}): copy its original model's there."
         )
-    check_rotation(student, form)
-    FORMATS[form].check(student)
+    check_rotation(student, format_name)
+    EXPORT_FORMATS[format_name].check(student)
 
 
-def check_rotation(student: Student, form: str) -> None:
+def check_rotation(student: Student, format_name: str) -> None:
     """Raise UserError for a student that computes more online than the format can state."""
     rotation = rotation_of(read_config(str(student.directory)))
     if rotation and rotation.head_map:
@@ -49,18 +49,18 @@ def check_rotation(student: Student, form: str) -> None:
             f"{student.path} has a matrix in front of its tied output layer, which no engine supports: make the "
             "student from a model that was rotated with --untie true."
         )
-    if rotation and rotation.is_online and not FORMATS[form].states_rotation:
+    if rotation and rotation.is_online and not EXPORT_FORMATS[format_name].states_rotation:
         raise UserError(
-            f"{student.path} rotates the input of each MLP's last layer (R4), which {form} cannot store: make the "
-            "student from a model that was rotated with --down none."
+            f"{student.path} rotates the input of each MLP's last layer (R4), which {format_name} cannot store: make "
+            "the student from a model that was rotated with --down none."
         )
 
 
-def export(student: Student, output: Path, form: str, file_bytes: int = weight_files.FILE_BYTES) -> None:
-    """Write ``student`` in the format ``form`` (one of FORMATS) into the folder ``output``, which is empty or new."""
+def export(student: Student, output: Path, format_name: str, file_bytes: int = weight_files.FILE_BYTES) -> None:
+    """Write ``student`` into the folder ``output``, which is empty or new. ``format_name`` is one of EXPORT_FORMATS."""
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
-    FORMATS[form].write(student, output, file_bytes)
+    EXPORT_FORMATS[format_name].write(student, output, file_bytes)
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,13 @@ class Verified:
 
 
 @torch.inference_mode()
-def verify(student: Student, exported: Path, form: str, windows: Tensor) -> Verified:
+def verify(student: Student, exported: Path, format_name: str, windows: Tensor) -> Verified:
     """Read the export back and compare it with the student in memory, on token ids [windows, window].
 
     Raises UserError unless their logits and perplexities are equal, bit for bit, in fp32. What the format does not hold
     is left out of the student, too. The engine that the format is for must load it, where it is installed.
     """
-    kind = FORMATS[form]
+    kind = EXPORT_FORMATS[format_name]
     model = _in_memory(student)
     trained = expected = perplexity(model, windows)
     if kind.held(student.quant) != student.quant or type(kind).held_weight is not ExportFormat.held_weight:

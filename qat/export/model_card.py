@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qat.data.shards import MANIFEST
-from qat.export.formats import FORMATS
+from qat.export.formats import EXPORT_FORMATS
 from qat.export.formats.base import ExportFormat
 from qat.quant.architecture import architecture_of
 from qat.quant.config import QuantConfig
@@ -50,22 +50,22 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _EMBEDDED = Origin("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
 
 
-def write(student: Student, form: str, origin: Origin, checks: str, output: Path) -> None:
+def write(student: Student, format_name: str, origin: Origin, checks: str, output: Path) -> None:
     """Write ``output/README.md``; ``checks`` describes what was verified."""
     head = [f"base_model: {origin.base_model}"] if origin.base_model else []
     head += [f"license: {origin.license}"] if origin.license else []
-    kind, quant = FORMATS[form], student.quant
+    kind, quant = EXPORT_FORMATS[format_name], student.quant
     head += kind.front_matter
     base = origin.base_model or Path(student.base_model).name or "a model that is not recorded"
     parts = [
         "\n".join(["---", *head, "---"]),
         f"# {base}, {quant}",
-        _made(student, base, form),
+        _made(student, base, format_name),
         "## Training\n\n" + _training(student),
         "## Evaluation\n\n" + _evaluation(origin.results, checks),
         "## Serving\n\n" + _serving(kind, quant, output.name.removesuffix(".partial")),
         "## What other engines do differently\n\n"
-        + "\n".join(f"- {sentence}" for sentence in kind.all_differences(student) or ["Nothing."]),
+        + "\n".join(f"- {sentence}" for sentence in kind.all_deviations(student) or ["Nothing."]),
         "## Licence\n\n" + _license(origin),
     ]
     with writing(output):
@@ -89,7 +89,7 @@ def origin_of(name: str) -> Origin:
     return Origin(declared.get("base_model", "").strip(" '\""), declared.get("license", "").strip())
 
 
-def _made(student: Student, base: str, form: str) -> str:
+def _made(student: Student, base: str, format_name: str) -> str:
     quant = student.quant
     method = "LLM-QAT (arXiv 2305.17888)" if student.run else student.ptq_method or "a method that is not recorded"
     weights, activations = quant.weights, quant.activations
@@ -116,7 +116,7 @@ def _made(student: Student, base: str, form: str) -> str:
             _cache_row(quant),
             "",
             *(f"Layers that match `{name}`: {_listed(own)}.\n" for name, own in quant.overrides.items()),
-            f"{_unquantized(student)} are in {str(student.dtype).removeprefix('torch.')}. Format: {form}.",
+            f"{_unquantized(student)} are in {str(student.dtype).removeprefix('torch.')}. Format: {format_name}.",
         ]
     )
 
@@ -132,7 +132,7 @@ def _unquantized(student: Student) -> str:
 
 def _cache_row(quant: QuantConfig) -> str:
     if quant.kv.quantizes and not quant.kv_formats[0].adjustable:
-        meanings = dict.fromkeys(form.meaning for form in quant.kv_formats)
+        meanings = dict.fromkeys(cache.meaning for cache in quant.kv_formats)
         return f"| KV cache | {quant.kv_bits} | {quant.kv_format} | {'; '.join(meanings)} |"
     group = quant.kv.group_size
     one_per = f"{group} channels" if group else quant.kv_granularity.replace("_", " and ")

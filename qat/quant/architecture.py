@@ -133,7 +133,7 @@ class Architecture:
         return f"{base}.{name}" if name.startswith(tuple(f"{place}." for place in inside)) else name
 
 
-def llama_like(block: Block, **differences: Any) -> Architecture:
+def llama_like(block: Block, **overrides: Any) -> Architecture:
     """Return an architecture whose layers are ``block``, with LLaMA's names elsewhere, but for the given fields."""
     inputs = block.queries, block.keys, block.values
     return Architecture(
@@ -146,7 +146,7 @@ def llama_like(block: Block, **differences: Any) -> Architecture:
         ),
         key_values=(block.keys, block.values),
         block=block,
-        **differences,
+        **overrides,
     )
 
 

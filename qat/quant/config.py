@@ -21,7 +21,7 @@ from qat.runtime.table import check_choices, choice
 CONFIG_FILE = "quant_config.json"
 """Name of the file beside the weights of every quantized model directory."""
 
-FORMAT_VERSION = 1
+CONFIG_VERSION = 1
 """Version of the files of a student or an export. Files of the first versions do not state it."""
 
 _VERSION = "format_version"
@@ -294,16 +294,16 @@ class QuantConfig:
         """Write ``quant_config.json``, including whether there are grids, or scales of tensors, beside it."""
         files = {entry: name for entry, name in _FILES.items() if (directory / name).is_file()}
         with writing(directory):
-            content = self.record() | files | {_VERSION: FORMAT_VERSION}
+            content = self.record() | files | {_VERSION: CONFIG_VERSION}
             write_atomically(directory / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
 
     @classmethod
     def load(cls, directory: Path) -> "QuantConfig":
         """Read ``quant_config.json``; raise UserError if it names a file that is missing."""
         values = read_json(directory / CONFIG_FILE)
-        if (version := values.pop(_VERSION, 1)) != FORMAT_VERSION:
+        if (version := values.pop(_VERSION, 1)) != CONFIG_VERSION:
             raise UserError(
-                f"{directory / CONFIG_FILE} has format version {version!r}, and this program reads {FORMAT_VERSION}: "
+                f"{directory / CONFIG_FILE} has format version {version!r}, and this program reads {CONFIG_VERSION}: "
                 "install the version that wrote it."
             )
         for entry, name in _FILES.items():

@@ -1,5 +1,5 @@
-"""Export formats, by their name for ``--format``. A new one is a file here and a line in ``FORMATS``; a plug-in adds
-its own with ``FORMATS.add(name, format)``."""
+"""Export formats, by their name for ``--format``. A new one is a file here and a line in ``EXPORT_FORMATS``; a
+plug-in adds its own with ``EXPORT_FORMATS.add(name, format)``."""
 
 from qat.export.formats.base import FAKE, GGUF, ExportFormat
 from qat.export.formats.compressed_tensors import FloatQuantized, IntQuantized, MXFP4Packed, NVFP4Packed, PackQuantized
@@ -8,7 +8,7 @@ from qat.export.formats.gguf import Gguf
 from qat.runtime.table import Table
 from qat.store.compressed_tensors import FLOAT8, INTEGERS, MXFP4, NVFP4, PACKED
 
-FORMATS: Table[ExportFormat] = Table(
+EXPORT_FORMATS: Table[ExportFormat] = Table(
     "export format",
     **{
         PACKED: PackQuantized(),
@@ -21,5 +21,5 @@ FORMATS: Table[ExportFormat] = Table(
     },
 )
 
-FORMAT = PACKED
+DEFAULT_EXPORT_FORMAT = PACKED
 """The name of the default format."""

@@ -1,4 +1,4 @@
-"""The base of export formats: each is a file with a subclass of it, and a line in ``qat.export.formats.FORMATS``."""
+"""The base of export formats: each is a file with a subclass of it, and a line in ``EXPORT_FORMATS``."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class ExportFormat(ABC):
         """
         return ""
 
-    def differences(self, quant: QuantConfig) -> list[str]:
+    def deviations(self, quant: QuantConfig) -> list[str]:
         """Return one sentence for each thing that an engine which loads an export does not do as trained."""
         sentences = []
         if quant.a_bits != FULL_PRECISION:
@@ -84,7 +84,7 @@ class ExportFormat(ABC):
             sentences.append(f"{trained_cache(quant)}; here it stays in full precision.")
         return sentences
 
-    def vocabulary_differences(self, student: Student) -> list[str]:
+    def vocabulary_deviations(self, student: Student) -> list[str]:
         """Return the same for a quantized embedding or output layer; empty if neither is."""
         output = student.output_settings
         if output is None or output.a_bits == FULL_PRECISION:
@@ -96,13 +96,13 @@ class ExportFormat(ABC):
         keys, values = quant.kv_formats
         return keys.flags(values) if self.engine and keys.engine == self.engine and quant.kv.quantizes else ""
 
-    def all_differences(self, student: Student) -> list[str]:
-        """Return the ``differences`` of the settings of all layers."""
+    def all_deviations(self, student: Student) -> list[str]:
+        """Return the ``deviations`` of the settings of all layers."""
         quant = student.quant
         caches = [own for own in quant.all_settings() if own.kv_formats != quant.kv_formats or own.kv != quant.kv]
         settings = dict.fromkeys([quant, *caches, *student.layer_settings.values()])
-        sentences = [sentence for own in settings for sentence in self.differences(own)]
-        return list(dict.fromkeys([*sentences, *self.vocabulary_differences(student)]))
+        sentences = [sentence for own in settings for sentence in self.deviations(own)]
+        return list(dict.fromkeys([*sentences, *self.vocabulary_deviations(student)]))
 
     @abstractmethod
     def serve(self, name: str) -> list[str]:

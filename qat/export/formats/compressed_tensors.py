@@ -2,7 +2,7 @@
 qat.store.compressed_tensors.
 
 ``quant_config.json`` beside them keeps what the format cannot describe (most KV caches, and the true number of bits),
-so that qat.load reads them exactly as trained. ``differences`` concern other engines.
+so that qat.load reads them exactly as trained. ``deviations`` concern other engines.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class CompressedTensors(ExportFormat):
     def held(self, quant: QuantConfig) -> QuantConfig:
         return quant
 
-    def differences(self, quant: QuantConfig) -> list[str]:
+    def deviations(self, quant: QuantConfig) -> list[str]:
         return [*self._activations(quant), *self._weights(quant), *self._cache(quant)]
 
     def _activations(self, quant: QuantConfig) -> list[str]:
@@ -207,14 +207,14 @@ class CompressedTensors(ExportFormat):
         )
         return [f"{trained_cache(quant)}; the format cannot describe it. vLLM stores it in its compute dtype{hint}."]
 
-    def vocabulary_differences(self, student: Student) -> list[str]:
+    def vocabulary_deviations(self, student: Student) -> list[str]:
         output = student.output_settings
         quantized = [own for own in student.vocabulary_settings.values() if own.weights.quantizes]
         sentences = [sentence for own in quantized for sentence in self._weights(own)]
         if output in quantized and not student.is_tied:
             sentences += self._activations(output)
         else:  # the format describes inputs of quantized weights, and a shared one as the embedding's
-            sentences += super().vocabulary_differences(student)
+            sentences += super().vocabulary_deviations(student)
         if quantized and student.is_tied:
             sentences.append(
                 "Embedding and output layer share one quantized weight, which transformers' own loader cannot read; "
@@ -250,8 +250,8 @@ class PackQuantized(CompressedTensors):
     states_rotation = True
     engine = "vLLM"
 
-    def all_differences(self, student: Student) -> list[str]:
-        sentences = super().all_differences(student) + self._scales(student)
+    def all_deviations(self, student: Student) -> list[str]:
+        sentences = super().all_deviations(student) + self._scales(student)
         if _online(student):
             sentences.append(
                 "Rotation in front of the MLP's last layer: stated for vLLM on GPUs, which computes it in its own "

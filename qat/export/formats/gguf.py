@@ -57,7 +57,7 @@ class Gguf(ExportFormat):
         with _advising():
             return ", and llama.cpp loads it" if gguf_files.is_loaded(exported) else None
 
-    def differences(self, quant: QuantConfig) -> list[str]:
+    def deviations(self, quant: QuantConfig) -> list[str]:
         sentences = [_activations(quant)]
         if quant.weights.by.is_float:
             sentences.append("Weights: as trained. Only recent versions of llama.cpp run these types.")
@@ -77,10 +77,10 @@ class Gguf(ExportFormat):
             )
         return sentences
 
-    def vocabulary_differences(self, student: Student) -> list[str]:
+    def vocabulary_deviations(self, student: Student) -> list[str]:
         output = student.output_settings
         if output is None or not output.weights.quantizes:
-            return super().vocabulary_differences(student)
+            return super().vocabulary_deviations(student)
         if output.a_bits != FULL_PRECISION and output.activations.by.rounds_as_llama_cpp:
             return []
         return [f"{trained_output(output)}; llama.cpp rounds it to 8 bits in blocks of 32."]

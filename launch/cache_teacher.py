@@ -58,7 +58,7 @@ def main() -> None:
     ds_config = deepspeed_json.read_for_here(config.deepspeed)
     cache, made_with = TeacherCache(config.output), settings(model, data) | {"top_k": config.top_k}
     if cli.is_first_rank():
-        cache.claim(made_with)
+        cache.reserve(made_with)
 
     from qat.train import engines  # with DeepSpeed, whose import no refusal above has to wait for
 

@@ -157,11 +157,11 @@ def write_generated(
         advance(tokens, spared)
 
     stop = StopSignal()
-    # A new folder is claimed when the model is loaded: one that is refused must not decide whose it is. A group without
+    # A new folder gets its settings when the model is loaded: one that is refused must not decide them. A group without
     # a shard loads none.
     write = loaded() if group.agree(folder.is_new and group.number < config.shards) else None
     teacher = models.weights_fingerprint(directory)
-    folder.claim(
+    folder.begin(
         {
             **config.record(),
             "teacher": teacher,
@@ -263,7 +263,7 @@ def write_corpus(
     prefix = Vocabulary.of(tokenizer, directory).prefix
     ids = corpus.rows(tokenizer, prefix, config.sequences, config.max_length)
     models.check_ids(model, int(ids.max()), f"The text of {corpus.source}")
-    folder.claim(
+    folder.begin(
         {
             **{setting: getattr(config, setting) for setting in _OF_TEXT},
             "corpus": corpus.source if corpus.source in HUB else Path(corpus.source).name,

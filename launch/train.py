@@ -241,7 +241,7 @@ def main() -> int:
         with writing(paths.output):
             save_tensor_scales(scales, paths.output)
         places = {"model": paths.model, "data": str(paths.data)} | ({"student": begin} if is_rotated else {})
-        claim(paths.output, identity, student_json, places)
+        record_settings(paths.output, identity, student_json, places)
     stop = StopSignal()  # before this, a signal ends the process at once: there is nothing to save
     complete = train(student, targets, data, config, paths.output, stop, texts, paths.continue_from)
     if cli.is_first_rank():
@@ -484,7 +484,7 @@ def _compared(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def claim(output: Path, settings: dict[str, Any], ds_config: dict[str, Any], places: dict[str, str]) -> None:
+def record_settings(output: Path, settings: dict[str, Any], ds_config: dict[str, Any], places: dict[str, str]) -> None:
     """Record the settings of the run once it is ready to take its first step: a mistake that is rejected earlier leaves
     the folder free. ``places`` are the paths where model and data were found; they may move."""
     path = output / SETTINGS

@@ -29,7 +29,7 @@ def write(path: Path) -> None:
 
 def write_shard(path: Path) -> None:
     folder = ShardFolder(path.parent)
-    folder.claim(ONE_SHARD)
+    folder.begin(ONE_SHARD)
     folder.write(0, [Sequence([1, 2], 1, 0, "eos", None)])
 
 
@@ -170,7 +170,7 @@ def test_a_run_sees_at_its_start_that_its_final_folder_has_no_place(tiny_directo
 
 def test_a_cache_that_another_process_writes_is_not_touched(tmp_path):
     with locked(tmp_path), pytest.raises(UserError, match="Another run is still using"):
-        TeacherCache(tmp_path).claim({"top_k": 4})
+        TeacherCache(tmp_path).reserve({"top_k": 4})
     assert not (tmp_path / "manifest.json").exists()
 
 
@@ -213,13 +213,13 @@ def no_locks(monkeypatch, code: int) -> Iterator[None]:
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_named_everywhere(code, tmp_path, monkeypatch):
     ours = ShardFolder(tmp_path)
-    ours.claim(ONE_SHARD)
+    ours.begin(ONE_SHARD)
     lockers = [
         lambda: lock(tmp_path),
         lambda: wait_until_free(tmp_path),
         lambda: appearing_folder(tmp_path / "out").__enter__(),
-        lambda: TeacherCache(tmp_path).claim({}),
-        lambda: ShardFolder(tmp_path).claim(ONE_SHARD),
+        lambda: TeacherCache(tmp_path).reserve({}),
+        lambda: ShardFolder(tmp_path).begin(ONE_SHARD),
         lambda: ours.claimed(0).__enter__(),
         lambda: ours.alone().__enter__(),
     ]

@@ -209,7 +209,7 @@ def test_an_unfinished_folder_is_named(tiny_data, tmp_path):
 
 
 def test_a_folder_of_other_settings_is_refused(tmp_path):
-    ShardFolder(tmp_path).claim({"seed": 0, "strategy": "hybrid"})
-    ShardFolder(tmp_path).claim({"seed": 0, "strategy": "hybrid"})
+    ShardFolder(tmp_path).begin({"seed": 0, "strategy": "hybrid"})
+    ShardFolder(tmp_path).begin({"seed": 0, "strategy": "hybrid"})
     with pytest.raises(UserError, match="seed was 0, now 1"):
-        ShardFolder(tmp_path).claim({"seed": 1, "strategy": "hybrid"})
+        ShardFolder(tmp_path).begin({"seed": 1, "strategy": "hybrid"})

@@ -23,7 +23,7 @@ from transformers import GPTNeoXConfig
 
 from datagen.corpus import Corpus
 from launch import chat, cli
-from launch.train import claim, open_folder
+from launch.train import open_folder, record_settings
 from qat.evaluate import heldout
 from qat.export import model_card
 from qat.quant.config import QuantConfig
@@ -80,7 +80,7 @@ def test_a_resume_with_other_settings_names_those_alone(tmp_path):
     params = {"lr": 2e-5, "betas": [0.9, 0.999], "weight_decay": 0.0}
     optimizer = {"type": "AdamW", "params": params}
     settings = {**asdict(QuantConfig()), **asdict(TrainConfig()), "optimizer": optimizer, "arithmetic": ARITHMETIC}
-    claim(tmp_path, settings, {}, {})
+    record_settings(tmp_path, settings, {}, {})
     changed = settings | {"lr": 3e-4, "optimizer": optimizer | {"params": params | {"lr": 3e-4}}}
     with pytest.raises(UserError, match=re.escape("other settings (lr was 2e-05, now 0.0003): give the same")):
         open_folder(tmp_path, changed)
@@ -94,7 +94,7 @@ def test_a_run_that_multiplied_floats_where_codes_with_zero_points_are_multiplie
     """As the version before it recorded it. Of symmetric weights and activations nothing has changed."""
     for quant, is_refused in ((QuantConfig(w_quantizer="minmax_asymmetric"), True), (QuantConfig(), False)):
         settings = {**asdict(quant), **asdict(TrainConfig()), "arithmetic": "products of codes"}
-        claim(tmp_path, settings, {}, {})
+        record_settings(tmp_path, settings, {}, {})
         now = settings | {"arithmetic": arithmetic_of(quant)}
         with (
             pytest.raises(UserError, match="products of codes; now products of codes less")
@@ -114,7 +114,7 @@ def test_a_run_in_bf16_of_the_first_version_which_rounded_rope_is_refused(tmp_pa
     settings = {**asdict(QuantConfig()), **asdict(TrainConfig())}
     for bf16, outcome in ((True, pytest.raises(UserError, match="RoPE in bf16")), (False, nullcontext())):
         begun = settings | {"bf16": {"enabled": bf16}}
-        claim(tmp_path, begun, {}, {})
+        record_settings(tmp_path, begun, {}, {})
         with outcome:
             open_folder(tmp_path, begun | {"arithmetic": ARITHMETIC})
         (tmp_path / "lock").unlink()

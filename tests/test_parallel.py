@@ -147,7 +147,7 @@ def test_groups_share_the_work(monkeypatch):
 def test_every_shard_is_made_once_whatever_is_claimed(tmp_path):
     folders = [ShardFolder(tmp_path) for _ in range(3)]
     for folder in folders:
-        folder.claim({"sequences": 10, "sequences_per_shard": 1})
+        folder.begin({"sequences": 10, "sequences_per_shard": 1})
     made = []
     for number, folder in enumerate(folders):
         mine = []
@@ -161,10 +161,10 @@ def test_every_shard_is_made_once_whatever_is_claimed(tmp_path):
 
 def test_a_claim_keeps_other_processes_out_until_its_process_ends(tmp_path):
     folder = ShardFolder(tmp_path)
-    folder.claim({})
+    folder.begin({})
     script = (
         "import sys, time; from pathlib import Path; from qat.data.shards import Sequence, ShardFolder\n"
-        f"folder = ShardFolder(Path({str(tmp_path)!r})); folder.claim({{}})\n"
+        f"folder = ShardFolder(Path({str(tmp_path)!r})); folder.begin({{}})\n"
         "with folder.claimed(3) as ours: print(ours, flush=True); time.sleep(600)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT) as other:

@@ -44,7 +44,7 @@ SEQUENCES = st.lists(
 def test_what_is_written_is_read(sequences):
     with tempfile.TemporaryDirectory() as directory:
         folder = ShardFolder(Path(directory))
-        folder.claim({"sequences": len(sequences), "sequences_per_shard": len(sequences)})
+        folder.begin({"sequences": len(sequences), "sequences_per_shard": len(sequences)})
         folder.write(0, sequences)
         rows = [Sequence(**row) for row in folder.table(SCHEMA.names).to_pylist()]
         assert rows == sequences
@@ -56,7 +56,7 @@ def test_a_damaged_shard_is_missing(sequences, data):
     """Truncated anywhere, or with other bytes in its pages."""
     with tempfile.TemporaryDirectory() as directory:
         folder = ShardFolder(Path(directory))
-        folder.claim({"sequences": len(sequences), "sequences_per_shard": len(sequences)})
+        folder.begin({"sequences": len(sequences), "sequences_per_shard": len(sequences)})
         folder.write(0, sequences)
         assert not folder.missing(0)
         content = folder.path(0).read_bytes()
@@ -72,7 +72,7 @@ def test_a_damaged_shard_is_missing(sequences, data):
 
 def two_shards(directory: Path) -> ShardFolder:
     folder = ShardFolder(directory)
-    folder.claim({"sequences": 3, "sequences_per_shard": 2})
+    folder.begin({"sequences": 3, "sequences_per_shard": 2})
     folder.write(0, [Sequence([1, 2, 3], 1, 0, "eos", None), Sequence([1, 4], 1, 1, "length", 0.5)])
     folder.write(1, [Sequence([5, 6, 7, 8], 5, 0, "eos", 2.5)])
     return folder
@@ -131,7 +131,7 @@ def test_a_users_files_among_the_shards_are_not_counted(tmp_path):
 def test_a_full_disk_is_named_and_loses_nothing(tmp_path):
     """The limit on the size of files stands for the disk's: the write fails in the middle of the shard."""
     folder = ShardFolder(tmp_path)
-    folder.claim({"sequences": 2000, "sequences_per_shard": 1000})
+    folder.begin({"sequences": 2000, "sequences_per_shard": 1000})
     folder.write(0, [Sequence([1, 2, 3], 1, 0, "eos", None)] * 1000)
     many = [Sequence(list(range(i, i + 50)), 1, 0, "eos", float(i)) for i in range(1000)]
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
@@ -151,13 +151,13 @@ def test_a_read_only_folder_is_named():
     directory = Path(tempfile.mkdtemp())  # not below pytest's, which only its owner may enter
     try:
         folder = ShardFolder(directory)
-        folder.claim({"sequences": 1})
+        folder.begin({"sequences": 1})
         directory.chmod(0o555)
         user = os.geteuid()
         if user == 0:
             os.seteuid(65534)  # permissions do not bind root
         try:
-            for attempt in (lambda: folder.write(0, []), lambda: ShardFolder(directory / "new").claim({})):
+            for attempt in (lambda: folder.write(0, []), lambda: ShardFolder(directory / "new").begin({})):
                 with pytest.raises(UserError, match=r"cannot be written to .*writable"):
                     attempt()
         finally:
@@ -223,7 +223,7 @@ def test_the_card_describes_the_folder(tiny_data):
 def test_without_matplotlib_the_card_has_no_plot(tiny_data, tokenizer, tmp_path, monkeypatch):
     shutil.copytree(tiny_data, tmp_path / "data", ignore=shutil.ignore_patterns(card.CARD, card.PLOT))
     folder = ShardFolder(tmp_path / "data")
-    folder.claim(folder.manifest())
+    folder.begin(folder.manifest())
     monkeypatch.setattr(card, "find_spec", lambda name: None)
     assert card.write(folder, tokenizer, "model")
     assert not (folder.directory / card.PLOT).exists()

@@ -35,7 +35,7 @@ def data(model, tmp_path) -> Path:
     """Shards of an earlier version, which wrote such a token."""
     folder = ShardFolder(tmp_path / "data")
     tokenizer = models.tokenizer_fingerprint(models.load_tokenizer(str(model)))
-    folder.claim({"sequences": 8, "sequences_per_shard": 8, "max_length": 8, "tokenizer": tokenizer})
+    folder.begin({"sequences": 8, "sequences_per_shard": 8, "max_length": 8, "tokenizer": tokenizer})
     folder.write(0, [Sequence([0, 5, BEYOND, 6, 7, 8, 9, 10], 5, 0, "length", None)] * 8)
     return folder.directory
 

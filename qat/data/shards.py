@@ -70,7 +70,7 @@ class ShardFolder:
     def __init__(self, directory: Path):
         self.directory = directory
 
-    def claim(self, settings: dict[str, Any]) -> None:
+    def begin(self, settings: dict[str, Any]) -> None:
         """Create the folder for ``settings``, or check that it was made with the same.
 
         Raises UserError if it holds shards of other settings, or cannot be written to.
@@ -88,7 +88,7 @@ class ShardFolder:
 
     @property
     def is_new(self) -> bool:
-        """Return whether no settings have claimed the folder yet."""
+        """Return whether the folder has no settings yet."""
         return not (self.directory / MANIFEST).exists()
 
     def manifest(self) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class TeacherCache:
         self.directory, self.loss = directory, loss
         self._head: Tensor | None = None
 
-    def claim(self, settings: dict[str, object]) -> None:
+    def reserve(self, settings: dict[str, object]) -> None:
         """Keep other processes out of the folder until this one ends; raise UserError if another one is in it, or it
         was made with other settings."""
         lock(self.directory)

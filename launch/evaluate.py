@@ -137,14 +137,14 @@ class _Subject(NamedTuple):
 
     Args:
         name: the model's folder, or its file
-        positions: maximum number of positions
+        max_positions: maximum number of positions
         weights: fingerprint of the weights
         quant: how a student or an export is quantized; None for a full-precision model and for a file
     """
 
     name: str
     tokenizer: "_Tokenizer"
-    positions: int
+    max_positions: int
     weights: str
     quant: QuantConfig | None
 
@@ -152,12 +152,12 @@ class _Subject(NamedTuple):
     def of(cls, name: str) -> "_Subject":
         quant = QuantConfig.load(Path(name)) if (Path(name) / CONFIG_FILE).is_file() else None
         weights = models.weights_fingerprint(name)
-        return cls(name, models.load_tokenizer(name), models.positions(name), weights, quant)
+        return cls(name, models.load_tokenizer(name), models.max_positions(name), weights, quant)
 
     @classmethod
     def of_file(cls, file: Path) -> "_Subject":
         vocabulary = llama_cpp.Vocabulary(file)
-        return cls(str(file), vocabulary, gguf_files.longest(file), models.files_fingerprint([file]), None)
+        return cls(str(file), vocabulary, gguf_files.max_positions_of(file), models.files_fingerprint([file]), None)
 
 
 def main() -> None:
@@ -190,7 +190,7 @@ def main() -> None:
             f"method=rtn has no calibration text, which {quant.measured_setting} needs: evaluate the output of "
             "launch/quantize.py --method rtn, or give another format."
         )
-    longest = min(subject.positions, models.positions(teacher_name) if teacher_name else subject.positions)
+    longest = min(subject.max_positions, models.max_positions(teacher_name) if teacher_name else subject.max_positions)
     # vLLM does not score a text without generating a token after it.
     window = min(evaluation.window, longest - (evaluation.engine == "vllm"))
     texts = {

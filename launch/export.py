@@ -58,7 +58,7 @@ def main() -> None:
     windows = None
     if settings.verify:
         tokenizer = models.load_tokenizer(str(student.directory))
-        window = min(_WINDOW, EXPORT_FORMATS[settings.format].longest(student))
+        window = min(_WINDOW, EXPORT_FORMATS[settings.format].max_positions(student))
         windows = text_windows(heldout.paragraphs(settings.text), tokenizer, window, _WINDOWS)
         models.check_ids(read_config(str(student.directory)), int(windows.max()), f"The text {settings.text}")
     print(f"{student.quant} student of {settings.checkpoint} -> {settings.format}", flush=True)

@@ -264,7 +264,7 @@ def served(folder: Path) -> torch.Tensor:
     """As GGUF."""
     output, full = folder.with_name("gguf"), student_folder.full_precision(str(checked(folder)))
     gguf_files.check(full)
-    if gguf_files.positions(full_config := read_config(str(folder))) < IDS.shape[1]:
+    if gguf_files.max_positions(full_config := read_config(str(folder))) < IDS.shape[1]:
         models.check_length(full_config, IDS.shape[1], "text")
     output.mkdir()
     gguf_files.write(full, output)

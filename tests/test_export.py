@@ -261,7 +261,7 @@ def write_biased_student(directory: Path, quant: QuantConfig, **how) -> student_
 @pytest.mark.parametrize(("config_class", "said"), SAID)
 def test_gguf_is_read_back_by_transformers(config_class, said, tmp_path):
     student = write_biased_student(tmp_path / "final", QuantConfig(), config_class=config_class, **said)
-    assert EXPORT_FORMATS[GGUF].longest(student) == said.get("sliding_window", 256)
+    assert EXPORT_FORMATS[GGUF].max_positions(student) == said.get("sliding_window", 256)
     export.check(student, GGUF)
     export.export(student, tmp_path / "export", GGUF)
     found = export.verify(student, tmp_path / "export", GGUF, WINDOWS)  # bit for bit, or UserError

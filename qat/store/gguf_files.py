@@ -106,7 +106,7 @@ def find(path: Path) -> Path | None:
     return file if file.suffix == ".gguf" and file.is_file() else None
 
 
-def longest(file: Path) -> int:
+def max_positions_of(file: Path) -> int:
     """Return the number of positions that the model in a GGUF file declares."""
     fields = gguf.GGUFReader(file).fields
     architecture = fields["general.architecture"].contents()
@@ -162,7 +162,7 @@ def _check_computed(config: PreTrainedConfig) -> None:
         raise Unsupported(f"The model has {'; and '.join(reasons)}.")
 
 
-def positions(config: PreTrainedConfig) -> int:
+def max_positions(config: PreTrainedConfig) -> int:
     """Return the longest sequence for which llama.cpp, which gives these architectures no sliding window, is right."""
     longest = config.max_position_embeddings
     return min(longest, config.sliding_window) if any(windowed_layers(config)) else longest
@@ -395,7 +395,7 @@ def _add_config(writer: gguf.GGUFWriter, config: PreTrainedConfig, file_type: gg
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(positions(config))
+    writer.add_context_length(max_positions(config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)

@@ -86,7 +86,7 @@ def check_sequences(config: PreTrainedConfig, longest: int, largest: int, name: 
     check_ids(config, largest, f"The text of {name}")
 
 
-def positions(name: str) -> int:
+def max_positions(name: str) -> int:
     """Return the longest sequence that the model at ``name`` can attend over."""
     return read_config(name).max_position_embeddings
 

@@ -162,7 +162,7 @@ class Student:
         return self.run.get("model") or self._ptq_record.get(BASE_MODEL, "")
 
     @property
-    def longest(self) -> int:
+    def max_positions(self) -> int:
         """Return the number of positions that the model can attend over."""
         return read_config(str(self.directory)).max_position_embeddings
 

@@ -46,9 +46,9 @@ class ExportFormat(ABC):
     def check(self, student: Student) -> None:  # noqa: B027
         """Raise UserError for what the format, or every engine that reads it, cannot hold."""
 
-    def longest(self, student: Student) -> int:
+    def max_positions(self, student: Student) -> int:
         """Return the longest sequence, in tokens, for which an export computes what the student does."""
-        return student.longest
+        return student.max_positions
 
     @abstractmethod
     def write(self, student: Student, output: Path, file_bytes: int) -> None:

@@ -31,10 +31,10 @@ class Gguf(ExportFormat):
         with _advising():
             gguf_files.check(student)
 
-    def longest(self, student: Student) -> int:
+    def max_positions(self, student: Student) -> int:
         from transformers import AutoConfig
 
-        return gguf_files.positions(AutoConfig.from_pretrained(student.directory))
+        return gguf_files.max_positions(AutoConfig.from_pretrained(student.directory))
 
     def write(self, student: Student, output: Path, file_bytes: int) -> None:
         """Write one file, whatever its size."""

@@ -193,7 +193,7 @@ def test_fake_exports_are_plain_models(config_class, tmp_path):
 @given(st.integers(2, 8), st.integers(1, 4), st.integers(1, 3), st.sampled_from([*SYMMETRIC, "minmax_asymmetric"]))
 def test_gguf_blocks_hold_every_code(bits, rows, blocks, quantizer):
     """Read by gguf's own dequantizer: codes times the scale that fp16 holds."""
-    form = Format(bits if bits in QUANTIZERS[quantizer].bits else 2, quantizer)
+    form = Format(bits if bits in QUANTIZERS[quantizer].allowed_bits else 2, quantizer)
     if not form.symmetric:
         form = Format(min(bits, 4), quantizer)
     weight = torch.randn(rows, 32 * blocks)

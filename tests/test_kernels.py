@@ -236,7 +236,7 @@ def test_what_they_cannot_do_torch_does(used, monkeypatch):
     assert host.round_rows_on(x, torch.ones(3, 1, device=DEVICE), None, QUANTIZERS["ggml_q4_0"], 7) is None
     assert host.dequantize(x.to(torch.float8_e4m3fn), torch.ones(3, 1, device=DEVICE), None, torch.float32) is None
     others = {name: QUANTIZERS[name] for name in ("minmax_full", "nvfp4", "fp8", "ggml_q4_0")}
-    forms = [Format(by.bits[-1], name, by.group_size, tensor_scale=512.0) for name, by in others.items()]
+    forms = [Format(by.allowed_bits[-1], name, by.group_size, tensor_scale=512.0) for name, by in others.items()]
     found = [(round_to_grid(x, form)[0], quantize(x, form).codes) for form in forms]
     monkeypatch.setattr(kernels, "on", lambda device: None)
     for form, (values, codes) in zip(forms, found, strict=True):

@@ -235,7 +235,7 @@ def tokens_on_gpu(count=24, batch=1):
 @pytest.mark.parametrize("method", QUANTIZERS)
 def test_quantizers(method, group_size, dtype, gpu):
     by = QUANTIZERS[method]
-    bits, group_size = 4 if 4 in by.bits else by.bits[0], by.group_size or group_size
+    bits, group_size = 4 if 4 in by.allowed_bits else by.allowed_bits[0], by.group_size or group_size
     x, form = torch.randn(3, 5, 32, device=GPU, dtype=dtype), Format(bits, method, group_size, tensor_scale=512.0)
     groups = (3, 5, 32 // group_size if group_size else 1)
     if form.learned:

@@ -17,7 +17,7 @@ from qat.export import export
 from qat.infer import simulated
 from qat.ptq import METHODS, gptq, smoothquant, writer
 from qat.ptq.gptq import GPTQConfig
-from qat.ptq.smoothquant import SmoothQuantConfig, fold, largest_inputs
+from qat.ptq.smoothquant import SmoothQuantConfig, fold, largest_by_channel
 from qat.ptq.stream import Stream
 from qat.quant.architecture import ARCHITECTURES
 from qat.quant.config import CONFIG_FILE, QuantConfig
@@ -218,11 +218,11 @@ def test_smoothing_moves_outliers_out_of_the_inputs(tmp_path, tiny_data):
         plain = smoothquant.SmoothQuant(source, SmoothQuantConfig())._layers[0]
         plain.load_state_dict(weights, assign=True)
         group = GROUPS[0]
-        largest = {group: largest_inputs(stream, plain, group)}
+        largest = {group: largest_by_channel(stream, plain, group)}
         for alpha, flat in ((1.0, True), (0.0, False)):
             new = fold(weights, largest, {group: alpha}, 16)
             plain.load_state_dict(new, assign=True)
-            seen = largest_inputs(stream, plain, group)
+            seen = largest_by_channel(stream, plain, group)
             columns = torch.cat([new[f"{name}.weight"] for name in group.readers]).abs().amax(0)
             assert (seen.max() / seen.min() < 1.001) == flat
             assert (columns.max() / columns.min() < 1.001) == (not flat)

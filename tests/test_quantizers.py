@@ -35,7 +35,7 @@ INTEGERS = {name: by for name, by in QUANTIZERS.items() if not by.is_float and b
 FIXED = [name for name, quantizer in INTEGERS.items() if not quantizer.learned]  # the grid: a function of the tensor
 EXACT = [QUANTIZERS[name] for name in FIXED if QUANTIZERS[name].is_exact and name != "ternary"]  # it is minmax_full's
 MINMAX, ASYMMETRIC, LSQ = (QUANTIZERS[name] for name in ("minmax", "minmax_asymmetric", "lsq"))
-EVERY = [Format(bits, name) for name in FIXED for bits in QUANTIZERS[name].bits]
+EVERY = [Format(bits, name) for name in FIXED for bits in QUANTIZERS[name].allowed_bits]
 FORMATS = st.sampled_from(EVERY)
 
 
@@ -142,8 +142,8 @@ def test_gradients_of_a_learned_scale_are_lsqs():
     codes and groups."""
     generator = torch.Generator().manual_seed(0)
     x, grad = torch.randn(6, 32, generator=generator), torch.randn(6, 32, generator=generator)
-    for form in (Format(bits, name, 16) for name in FIXED for bits in (QUANTIZERS[name].bits[0], 4)):
-        if form.bits not in form.by.bits:
+    for form in (Format(bits, name, 16) for name in FIXED for bits in (QUANTIZERS[name].allowed_bits[0], 4)):
+        if form.bits not in form.by.allowed_bits:
             continue
         grid = grid_of(x, form)._replace(scale=grid_of(x, form).scale * 0.5)
         of_x, of_scale = learned_gradients(grad, x, form, grid)
@@ -337,7 +337,7 @@ def test_compiled_quantizers_give_the_same_bits_as_eager_ones(by, monkeypatch):
         for shape in ((7, 33), (64, 576)):
             x = (torch.randn(shape) * torch.logspace(-42, 30, shape[0])[:, None]).to(dtype)
             x[1], x[2, 3] = 0, 1e4
-            for qmax in {2 ** (bits - 1) - 1 for bits in by.bits} & {1, 7, 127}:
+            for qmax in {2 ** (bits - 1) - 1 for bits in by.allowed_bits} & {1, 7, 127}:
                 codes, *grid = quantize_rows(x, by, qmax)
                 expected_codes, *expected_grid = number_format._fused_quantize.__wrapped__(x, by, qmax)
                 assert torch.equal(codes, expected_codes)
@@ -353,7 +353,7 @@ def test_a_gpu_eager_and_compiled_gives_the_bits_of_the_cpu(by):
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):
         x = (torch.randn(64, 576) * torch.logspace(-30, 30, 64)[:, None]).to(dtype)
-        for qmax in {2 ** (bits - 1) - 1 for bits in by.bits} & {1, 7, 127}:
+        for qmax in {2 ** (bits - 1) - 1 for bits in by.allowed_bits} & {1, 7, 127}:
             for function in (number_format._fused_quantize, number_format._fused_round):
                 eager = function.__wrapped__
                 expected = eager(x, by, qmax)
@@ -365,5 +365,5 @@ def test_a_gpu_eager_and_compiled_gives_the_bits_of_the_cpu(by):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("name", [name for name in FIXED if QUANTIZERS[name].symmetric])
 def test_zero_rows_give_zeros_with_scales_of_16_bits_too(name, dtype):
-    form = Format(QUANTIZERS[name].bits[-1], name, scale_dtype=dtype)
+    form = Format(QUANTIZERS[name].allowed_bits[-1], name, scale_dtype=dtype)
     assert dequantize(quantize(torch.zeros(3, 32), form), torch.float32).abs().max() < 1e-6

@@ -82,7 +82,7 @@ class SmoothQuant(LayerByLayer):
         plain = self._layers[stream.position]
         fill(plain, weights, stream.device)
         plain.to(stream.dtype)
-        largest = {group: largest_inputs(stream, plain, group) for group in self._groups}
+        largest = {group: largest_by_channel(stream, plain, group) for group in self._groups}
         alphas: dict[Smoothed, float] = {}
         if self.settings.alpha is not None:
             alphas = dict.fromkeys(self._groups, self.settings.alpha)
@@ -157,7 +157,7 @@ def spread(s: Tensor, read: int, head_dim: int) -> Tensor:
     return s.view(-1, 1, head_dim).expand(-1, read // len(s), -1).flatten()
 
 
-def largest_inputs(stream: Stream, layer: nn.Module, group: Smoothed) -> Tensor:
+def largest_by_channel(stream: Stream, layer: nn.Module, group: Smoothed) -> Tensor:
     """Compute max|x_j| over the calibration tokens of the group's shared input, fp32 [in], on the CPU."""
     reader = layer.get_submodule(group.readers[0])
     return torch.stack([x.abs().amax(0) for x in stream.inputs(layer, reader)]).amax(0).float().cpu()

@@ -151,10 +151,10 @@ class QuantConfig:
     def _check_bits(self, bits: str, name: str) -> None:
         """Raise UserError if the quantizer named by the setting ``name`` has not the bits of the setting ``bits``."""
         given, quantizer = getattr(self, bits), QUANTIZERS[getattr(self, name)]
-        if given not in (*quantizer.bits, FULL_PRECISION):
+        if given not in (*quantizer.allowed_bits, FULL_PRECISION):
             raise UserError(
                 f"{bits}={given} is invalid with {name}={getattr(self, name)}: give {bits}="
-                f"{' or '.join(map(str, quantizer.bits))}."
+                f"{' or '.join(map(str, quantizer.allowed_bits))}."
             )
 
     def _check_scales(self) -> None:

@@ -112,10 +112,10 @@ class QuantLinear(nn.Linear):
         input_format: how x is quantized
         input_step: the Parameter of a learned quantizer, [size]; None for the other ones
         scale_change: the Parameter of a learned weight scale, [out, groups]; None where the weight's values give it
-        start_bits: the grid with which it began, as integers for the reason below: [1 or 2, out, groups]
+        start_as_int32: the grid with which it began, as integers for the reason below: [1 or 2, out, groups]
         keeps_codes: whether the codes stay those of the grid with which it began: the scale alone learns
         frozen: whether the Parameter holds values that are on their grid already, and stay there
-        codes, grid_bits: the frozen weight's codes [out, in] and fp32 grid [1 or 2, out, groups], where the layer
+        codes, grid_as_int32: the frozen weight's codes [out, in] and fp32 grid [1 or 2, out, groups], where the layer
             multiplies codes or blocks. The grid's bits are kept as integers: what casts a model to bf16 leaves them
             alone
     """
@@ -125,11 +125,11 @@ class QuantLinear(nn.Linear):
     input_quantizer: InputQuantizer | None
     input_step: nn.Parameter | None
     scale_change: nn.Parameter | None
-    start_bits: Tensor | None
+    start_as_int32: Tensor | None
     keeps_codes: bool
     frozen: bool
     codes: Tensor | None
-    grid_bits: Tensor | None
+    grid_as_int32: Tensor | None
 
     @classmethod
     def convert(cls, linear: nn.Linear, weight: Format, inputs: Format, shared: InputQuantizer | None) -> "QuantLinear":
@@ -145,7 +145,7 @@ class QuantLinear(nn.Linear):
             step = nn.Parameter(torch.full((learned.size,), torch.nan, dtype=linear.weight.dtype))
         linear.register_parameter("input_step", step)
         linear.register_parameter("scale_change", None)
-        linear.register_buffer("start_bits", None, persistent=False)
+        linear.register_buffer("start_as_int32", None, persistent=False)
         linear.keeps_codes = False
         return linear
 
@@ -184,7 +184,7 @@ class QuantLinear(nn.Linear):
         change they are of the right size with any bits; and 0, where it begins, is exact in bf16 too.
         """
         self.scale_change = nn.Parameter(torch.zeros_like(start.scale, dtype=self.weight.dtype))
-        self.register_buffer("start_bits", _as_bits(start), persistent=False)
+        self.register_buffer("start_as_int32", _as_int32(start), persistent=False)
 
     def learned_grid(self, change: Tensor | None = None) -> Grid | None:
         """Return the weight's learned grid [out, groups], by another ``change`` of that shape if one is given; None
@@ -197,8 +197,8 @@ class QuantLinear(nn.Linear):
         return Grid(torch.where(scale == 0, start, scale), zero_point)
 
     def _start(self, device: torch.device) -> Grid:
-        assert self.start_bits is not None
-        return Grid(*self.start_bits.to(device).view(torch.float32))
+        assert self.start_as_int32 is not None
+        return Grid(*self.start_as_int32.to(device).view(torch.float32))
 
     def quantized(self, weight: Tensor, grid: Grid | None) -> Quantized:
         """Quantize ``weight`` [out, in] on ``grid`` [out, groups], or on that of its values; or return the codes that
@@ -244,18 +244,18 @@ class QuantLinear(nn.Linear):
         """Use these integers as the weight from now on; the Parameter has their values."""
         self.frozen = True
         if self.multiplies_codes or self.multiplies_blocks:
-            self.codes, self.grid_bits = weight.codes, _as_bits(weight.grid)
+            self.codes, self.grid_as_int32 = weight.codes, _as_int32(weight.grid)
 
     def thaw(self) -> None:
         """Quantize the Parameter at each call, as in training."""
         self.frozen = False
-        for buffer in ("codes", "grid_bits"):
+        for buffer in ("codes", "grid_as_int32"):
             self.register_buffer(buffer, None, persistent=False)
 
     def integers(self) -> Quantized:
         """Return the weight as integers; only for a layer that multiplies codes or blocks."""
-        if self.codes is not None and self.grid_bits is not None:
-            return Quantized(self.codes, Grid(*self.grid_bits.view(torch.float32)))
+        if self.codes is not None and self.grid_as_int32 is not None:
+            return Quantized(self.codes, Grid(*self.grid_as_int32.view(torch.float32)))
         return self.quantized(self.weight, self.learned_grid())
 
     def extra_repr(self) -> str:
@@ -280,7 +280,7 @@ def arithmetic_of(quant: QuantConfig) -> str:
     return ARITHMETIC
 
 
-def _as_bits(grid: Grid) -> Tensor:
+def _as_int32(grid: Grid) -> Tensor:
     """Return the grid's parts as int32 [1 or 2, ...]."""
     return torch.stack([part for part in grid if part is not None]).view(torch.int32)
 

@@ -83,7 +83,7 @@ class Layout(ABC):
         name: compressed-tensors' name of it
         suffixes: suffixes of the names of the tensors that hold a symmetric weight
         has_zero_points: whether engines that read it have kernels for weights with zero points
-        stored_bits: the declared bits, by those of the codes. Every code of 3 bits is one of 4 bits,
+        declared_by_code_bits: the declared bits, by those of the codes. Every code of 3 bits is one of 4 bits,
             with the same scale, and engines have kernels for those
         engine_a_bits: the bits to which engines that read it can round activations, to integers
         float_inputs: the formats of floats to which engines that read it can round activations
@@ -94,7 +94,7 @@ class Layout(ABC):
     name: str
     suffixes: tuple[str, ...]
     has_zero_points: bool = False
-    stored_bits: ClassVar[Mapping[int, int]]
+    declared_by_code_bits: ClassVar[Mapping[int, int]]
     engine_a_bits: tuple[int, ...] = ()
     float_inputs: tuple[FloatFormat, ...] = ()
     scale_dtype = "F32"
@@ -116,9 +116,9 @@ class Layout(ABC):
         """Return the bits to which an engine rounds activations: those that were trained, or else 8."""
         return quant.a_bits if quant.a_bits in (FULL_PRECISION, *self.engine_a_bits) else 8
 
-    def bits(self, form: Format) -> int:
+    def declared_bits(self, form: Format) -> int:
         """Return the declared bits. With zero points there are kernels for 4 and 8."""
-        bits = self.stored_bits[form.code_bits]
+        bits = self.declared_by_code_bits[form.code_bits]
         return bits if form.symmetric else max(bits, 4)
 
     def quantization_config(
@@ -166,7 +166,7 @@ class Layout(ABC):
     def _weights(self, quant: QuantConfig) -> dict[str, Any]:
         grouped = {"strategy": "group", "group_size": quant.weights.group_size}
         return {
-            "num_bits": self.bits(quant.weights),
+            "num_bits": self.declared_bits(quant.weights),
             "type": "int",
             "symmetric": quant.weights.symmetric,
             "dynamic": False,
@@ -208,7 +208,7 @@ class _Packed(Layout):
     name = PACKED
     suffixes = "weight_packed", "weight_scale", "weight_shape"
     has_zero_points = True
-    stored_bits: ClassVar[Mapping[int, int]] = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
+    declared_by_code_bits: ClassVar[Mapping[int, int]] = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
     engine_a_bits = 4, 8
     float_inputs = (FloatFormat.FP8,)
 
@@ -216,7 +216,7 @@ class _Packed(Layout):
         from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32  # takes seconds to import
 
         codes, (scale, zero_point) = quantized
-        bits = self.bits(form)
+        bits = self.declared_bits(form)
         parts = {
             f"{name}.weight_packed": pack_to_int32(codes, bits),
             f"{name}.weight_scale": scale,
@@ -249,7 +249,7 @@ class _Integers(Layout):
 
     name = INTEGERS
     suffixes = "weight", "weight_scale"
-    stored_bits: ClassVar[Mapping[int, int]] = dict.fromkeys(range(2, 9), 8)
+    declared_by_code_bits: ClassVar[Mapping[int, int]] = dict.fromkeys(range(2, 9), 8)
     engine_a_bits = (8,)
     code_dtypes = (torch.int8,)
 
@@ -268,7 +268,7 @@ class _Float8(Layout):
 
     name = FLOAT8
     suffixes = "weight", "weight_scale"
-    stored_bits: ClassVar[Mapping[int, int]] = {8: 8}
+    declared_by_code_bits: ClassVar[Mapping[int, int]] = {8: 8}
     float_inputs = FloatFormat.FP8, FloatFormat.FP8_TENSOR
     code_dtypes = (torch.float8_e4m3fn,)
 
@@ -295,7 +295,7 @@ class _Float4(Layout):
     """The bytes are those that the quantizer itself keeps."""
 
     suffixes: tuple[str, ...] = "weight_packed", "weight_scale"
-    stored_bits: ClassVar[Mapping[int, int]] = {4: 4}
+    declared_by_code_bits: ClassVar[Mapping[int, int]] = {4: 4}
     quantizer: Quantizer
 
     def holds(self, form: Format) -> bool:

@@ -157,7 +157,7 @@ class ModelFolder:
             config.tie_word_embeddings = False
         model = without_weights(config, directory)
         check_runs(model, directory)
-        expected = kinds(model)
+        expected = tensor_specs(model)
         if quantization := quantization_of(directory):
             with using(directory / "config.json"):
                 expected = _encoded(expected, model, quantization)
@@ -166,7 +166,9 @@ class ModelFolder:
         rotation = re.escape(architecture_of(config).rotation.rpartition(".")[2])
         ignored = re.compile("|".join((rf"{rotation}\.inv_freq", *(model._keys_to_ignore_on_load_unexpected or ()))))
         named = {name: place for name, place in named.items() if name in expected or not ignored.search(name)}
-        check_complete({name: Kind(torch.Size(p.shape), {p.dtype}) for name, p in named.items()}, expected, directory)
+        check_complete(
+            {name: TensorSpec(torch.Size(p.shape), {p.dtype}) for name, p in named.items()}, expected, directory
+        )
         return cls(directory, config, named)
 
     @property
@@ -233,19 +235,19 @@ def shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
 
 
 @dataclass(frozen=True)
-class Kind:
+class TensorSpec:
     """A tensor's shape, and the safetensors names of its dtype, or of its allowed dtypes."""
 
     shape: torch.Size
     dtypes: frozenset[str] | set[str] = FLOATS
 
 
-def kinds(model: PreTrainedModel) -> dict[str, Kind]:
+def tensor_specs(model: PreTrainedModel) -> dict[str, TensorSpec]:
     """Return the expected shape and dtypes of each weight of a full-precision model, by name."""
-    return {name: Kind(shape) for name, shape in shapes(model).items()}
+    return {name: TensorSpec(shape) for name, shape in shapes(model).items()}
 
 
-def check_complete(found: Mapping[str, Kind], expected: Mapping[str, Kind], where: Path) -> None:
+def check_complete(found: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec], where: Path) -> None:
     """Raise UserError unless ``found`` are the weights that are expected."""
     missing, strange = expected.keys() - found.keys(), found.keys() - expected.keys()
     if missing:
@@ -256,15 +258,15 @@ def check_complete(found: Mapping[str, Kind], expected: Mapping[str, Kind], wher
         )
     if strange:
         raise UserError(f"{where} does not match its config.json, which does not describe {_some(strange)}.")
-    for name, kind in expected.items():
+    for name, spec in expected.items():
         shape, dtypes = found[name].shape, found[name].dtypes
-        if shape != kind.shape:
+        if shape != spec.shape:
             raise UserError(
-                f"{where} does not match its config.json: {name} is {list(shape)}, and should be {list(kind.shape)}."
+                f"{where} does not match its config.json: {name} is {list(shape)}, and should be {list(spec.shape)}."
             )
-        if not dtypes <= kind.dtypes:
+        if not dtypes <= spec.dtypes:
             raise UserError(
-                f"{where} stores {name} as {', '.join(dtypes)}, and {' or '.join(sorted(kind.dtypes))} is expected: "
+                f"{where} stores {name} as {', '.join(dtypes)}, and {' or '.join(sorted(spec.dtypes))} is expected: "
                 "give the full-precision model."
             )
 
@@ -336,18 +338,20 @@ def check_runs(model: PreTrainedModel, directory: Path) -> None:
         vars(rope).pop("forward", None)
 
 
-def _encoded(expected: dict[str, Kind], model: PreTrainedModel, quantization: dict[str, Any]) -> dict[str, Kind]:
+def _encoded(
+    expected: dict[str, TensorSpec], model: PreTrainedModel, quantization: dict[str, Any]
+) -> dict[str, TensorSpec]:
     """Return the shape and dtypes of the tensors in which an integer export holds the ``expected`` weights of a
     full-precision model."""
     linears = quantizable_linears(model)
-    encoded: dict[str, Kind] = {}
-    for name, kind in expected.items():
+    encoded: dict[str, TensorSpec] = {}
+    for name, spec in expected.items():
         layer = name.removesuffix(".weight")
         parts = (
-            compressed_tensors.layout(layer, kind.shape, quantization)
+            compressed_tensors.layout(layer, spec.shape, quantization)
             if layer in linears or compressed_tensors.names(layer, quantization)
-            else {name: (kind.shape, FLOATS)}
+            else {name: (spec.shape, FLOATS)}
         )
-        encoded |= {part: Kind(torch.Size(shape), dtypes) for part, (shape, dtypes) in parts.items()}
+        encoded |= {part: TensorSpec(torch.Size(shape), dtypes) for part, (shape, dtypes) in parts.items()}
     scales = compressed_tensors.cache_layout(attentions(model), quantization)
-    return encoded | {name: Kind(torch.Size(shape), dtypes) for name, (shape, dtypes) in scales.items()}
+    return encoded | {name: TensorSpec(torch.Size(shape), dtypes) for name, (shape, dtypes) in scales.items()}

@@ -17,7 +17,7 @@ from qat.quant.config import CONFIG_FILE
 from qat.quant.rotated import causal_lm_class
 from qat.runtime.errors import UserError, in_one_line
 from qat.store import compressed_tensors
-from qat.store.model_folder import Kind, ModelFolder, check_complete, check_finite, quantization_of, read_config
+from qat.store.model_folder import ModelFolder, TensorSpec, check_complete, check_finite, quantization_of, read_config
 from qat.store.smollm2 import EMBEDDED, extract_embedded
 from qat.store.weight_files import NO_WEIGHTS, weight_files
 
@@ -135,7 +135,7 @@ def _load_quantized(name: str, dtype: torch.dtype | str) -> PreTrainedModel:
     except Exception as error:
         raise UserError(f"{name} is quantized, and transformers cannot load it: {in_one_line(error)}") from error
     model, account = loaded
-    missing = dict.fromkeys(account["missing_keys"], Kind(torch.Size()))
+    missing = dict.fromkeys(account["missing_keys"], TensorSpec(torch.Size()))
     check_complete({}, missing, Path(name))  # transformers would put random numbers in the place of a scale
     return model
 

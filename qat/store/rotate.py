@@ -76,16 +76,16 @@ def _orthogonal(size: int, generator: torch.Generator) -> Tensor:
     return q * r.diagonal().sign()
 
 
-class Kind(NamedTuple):
+class MatrixKind(NamedTuple):
     """A kind of orthogonal matrices: half a sentence for ``--help``, and a function that draws one of a size."""
 
     meaning: str
     draw: Callable[[int, torch.Generator], Tensor]
 
 
-KINDS: Mapping[str, Kind] = {
-    "hadamard": Kind("a Hadamard matrix with random signs", _hadamard),
-    "random": Kind("a random orthogonal matrix", _orthogonal),
+KINDS: Mapping[str, MatrixKind] = {
+    "hadamard": MatrixKind("a Hadamard matrix with random signs", _hadamard),
+    "random": MatrixKind("a random orthogonal matrix", _orthogonal),
 }
 
 

@@ -37,16 +37,16 @@ from qat.store.model_folder import (
     BASE_MODEL,
     PTQ_RECORD,
     STUDENT,
-    Kind,
     ModelFolder,
+    TensorSpec,
     check_complete,
     check_finite,
     head_weight,
-    kinds,
     quantization_of,
     read_config,
     shapes,
     skeleton,
+    tensor_specs,
     write_companions,
 )
 from qat.store.pickles import as_data
@@ -392,7 +392,9 @@ def _gathered(checkpoint: Path, model: PreTrainedModel, dtype: torch.dtype) -> I
         own = {name.removeprefix(STUDENT_PREFIX): part for name, part in parts.items()}
         if model.config.tie_word_embeddings:
             own.pop(head_weight(model.config), None)
-        check_complete({name: Kind(torch.Size(part.shape)) for name, part in own.items()}, kinds(model), checkpoint)
+        check_complete(
+            {name: TensorSpec(torch.Size(part.shape)) for name, part in own.items()}, tensor_specs(model), checkpoint
+        )
         for name, part in own.items():
             tensor = part.contiguous().to(dtype)
             check_finite(name, tensor, checkpoint)

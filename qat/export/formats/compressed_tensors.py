@@ -165,7 +165,7 @@ class CompressedTensors(ExportFormat):
         ]
 
     def _weights(self, quant: QuantConfig) -> list[str]:
-        bits = self.layout.bits(quant.weights)
+        bits = self.layout.declared_bits(quant.weights)
         if bits == quant.w_bits:
             return []
         return [

@@ -50,7 +50,7 @@ class Quantizer:
         symmetric: whether the zero point is 0 everywhere
         full_range: whether -qmax - 1 is a code too; always, with zero points
         clips: whether values beyond the last codes are cut off; they get no gradient
-        bits: the numbers of bits that it has
+        allowed_bits: the numbers of bits that it has
         is_float: whether codes are floating-point numbers, not integers
         code_dtype: a code is a number of this dtype: its value over the scale, plus the zero point
         group_size: the number of elements that share a scale, where the quantizer determines it; 0 if it does not
@@ -77,7 +77,7 @@ class Quantizer:
     symmetric: ClassVar[bool] = True
     full_range: ClassVar[bool] = False
     clips: ClassVar[bool] = False
-    bits: ClassVar[Sequence[int]] = range(2, 9)
+    allowed_bits: ClassVar[Sequence[int]] = range(2, 9)
     is_float: ClassVar[bool] = False
     code_dtype: ClassVar[torch.dtype] = torch.int8
     group_size: ClassVar[int] = 0

@@ -14,7 +14,7 @@ from qat.quant.quantizers.minifloat import E4M3, E4M3_MAX, nearest_e4m3
 
 class FP8(Quantizer):
     meaning = "8-bit floats (e4m3)"
-    bits = (8,)
+    allowed_bits = (8,)
     is_float = True
     code_dtype = E4M3
     float_format: ClassVar[FloatFormat | None] = FloatFormat.FP8

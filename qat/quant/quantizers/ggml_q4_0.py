@@ -16,7 +16,7 @@ class GgmlQ4_0(Quantizer):
     meaning = "llama.cpp's Q4_0: blocks of 32, fp16 scales, clips"
     parts = ("weights",)
     clips = True
-    bits = (4,)
+    allowed_bits = (4,)
     group_size = 32
     scale_dtype = torch.float16
     grid_gives_codes = False

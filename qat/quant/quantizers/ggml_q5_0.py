@@ -5,4 +5,4 @@ from qat.quant.quantizers.ggml_q4_0 import GgmlQ4_0
 
 class GgmlQ5_0(GgmlQ4_0):
     meaning = "llama.cpp's Q5_0: Q4_0 with 5 bits"
-    bits = (5,)
+    allowed_bits = (5,)

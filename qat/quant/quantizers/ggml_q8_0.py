@@ -14,7 +14,7 @@ from qat.quant.quantizers.base import Grid, Quantizer, divided
 class GgmlQ8_0(Quantizer):
     meaning = "llama.cpp's Q8_0: blocks of 32, fp16 scales"
     parts = ("weights", "activations")
-    bits = (8,)
+    allowed_bits = (8,)
     group_size = 32
     scale_dtype = torch.float16
     grid_gives_codes = False

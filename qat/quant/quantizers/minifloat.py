@@ -47,7 +47,7 @@ class E2M1(Quantizer):
     half the block's, as codes are twice the values. Their bits, in order, are 0, 1, 2, 3, 4, 6, 8, 12, then the
     negatives. There is one zero: -0 of other software is read as 0."""
 
-    bits = (4,)
+    allowed_bits = (4,)
     is_float = True
 
     def codes(self, rows: Tensor, grid: Grid, qmax: int) -> Tensor:

@@ -18,7 +18,7 @@ _SMALLEST_FLOAT16 = 2.0**-24
 class SEQ(Quantizer):
     meaning = "2 bits, four levels at half steps, no 0 (ParetoQ's)"
     parts = ("weights",)
-    bits = (2,)
+    allowed_bits = (2,)
     half_step = 1.0
 
     def code_range(self, qmax: int) -> tuple[int, int]:

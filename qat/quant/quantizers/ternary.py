@@ -8,5 +8,5 @@ from qat.quant.quantizers.minmax_full import MinMaxFull
 class Ternary(MinMaxFull):
     meaning = "three levels that share the range evenly, in 2 bits (ParetoQ's)"
     parts = ("weights",)
-    bits = (2,)
+    allowed_bits = (2,)
     full_range = False

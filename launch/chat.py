@@ -10,7 +10,6 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 import qat
@@ -18,14 +17,12 @@ from launch import cli
 from qat.infer.packed import memory
 from qat.runtime.errors import UserError
 from qat.runtime.machine import take_gpu
-from qat.store import models
+from qat.store import dialogues, models
+from qat.store.dialogues import Message, message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers import PreTrainedTokenizerBase as Tokenizer
-
-Turn = dict[str, str]
-"""One turn of a conversation: its role and its content."""
 
 
 @dataclass(frozen=True)
@@ -60,17 +57,17 @@ def main() -> None:
     print(_describe(model), file=sys.stderr)
     torch.manual_seed(settings.seed)
     if settings.prompt:
-        _answer(model, tokenizer, [_message("user", settings.prompt)], settings)
+        _answer(model, tokenizer, [message("user", settings.prompt)], settings)
         return
-    history: list[Turn] = []
+    history: list[Message] = []
     for line in _lines():
         try:
-            history = _answer(model, tokenizer, [*history, _message("user", line)], settings)
+            history = _answer(model, tokenizer, [*history, message("user", line)], settings)
         except UserError as error:  # the message is rejected, and the chat continues without it
             print(f"not answered: {error}", file=sys.stderr, flush=True)
 
 
-def _answer(model: "PreTrainedModel", tokenizer: "Tokenizer", history: list[Turn], settings: Chat) -> list[Turn]:
+def _answer(model: "PreTrainedModel", tokenizer: "Tokenizer", history: list[Message], settings: Chat) -> list[Message]:
     """Print the model's next turn as it is generated, and return the conversation with it. A model without a chat
     template continues the last turn."""
     from transformers import TextStreamer
@@ -87,12 +84,12 @@ def _answer(model: "PreTrainedModel", tokenizer: "Tokenizer", history: list[Turn
         **sampled,
     )
     answer = str(tokenizer.decode(ids[0, inputs.shape[1] :], skip_special_tokens=True))
-    return [*history, _message("assistant", answer)]
+    return [*history, message("assistant", answer)]
 
 
 def _fitting(
-    model: "PreTrainedModel", tokenizer: "Tokenizer", history: list[Turn], max_new_tokens: int
-) -> tuple[Tensor, list[Turn]]:
+    model: "PreTrainedModel", tokenizer: "Tokenizer", history: list[Message], max_new_tokens: int
+) -> tuple[Tensor, list[Message]]:
     """Return the token ids [1, tokens] of the conversation, and the conversation, without its oldest turns if the model
     has no room for them.
 
@@ -112,15 +109,11 @@ def _fitting(
     return ids, history
 
 
-def _encoded(tokenizer: "Tokenizer", history: list[Turn]) -> Tensor:
+def _encoded(tokenizer: "Tokenizer", history: list[Message]) -> Tensor:
     """Return token ids [1, tokens] by the tokenizer's chat template; without one, those of the last message."""
     if not tokenizer.chat_template:
         return tokenizer(history[-1]["content"], return_tensors="pt", verbose=False).input_ids
-    try:
-        text = tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise UserError(f"The tokenizer's chat template refuses the message: {error}.") from error
-    return tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids
+    return torch.tensor([dialogues.encoded(tokenizer, dialogues.rendered(tokenizer, history, answering=True))])
 
 
 def _describe(model: "PreTrainedModel") -> str:
@@ -129,10 +122,6 @@ def _describe(model: "PreTrainedModel") -> str:
         f"{held.weights / 1e6:.1f} MB of weights, {held.cache_per_token / 1e3:.2f} MB of KV cache per 1000 tokens; "
         "an empty line ends"
     )
-
-
-def _message(role: str, content: str) -> Turn:
-    return {"role": role, "content": content}
 
 
 def _lines() -> Iterator[str]:

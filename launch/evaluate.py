@@ -572,17 +572,9 @@ def _score(model: "PreTrainedModel", windows: Windows, teacher: "PreTrainedModel
     ours = slice(cli.rank(), None, cli.ranks())
     counted = windows.counted and windows.counted[ours]
     own = score_windows(model, windows.ids[ours], teacher, progress=cli.is_first_rank(), counted=counted)
-    return _interleave(_gather(own))
-
-
-def _gather(own: list[Any]) -> list[list[Any]]:
-    """Return every rank's list, in the order of the ranks."""
-    if cli.ranks() == 1:
-        return [own]
-    ranks.meet("all ranks have their share")
-    everyones: list[Any] = [None] * cli.ranks()
-    dist.all_gather_object(everyones, own)
-    return everyones
+    if ranks.count() > 1:
+        ranks.meet("all ranks have their share")
+    return _interleave(ranks.gather(own))
 
 
 def _interleave(shares: list[list[Any]]) -> list[Any]:

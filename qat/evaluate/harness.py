@@ -77,10 +77,10 @@ def run_task(
     Raises UserError if ``limit`` leaves a rank without a document of some part.
     """
     most = math.ceil(limit / len(parts))
-    if 0 < most < _world_size():  # the harness needs a document of every part on every rank
+    if 0 < most < ranks.count():  # the harness needs a document of every part on every rank
         raise UserError(
             f"limit={limit} gives {name} {most} documents for each of its {len(parts)} parts, too few for "
-            f"{_world_size()} ranks: give 0, {len(parts) * _world_size()} or more, or fewer ranks."
+            f"{ranks.count()} ranks: give 0, {len(parts) * ranks.count()} or more, or fewer ranks."
         )
     shots = {"num_fewshot": _SHOTS if name in FEW_SHOT else 0}
     bars = partial(bar, disable=dist.is_initialized() and dist.get_rank() > 0)
@@ -118,7 +118,7 @@ class _RankedLM(HFLM):
     def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH[model.device.type])
         if dist.is_initialized():
-            self._rank, self._world_size = dist.get_rank(), _world_size()
+            self._rank, self._world_size = dist.get_rank(), ranks.count()
         self._longest = 0
 
     @property
@@ -158,10 +158,6 @@ class _RankedLM(HFLM):
 
     def barrier(self) -> None:
         ranks.meet("all ranks have answered their requests")
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def _metrics(name: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from qat.runtime.errors import UserError, differences
 from qat.runtime.files import appearing_folder, load_tensors, read_json, save_tensors, write_atomically, writing
 from qat.store.model_folder import BASE_MODEL, PTQ_RECORD, ModelFolder, write_companions
 from qat.store.sidecars import GRIDS_FILE, load_grids, save_grids
-from qat.store.weight_files import INDEX
+from qat.store.weight_files import INDEX, file_name
 
 QuantizeLayer = Callable[[Stream, Weights], tuple[Weights, dict[str, Grid], str]]
 """Maps the stream at a layer, and the layer's weights, to its final weights, their grids by the layers' names in it
@@ -122,7 +122,7 @@ def _merge_grids(folder: Path, count: int) -> None:
 
 def _weight_file(folder: Path, number: int, count: int) -> Path:
     """Return the path of layer ``number``'s weight file; number ``count`` is that of the weights outside the layers."""
-    return folder / f"model-{number + 1:05d}-of-{count + 1:05d}.safetensors"
+    return folder / file_name(number + 1, count + 1)
 
 
 def _grids_file(number: int) -> str:

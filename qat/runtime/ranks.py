@@ -20,12 +20,14 @@ from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
 from qat.runtime.errors import UserError
 from qat.runtime.watch import FirstRank, OtherRank, Sign, Watch
+
+T = TypeVar("T")
 
 TIMEOUT = timedelta(hours=2)
 """Timeout of collectives. The last resort: a hang is found earlier."""
@@ -88,6 +90,20 @@ def launchers_store(timeout: timedelta) -> dist.Store:
     """Return the store at MASTER_ADDR and MASTER_PORT, through which all ranks of the launcher find each other."""
     store, _, _ = next(iter(dist.rendezvous("env://", timeout=timeout)))
     return store
+
+
+def count() -> int:
+    """Return the number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(value: T) -> list[T]:
+    """Return every rank's value, in the order of the ranks, on all of them."""
+    if count() == 1:
+        return [value]
+    values: list[Any] = [None] * count()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def announce(what: str, step: int | None = None) -> None:

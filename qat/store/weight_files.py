@@ -53,7 +53,7 @@ def weight_files(directory: Path) -> list[Path]:
         raise UserError(
             f"The config.json of {directory} has transformers_weights={named!r}: name a file of that folder."
         )
-    choices = [named] if named is not None else [_file_name(1, 1), INDEX, BIN, BIN_INDEX]
+    choices = [named] if named is not None else [file_name(1, 1), INDEX, BIN, BIN_INDEX]
     opened = next((directory / name for name in choices if (directory / name).is_file()), None)
     if opened is None:
         raise UserError(
@@ -121,7 +121,7 @@ def write(directory: Path, tensors: Iterable[tuple[str, Tensor]], file_bytes: in
         total += tensor.nbytes
     files += 1
     save_tensors(pending, directory / f"part-{files}")
-    names = {number: _file_name(number, files) for number in range(1, files + 1)}
+    names = {number: file_name(number, files) for number in range(1, files + 1)}
     index = {"metadata": {"total_size": total}, "weight_map": {name: names[number] for name, number in places.items()}}
     with writing(directory):
         for number, name in names.items():
@@ -166,7 +166,8 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _file_name(number: int, files: int) -> str:
+def file_name(number: int, files: int) -> str:
+    """Return the name of weight file ``number``, from 1, of ``files``."""
     return "model.safetensors" if files == 1 else f"model-{number:05}-of-{files:05}.safetensors"
 
 

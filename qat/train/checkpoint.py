@@ -95,7 +95,7 @@ def save(engine: deepspeed.DeepSpeedEngine, directory: Path, state: TrainState, 
     with ranks.doing("reading the checkpoint back"):
         entries = manifest.entries(folder, dist.get_rank(), dist.get_world_size())
     ranks.meet("the checkpoint is read back")
-    files = {name: entry for part in _gather(entries) for name, entry in part.items()}
+    files = {name: entry for part in ranks.gather(entries) for name, entry in part.items()}
     failure = ""
     if dist.get_rank() == 0:
         size, seconds = sum(entry["bytes"] for entry in files.values()), time.monotonic() - began
@@ -143,7 +143,7 @@ def _damage(folder: Path) -> str:
     with ranks.doing(f"checking {folder.name}"):
         damage = manifest.damage(folder, dist.get_rank(), dist.get_world_size())
     ranks.meet(f"{folder.name} is checked")
-    return next(filter(None, _gather(damage)), "")
+    return next(filter(None, ranks.gather(damage)), "")
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -244,13 +244,6 @@ def _meeting(engine: deepspeed.DeepSpeedEngine, what: str) -> AbstractContextMan
     return deepspeed_internals.before_the_gathering(engine, lambda: ranks.meet(what))
 
 
-def _gather(value: Any) -> list[Any]:
-    """Return every rank's value, on all ranks."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 def _broadcast(value: Any) -> list[Any]:
     values = [value]
     dist.broadcast_object_list(values, 0)
@@ -259,7 +252,7 @@ def _broadcast(value: Any) -> list[Any]:
 
 def _agree(failure: str, folder: Path) -> None:
     """Raise UserError on all ranks if one has a failure, and delete the incomplete checkpoint."""
-    failures = [failure for failure in _gather(failure) if failure]
+    failures = [failure for failure in ranks.gather(failure) if failure]
     if not failures:
         return
     if dist.get_rank() == 0:

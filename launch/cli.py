@@ -53,7 +53,7 @@ def run(main: Callable[[], int | None]) -> None:
         logging.getLogger("qat").setLevel(logging.INFO)
     if not torch.cuda.is_available():
         malloc.keep_freed_memory()
-    launcher.stop_without_it()
+    launcher.stop_with_launcher()
     try:
         code = main()
     except UserError as error:

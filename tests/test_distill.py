@@ -111,7 +111,7 @@ def alive(shape) -> set[int]:
 
 
 def test_an_output_layer_with_a_bias_is_refused():
-    with pytest.raises(UserError, match="lm_head has a bias"):
+    with pytest.raises(UserError, match="output layer has a bias"):
         distill.DistillationHead.convert(torch.nn.Linear(4, 9))
 
 

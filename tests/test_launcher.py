@@ -20,7 +20,7 @@ STARTER = "import subprocess, sys; subprocess.Popen(sys.argv[1:]).wait()"
 RANK = """
 import time
 from qat.runtime import launcher
-launcher.stop_without_it()
+launcher.stop_with_launcher()
 print(launcher.above(), flush=True)
 time.sleep(600)
 """

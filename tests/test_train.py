@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from training import CONFIG, STEPS, flags, latest, log_of, losses
+from transformers import LlamaConfig, Starcoder2Config
 
 import qat
 from launch import cli
@@ -31,6 +32,7 @@ from qat.data.sequences import TrainingData
 from qat.export import export
 from qat.export.formats import DEFAULT_EXPORT_FORMAT
 from qat.infer import simulated
+from qat.quant.architecture import ARCHITECTURES, Architecture
 from qat.quant.config import QuantConfig
 from qat.quant.forward import predicting
 from qat.quant.prepare import prepare
@@ -372,16 +374,29 @@ def test_tensorboard_gets_what_the_log_has(run):
         }, name
 
 
-def test_model_flops_are_those_that_pytorch_counts():
-    model, tokens = tiny_model(tie_word_embeddings=False), 24
+TWO_MATRICES = Architecture(
+    shared_inputs=(
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.c_fc",),
+        ("mlp.c_proj",),
+    )
+)
+"""StarCoder 2, whose MLP has no gate."""
+
+
+@pytest.mark.parametrize("family", [LlamaConfig, Starcoder2Config])
+def test_model_flops_are_those_that_pytorch_counts(family, monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES._things, "starcoder2", TWO_MATRICES)
+    model, tokens = tiny_model(family, tie_word_embeddings=False, use_bias=False), 24
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, tokens, dtype=torch.long))
     counted = counter.get_flop_counts()["Global"]
-    matrices = 2 * flops.matrix_elements(model.config) * tokens
-    assert counted[torch.ops.aten.mm] == matrices
+    matrices = flops.matrix_elements(model)
+    assert counted[torch.ops.aten.mm] == 2 * matrices * tokens
     # Eager attention computes the whole square of scores, of which we count the causal half.
-    assert counted[torch.ops.aten.bmm] == 2 * (flops.forward(model.config, tokens) - matrices)
+    assert counted[torch.ops.aten.bmm] == 2 * (flops.forward(model.config, matrices, tokens) - 2 * matrices * tokens)
 
 
 def test_the_trained_student_exports_and_reloads_bit_for_bit(run, tmp_path):

@@ -71,4 +71,4 @@ class LayerByLayer(Method):
 
     def write(self, output: Path, quant: QuantConfig, sequences: list[Tensor]) -> None:
         stream = Stream(self.source, quant, sequences, load_tensor_scales(output))
-        writer.write(stream, output, type(self).__name__.lower(), self.quantize_layer)
+        writer.write(stream, output, self.quantize_layer)

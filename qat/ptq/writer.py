@@ -76,10 +76,10 @@ def _settings_of(folder: Path) -> dict[str, Any]:
     return {name: value for name, value in record.items() if name != BASE_MODEL}
 
 
-def write(stream: Stream, folder: Path, method: str, quantize_layer: QuantizeLayer) -> None:
+def write(stream: Stream, folder: Path, quantize_layer: QuantizeLayer) -> None:
     """Write the weight files of the stream's model, and their index, into ``folder``."""
     count = len(stream.layers)
-    bar = progress.bar(range(count), desc=method, unit="layer")
+    bar = progress.bar(range(count), desc="quantize", unit="layer")
     for number in bar:
         path, prefix = _weight_file(folder, number, count), stream.prefix(number)
         if not path.exists():

@@ -25,7 +25,7 @@ _STARTED_BY = ("CROSS_SIZE", "TORCHELASTIC_RUN_ID")
 """Variables that deepspeed.launcher.launch and torchrun set for their ranks."""
 
 
-def stop_without_it() -> None:
+def stop_with_launcher() -> None:
     """Send this process a SIGTERM once one of the launchers above it has ended, even if that was before this call;
     without a launcher, do nothing."""
     started_by = above()

@@ -155,8 +155,8 @@ class DistillationHead(nn.Linear):
         the loss does not support."""
         if linear.bias is not None:
             raise UserError(
-                "The model's lm_head has a bias, and the distillation loss is computed without one: give a model whose "
-                "output layer is a matrix alone, as those of transformers' Llama, Mistral, Qwen2 and Qwen3 are."
+                "The model's output layer has a bias, and the distillation loss is computed without one: give a model "
+                "whose output layer is a matrix alone, as those of transformers' Llama, Mistral, Qwen2 and Qwen3 are."
             )
         linear.__class__ = _QuantDistillationHead if isinstance(linear, QuantLinear) else cls
         assert isinstance(linear, cls)

@@ -4,29 +4,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qat.quant.architecture import head_dim
+from qat.quant.architecture import head_dim, output_layer, quantizable_linears
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
-def matrix_elements(config: PretrainedConfig) -> int:
+def matrix_elements(model: PreTrainedModel) -> int:
     """Return the number of weights that every token is multiplied with: the linear layers and the output layer, not the
-    embedding."""
-    head = head_dim(config)
-    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
-    layer = config.hidden_size * (2 * queries + 2 * keys) + 3 * config.hidden_size * config.intermediate_size
-    return config.num_hidden_layers * layer + config.vocab_size * config.hidden_size
+    embedding. The weights themselves may be sharded."""
+    linears = [*quantizable_linears(model).values(), output_layer(model)]
+    return sum(linear.in_features * linear.out_features for linear in linears)
 
 
-def forward(config: PretrainedConfig, tokens: int) -> float:
-    """Return the operations of one forward pass over a sequence: 2 per weight and token, and causal attention's two
-    products."""
+def forward(config: PretrainedConfig, matrices: int, tokens: int) -> float:
+    """Return the operations of one forward pass over a sequence: 2 for each of ``matrix_elements`` and token, and
+    causal attention's two products."""
     attention = config.num_hidden_layers * 2 * config.num_attention_heads * head_dim(config) * tokens**2
-    return 2.0 * matrix_elements(config) * tokens + attention
+    return 2.0 * matrices * tokens + attention
 
 
-def distillation(config: PretrainedConfig, tokens: int, teacher: bool) -> float:
+def distillation(config: PretrainedConfig, matrices: int, tokens: int, teacher: bool) -> float:
     """Return the operations of training on one sequence: the student's forward and twice that for backward, and the
     teacher's forward. Recomputation by gradient checkpointing is not counted: it is no progress."""
-    return (3 + teacher) * forward(config, tokens)
+    return (3 + teacher) * forward(config, matrices, tokens)

@@ -142,6 +142,8 @@ def take_step(
     began, lr, samples = Moment(), student.get_lr()[0], after.samples
     learned = torch.zeros(2, dtype=torch.float64, device=device())  # loss, KL
     done = [0.0, 0.0]  # tokens, FLOPs
+    model = student.module.student
+    matrices = flops.matrix_elements(model)
     size = config.micro_batch_size
     for _ in range(config.batch_size // world_size // size):
         ranks.announce("reading a sample", after.step + 1)
@@ -158,7 +160,7 @@ def take_step(
         del loss  # and its graph, before the next one is made
         for tokens in row.predicted:
             done[0] += tokens
-            done[1] += flops.distillation(student.module.student.config, tokens, isinstance(teacher, Teacher))
+            done[1] += flops.distillation(model.config, matrices, tokens, isinstance(teacher, Teacher))
         samples += size * world_size
     figures = torch.cat([learned, send(torch.tensor([*done, stop.received], dtype=torch.float64), device())])
     dist.all_reduce(figures)

@@ -246,8 +246,9 @@ def training(
     if sharded:
         moved += width * own * (teacher_on != "gpu")
     passes = 3 + checkpointing + bool(teacher)  # backward counts twice
+    operations = passes * sequences * flops.forward(config, flops.matrix_elements(model), tokens)
     seconds = {
-        "compute": passes * sequences * flops.forward(config, tokens) / (machine.flops * machine.efficiency),
+        "compute": operations / (machine.flops * machine.efficiency),
         "link": received / machine.link,
         "bus": moved / machine.bus,
         "optimizer": {

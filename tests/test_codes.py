@@ -33,7 +33,7 @@ from qat.quant.packing import STAND_IN, makes_rows, pack_rows, stand_in, stand_i
 from qat.quant.quantizers import QUANTIZERS
 from qat.runtime.errors import UserError
 from qat.store.model_folder import ModelFolder
-from qat.train import checkpoint, codes, deepspeed_json, engines
+from qat.train import checkpoint, code_gather, deepspeed_json, engines
 from qat.train.config import TrainConfig
 from qat.train.deepspeed_internals import gathered_weights, own_rows
 from qat.train.loop import read, take_step
@@ -198,20 +198,20 @@ class Run:
         """Train to the end, from the checkpoint in ``folder`` if there is one; a new run leaves one before its last
         step, and the student. ``room`` is that for codes."""
         gathered: list[int] = []
-        found: list[codes.WeightCodes] = []
-        gather, gather_codes = codes.gather, codes.gather_codes
+        found: list[code_gather.WeightCodes] = []
+        gather, gather_codes = code_gather.gather, code_gather.gather_codes
 
         def noting(part: Tensor) -> tuple[Tensor, dist.Work | None]:
             result = gather(part)
             gathered.append(result[0].nbytes)
             return result
 
-        codes.gather, codes.gather_codes = noting, lambda *given: found.append(gather_codes(*given))
+        code_gather.gather, code_gather.gather_codes = noting, lambda *given: found.append(gather_codes(*given))
         student = engines.student_engine(
             self.model, self.quant, ds_config, self.config.lr_factor, self.config.gradient_checkpointing,
             train=self.config.train, as_codes=as_codes, room_for_codes=room,
         )  # fmt: skip
-        codes.gather_codes = gather_codes
+        code_gather.gather_codes = gather_codes
         student.optimizer.optimizer._optimizer_step_post_hooks.clear()  # some optimizers of DeepSpeed's call none
         state = checkpoint.resume(student, folder)
         new = state.step == 0
@@ -243,7 +243,7 @@ class Run:
         weights = {name: safe_get_full_fp32_param(part) for name, part in learning(student)}
         if new:
             engines.save_student(student, folder / "final", self.quant, ModelFolder.read(Path(self.model)).companions())
-        codes.gather = gather
+        code_gather.gather = gather
         elements = sum(part.ds_numel for own in found for part in own.parameters)
         return Taken(figures, gradients, weights, saved or {}, gathered, elements)
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from launch.train import check_schedule
 from qat.runtime.errors import UserError
-from qat.train import flat
+from qat.train import plateau
 from qat.train.config import TrainConfig
 
 CONSTANT = "--min_lr_ratio=1"
@@ -120,15 +120,15 @@ def test_a_run_that_is_flat_decays_and_ends_and_resumes_exactly(tiny_directory, 
 def test_flat_is_what_chance_can_explain():
     """The slope and its error are those of the textbook; noise alone is flat, save for one time in 40."""
     values = [3.0, 1.0, 2.0, 0.0]
-    slope, stderr = flat.slope_of(values)
+    slope, stderr = plateau.slope_of(values)
     assert slope == pytest.approx(-0.8)
     assert stderr == pytest.approx(math.sqrt(1.8 / 2 / 5))
     draw = random.Random(0)
     noise = [[draw.gauss(1, 0.1) for _ in range(50)] for _ in range(400)]
-    assert 0.95 < sum(map(flat.is_flat, noise)) / 400 < 0.995
+    assert 0.95 < sum(map(plateau.is_flat, noise)) / 400 < 0.995
     fall = 7 * 0.1 / math.sqrt(50) * 2  # twice what can be seen
     falling = [[value - fall * place / 50 for place, value in enumerate(values)] for values in noise]
-    assert sum(map(flat.is_flat, falling)) / 400 < 0.05
+    assert sum(map(plateau.is_flat, falling)) / 400 < 0.05
 
 
 def test_a_constant_rate_between_warm_up_and_decay():

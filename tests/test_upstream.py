@@ -270,7 +270,7 @@ def test_what_is_listed_is_used(file):
 
 
 def test_what_deepspeed_does_with_a_parameter():
-    """qat.train.codes takes the place of these calls; a new version may make others."""
+    """qat.train.code_gather takes the place of these calls; a new version may make others."""
     made = inspect.getsource(import_module("deepspeed.runtime.zero.partition_parameters").Init)
     for name in ("all_gather", "all_gather_coalesced", "partition"):
         assert f"param.{name} = {name}" in made

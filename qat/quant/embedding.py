@@ -3,7 +3,7 @@
 The class of an existing ``nn.Embedding`` is swapped, as that of a Linear (qat.quant.linear): names, Parameters and
 state dicts stay what they were. Every group that shares a scale lies within a row, so the rows that no token asks for
 need no rounding. The gradient is straight-through. An output layer with the same Parameter rounds it to the same
-values. Where ZeRO-3 gathers codes instead of values (qat.train.codes), the rows come from these.
+values. Where ZeRO-3 gathers codes instead of values (qat.train.code_gather), the rows come from these.
 """
 
 from typing import Any

@@ -3,8 +3,8 @@
 The class of an existing ``nn.Linear`` is swapped (``QuantLinear.convert``), so names, Parameters and state dicts stay
 what they were, and DeepSpeed ZeRO-3 partitions the layer like any other. No dequantized weight outlives the call:
 backward quantizes the Parameter again, on the grid that forward found, which ZeRO-3 has gathered again anyway. Where
-ZeRO-3 gathers codes instead of values (qat.train.codes), these are the weight. A layer saves only its input's int8
-codes, and scales.
+ZeRO-3 gathers codes instead of values (qat.train.code_gather), these are the weight. A layer saves only its input's
+int8 codes, and scales.
 
 Where the formats allow it (``multiplies_codes``) forward multiplies the codes and scales their sum, with the same
 result in training, evaluation and serving. Where both are integers and the input's have a scale per block, as in

@@ -1,5 +1,5 @@
 """Codes and their grids as bytes: what a packed layer, a cache of integers, and a sharded weight that is gathered as
-codes (qat.train.codes) hold."""
+codes (qat.train.code_gather) hold."""
 
 import torch
 from torch import Tensor

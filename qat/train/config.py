@@ -10,7 +10,7 @@ from qat.quant.learned_scales import TRAINED, Trained
 from qat.quant.linear import ARITHMETIC, can_multiply_codes
 from qat.runtime.errors import UserError, check_least
 from qat.runtime.table import check_choices, choice
-from qat.train import flat
+from qat.train import plateau
 from qat.train.losses import LOSSES
 
 
@@ -66,9 +66,10 @@ class TrainConfig:
         check_choices(self)
         check_least(self, steps=0, warmup_steps=0, min_lr_ratio=0, gradient_clipping=0, max_loss_ratio=0, peak_flops=0)
         check_least(self, batch_size=1, micro_batch_size=1, save_every=1, keep=1, eval_every=1, decay_steps=0)
-        if self.stop_when_flat and self.stop_when_flat < flat.FEWEST:
+        if self.stop_when_flat and self.stop_when_flat < plateau.FEWEST:
             raise UserError(
-                f"stop_when_flat={self.stop_when_flat} is invalid: choose 0, or {flat.FEWEST} or more steps, say 100."
+                f"stop_when_flat={self.stop_when_flat} is invalid: choose 0, or {plateau.FEWEST} or more steps, say "
+                "100."
             )
         if self.stop_when_flat and not self.decay_steps:
             raise UserError(

@@ -34,7 +34,7 @@ from qat.runtime.errors import UserError
 from qat.runtime.machine import local_ranks, take_gpu
 from qat.store import models, student_folder
 from qat.store.run_folder import STUDENT_PREFIX
-from qat.train import codes, deepspeed_internals, deepspeed_json
+from qat.train import code_gather, deepspeed_internals, deepspeed_json
 from qat.train.deepspeed_internals import partitioned_reading
 from qat.train.distill import Distiller, LabelTargets, TeacherTargets
 from qat.train.losses import LOSSES, Loss, Records
@@ -130,7 +130,7 @@ def student_engine(
         _check_nvme_parts(engine)
     _check_rope(student)
     if as_codes:
-        codes.gather_codes(engine, room_for_codes)
+        code_gather.gather_codes(engine, room_for_codes)
     return engine
 
 

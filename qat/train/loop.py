@@ -19,7 +19,7 @@ from qat.runtime.errors import UserError
 from qat.runtime.machine import Moment, device, send
 from qat.runtime.preemption import StopSignal
 from qat.store.run_folder import CHECKPOINTS, LOG
-from qat.train import checkpoint, engines, flat, flops
+from qat.train import checkpoint, engines, flops, plateau
 from qat.train.checkpoint import TrainState
 from qat.train.config import TrainConfig
 from qat.train.distill import Targets
@@ -81,7 +81,7 @@ def train(
             unread, told_before = None, stopped
             figures, stopped = read(taken, config, state, run / CHECKPOINTS)
             stopped |= told_before
-            if judged and flat.found(state, config.stop_when_flat):
+            if judged and plateau.found(state, config.stop_when_flat):
                 config = _shortened(config, state, student)
                 if log is not None:
                     log.ends_early(state, config.steps)

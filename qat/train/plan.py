@@ -263,7 +263,7 @@ def training(
 
 
 class _Codes(NamedTuple):
-    """Weights that are gathered as codes (qat.train.codes): their elements, and the bytes of their codes and grids."""
+    """Weights that are gathered as codes (qat.train.code_gather): their elements; the bytes of codes and grids."""
 
     elements: int
     size: int

@@ -107,7 +107,7 @@ def test_an_export_states_a_cache_that_engines_have_in_all_layers(form, quant, t
     found = {name: scale for name, scale in stored.items() if name.endswith((".k_scale", ".v_scale"))}
     described = json.loads((tmp_path / "export" / "config.json").read_text())["quantization_config"]
     read = QuantizationConfig.model_validate(described).kv_cache_scheme
-    said = [sentence for sentence in FORMATS[form].all_differences(student) if "KV cache" in sentence]
+    said = [sentence for sentence in EXPORT_FORMATS[form].all_deviations(student) if "KV cache" in sentence]
     if quant.kv_format != "vllm_fp8_scaled":
         assert not found
         assert read is None

@@ -64,7 +64,7 @@ _FLOAT_INPUTS: dict[FloatFormat, dict[str, Any]] = {
 }
 """The description of activations that are rounded to floats."""
 
-_CACHES: dict[str, dict[str, Any]] = {"vllm_fp8_scaled": _FLOAT_INPUTS["fp8_tensor"]}
+_CACHES: dict[str, dict[str, Any]] = {"vllm_fp8_scaled": _FLOAT_INPUTS[FloatFormat.FP8_TENSOR]}
 """The description of KV caches, by their format."""
 
 CACHE_SCALES = {"keys": "k_scale", "values": "v_scale"}

@@ -179,8 +179,8 @@ class CompressedTensors(ExportFormat):
             return keys.flags(values)
         return super().cache_flags(quant)
 
-    def all_differences(self, student: Student) -> list[str]:
-        sentences = super().all_differences(student)
+    def all_deviations(self, student: Student) -> list[str]:
+        sentences = super().all_deviations(student)
         scaled = [own.kv_format for own in student.attention_settings.values() if kv_cache_scheme([own])]
         if scaled and not kv_cache_scheme(student.attention_settings.values()):
             sentences.append(

@@ -175,7 +175,7 @@ def test_two_ranks_find_what_one_finds_and_nothing_is_measured_twice(tiny_direct
 
     capsys.readouterr()
     assert evaluate(*all_of_it) == found
-    assert "already exists" in capsys.readouterr().out
+    assert "These results are already in" in capsys.readouterr().out
     more = evaluate("--text=none", "--tasks=arc_easy,piqa", "--limit=5", f"--baseline={two}")
     assert f"arc_easy: 0 of 5 flip (0 become wrong, 0 right), 0 answers change, from {two}" in capsys.readouterr().out
     assert more["texts"] == found["texts"]

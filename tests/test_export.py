@@ -602,6 +602,15 @@ def test_what_engines_will_do_differently_is_said():
     assert "trained with 4 bits" in said
     assert "KV cache" in said
     assert not EXPORT_FORMATS[FAKE].deviations(QuantConfig(4, 16, 16))
+    for a_bits, quantizer, trained in (
+        (8, "minmax", "max/127;"),
+        (8, "minmax_full", "max/127.5;"),
+        (8, "mse", "mse;"),
+        (6, "minmax", "max/31;"),
+    ):
+        said = " ".join(EXPORT_FORMATS[PACKED].deviations(QuantConfig(4, a_bits, 16, a_quantizer=quantizer)))
+        engines = "vLLM quantizes them with scale max/127 per token, transformers' own loader with max/127.5."
+        assert f"Activations: training used {trained} {engines}" in said
 
 
 def test_the_snippets_of_card_and_docs_run_as_they_stand(tmp_path, monkeypatch, capsys):

@@ -144,19 +144,10 @@ class CompressedTensors(ExportFormat):
             sentences.append(
                 f"{trained_activations(quant)}; no engine has kernels for that, and they are rounded to {served}."
             )
-        if quant.activations.by.added_to_qmax == 0.5:
-            sentences.append(
-                "Activations: as trained in transformers' own loader; vLLM scales them by max/qmax instead."
-            )
-            return sentences
-        if quant.activations.by.added_to_qmax != 0:
-            sentences.append(
-                f"Activations: trained with {quant.a_quantizer}; engines quantize them with scale max/qmax per token."
-            )
-        sentences.append(
-            "Activations: transformers' own loader quantizes them with scale max/127.5; training used max/127."
-        )
-        return sentences
+        qmax, added = 2 ** (served - 1) - 1, quant.activations.by.added_to_qmax
+        engines = f"vLLM quantizes them with scale max/{qmax} per token, transformers' own loader with max/{qmax + 0.5}"
+        trained = quant.a_quantizer if added is None else f"max/{2 ** (quant.a_bits - 1) - 1 + added:g}"
+        return [*sentences, f"Activations: training used {trained}; {engines}."]
 
     def _float_activations(self, quant: QuantConfig) -> list[str]:
         return [

@@ -205,7 +205,7 @@ def generate(folder: Path) -> torch.Tensor:
 def quantized(folder: Path) -> torch.Tensor:
     found, output = ModelFolder.read(checked(folder)), folder.with_name("quantized")
     with writer.appearing(found, output, FULL, {}) as partial:
-        writer.write(Stream(folder, FULL, [IDS]), partial, "none", lambda stream, weights: (weights, {}, ""))
+        writer.write(Stream(folder, FULL, [IDS]), partial, lambda stream, weights: (weights, {}, ""))
     return logits(simulated.load(str(output), torch.float32))
 
 

@@ -132,7 +132,7 @@ def test_every_way_computes_what_transformers_computes(trait, tmp_path):
     found = ModelFolder.read(model)
     for name, write in (
         ("rtn", lambda output: RTN(model, None).write(output, FULL, [])),
-        ("layers", lambda output: writer.write(Stream(model, FULL, [tokens]), output, "none", unchanged)),
+        ("layers", lambda output: writer.write(Stream(model, FULL, [tokens]), output, unchanged)),
     ):
         with writer.appearing(found, tmp_path / name, FULL, RECORD) as output, torch.no_grad():
             write(output)
@@ -361,7 +361,7 @@ def test_whoever_the_umask_lets_reads_the_weights(umask, folder, tmp_path):
     before = os.umask(umask)
     try:
         with writer.appearing(ModelFolder.read(folder), tmp_path / "out", FULL, RECORD) as output:
-            writer.write(Stream(folder, FULL, []), output, "none", unchanged)
+            writer.write(Stream(folder, FULL, []), output, unchanged)
         export.export(student_folder.find(tmp_path / "out"), tmp_path / "export", FAKE)
     finally:
         os.umask(before)

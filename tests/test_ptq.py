@@ -254,7 +254,7 @@ def test_stream_sees_what_the_written_model_sees(method, quant, tiny_directory, 
     kind = METHODS[method]
     quantize_layer = kind(tiny_directory, kind.config()).quantize_layer
     with writer.appearing(ModelFolder.read(tiny_directory), tmp_path / "out", quant, {}) as folder, torch.no_grad():
-        writer.write(Stream(tiny_directory, quant, tokens), folder, method, spy)
+        writer.write(Stream(tiny_directory, quant, tokens), folder, spy)
     model = simulated.load(str(tmp_path / "out"), torch.float32)
     assert (tmp_path / "out" / GRIDS_FILE).exists() == (method == "gptq")
     for sequence, expected in zip(tokens, seen[-1], strict=True):
@@ -316,7 +316,7 @@ def test_a_killed_run_goes_on(tiny_directory, tmp_path):
             return gptq.quantize_layer(stream, weights, GPTQConfig())
 
         with writer.appearing(ModelFolder.read(tiny_directory), output, quant, asdict(quant)) as folder:
-            writer.write(Stream(tiny_directory, quant, tokens), folder, "gptq", quantize_layer)
+            writer.write(Stream(tiny_directory, quant, tokens), folder, quantize_layer)
 
     run(tmp_path / "whole")
     calls.clear()
@@ -339,7 +339,7 @@ def test_the_grid_is_kept_on_export(dtype, tmp_path):
     tiny_model().to(dtype).save_pretrained(source)
     stream = Stream(source, QUANT, [ids(tiny_model())])
     with writer.appearing(ModelFolder.read(source), tmp_path / "out", QUANT, {}) as folder:
-        writer.write(stream, folder, "gptq", lambda *layer: gptq.quantize_layer(*layer, GPTQConfig()))
+        writer.write(stream, folder, lambda *layer: gptq.quantize_layer(*layer, GPTQConfig()))
     export.export(find(tmp_path / "out"), tmp_path / "export", INTEGERS)
     in_memory, reloaded = (simulated.load(str(tmp_path / name), torch.float32) for name in ("out", "export"))
     assert torch.equal(in_memory(ids(in_memory)).logits, reloaded(ids(reloaded)).logits)

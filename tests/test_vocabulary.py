@@ -288,7 +288,7 @@ def test_post_training_methods_round_them_to_nearest(tmp_path):
     rounded = round_to_grid(tiny_model().model.embed_tokens.weight, Format(4, group_size=32))[0]
     assert torch.equal(stream.hidden[0], rounded[tokens[0]])
     with writer.appearing(ModelFolder.read(tmp_path / "model"), tmp_path / "out", quant, {"method": "gptq"}) as folder:
-        writer.write(stream, folder, "gptq", lambda *layer: gptq.quantize_layer(*layer, gptq.GPTQConfig()))
+        writer.write(stream, folder, lambda *layer: gptq.quantize_layer(*layer, gptq.GPTQConfig()))
     assert len(load_grids(tmp_path / "out")) == 14
     student = student_folder.find(tmp_path / "out")
     weight = dict(student.weights())[f"{EMBEDDING}.weight"]

@@ -106,6 +106,23 @@ def test_the_readmes_sentences_have_the_figures_of_the_cells():
     )
 
 
+def test_the_figures_of_rotated_4_4_4_are_those_of_the_cells():
+    grids = "w_quantizer=minmax_asymmetric_a_quantizer=mse_kv_quantizer=mse_"
+    gptq = kl(f"gptq_4-4-4_{grids}kv_rotation=hadamard_rotation=hadamard")
+    qat = kl(f"qat_4-4-4_{grids}kv_rotation=hadamard_student=gptq_rotation=hadamard")
+    papers = {m: kl(f"{m}_4-4-4_kv_rotation=hadamard_rotation=hadamard") for m in ("rtn", "gptq", "qat")}
+    assert_says(
+        "README.md",
+        f"GPTQ has KL {gptq}, and LLM-QAT that begins with its weights {qat}",
+        "RTN {rtn}, GPTQ {gptq}, LLM-QAT from the rounded model {qat}".format(**papers),
+    )
+    assert_says(
+        "docs/log.md",
+        "100 steps end at KL {qat}, where GPTQ alone has {gptq}".format(**papers),
+        f"GPTQ has {gptq} instead of {papers['gptq']}, and 100 steps from its weights end at {qat}",
+    )
+
+
 def test_accuracies_and_flips_are_those_of_the_cells():
     everything = claims._rivals(ACCURACIES)["all of these"]
     full, *ptq = (claims._points(claims.accuracy_difference(pairs)).strip("*") for pairs in everything)

@@ -249,11 +249,18 @@ def test_the_recipe_trains_what_llama_cpp_runs(tiny_data, tmp_path):
     assert not any("Weights" in sentence for sentence in differences)
 
 
-def test_the_recipe_for_vllm_trains_scales_that_it_keeps(monkeypatch):
-    recipes = [f"--config={ROOT / 'launch' / 'recipes' / name}.yaml" for name in ("7b", "vllm")]
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("vllm", QuantConfig(4, 8, 4, w_scale_dtype="bfloat16", kv_format="vllm_int4")),
+        ("w4a4kv4", QuantConfig(4, 4, 4, "minmax_asymmetric", "mse", "mse", kv_rotation="hadamard")),
+    ],
+)
+def test_the_recipes_of_grids_replace_those_of_a_recipe_for_training(name, expected, monkeypatch):
+    recipes = [f"--config={ROOT / 'launch' / 'recipes' / one}.yaml" for one in ("7b", name)]
     monkeypatch.setattr(sys, "argv", ["train.py", *recipes])
     quant, _ = cli.parse("", QuantConfig, TrainConfig)
-    assert quant == QuantConfig(4, 8, 4, w_scale_dtype="bfloat16", kv_format="vllm_int4")
+    assert quant == expected
 
 
 def test_settings_that_contradict_the_blocks_are_refused():

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,14 @@ LABELS = {
 def label(method: str) -> str:
     """Return a method's name in tables and plots."""
     return LABELS.get(method, method)
+
+
+def _title(cell: dict[str, Any]) -> str:
+    """Return a cell's name for an axis: method and bits, then its settings, in lines of a length that fits."""
+    bits = "" if cell["method"].startswith("llama_") else f" {cell['bits']}"
+    settings = [change for change in cell["changes"] if not change.startswith("windows=")]
+    lines = textwrap.wrap(", ".join(settings), 62, break_long_words=False, break_on_hyphens=False)
+    return "\n".join([label(cell["method"]) + bits, *lines])
 
 
 def plot_training(log: list[dict[str, Any]], path: Path) -> None:
@@ -60,13 +69,14 @@ def plot_comparison(perplexities: dict[str, float], path: Path) -> None:
 
 def plot_cells(cells: list[dict[str, Any]], path: Path) -> None:
     """Plot the KL to the teacher of each cell of a table of results, the mean over its texts."""
-    figure = _figure(8, 1.2 + 0.27 * max(1, len(cells)))
+    titles = [_title(cell) for cell in reversed(cells)]
+    figure = _figure(10, 1.2 + sum(0.15 + 0.13 * len(title.splitlines()) for title in titles))
     axes = figure.add_subplot()
     for place, cell in enumerate(reversed(cells)):
         kl = statistics.fmean(score["kl"] for score in cell["texts"].values())
         axes.barh(place, kl, color=_COLOURS.get(cell["method"], _GREY))
         axes.annotate(f" {kl:.3f}", (kl, place), va="center", fontsize=8)
-    axes.set_yticks(range(len(cells)), [cell["name"] for cell in reversed(cells)], fontsize=8)
+    axes.set_yticks(range(len(cells)), titles, fontsize=7)
     axes.set(xlabel="KL(teacher ‖ student), nats per token (lower is better)")
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
@@ -90,7 +100,8 @@ def plot_curves(curves: Sequence["Curve"], path: Path) -> None:
 def plot_served(cells: list[dict[str, Any]], path: Path) -> None:
     """Plot the KL to the teacher of what llama.cpp serves, the mean over its texts: a row for each model, a point for
     each KV cache."""
-    figure = _figure(10, 1.6 + 0.3 * len(cells))
+    titles = [f"{_title(cell)} ({cell['served']['file_MB']:.0f} MB)" for cell in cells]
+    figure = _figure(10, 1.6 + sum(0.15 + 0.13 * len(title.splitlines()) for title in titles))
     axes = figure.add_subplot()
     for cache, marker in zip(cells[0]["served"]["tokens_per_second"], "o^sD", strict=False):
         scores = [
@@ -98,9 +109,7 @@ def plot_served(cells: list[dict[str, Any]], path: Path) -> None:
             for cell in cells
         ]
         axes.plot([statistics.fmean(values) for values in scores], range(len(cells)), marker, label=f"{cache} cache")
-    own = {cell["name"]: label(cell["method"]) for cell in cells if cell["method"].startswith("llama_")}
-    names = [f"{own.get(cell['name'], cell['name'])} ({cell['served']['file_MB']:.0f} MB)" for cell in cells]
-    axes.set_yticks(range(len(cells)), names, fontsize=7)
+    axes.set_yticks(range(len(cells)), titles, fontsize=7)
     axes.invert_yaxis()
     axes.set(xlabel="KL(teacher ‖ what llama.cpp serves), nats per token (lower is better)", xlim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)

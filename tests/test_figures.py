@@ -123,6 +123,25 @@ def test_the_figures_of_rotated_4_4_4_are_those_of_the_cells():
     )
 
 
+def test_the_figures_of_q4_0_are_those_that_were_served():
+    rows = json.loads((RESULTS / "served.json").read_text())
+
+    def both(method: str, quantizer: str) -> str:
+        found = {
+            row["cache"]: sum(row["kl"].values()) / len(row["kl"])
+            for row in rows
+            if row["method"] == method and row["settings"]["w_quantizer"] == quantizer
+            if row["bits"] in (None, "4-8-16")
+        }
+        return f"{found['f16']:.3f} and {found['q4_0']:.3f}"
+
+    assert_says(
+        "README.md",
+        f"with a q4_0 cache is {both('llama_q4_0', 'minmax')} as llama.cpp quantizes it, {both('gptq', 'ggml_q4_0')} by "
+        f"our GPTQ, {both('qat', 'ggml_q4_0')} after 100 steps of training",
+    )
+
+
 def test_accuracies_and_flips_are_those_of_the_cells():
     everything = claims._rivals(ACCURACIES)["all of these"]
     full, *ptq = (claims._points(claims.accuracy_difference(pairs)).strip("*") for pairs in everything)

@@ -137,8 +137,8 @@ def test_the_figures_of_q4_0_are_those_that_were_served():
 
     assert_says(
         "README.md",
-        f"with a q4_0 cache is {both('llama_q4_0', 'minmax')} as llama.cpp quantizes it, {both('gptq', 'ggml_q4_0')} by "
-        f"our GPTQ, {both('qat', 'ggml_q4_0')} after 100 steps of training",
+        f"with a q4_0 cache is {both('llama_q4_0', 'minmax')} as llama.cpp quantizes it, "
+        f"{both('gptq', 'ggml_q4_0')} by our GPTQ, {both('qat', 'ggml_q4_0')} after 100 steps of training",
     )
 
 

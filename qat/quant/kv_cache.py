@@ -59,7 +59,7 @@ class KVQuantizer:
         return self.keys.round(self.keys.keys(self._ordered(x)), x.dtype)
 
     def value(self, x: Tensor | Stored) -> Tensor:
-        """Return values, [batch, kv_heads, tokens, head_dim] as they are read."""
+        """Return values [batch, kv_heads, tokens, head_dim] as they are read."""
         if isinstance(x, Stored):
             return x.tensor
         return self.values.round(self.values.values(x), x.dtype)

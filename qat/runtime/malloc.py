@@ -14,7 +14,7 @@ def keep_freed_memory() -> None:
     and zeroed page by page again. Call it before the first large tensor. Other C libraries are left alone.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: huge pages for large CPU tensors
-    if not sys.platform.startswith("linux") or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    if (libc := _glibc()) is None:
         return
     libc.mallopt(_M_ARENA_MAX, 1)
     libc.mallopt(_M_MMAP_MAX, 0)
@@ -28,5 +28,11 @@ def return_freed_memory() -> None:
     Tensors of many lengths leave gaps that no later one fits: without this, a CPU rank grows by megabytes in a step,
     for as long as it trains.
     """
-    if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+    if (libc := _glibc()) is not None:
         libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """Return this process's glibc; None where the C library is another one."""
+    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qat.data.shards import MANIFEST, SCHEMA, ShardFolder
+from qat.data.shards import SCHEMA, ShardFolder
+from qat.runtime.files import MANIFEST
 
 if TYPE_CHECKING:
     import pyarrow as pa

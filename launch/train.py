@@ -27,11 +27,10 @@ from qat.quant.quantizers.base import Grid
 from qat.quant.rotated import head_map_weight, rotation_of
 from qat.runtime import memory, ranks
 from qat.runtime.errors import UserError, check_least, differences
-from qat.runtime.files import check_partial, lock, using, write_atomically, writing
+from qat.runtime.files import MANIFEST, check_partial, lock, using, write_atomically, writing
 from qat.runtime.machine import be_deterministic, device, local_ranks
 from qat.runtime.preemption import RESUMABLE_EXIT, StopSignal
 from qat.store import models, student_folder
-from qat.store.manifest import MANIFEST
 from qat.store.model_folder import ModelFolder, head_weight, read_config, shapes, skeleton
 from qat.store.run_folder import CHECKPOINTS, FINAL, SETTINGS, TENSORBOARD
 from qat.store.sidecars import save_tensor_scales

@@ -23,7 +23,7 @@ from commands import ROOT, generate_flags, kill, run_python, start_training
 from tiny import tiny_model, tiny_tokenizer
 
 from launch import cli
-from qat.store.manifest import MANIFEST
+from qat.runtime.files import MANIFEST
 from qat.store.run_folder import CHECKPOINTS, FINAL, LATEST, LOG
 
 RANKS = 2

@@ -26,7 +26,7 @@ from qat.evaluate.perplexity import perplexity
 from qat.export.formats import FAKE, GGUF
 from qat.infer import simulated
 from qat.store import gguf_files, student_folder
-from qat.store.compressed_tensors import FLOAT8, INTEGERS, NVFP4, PACKED
+from qat.store.compressed_tensors import FLOAT_QUANTIZED, INT_QUANTIZED, NVFP4, PACK_QUANTIZED
 
 FIXTURES = ROOT / "tests" / "fixtures"
 
@@ -39,7 +39,7 @@ SHAPE = {"vocab_size": TOKENS, "hidden_size": 32, "intermediate_size": 64, "head
 GENERATE = ("--sequences=12", "--max_length=24", "--batch_size=3", "--sequences_per_shard=6")
 GPTQ = ("--method=gptq", "--w_group_size=32", "--kv_rotation=hadamard")
 SMOOTHQUANT = ("--method=smoothquant", "--w_bits=8", "--kv_bits=8")
-EXPORTS = (PACKED, INTEGERS, FAKE, GGUF)
+EXPORTS = (PACK_QUANTIZED, INT_QUANTIZED, FAKE, GGUF)
 """The formats that hold the run's integers."""
 EVALUATED = ("--model=finished/final", "--teacher=model", "--text=text.txt", "--window=32", "--windows=3")
 TAUGHT = (
@@ -55,7 +55,7 @@ BLOCKS = (
 _MEASURED = ("--kv_quantizer=fp8", "--kv_bits=8", "--data=data")
 FLOATS = {
     NVFP4: ("--w_quantizer=nvfp4", "--a_quantizer=nvfp4", "--w_bits=4", "--a_bits=4", *_MEASURED),
-    FLOAT8: ("--w_quantizer=fp8", "--a_quantizer=fp8_tensor", "--w_bits=8", "--a_bits=8", *_MEASURED),
+    FLOAT_QUANTIZED: ("--w_quantizer=fp8", "--a_quantizer=fp8_tensor", "--w_bits=8", "--a_bits=8", *_MEASURED),
 }
 """What is exported in each format of floats."""
 
@@ -136,11 +136,11 @@ def write_v2(here: Path) -> None:
     run_python("quantize", *RTN, *BLOCKS, "--output=blocks", cwd=here)
     for form, flags in FLOATS.items():
         run_python("quantize", *RTN, *flags, f"--output=ptq-{form}", cwd=here)
-    exports = {PACKED: "finished/final", GGUF: "blocks"} | {form: f"ptq-{form}" for form in FLOATS}
+    exports = {PACK_QUANTIZED: "finished/final", GGUF: "blocks"} | {form: f"ptq-{form}" for form in FLOATS}
     for form, student in exports.items():
         flags = [f"--checkpoint={student}", f"--output=export-{form}", f"--format={form}", "--text=text.txt"]
         run_python("export", *flags, cwd=here)
-    for student in ("blocks", f"ptq-{FLOAT8}"):  # of which the exports are enough
+    for student in ("blocks", f"ptq-{FLOAT_QUANTIZED}"):  # of which the exports are enough
         shutil.rmtree(student)
     run_python("evaluate", *EVALUATED, "--output=evaluation.json", cwd=here)
 
@@ -176,8 +176,8 @@ def _reader(name: str) -> Callable[[Path], PreTrainedModel]:
 
 
 QUANTIZED = {
-    "v1": ("finished/final", "lsq/final", "gptq", "smoothquant", f"export-{PACKED}", f"export-{INTEGERS}"),
-    "v2": ("finished/final", f"ptq-{NVFP4}", *(f"export-{form}" for form in (PACKED, *FLOATS))),
+    "v1": ("finished/final", "lsq/final", "gptq", "smoothquant", f"export-{PACK_QUANTIZED}", f"export-{INT_QUANTIZED}"),
+    "v2": ("finished/final", f"ptq-{NVFP4}", *(f"export-{form}" for form in (PACK_QUANTIZED, *FLOATS))),
 }
 FULL = {"v1": ("model", "tied", f"export-{FAKE}"), "v2": ("model", "rotated")}
 MODELS = {

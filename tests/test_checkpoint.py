@@ -20,8 +20,8 @@ from faults import flip, full_disk
 from make_fixtures import FIXTURES
 
 from qat.runtime.errors import UserError
+from qat.runtime.files import MANIFEST
 from qat.store import manifest, student_folder
-from qat.store.manifest import MANIFEST
 from qat.store.run_folder import LATEST
 from qat.train import checkpoint, engines, universal
 from qat.train.checkpoint import TrainState, _superseded

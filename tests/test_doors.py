@@ -34,7 +34,7 @@ from qat.quant.number_format import quantize
 from qat.quant.prepare import prepare
 from qat.runtime.errors import UserError
 from qat.store import gguf_files, models, rotate, student_folder
-from qat.store.compressed_tensors import PACKED
+from qat.store.compressed_tensors import PACK_QUANTIZED
 from qat.store.model_folder import BASE_MODEL, ModelFolder, read_config
 from qat.store.sidecars import GRIDS_FILE, STEPS_FILE, save_grids, save_steps
 from qat.store.weight_files import BIN, BIN_INDEX, INDEX
@@ -460,7 +460,7 @@ def test_an_integer_export_that_is_damaged_is_refused(model, tmp_path):
     """By what serves it, and by what evaluates it."""
     student = Path(shutil.copytree(model, tmp_path / "student"))
     QuantConfig(4, 8, 4).save(student)
-    export.export(student_folder.find(student), tmp_path / "sound", PACKED)
+    export.export(student_folder.find(student), tmp_path / "sound", PACK_QUANTIZED)
     for file, how, *more in OF_INTEGERS:
         folder = Path(shutil.copytree(tmp_path / "sound", tmp_path / "damaged"))
         if how == "cut":

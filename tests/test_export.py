@@ -36,9 +36,9 @@ from qat.quant.prepare import prepare
 from qat.quant.quantizers import QUANTIZERS, quantizers_of
 from qat.quant.quantizers.base import Grid
 from qat.runtime.errors import UserError
+from qat.runtime.files import MANIFEST
 from qat.store import compressed_tensors, gguf_files, models, student_folder
-from qat.store.compressed_tensors import INTEGERS, LAYOUTS, PACKED
-from qat.store.manifest import MANIFEST
+from qat.store.compressed_tensors import INT_QUANTIZED, LAYOUTS, PACK_QUANTIZED
 from qat.store.sidecars import GRIDS_FILE, load_steps, save_grids
 
 ASYMMETRIC = [(bits, "minmax_asymmetric") for bits in (2, 4, 8)]
@@ -49,16 +49,18 @@ SYMMETRIC = [
 
 @pytest.fixture
 def exported(tmp_path) -> Path:
-    export.export(write_student(tmp_path / "final", QuantConfig()), tmp_path / "export", PACKED, file_bytes=100_000)
+    export.export(
+        write_student(tmp_path / "final", QuantConfig()), tmp_path / "export", PACK_QUANTIZED, file_bytes=100_000
+    )
     return tmp_path / "export"
 
 
-@pytest.mark.parametrize("form", [PACKED, INTEGERS])
+@pytest.mark.parametrize("form", [PACK_QUANTIZED, INT_QUANTIZED])
 @pytest.mark.parametrize("quant", SETTINGS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_reloaded_equals_what_was_trained(form, quant, dtype, tmp_path):
     student = write_student(tmp_path / "final", quant, dtype)
-    if form == INTEGERS and (quant.weights.group_size or quant.a_bits == 16):
+    if form == INT_QUANTIZED and (quant.weights.group_size or quant.a_bits == 16):
         with pytest.raises(UserError, match=r"[Gg]ive --format pack-quantized"):
             export.check(student, form)
         return
@@ -72,7 +74,9 @@ def test_reloaded_equals_what_was_trained(form, quant, dtype, tmp_path):
 def test_weights_are_rounded_in_the_dtype_that_was_trained(tmp_path):
     """Their values lie on the grid of bf16 numbers rounded to bf16, also where fp32 computes."""
     form = QuantConfig(4, 8, 4).weights
-    export.export(write_student(tmp_path / "final", QuantConfig(4, 8, 4), torch.bfloat16), tmp_path / "export", PACKED)
+    export.export(
+        write_student(tmp_path / "final", QuantConfig(4, 8, 4), torch.bfloat16), tmp_path / "export", PACK_QUANTIZED
+    )
     weight = tiny_model().model.layers[0].mlp.up_proj.weight.bfloat16()
     expected = dequantize(quantize(weight, form), torch.bfloat16).float()
     assert not torch.equal(expected, dequantize(quantize(weight, form), torch.float32))
@@ -83,17 +87,17 @@ def test_weights_are_rounded_in_the_dtype_that_was_trained(tmp_path):
 
 @pytest.mark.parametrize("quant", [q for q in SETTINGS if can_multiply_codes(q.weights, q.activations)], ids=str)
 def test_integers_are_evaluated_as_they_were_trained(quant, tmp_path):
-    export.export(write_student(tmp_path / "final", quant), tmp_path / "export", INTEGERS)
+    export.export(write_student(tmp_path / "final", quant), tmp_path / "export", INT_QUANTIZED)
     trained = prepare(models.load(str(tmp_path / "final"), torch.float32), quant)
     for place in ("final", "export"):
         evaluated = simulated.load(str(tmp_path / place), torch.float32)
         assert torch.equal(evaluated(ids(evaluated)).logits, trained(ids(trained)).logits)
 
 
-@pytest.mark.parametrize("form", [PACKED, INTEGERS, FAKE])
+@pytest.mark.parametrize("form", [PACK_QUANTIZED, INT_QUANTIZED, FAKE])
 def test_weights_stay_on_a_grid_that_is_stored_beside_them(form, tmp_path):
     """GPTQ's: the largest weight of a channel need not have the largest code."""
-    quant = QuantConfig(4, 16, 16) if form == PACKED else QuantConfig(4, 8, 16)
+    quant = QuantConfig(4, 16, 16) if form == PACK_QUANTIZED else QuantConfig(4, 8, 16)
     student = write_student(tmp_path / "final", quant)
     grids, values = {}, tiny_model().state_dict()
     for name in quant_linears(prepare(tiny_model(), quant)):
@@ -106,10 +110,10 @@ def test_weights_stay_on_a_grid_that_is_stored_beside_them(form, tmp_path):
         expected = quantize(values[f"{name}.weight"], quant.weights, grid)
         linear = read.get_submodule(name)
         assert torch.equal(linear.weight, dequantize(expected, torch.float32))
-        assert form != INTEGERS or torch.equal(linear.codes, expected.codes)
+        assert form != INT_QUANTIZED or torch.equal(linear.codes, expected.codes)
 
 
-@pytest.mark.parametrize("form", [PACKED, INTEGERS])
+@pytest.mark.parametrize("form", [PACK_QUANTIZED, INT_QUANTIZED])
 @pytest.mark.parametrize(
     ("w_bits", "w_quantizer"),
     [
@@ -124,7 +128,7 @@ def test_transformers_own_loader_reads_the_same_weights(form, w_bits, w_quantize
     group = 16 if (w_bits, w_quantizer) == (4, "minmax_asymmetric") else 0
     quant = QuantConfig(w_bits, 8, 16, w_quantizer=w_quantizer, w_group_size=group)
     student = write_student(tmp_path / "final", quant)
-    if form == INTEGERS and w_quantizer == "minmax_asymmetric":
+    if form == INT_QUANTIZED and w_quantizer == "minmax_asymmetric":
         with pytest.raises(UserError, match=r"[Gg]ive --format pack-quantized"):
             export.check(student, form)
         return
@@ -140,7 +144,7 @@ def test_transformers_own_loader_reads_the_same_weights(form, w_bits, w_quantize
 
 
 @given(
-    st.sampled_from([(PACKED, "minmax"), (INTEGERS, "minmax"), (PACKED, "minmax_asymmetric")]),
+    st.sampled_from([(PACK_QUANTIZED, "minmax"), (INT_QUANTIZED, "minmax"), (PACK_QUANTIZED, "minmax_asymmetric")]),
     st.integers(2, 8),
     st.integers(1, 40),
     st.integers(1, 40),
@@ -168,10 +172,10 @@ def test_the_formats_keep_codes_and_grids(format_and_quantizer, bits, rows, colu
 def test_sizes_are_what_the_formats_promise(tmp_path):
     student = write_student(tmp_path / "final", QuantConfig())
     weights = {name for name, weight in student.weights() if isinstance(weight, Quantized)}
-    for form, bits in ((PACKED, 4), (INTEGERS, 8)):
+    for form, bits in ((PACK_QUANTIZED, 4), (INT_QUANTIZED, 8)):
         export.export(student, tmp_path / form, form)
         stored = load_file(tmp_path / form / "model.safetensors")
-        codes = "weight_packed" if form == PACKED else "weight"
+        codes = "weight_packed" if form == PACK_QUANTIZED else "weight"
         for name in weights:
             layer = name.removesuffix(".weight")
             parameter = tiny_model().get_parameter(name)
@@ -396,7 +400,7 @@ def test_what_llama_cpp_does_not_load_is_not_verified(tmp_path):
         export.verify(student, tmp_path / "export", GGUF, WINDOWS)
 
 
-@pytest.mark.parametrize("form", [PACKED, INTEGERS, FAKE, GGUF])
+@pytest.mark.parametrize("form", [PACK_QUANTIZED, INT_QUANTIZED, FAKE, GGUF])
 def test_verification_sees_one_wrong_code(form, tmp_path):
     student = write_student(tmp_path / "final", QuantConfig())
     export.export(student, tmp_path / "export", form)
@@ -421,9 +425,9 @@ def run(request, tiny_directory, tiny_data, tmp_path_factory) -> Path:
 
 
 def test_a_zero3_checkpoint_gives_the_export_of_the_final_model(run, tmp_path, capsys):
-    export.export(student_folder.find(run / "final"), tmp_path / "final", PACKED)
+    export.export(student_folder.find(run / "final"), tmp_path / "final", PACK_QUANTIZED)
     capsys.readouterr()
-    export.export(student_folder.find(run / "checkpoints"), tmp_path / "checkpoint", PACKED)
+    export.export(student_folder.find(run / "checkpoints"), tmp_path / "checkpoint", PACK_QUANTIZED)
     said = capsys.readouterr().err
     assert "Gathering sharded weights" in said
     assert "\r" not in said, "a bar that redraws itself, in a log file"
@@ -544,8 +548,8 @@ def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
         assert not (tmp_path / "export").exists()
         return message
 
-    assert "w_bits=16" in refusal(QuantConfig(16, 8, 4), PACKED)
-    assert "give --format pack-quantized" in refusal(QuantConfig(w_quantizer="minmax_asymmetric"), INTEGERS)
+    assert "w_bits=16" in refusal(QuantConfig(16, 8, 4), PACK_QUANTIZED)
+    assert "give --format pack-quantized" in refusal(QuantConfig(w_quantizer="minmax_asymmetric"), INT_QUANTIZED)
     eight_bits = QuantConfig(8, w_quantizer="minmax_asymmetric")
     assert "w_bits=8 fits no GGUF type. Give --format hf-fake." in refusal(eight_bits, GGUF)
     assert "multiple of 32" in refusal(QuantConfig(w_group_size=16), GGUF)
@@ -569,7 +573,7 @@ def test_a_student_without_a_tokenizer_is_refused(tmp_path):
     for file in (tmp_path / "final").glob("tokenizer*"):
         file.unlink()
     with pytest.raises(UserError, match="no tokenizer"):
-        export.check(student, PACKED)
+        export.check(student, PACK_QUANTIZED)
 
 
 @pytest.mark.parametrize("scales", [torch.bfloat16, torch.float16], ids=str)
@@ -579,23 +583,23 @@ def test_scales_in_the_dtype_of_an_engine_change_nothing_there(scales, w_group_s
     name = str(scales).removeprefix("torch.")
     quant = QuantConfig(4, 8, 16, w_group_size=w_group_size, w_scale_dtype=name)
     student = write_student(tmp_path / "final", quant, scales)
-    export.export(student, tmp_path / "export", PACKED)
-    export.verify(student, tmp_path / "export", PACKED, WINDOWS)
+    export.export(student, tmp_path / "export", PACK_QUANTIZED)
+    export.verify(student, tmp_path / "export", PACK_QUANTIZED, WINDOWS)
     stored, weights = load_file(tmp_path / "export" / "model.safetensors"), tiny_model().to(scales).state_dict()
     for layer in quant_linears(prepare(tiny_model(), quant)):
         scale = stored[f"{layer}.weight_scale"]
         assert torch.equal(scale.to(scales).float(), scale)
         assert torch.equal(scale, grid_of(weights[f"{layer}.weight"], quant.weights).scale)
-    assert not any("vLLM keeps these scales" in said for said in EXPORT_FORMATS[PACKED].all_deviations(student))
+    assert not any("vLLM keeps these scales" in said for said in EXPORT_FORMATS[PACK_QUANTIZED].all_deviations(student))
     other = replace(student, dtype=torch.float32)
-    assert any(f"exact with --dtype {name}" in said for said in EXPORT_FORMATS[PACKED].all_deviations(other))
+    assert any(f"exact with --dtype {name}" in said for said in EXPORT_FORMATS[PACK_QUANTIZED].all_deviations(other))
     assert any("rounded to fp16" in said for said in EXPORT_FORMATS[GGUF].all_deviations(student)) == (
         name != "float16"
     )
 
 
 def test_what_engines_will_do_differently_is_said():
-    said = " ".join(EXPORT_FORMATS[PACKED].deviations(QuantConfig(3, 6, 4)))
+    said = " ".join(EXPORT_FORMATS[PACK_QUANTIZED].deviations(QuantConfig(3, 6, 4)))
     assert "trained with 6 bits" in said
     assert "rounded to 8" in said
     assert "3-bit codes are declared as 4-bit" in said
@@ -608,7 +612,7 @@ def test_what_engines_will_do_differently_is_said():
         (8, "mse", "mse;"),
         (6, "minmax", "max/31;"),
     ):
-        said = " ".join(EXPORT_FORMATS[PACKED].deviations(QuantConfig(4, a_bits, 16, a_quantizer=quantizer)))
+        said = " ".join(EXPORT_FORMATS[PACK_QUANTIZED].deviations(QuantConfig(4, a_bits, 16, a_quantizer=quantizer)))
         engines = "vLLM quantizes them with scale max/127 per token, transformers' own loader with max/127.5."
         assert f"Activations: training used {trained} {engines}" in said
 
@@ -616,8 +620,8 @@ def test_what_engines_will_do_differently_is_said():
 def test_the_snippets_of_card_and_docs_run_as_they_stand(tmp_path, monkeypatch, capsys):
     student, folder = write_student(tmp_path / "final", QuantConfig()), tmp_path / "export" / "NAME"
     folder.parent.mkdir()
-    export.export(student, folder, PACKED)
-    model_card.write(student, PACKED, model_card.Origin("nobody/tiny", ""), "", folder)
+    export.export(student, folder, PACK_QUANTIZED)
+    model_card.write(student, PACK_QUANTIZED, model_card.Origin("nobody/tiny", ""), "", folder)
     for file, place in {folder / "README.md": folder.parent, ROOT / "docs" / "export.md": tmp_path}.items():
         (snippet,) = re.findall(r"```python\n(import qat\n.*?)```", file.read_text(), re.DOTALL)
         monkeypatch.chdir(place)

@@ -30,7 +30,7 @@ from qat.quant.prepare import calibrate, prepare
 from qat.quant.tensor_scales import set_tensor_scales, tensor_scales_in
 from qat.runtime.errors import UserError
 from qat.store import models, student_folder
-from qat.store.compressed_tensors import FLOAT8, INTEGERS, LAYOUTS, MXFP4, NVFP4, PACKED
+from qat.store.compressed_tensors import FLOAT_QUANTIZED, INT_QUANTIZED, LAYOUTS, MXFP4, NVFP4, PACK_QUANTIZED
 from qat.store.sidecars import save_tensor_scales
 from qat.train.config import TrainConfig
 
@@ -39,19 +39,19 @@ CASES = [
     (NVFP4, QuantConfig(4, 8, 8, w_quantizer="nvfp4", a_quantizer="fp8", kv_quantizer="fp8", kv_rotation="hadamard")),
     (NVFP4, QuantConfig(4, 4, 8, w_quantizer="nvfp4", a_quantizer="nvfp4", kv_granularity="token")),
     (MXFP4, QuantConfig(4, 4, 4, w_quantizer="mxfp4", a_quantizer="mxfp4", kv_quantizer="mxfp4")),
-    (FLOAT8, QuantConfig(8, 8, 8, w_quantizer="fp8", a_quantizer="fp8", kv_quantizer="fp8")),
-    (PACKED, QuantConfig(4, 8, 16, a_quantizer="fp8", w_group_size=32)),
-    (PACKED, QuantConfig(4, 4, 16, a_quantizer="nvfp4")),
+    (FLOAT_QUANTIZED, QuantConfig(8, 8, 8, w_quantizer="fp8", a_quantizer="fp8", kv_quantizer="fp8")),
+    (PACK_QUANTIZED, QuantConfig(4, 8, 16, a_quantizer="fp8", w_group_size=32)),
+    (PACK_QUANTIZED, QuantConfig(4, 4, 16, a_quantizer="nvfp4")),
     (NVFP4, QuantConfig(4, 4, 16, w_quantizer="nvfp4_4over6", a_quantizer="nvfp4")),
-    (FLOAT8, QuantConfig(8, 8, 16, w_quantizer="fp8", a_quantizer="fp8_tensor")),
-    (FLOAT8, QuantConfig(8, 8, 16, w_quantizer="fp8_tensor", a_quantizer="fp8_tensor")),
+    (FLOAT_QUANTIZED, QuantConfig(8, 8, 16, w_quantizer="fp8", a_quantizer="fp8_tensor")),
+    (FLOAT_QUANTIZED, QuantConfig(8, 8, 16, w_quantizer="fp8_tensor", a_quantizer="fp8_tensor")),
 ]
 FP8_CACHE = {"kv_bits": 8, "kv_format": "vllm_fp8_scaled"}
 CACHES = [
-    (PACKED, QuantConfig(a_bits=16, **FP8_CACHE)),
-    (INTEGERS, QuantConfig(w_bits=8, **FP8_CACHE)),
-    (FLOAT8, QuantConfig(w_bits=8, w_quantizer="fp8", a_quantizer="fp8_tensor", **FP8_CACHE)),
-    (PACKED, QuantConfig(overrides={"model.layers.-1.*": FP8_CACHE})),
+    (PACK_QUANTIZED, QuantConfig(a_bits=16, **FP8_CACHE)),
+    (INT_QUANTIZED, QuantConfig(w_bits=8, **FP8_CACHE)),
+    (FLOAT_QUANTIZED, QuantConfig(w_bits=8, w_quantizer="fp8", a_quantizer="fp8_tensor", **FP8_CACHE)),
+    (PACK_QUANTIZED, QuantConfig(overrides={"model.layers.-1.*": FP8_CACHE})),
     (NVFP4, QuantConfig(4, 4, 4, w_quantizer="nvfp4", a_quantizer="nvfp4", kv_format="nvfp4")),
 ]
 NAMES = [f"{form} {quant}" for form, quant in CASES]
@@ -88,7 +88,7 @@ def test_an_export_is_what_was_trained_in_memory_and_packed(form, quant, dtype, 
 @pytest.mark.parametrize(("form", "quant"), [*CASES[2:5], CASES[-1]], ids=[*NAMES[2:5], NAMES[-1]])
 def test_transformers_own_loader_reads_the_same_weights(form, quant, tmp_path):
     """4-bit floats it unpacks to bf16, in which they are exact."""
-    dtype = torch.float32 if form == FLOAT8 else torch.bfloat16
+    dtype = torch.float32 if form == FLOAT_QUANTIZED else torch.bfloat16
     quant = QuantConfig(quant.w_bits, 16, 16, w_quantizer=quant.w_quantizer)
     export.export(write_student(tmp_path / "final", quant, dtype), tmp_path / "export", form)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=dtype)
@@ -126,7 +126,7 @@ def test_an_export_states_a_cache_that_engines_have_in_all_layers(form, quant, t
 
 def test_transformers_own_loader_simulates_the_same_cache(tmp_path):
     quant = CACHES[0][1]
-    export.export(write_student(tmp_path / "final", quant), tmp_path / "export", PACKED)
+    export.export(write_student(tmp_path / "final", quant), tmp_path / "export", PACK_QUANTIZED)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32)
     ours = simulated.load(str(tmp_path / "export"), torch.float32)(WINDOWS).logits
     torch.testing.assert_close(theirs(WINDOWS).logits, ours)
@@ -170,8 +170,8 @@ def test_gptq_with_an_identity_hessian_is_rtn(form):
         (NVFP4, "gptq", "nvfp4", "nvfp4"),
         (MXFP4, "smoothquant", "mxfp4", "mxfp4"),
         (MXFP4, "gptq", "mxfp4", "fp8"),
-        (FLOAT8, "gptq", "fp8_tensor", "fp8_tensor"),
-        (FLOAT8, "rtn", "fp8", "fp8_tensor"),
+        (FLOAT_QUANTIZED, "gptq", "fp8_tensor", "fp8_tensor"),
+        (FLOAT_QUANTIZED, "rtn", "fp8", "fp8_tensor"),
     ],
 )
 def test_post_training_methods_make_students_that_are_exported(
@@ -181,7 +181,7 @@ def test_post_training_methods_make_students_that_are_exported(
     settings = [f"--w_quantizer={weights}", f"--w_bits={bits[weights]}"]
     settings += [f"--a_quantizer={inputs}", f"--a_bits={bits[inputs]}"]
     places = [f"--model={tiny_directory}", f"--data={tiny_data}", f"--output={tmp_path / 'student'}"]
-    settings += ["--kv_format=vllm_fp8_scaled", "--kv_bits=8"] if form == FLOAT8 else []
+    settings += ["--kv_format=vllm_fp8_scaled", "--kv_bits=8"] if form == FLOAT_QUANTIZED else []
     run_python("quantize", f"--method={method}", "--sequences=4", *places, *settings)
     student = student_folder.find(tmp_path / "student")
     export.export(student, tmp_path / "export", form)
@@ -221,10 +221,12 @@ def test_layers_that_engines_fuse_share_the_scale_of_their_tensors(tmp_path):
     assert student.tensor_scales.keys() == weights.keys()
 
 
-@pytest.mark.parametrize(("form", "code_bytes", "scale_bytes"), [(NVFP4, 8, 1), (MXFP4, 16, 1), (FLOAT8, 64, 4)])
+@pytest.mark.parametrize(
+    ("form", "code_bytes", "scale_bytes"), [(NVFP4, 8, 1), (MXFP4, 16, 1), (FLOAT_QUANTIZED, 64, 4)]
+)
 def test_memory_is_what_the_format_promises(form, code_bytes, scale_bytes, tmp_path):
     """Per group: the codes, and the scale as it is stored. A scale of the tensor is not counted: it is a number."""
-    name = {NVFP4: "nvfp4", MXFP4: "mxfp4", FLOAT8: "fp8"}[form]
+    name = {NVFP4: "nvfp4", MXFP4: "mxfp4", FLOAT_QUANTIZED: "fp8"}[form]
     kv = "fp8" if name == "nvfp4" else name
     quant = QuantConfig(8 if name == "fp8" else 4, 16, 4 if kv == "mxfp4" else 8, w_quantizer=name, kv_quantizer=kv)
     write_student(tmp_path, quant, intermediate_size=64, head_dim=32, num_attention_heads=2, num_key_value_heads=2)
@@ -275,7 +277,7 @@ def test_a_scale_that_no_number_fits_is_refused_with_the_layers_name(quantizer, 
 
 def test_refusals_name_the_format_that_fits(tmp_path):
     student = write_student(tmp_path / "final", CASES[0][1])
-    for form in (PACKED, INTEGERS, MXFP4, FLOAT8):
+    for form in (PACK_QUANTIZED, INT_QUANTIZED, MXFP4, FLOAT_QUANTIZED):
         with pytest.raises(UserError, match=r"cannot store such weights\. Give --format nvfp4-pack-"):
             export.check(student, form)
     (tmp_path / "ints").mkdir()

@@ -13,7 +13,7 @@ from commands import ROOT
 
 from qat.export.formats import EXPORT_FORMATS, FAKE, GGUF
 from qat.quant.architecture import ARCHITECTURES
-from qat.store.compressed_tensors import FLOAT8, INTEGERS, MXFP4, NVFP4, PACKED
+from qat.store.compressed_tensors import FLOAT_QUANTIZED, INT_QUANTIZED, MXFP4, NVFP4, PACK_QUANTIZED
 
 FLOORS = [
     {"launch", "launch.paper"},
@@ -139,7 +139,7 @@ def test_one_file_knows_the_layers_names(module):
 
 
 DEFINES_FORMATS = {
-    "qat.store.compressed_tensors": {PACKED, INTEGERS, FLOAT8, NVFP4, MXFP4},
+    "qat.store.compressed_tensors": {PACK_QUANTIZED, INT_QUANTIZED, FLOAT_QUANTIZED, NVFP4, MXFP4},
     "qat.export.formats.base": {FAKE, GGUF},
     "qat.store.gguf_files": {GGUF},  # the package's name, too
 }

@@ -23,7 +23,7 @@ from qat.quant.kv_formats.vllm_int4 import _signs
 from qat.quant.prepare import calibrate, prepare
 from qat.quant.tensor_scales import tensor_scales_in
 from qat.runtime.errors import UserError
-from qat.store.compressed_tensors import INTEGERS, PACKED, kv_cache_scheme
+from qat.store.compressed_tensors import INT_QUANTIZED, PACK_QUANTIZED, kv_cache_scheme
 
 LARGEST = 4.0
 FORMS = {
@@ -349,15 +349,15 @@ def test_files_name_a_format_only_if_it_is_not_the_default(tmp_path):
     [
         (GGUF, PAIR, "-ctk q8_0 -ctv q4_0 -fa on", ";"),
         (GGUF, "vllm_int4", "", ""),
-        (PACKED, "vllm_int4", "--kv-cache-dtype int4_per_token_head", " (GPUs rotate in bf16"),
-        (PACKED, "vllm_fp8", "--kv-cache-dtype fp8_per_token_head", " (GPUs divide"),
-        (PACKED, "vllm_fp8_unscaled", "--kv-cache-dtype fp8", " (FlashAttention 3 rounds queries"),
-        (PACKED, "ggml_q8_0", "", ""),
-        (PACKED, "vllm_fp8_scaled", "--kv-cache-dtype fp8", " (FlashAttention 3 rounds queries"),
-        (INTEGERS, "vllm_fp8_scaled", "--kv-cache-dtype fp8", " (FlashAttention 3 rounds queries"),
+        (PACK_QUANTIZED, "vllm_int4", "--kv-cache-dtype int4_per_token_head", " (GPUs rotate in bf16"),
+        (PACK_QUANTIZED, "vllm_fp8", "--kv-cache-dtype fp8_per_token_head", " (GPUs divide"),
+        (PACK_QUANTIZED, "vllm_fp8_unscaled", "--kv-cache-dtype fp8", " (FlashAttention 3 rounds queries"),
+        (PACK_QUANTIZED, "ggml_q8_0", "", ""),
+        (PACK_QUANTIZED, "vllm_fp8_scaled", "--kv-cache-dtype fp8", " (FlashAttention 3 rounds queries"),
+        (INT_QUANTIZED, "vllm_fp8_scaled", "--kv-cache-dtype fp8", " (FlashAttention 3 rounds queries"),
         (GGUF, "vllm_fp8_scaled", "", ""),
-        (PACKED, "nvfp4", "", ""),
-        (INTEGERS, "vllm_int8", "", ""),  # vLLM on CPUs has no such cache
+        (PACK_QUANTIZED, "nvfp4", "", ""),
+        (INT_QUANTIZED, "vllm_int8", "", ""),  # vLLM on CPUs has no such cache
     ],
 )
 def test_exports_name_the_flag_that_serves_what_was_trained(form, name, flags, served, tmp_path):

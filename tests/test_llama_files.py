@@ -20,7 +20,7 @@ from qat.export.formats import GGUF
 from qat.quant.config import QuantConfig
 from qat.runtime.errors import UserError
 from qat.store import gguf_files, student_folder
-from qat.store.compressed_tensors import INTEGERS
+from qat.store.compressed_tensors import INT_QUANTIZED
 
 CACHES = ("f16", "q8_0/q4_0")
 HOW = {"head_dim": 64, "hidden_size": 256, "intermediate_size": 256}
@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
     tiny_tokenizer().save_pretrained(folder / "teacher")
     student = write_student(folder / "final", QuantConfig(4, 8, 16), **HOW)
     export.export(student, folder / "export", GGUF)
-    export.export(student, folder / "integers", INTEGERS)
+    export.export(student, folder / "integers", INT_QUANTIZED)
     return folder
 
 

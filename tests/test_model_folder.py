@@ -26,7 +26,7 @@ from qat.quant.config import CONFIG_FILE, QuantConfig
 from qat.quant.prepare import prepare
 from qat.runtime.errors import UserError
 from qat.store import models, student_folder
-from qat.store.compressed_tensors import INTEGERS, PACKED
+from qat.store.compressed_tensors import INT_QUANTIZED, PACK_QUANTIZED
 from qat.store.model_folder import ModelFolder
 from qat.store.sidecars import GRIDS_FILE, STEPS_FILE
 from qat.store.weight_files import BIN, BIN_INDEX, INDEX, stored_tensors, weight_files, weights_size
@@ -146,7 +146,7 @@ def test_every_way_computes_what_transformers_computes(trait, tmp_path):
 
 
 @pytest.mark.parametrize("trait", ["own head", "head equal to the embedding"])
-@pytest.mark.parametrize("form", [PACKED, FAKE])
+@pytest.mark.parametrize("form", [PACK_QUANTIZED, FAKE])
 def test_an_export_says_whether_its_head_is_its_own(trait, form, tmp_path):
     """By config.json vLLM and transformers read one; transformers reads the same model from it."""
     change, config = SOUND[trait]
@@ -280,12 +280,12 @@ def test_numbers_that_are_not_finite_are_found_where_they_are_read(folder, tiny_
         shutil.rmtree(tmp_path / "output.partial")  # the first layer is sound, and would be gone on with
     QuantConfig().save(folder)
     export = [f"--checkpoint={folder}", f"--output={output}", "--verify=false"]
-    for form in (PACKED, INTEGERS, FAKE, GGUF):
+    for form in (PACK_QUANTIZED, INT_QUANTIZED, FAKE, GGUF):
         assert said in error_of(monkeypatch, "export", *export, f"--format={form}"), form
         assert not output.exists()
 
 
-@pytest.mark.parametrize("form", [PACKED, INTEGERS])
+@pytest.mark.parametrize("form", [PACK_QUANTIZED, INT_QUANTIZED])
 def test_a_quantized_folder_that_is_not_ours_is_what_transformers_makes_of_it(form, tmp_path):
     """In a layout that we write too, as llm-compressor's folders are: without quant_config.json."""
     folder = Path(shutil.copytree(FIXTURES / "v1" / f"export-{form}", tmp_path / "model"))

@@ -18,7 +18,7 @@ from qat.quant.linear import quant_linears
 from qat.quant.number_format import Format
 from qat.quant.prepare import prepare
 from qat.runtime.errors import UserError
-from qat.store.compressed_tensors import FLOAT8, INTEGERS, MXFP4, NVFP4, PACKED
+from qat.store.compressed_tensors import FLOAT_QUANTIZED, INT_QUANTIZED, MXFP4, NVFP4, PACK_QUANTIZED
 from qat.store.model_folder import ModelFolder
 
 OWN = QuantConfig(
@@ -30,8 +30,8 @@ OWN = QuantConfig(
     },
 )
 SETTINGS = {
-    INTEGERS: QuantConfig(overrides={"model.layers.0.*": {"w_bits": 8}}),
-    FLOAT8: QuantConfig(
+    INT_QUANTIZED: QuantConfig(overrides={"model.layers.0.*": {"w_bits": 8}}),
+    FLOAT_QUANTIZED: QuantConfig(
         8, 8, 4, w_quantizer="fp8", a_quantizer="fp8", overrides={"model.layers.0.*": {"kv_bits": 8, "w_bits": 16}}
     ),
     NVFP4: QuantConfig(w_quantizer="nvfp4", a_bits=16, overrides={"*.down_proj": {"w_bits": 16}}),
@@ -131,7 +131,7 @@ def test_an_export_equals_the_student(form, tmp_path):
         expected = simulation.generate(windows[:, :6], use_cache=False, **how)
         assert torch.equal(model.generate(windows[:, :6], **how), expected)
     said = EXPORT_FORMATS[form].all_deviations(student)
-    assert form != PACKED or any("trained with 6 bits" in sentence for sentence in said)
+    assert form != PACK_QUANTIZED or any("trained with 6 bits" in sentence for sentence in said)
 
 
 @pytest.mark.parametrize(("all_layers", "first"), [(4, 16), (16, 4)])

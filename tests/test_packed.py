@@ -19,7 +19,7 @@ from qat.quant.config import QuantConfig
 from qat.runtime import machine
 from qat.runtime.errors import UserError
 from qat.store import models
-from qat.store.compressed_tensors import PACKED
+from qat.store.compressed_tensors import PACK_QUANTIZED
 
 
 @pytest.mark.parametrize("quant", [*SETTINGS, QuantConfig(w_quantizer="minmax_asymmetric")], ids=str)
@@ -40,7 +40,7 @@ def test_packed_equals_the_simulation(quant, dtype, monkeypatch, tmp_path):
 
 def test_an_export_and_the_student_that_it_was_made_from_are_the_same(tmp_path):
     student = write_student(tmp_path / "final", QuantConfig())
-    export.export(student, tmp_path / "export", PACKED)
+    export.export(student, tmp_path / "export", PACK_QUANTIZED)
     model, exported = qat.load(str(tmp_path / "final")), qat.load(str(tmp_path / "export"))
     assert torch.equal(model(ids(model)).logits, exported(ids(model)).logits)
     assert exported.generation_config.eos_token_id == 1

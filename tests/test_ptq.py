@@ -26,7 +26,7 @@ from qat.quant.prepare import freeze, prepare
 from qat.quant.quantizers.base import Grid
 from qat.runtime.errors import UserError
 from qat.store import models, smollm2
-from qat.store.compressed_tensors import INTEGERS
+from qat.store.compressed_tensors import INT_QUANTIZED
 from qat.store.model_folder import ModelFolder
 from qat.store.models import load_tokenizer
 from qat.store.sidecars import GRIDS_FILE, load_grids
@@ -340,7 +340,7 @@ def test_the_grid_is_kept_on_export(dtype, tmp_path):
     stream = Stream(source, QUANT, [ids(tiny_model())])
     with writer.appearing(ModelFolder.read(source), tmp_path / "out", QUANT, {}) as folder:
         writer.write(stream, folder, lambda *layer: gptq.quantize_layer(*layer, GPTQConfig()))
-    export.export(find(tmp_path / "out"), tmp_path / "export", INTEGERS)
+    export.export(find(tmp_path / "out"), tmp_path / "export", INT_QUANTIZED)
     in_memory, reloaded = (simulated.load(str(tmp_path / name), torch.float32) for name in ("out", "export"))
     assert torch.equal(in_memory(ids(in_memory)).logits, reloaded(ids(reloaded)).logits)
     stored = {}

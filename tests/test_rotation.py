@@ -27,7 +27,7 @@ from qat.quant.prepare import freeze, prepare
 from qat.quant.rotated import rotation_of
 from qat.runtime.errors import UserError
 from qat.store import models, rotate, student_folder
-from qat.store.compressed_tensors import PACKED
+from qat.store.compressed_tensors import PACK_QUANTIZED
 from qat.store.model_folder import ModelFolder, read_config
 from qat.train.rotations import LearnConfig, Rotating, learn
 
@@ -248,11 +248,11 @@ def served(plain):
 
 def test_an_export_states_r4_as_engines_read_it(plain, served, tmp_path):
     assert served.base_model == str(plain), "what the model card says"
-    export.export(served, tmp_path / "export", PACKED)
+    export.export(served, tmp_path / "export", PACK_QUANTIZED)
     windows = ids(40).view(2, 20)
-    verified = export.verify(served, tmp_path / "export", PACKED, windows)
+    verified = export.verify(served, tmp_path / "export", PACK_QUANTIZED, windows)
     assert verified.exported == verified.trained
-    assert "transformers' own loader leaves it out" in EXPORT_FORMATS[PACKED].all_deviations(served)[-1]
+    assert "transformers' own loader leaves it out" in EXPORT_FORMATS[PACK_QUANTIZED].all_deviations(served)[-1]
     stated = json.loads((tmp_path / "export" / "config.json").read_text())["quantization_config"]["transform_config"]
     layer = torch.nn.Module()
     layer.down = torch.nn.Linear(96, 8, bias=False, dtype=torch.float64)
@@ -270,7 +270,7 @@ def test_formats_refuse_what_they_cannot_state(served, rotated, run):
     for form in EXPORT_FORMATS:
         with pytest.raises(UserError, match="--untie true"):
             export.check(student_folder.find(run / "final"), form)
-    for form in EXPORT_FORMATS.keys() - {PACKED}:
+    for form in EXPORT_FORMATS.keys() - {PACK_QUANTIZED}:
         with pytest.raises(UserError, match="--down none"):
             export.check(served, form)
 

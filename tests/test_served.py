@@ -18,7 +18,7 @@ from qat.export import export
 from qat.infer import simulated
 from qat.quant.config import QuantConfig
 from qat.store import models, smollm2, student_folder
-from qat.store.compressed_tensors import INTEGERS
+from qat.store.compressed_tensors import INT_QUANTIZED
 
 pytestmark = pytest.mark.vllm
 
@@ -44,7 +44,7 @@ def exports(tmp_path_factory) -> dict[str, Path]:
         for file in model.iterdir():
             (folder / "final" / file.name).symlink_to(file)
         quant.save(folder / "final")
-        export.export(student_folder.find(folder / "final"), folder / "export", INTEGERS)
+        export.export(student_folder.find(folder / "final"), folder / "export", INT_QUANTIZED)
         found[name] = folder / "export"
     return found
 

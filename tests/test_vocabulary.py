@@ -28,7 +28,7 @@ from qat.quant.number_format import Format, inside, quantize, round_to_grid
 from qat.quant.prepare import freeze, prepare
 from qat.runtime.errors import UserError
 from qat.store import models, student_folder
-from qat.store.compressed_tensors import INTEGERS, LAYOUTS, PACKED
+from qat.store.compressed_tensors import INT_QUANTIZED, LAYOUTS, PACK_QUANTIZED
 from qat.store.model_folder import ModelFolder
 from qat.store.sidecars import load_grids
 from qat.train import distill
@@ -211,7 +211,7 @@ def test_a_frozen_output_layer_computes_the_same_logits_in_the_loss(vocabulary):
 def test_stored_exported_and_packed_are_what_was_trained(form, vocabulary, tied, tmp_path):
     quant = QuantConfig(4, 8, 4, overrides=VOCABULARIES[vocabulary])
     student = write_student(tmp_path / "final", quant, tie_word_embeddings=tied)
-    if form == INTEGERS and vocabulary == "groups":
+    if form == INT_QUANTIZED and vocabulary == "groups":
         with pytest.raises(UserError, match="w_group_size=32"):
             export.check(student, form)
         return
@@ -222,7 +222,7 @@ def test_stored_exported_and_packed_are_what_was_trained(form, vocabulary, tied,
     assert verified.trained == perplexity(trained, WINDOWS).perplexity
     if form == GGUF:
         assert verified.engine == ", and llama.cpp loads it"
-    elif form in (PACKED, INTEGERS):
+    elif form in (PACK_QUANTIZED, INT_QUANTIZED):
         stored = load_file(tmp_path / "export" / "model.safetensors")
         heads = [name for name in stored if name.startswith(HEAD)]
         assert bool(heads) != tied, "a shared weight is stored once"
@@ -250,13 +250,13 @@ def test_memory_is_what_the_bits_promise(tied, tmp_path):
 
 def test_transformers_reads_what_the_card_says_it_reads(tmp_path):
     """int-quantized, untied. What else is quantized there it does not load, in this version."""
-    for form, tied in ((INTEGERS, False), (PACKED, False), (INTEGERS, True), (PACKED, True)):
+    for form, tied in ((INT_QUANTIZED, False), (PACK_QUANTIZED, False), (INT_QUANTIZED, True), (PACK_QUANTIZED, True)):
         folder = tmp_path / f"{form}-{tied}"
         student = write_student(folder / "final", QuantConfig(4, 8, 16, overrides=ROWS), tie_word_embeddings=tied)
         export.export(student, folder / "export", form)
         said = " ".join(EXPORT_FORMATS[form].all_deviations(student))
         assert ("which transformers' own loader cannot read" in said) == tied
-        if (form, tied) == (INTEGERS, False):
+        if (form, tied) == (INT_QUANTIZED, False):
             theirs = AutoModelForCausalLM.from_pretrained(folder / "export", dtype=torch.float32)
             theirs(WINDOWS)  # it decompresses at the first call
             for name, weight in simulated.load(str(folder / "export"), torch.float32).named_parameters():
@@ -293,8 +293,8 @@ def test_post_training_methods_round_them_to_nearest(tmp_path):
     student = student_folder.find(tmp_path / "out")
     weight = dict(student.weights())[f"{EMBEDDING}.weight"]
     assert torch.equal(weight.codes, quantize(tiny_model().model.embed_tokens.weight, Format(4, group_size=32)).codes)
-    export.export(student, tmp_path / "export", PACKED)
-    export.verify(student, tmp_path / "export", PACKED, WINDOWS)
+    export.export(student, tmp_path / "export", PACK_QUANTIZED)
+    export.verify(student, tmp_path / "export", PACK_QUANTIZED, WINDOWS)
 
 
 @pytest.fixture(scope="module")
@@ -337,7 +337,7 @@ def test_two_ranks_and_one_that_resumes_equal_one_plain_process(tied_directory, 
     for name, weight in load_file(run / "final" / "model.safetensors").items():
         torch.testing.assert_close(student.student.get_parameter(name).data, weight, rtol=0, atol=2e-4, msg=name)
     for place in ("final", "checkpoints"):
-        export.export(student_folder.find(run / place), tmp_path / place, PACKED)
+        export.export(student_folder.find(run / place), tmp_path / place, PACK_QUANTIZED)
     expected, got = (load_file(tmp_path / place / "model.safetensors") for place in ("final", "checkpoints"))
     assert f"{EMBEDDING}.weight_packed" in expected
     assert f"{HEAD}.weight_packed" not in expected

@@ -19,9 +19,7 @@ import pyarrow.parquet as pq
 
 from qat.runtime.checksums import appearing_with_checksum, damage
 from qat.runtime.errors import UserError, differences
-from qat.runtime.files import appearing, locking, open_lock, read_json, using, writing
-
-MANIFEST = "manifest.json"
+from qat.runtime.files import MANIFEST, appearing, locking, open_lock, read_json, using, writing
 
 _SHARD = re.compile(r"shard-\d{5,}\.parquet")
 

@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qat.data.shards import MANIFEST
 from qat.export.formats import EXPORT_FORMATS
 from qat.export.formats.base import ExportFormat
 from qat.quant.architecture import architecture_of
 from qat.quant.config import QuantConfig
 from qat.runtime.errors import UserError
-from qat.runtime.files import read_json, utf8, writing
+from qat.runtime.files import MANIFEST, read_json, utf8, writing
 from qat.store import smollm2
 from qat.store.model_folder import read_config
 from qat.store.student_folder import Student

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qat.quant.kv_formats import INTEGERS, KV_FORMATS, KVFormat
+from qat.quant.kv_formats import DEFAULT_KV_FORMAT, KV_FORMATS, KVFormat
 from qat.quant.number_format import FULL_PRECISION, Format
 from qat.quant.quantizers import QUANTIZERS, quantizers_of
 from qat.runtime.errors import UserError
@@ -103,7 +103,7 @@ class QuantConfig:
     kv_granularity: str = choice("token_head", lambda: _GRANULARITIES)
     kv_rotation: str = choice("none", lambda: _ROTATIONS)
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False, metadata=LATER)
-    kv_format: str = choice(INTEGERS, lambda: KV_FORMATS, separator="/", later=True)
+    kv_format: str = choice(DEFAULT_KV_FORMAT, lambda: KV_FORMATS, separator="/", later=True)
 
     def __post_init__(self) -> None:
         for name in ("w_bits", "a_bits", "kv_bits"):

@@ -22,6 +22,9 @@ _MISUSE = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, 
 LOCK = "lock"
 """Name of the file by which a folder is locked."""
 
+MANIFEST = "manifest.json"
+"""Name of the file in a folder of shards, targets or a checkpoint that says what made it, or what belongs to it."""
+
 _UNFINISHED = "unfinished"
 """Name of the file that marks a folder that is being written."""
 

@@ -30,7 +30,7 @@ from qat.quant.quantizers import mxfp4, nvfp4
 from qat.quant.quantizers.base import FloatFormat, Grid, Quantizer
 from qat.store.weight_files import FLOATS
 
-PACKED, INTEGERS, FLOAT8 = "pack-quantized", "int-quantized", "float-quantized"
+PACK_QUANTIZED, INT_QUANTIZED, FLOAT_QUANTIZED = "pack-quantized", "int-quantized", "float-quantized"
 NVFP4, MXFP4 = "nvfp4-pack-quantized", "mxfp4-pack-quantized"
 
 INPUT_SCALES = {"tensor_group": "input_global_scale", "tensor": "input_scale"}
@@ -62,10 +62,7 @@ _FLOAT_INPUTS: dict[FloatFormat, dict[str, Any]] = {
     FloatFormat.MXFP4: {**_MXFP4_BLOCKS, "dynamic": True},
     FloatFormat.NVFP4: {**_NVFP4_BLOCKS, "dynamic": "local"},
 }
-"""The description of activations that are rounded to floats."""
-
-_CACHES: dict[str, dict[str, Any]] = {"vllm_fp8_scaled": _FLOAT_INPUTS[FloatFormat.FP8_TENSOR]}
-"""The description of KV caches, by their format."""
+"""The description of activations, or of a KV cache, that are rounded to floats."""
 
 CACHE_SCALES = {"keys": "k_scale", "values": "v_scale"}
 """The tensors [1] that hold the scales of a layer's keys and values, by the ends of our names for them."""
@@ -205,7 +202,7 @@ class Layout(ABC):
 class _Packed(Layout):
     """For 3, 5, 6 and 7 bits in an int32 there are two other layouts, compressed-tensors' and vLLM's."""
 
-    name = PACKED
+    name = PACK_QUANTIZED
     suffixes = "weight_packed", "weight_scale", "weight_shape"
     has_zero_points = True
     declared_by_code_bits: ClassVar[Mapping[int, int]] = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
@@ -247,7 +244,7 @@ class _Integers(Layout):
     """An int8 has room for all codes, and vLLM's 8-bit kernel for CPUs rounds activations as training does; its 4-bit
     kernel does not, and on x86 is a plain loop."""
 
-    name = INTEGERS
+    name = INT_QUANTIZED
     suffixes = "weight", "weight_scale"
     declared_by_code_bits: ClassVar[Mapping[int, int]] = dict.fromkeys(range(2, 9), 8)
     engine_a_bits = (8,)
@@ -266,7 +263,7 @@ class _Integers(Layout):
 class _Float8(Layout):
     """Engines have kernels for a scale per output channel, and for one per tensor."""
 
-    name = FLOAT8
+    name = FLOAT_QUANTIZED
     suffixes = "weight", "weight_scale"
     declared_by_code_bits: ClassVar[Mapping[int, int]] = {8: 8}
     float_inputs = FloatFormat.FP8, FloatFormat.FP8_TENSOR
@@ -360,8 +357,9 @@ class _NVFP4(_Float4):
 def kv_cache_scheme(settings: Iterable[QuantConfig]) -> dict[str, Any] | None:
     """Return the ``kv_cache_scheme`` of a model, given the settings of its layers' attention; None where it has no
     place for their KV cache, or they differ."""
-    formats = {own.kv_format if own.kv.quantizes else "" for own in settings}
-    return _CACHES.get(formats.pop()) if len(formats) == 1 else None
+    formats = {form.float_format if own.kv.quantizes else None for own in settings for form in own.kv_formats}
+    described = formats.pop()
+    return None if formats or described is None else _FLOAT_INPUTS[described]
 
 
 def cache_layout(attentions: Iterable[str], config: dict[str, Any]) -> Shapes:

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qat.runtime.checksums import entry_of, mismatch
-
-MANIFEST = "manifest.json"
+from qat.runtime.files import MANIFEST
 
 
 def entries(folder: Path, rank: int, ranks: int) -> dict[str, dict[str, Any]]:

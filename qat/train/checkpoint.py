@@ -28,9 +28,8 @@ import torch.distributed as dist
 
 from qat.runtime import ranks
 from qat.runtime.errors import UserError
-from qat.runtime.files import appearing_folder, write_atomically
+from qat.runtime.files import MANIFEST, appearing_folder, write_atomically
 from qat.store import manifest
-from qat.store.manifest import MANIFEST
 from qat.store.pickles import as_data
 from qat.store.run_folder import LATEST
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from qat.data.sequences import Row, Sample
 from qat.runtime.checksums import appearing_with_checksum, damage
 from qat.runtime.errors import UserError, differences
-from qat.runtime.files import load_tensors, lock, read_json, save_tensors, write_atomically, writing
+from qat.runtime.files import MANIFEST, load_tensors, lock, read_json, save_tensors, write_atomically, writing
 from qat.runtime.machine import send
 from qat.train.distill import CHUNK_TOKENS, TeacherTargets, TopKTargets
 from qat.train.losses import LOSSES
@@ -29,7 +29,6 @@ from qat.train.losses import LOSSES
 SEQUENCES_PER_FILE = 256
 
 _HEAD = "head.safetensors"
-_MANIFEST = "manifest.json"
 
 
 class TeacherCache:
@@ -47,13 +46,13 @@ class TeacherCache:
         """Keep other processes out of the folder until this one ends; raise UserError if another one is in it, or it
         was made with other settings."""
         lock(self.directory)
-        if (self.directory / _MANIFEST).exists():
+        if (self.directory / MANIFEST).exists():
             self.check(settings)
 
     def record(self, settings: dict[str, object]) -> None:
         """Create the folder for ``settings``, or check that it was made with the same; raise UserError if it was
         not."""
-        path = self.directory / _MANIFEST
+        path = self.directory / MANIFEST
         if not path.exists():
             with writing(self.directory):
                 self.directory.mkdir(parents=True, exist_ok=True)
@@ -62,7 +61,7 @@ class TeacherCache:
 
     def check(self, settings: dict[str, object]) -> None:
         """Raise UserError unless the folder was made with ``settings``."""
-        path = self.directory / _MANIFEST
+        path = self.directory / MANIFEST
         if not path.is_file():
             raise UserError(
                 f"There is no teacher cache at {self.directory}: run launch/cache_teacher.py --output there."
@@ -81,7 +80,7 @@ class TeacherCache:
 
     def fingerprint(self) -> dict[str, object]:
         """Return the settings that the folder was made with."""
-        return read_json(self.directory / _MANIFEST)
+        return read_json(self.directory / MANIFEST)
 
     def path(self, number: int) -> Path:
         """Return the path of the file with sequences ``number * SEQUENCES_PER_FILE`` and following."""

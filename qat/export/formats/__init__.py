@@ -6,20 +6,20 @@ from qat.export.formats.compressed_tensors import FloatQuantized, IntQuantized, 
 from qat.export.formats.fake import Fake
 from qat.export.formats.gguf import Gguf
 from qat.runtime.table import Table
-from qat.store.compressed_tensors import FLOAT8, INTEGERS, MXFP4, NVFP4, PACKED
+from qat.store.compressed_tensors import FLOAT_QUANTIZED, INT_QUANTIZED, MXFP4, NVFP4, PACK_QUANTIZED
 
 EXPORT_FORMATS: Table[ExportFormat] = Table(
     "export format",
     **{
-        PACKED: PackQuantized(),
-        INTEGERS: IntQuantized(),
+        PACK_QUANTIZED: PackQuantized(),
+        INT_QUANTIZED: IntQuantized(),
         FAKE: Fake(),
         GGUF: Gguf(),
-        FLOAT8: FloatQuantized(),
+        FLOAT_QUANTIZED: FloatQuantized(),
         NVFP4: NVFP4Packed(),
         MXFP4: MXFP4Packed(),
     },
 )
 
-DEFAULT_EXPORT_FORMAT = PACKED
+DEFAULT_EXPORT_FORMAT = PACK_QUANTIZED
 """The name of the default format."""

@@ -26,12 +26,12 @@ from qat.runtime.errors import UserError
 from qat.runtime.files import load_tensors, save_tensors
 from qat.store.compressed_tensors import (
     CACHE_SCALES,
-    FLOAT8,
-    INTEGERS,
+    FLOAT_QUANTIZED,
+    INT_QUANTIZED,
     LAYOUTS,
     MXFP4,
     NVFP4,
-    PACKED,
+    PACK_QUANTIZED,
     Layout,
     kv_cache_scheme,
     transform_config,
@@ -74,10 +74,10 @@ class CompressedTensors(ExportFormat):
         for own in student.settings.values():
             if not own.weights.quantizes or self.layout.holds(own.weights):
                 continue
-            if not own.weights.symmetric and PACKED in others:
+            if not own.weights.symmetric and PACK_QUANTIZED in others:
                 raise UserError(
                     f"w_quantizer={own.w_quantizer} has zero points, which the kernels for {self.layout.name} do not "
-                    f"support: give --format {PACKED}."
+                    f"support: give --format {PACK_QUANTIZED}."
                 )
             groups = f" in groups of {own.w_group_size}" if own.w_group_size else ""
             raise UserError(
@@ -232,7 +232,7 @@ def _gpus(quant: QuantConfig) -> str:
 
 class PackQuantized(CompressedTensors):
     meaning = "compressed-tensors, codes packed in int32, for engines on GPUs"
-    layout = LAYOUTS[PACKED]
+    layout = LAYOUTS[PACK_QUANTIZED]
     embedding = (
         "Embedding: according to its source, vLLM reads packed embeddings on GPUs (not tested here); transformers' own "
         "loader reads quantized embeddings of int-quantized alone."
@@ -260,7 +260,7 @@ class PackQuantized(CompressedTensors):
 
 class IntQuantized(CompressedTensors):
     meaning = "compressed-tensors, a code in an int8, for engines on CPUs"
-    layout = LAYOUTS[INTEGERS]
+    layout = LAYOUTS[INT_QUANTIZED]
     embedding = (
         "Embedding: transformers' own loader reads it; by vLLM's source it looks up quantized embeddings only if they "
         "are packed, and on GPUs."
@@ -271,22 +271,25 @@ class IntQuantized(CompressedTensors):
         super().check(student)
         for own in student.layer_settings.values():
             if own.a_bits == FULL_PRECISION:
-                raise UserError(f"a_bits=16: {INTEGERS} needs quantized activations. Give --format {PACKED}.")
+                raise UserError(
+                    f"a_bits=16: {INT_QUANTIZED} needs quantized activations. Give --format {PACK_QUANTIZED}."
+                )
             if not self.layout.serves_inputs(own):
                 raise UserError(
-                    f"a_quantizer={own.a_quantizer}: {INTEGERS} needs integer activations. Give --format {PACKED}."
+                    f"a_quantizer={own.a_quantizer}: {INT_QUANTIZED} needs integer activations. "
+                    f"Give --format {PACK_QUANTIZED}."
                 )
         for own in student.settings.values():
             if own.weights.group_size:
                 raise UserError(
-                    f"w_group_size={own.weights.group_size}: {INTEGERS} has one scale per output channel. "
-                    f"Give --format {PACKED}."
+                    f"w_group_size={own.weights.group_size}: {INT_QUANTIZED} has one scale per output channel. "
+                    f"Give --format {PACK_QUANTIZED}."
                 )
 
 
 class FloatQuantized(CompressedTensors):
     meaning = "compressed-tensors, weights in FP8, for GPUs"
-    layout = LAYOUTS[FLOAT8]
+    layout = LAYOUTS[FLOAT_QUANTIZED]
     vllm = "                        # GPU"
     engine = "vLLM"
 

@@ -12,7 +12,7 @@ from qat.quant.kv_formats.vllm_int8 import VllmInt8
 from qat.quant.number_format import Format
 from qat.runtime.table import Table
 
-INTEGERS = "int"
+DEFAULT_KV_FORMAT = "int"
 """The format that the other settings of the KV cache determine."""
 
 KV_FORMATS: Table[KVFormat] = Table(

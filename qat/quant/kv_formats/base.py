@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qat.quant.fused import fused
 from qat.quant.number_format import Format
+from qat.quant.quantizers.base import FloatFormat
 
 
 class KVFormat(ABC):
@@ -30,6 +31,7 @@ class KVFormat(ABC):
             Architecture.interleaves
         served: how serving differs from training, in a few words; empty if no difference is known
         scales_tensors: whether it needs a scale of a layer's keys, and one of its values, measured before training
+        float_format: the format of floats by which checkpoints for the engine describe it; None where they do not
         margin: factor by which keys and values may exceed those of the calibration text, in such scales
         tensor_scale: this scale; until it is known, what is read is NaN
     """
@@ -42,6 +44,7 @@ class KVFormat(ABC):
     reorders: ClassVar[bool] = False
     served: ClassVar[str] = ""
     scales_tensors: ClassVar[bool] = False
+    float_format: ClassVar[FloatFormat | None] = None
     margin: float = 1.0
     tensor_scale: float | None = None
 

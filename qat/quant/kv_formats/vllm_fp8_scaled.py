@@ -13,12 +13,14 @@ from torch import Tensor
 from qat.quant.kv_formats.tensor_scaled import TensorScaled
 from qat.quant.kv_formats.vllm import Vllm
 from qat.quant.number_format import Quantized, dequantize, grid_of, quantize
+from qat.quant.quantizers.base import FloatFormat
 from qat.quant.quantizers.minifloat import E4M3
 
 
 @dataclass(frozen=True)
 class VllmFp8Scaled(Vllm, TensorScaled):
     type = "fp8"
+    float_format = FloatFormat.FP8_TENSOR
     served = "FlashAttention 3 rounds queries to FP8 too; CPUs need AVX-512, and cut off where training rounds"
     meaning = "vLLM's fp8 cache: e4m3, one scale per layer for keys and one for values, measured before training"
 

@@ -1,13 +1,15 @@
 """What ``pip install .`` gives: every module, what they read, and ranges that hold the pinned versions."""
 
 import ast
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
-from importlib.metadata import packages_distributions
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from itertools import chain
 
 from commands import ROOT
@@ -40,16 +42,40 @@ def test_the_wheel_has_every_module_and_what_they_read(tmp_path):
     assert "zero3.json fits" in run.stdout, run.stderr
 
 
+def pins(file: str) -> dict[str, str]:
+    """The pinned versions in a file of requirements, by the package's name."""
+    lines = (line.partition("#")[0].strip() for line in (ROOT / file).read_text().splitlines())
+    pinned = [Requirement(line) for line in lines if "==" in line]
+    return {canonicalize_name(one.name): next(iter(one.specifier)).version for one in pinned}
+
+
+def brought(names: Iterable[str]) -> set[str]:
+    """The installed packages that packages need, and what these need, themselves included. Extras are not looked
+    into."""
+    found, rest = set(), list(names)
+    while rest:
+        if (name := canonicalize_name(rest.pop())) in found:
+            continue
+        with contextlib.suppress(PackageNotFoundError):  # of another platform
+            needs = map(Requirement, requires(name) or [])
+            rest += [one.name for one in needs if not one.marker or one.marker.evaluate({"extra": ""})]
+            found.add(name)
+    return found
+
+
+def test_what_the_pinned_packages_bring_is_pinned_too():
+    """But for what torch and its kin are built for: a CPU or a GPU."""
+    chosen, locked = pins("requirements.txt") | pins("requirements-dev.txt"), pins("constraints.txt")
+    assert chosen.items() - {("torch", chosen["torch"])} <= locked.items()
+    for_gpus = {name for name in brought(["torch"]) if name.startswith(("cuda-", "nvidia-"))}
+    assert brought(chosen) - {"torch"} - for_gpus <= locked.keys()
+
+
 def test_the_pinned_versions_are_within_the_ranges():
-    pins = {}
-    for file in ("requirements.txt", "requirements-dev.txt"):
-        for line in (ROOT / file).read_text().splitlines():
-            if "==" in line:
-                requirement = Requirement(line.partition("#")[0].strip())
-                pins[requirement.name] = next(iter(requirement.specifier)).version
+    pinned = pins("requirements.txt") | pins("requirements-dev.txt")
     ranges = chain(PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
     for requirement in map(Requirement, ranges):
-        assert requirement.specifier.contains(pins[requirement.name]), requirement
+        assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), requirement
 
 
 def test_the_environment_of_vllm_is_made_anew_when_what_makes_it_changes(tmp_path):

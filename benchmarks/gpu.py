@@ -54,6 +54,7 @@ GROUPS: tuple[tuple[dict[str, Check], int], ...] = (
         {
             "kernels": numerics.row_kernels,
             "product kernel": numerics.product_kernel,
+            "norm and gate kernels": numerics.norm_and_gate_kernels,
             "compiled quantizers": numerics.compiled_quantizers,
         },
         105,

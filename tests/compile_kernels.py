@@ -26,7 +26,10 @@ KINDS = (
 )
 """What is rounded, to what, whether without zero points, and whether on a grid that is given."""
 
-INT32S = ("rows", "stride", "x_stride", "weight_stride")
+INT32S = ("rows", "count", "stride", "x_stride", "weight_stride")
+
+WIDTHS = ((64, 96), (4096, 11008), (8192, 28672))
+"""Those of a model, and of its MLP."""
 
 
 def main() -> None:
@@ -49,17 +52,47 @@ def main() -> None:
         sizes = {"COLUMNS": 4096, "OUT": 11008, "ROWS": tile.rows, "OUTS": tile.outs, "INNER": tile.inner}
         name = f"multiply {rows}{' with zeros' if more else ''} to {result}"
         found[name] = compiled(device.multiply, pointers, {"ZEROS": bool(more)} | sizes, tile.warps, tile.stages)
+    for width, of_mlp in WIDTHS:
+        for kind, symmetric in (("bf16", True), ("fp32", False)):
+            rows, block, warps = host.tile(width)
+            sizes = {"COLUMNS": width, "ROWS": rows, "BLOCK": block}
+            grid = {"SYMMETRIC": symmetric, "QMAX": 127, "LOW": -128, "HIGH": 127}
+            of_codes = {"codes": "i8", "scales": "fp32"} | ({} if symmetric else {"zeros": "fp32"})
+            pointers = dict.fromkeys(("x", "weight", "result"), kind) | {"roots": "fp32"}
+            constants = {"EPS": 1e-5} | grid | sizes
+            found[f"norm {width} to {kind}"] = compiled(
+                device.norm, pointers | of_codes, constants, warps, unfused=True
+            )
+            pointers |= {"grad": kind, "of_weight": "fp32"}
+            found[f"norm_gradients {width} to {kind}"] = compiled(
+                device.norm_gradients, pointers, sizes, warps, unfused=True
+            )
+            block = host.piece(of_mlp)
+            pointers = dict.fromkeys(("gate", "up", "result"), kind)
+            found[f"gated {of_mlp} to {kind}"] = compiled(
+                device.gated,
+                pointers | of_codes,
+                {"COLUMNS": of_mlp, "BLOCK": block} | grid,
+                host.warps(block),
+                unfused=True,
+            )
+            pointers = dict.fromkeys(("grad", "gate", "up", "of_gate", "of_up"), kind)
+            found[f"gated_gradients to {kind}"] = compiled(
+                device.gated_gradients, pointers, {"BLOCK": block}, host.warps(block), unfused=True
+            )
     print(json.dumps(found))
 
 
-def compiled(kernel: triton.JITFunction, pointers: dict, constants: dict, warps: int, stages: int = 3) -> dict:
+def compiled(
+    kernel: triton.JITFunction, pointers: dict, constants: dict, warps: int, stages: int = 3, unfused: bool = False
+) -> dict:
     """As host.py would have it, for tensors that begin at multiples of 16 bytes."""
     signature = {name: f"*{kind}" for name, kind in pointers.items()} | dict.fromkeys(INT32S, "i32")
     kinds = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kinds) if name in pointers or "stride" in name}
     missing = {name: None for name, kind in kinds.items() if kind == "constexpr"}
     source = ASTSource(kernel, kinds, missing | constants, aligned)
-    options = {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps, "num_stages": stages} | (host.UNFUSED if unfused else {})
     code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm
     return {"stack": stack(code["cubin"]), "ptx": code["ptx"]}
 

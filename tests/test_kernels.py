@@ -7,23 +7,32 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 from commands import ROOT
 from layers import make
+from tiny import CONFIG, ids, tiny_model
+from torch.nn.functional import silu
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, Qwen3Config
 
 if sys.platform != "linux":
     pytest.skip("Triton is for Linux alone", allow_module_level=True)
 
 from triton.runtime import interpreter  # without it this fails: it is in requirements-dev.txt
 
-from qat.quant import kernels, number_format, products
+from qat.quant import kernels, number_format, producers, products
+from qat.quant.config import QuantConfig
+from qat.quant.forward import predicting
 from qat.quant.kernels import host
 from qat.quant.number_format import Format, Quantized, dequantize, fake_quantize, quantize, round_to_grid
+from qat.quant.prepare import prepare
 from qat.quant.quantizers import QUANTIZERS
 from qat.quant.quantizers.base import Grid
+from qat.quant.rotated import RECORD, Rotation, causal_lm_class
 
 sys.path.append(str(ROOT / "benchmarks"))
 from gpu_checks import numerics
@@ -184,6 +193,136 @@ def test_the_product_is_exact_and_scaled_as_by_torch(rows, columns, out, symmetr
         assert same(found, expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("rows", "columns"), [(40, 64), (7, 300), (1, 96), (5, 5000)])
+def test_norms_and_gates_are_torchs_but_for_rounding(rows, columns, method, dtype):
+    """Values and gradients; their codes are those of their values, and at most 1 in 10,000 is another than torch's, by
+    one. Rows may lie apart."""
+    by, generator = QUANTIZERS[method], torch.Generator().manual_seed(columns)
+    x, y, grad = (torch.randn(rows, columns + 8, generator=generator).to(DEVICE, dtype)[:, 8:] for _ in range(3))
+    weight = torch.rand(columns, generator=generator).add_(0.5).to(DEVICE, dtype)
+    row, factor = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    wide = row.float()
+    expected = factor * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(dtype)
+    expected.backward(grad)
+    values, roots, *quantized = host.norm(x, weight, 1e-5, by, 127)
+    gradients = host.norm_gradients(grad, x, weight, roots)
+    both = [(values, expected.detach(), quantized)]
+    near = [(values, expected), *zip(gradients, (row.grad, factor.grad), strict=True)]
+    row, up = x.clone().requires_grad_(), y.clone().requires_grad_()
+    expected = silu(row) * up
+    expected.backward(grad)
+    values, *quantized = host.gated(x, y, by, 127)
+    both.append((values, expected.detach(), quantized))
+    near += [(values, expected), *zip(host.gated_gradients(grad, x, y), (row.grad, up.grad), strict=True)]
+    for found, wanted in near:
+        assert found.dtype == dtype
+        assert (found.double() - wanted.double()).norm() <= 2 * torch.finfo(dtype).eps * wanted.double().norm()
+    for values, wanted, (codes, scale, zero_point) in both:
+        own, grid = by.encode(values, 127)
+        assert same(codes, own.to(torch.int8))
+        assert same(scale, grid.scale)
+        assert same(zero_point, grid.zero_point)
+        off = (codes - by.encode(wanted, 127)[0]).abs()
+        assert off.max() <= 1
+        assert off.count_nonzero() <= 1e-4 * off.numel()
+
+
+def test_a_norm_of_long_or_other_rows_is_torchs():
+    weight, minmax = torch.ones(9000, device=DEVICE), QUANTIZERS["minmax"]
+    assert host.norm(torch.ones(1, 9000, device=DEVICE), weight, 1e-5, minmax, 127) is None
+    x = torch.randn(3, 32, device=DEVICE)
+    assert host.norm(x, weight[:32].bfloat16(), 1e-5, minmax, 127) is None
+    assert host.norm(x, weight[:32], 1e-5, QUANTIZERS["mse"], 127) is None
+    assert host.gated(x, x.bfloat16(), minmax, 127) is None
+    assert host.gated(x, x, QUANTIZERS["fp8"], 127) is None
+
+
+@pytest.mark.parametrize(
+    ("config_class", "method", "checkpointing"),
+    [(LlamaConfig, "minmax", False), (Qwen3Config, "minmax_asymmetric", False), (LlamaConfig, "minmax", True)],
+)
+def test_layers_read_the_codes_of_the_norms_and_the_gate_before_them(
+    config_class, method, checkpointing, used, monkeypatch
+):
+    """They make none themselves, but for attention's output; losses and gradients are those of the model's own
+    functions but for rounding."""
+    model = tiny_model(config_class)
+    prepare(model, QuantConfig(4, 8, 4, a_quantizer=method)).to(DEVICE)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    calls = {}
+    for on in (True, False):
+        model.zero_grad()
+        loss = model(ids(model, tokens=6).to(DEVICE), use_cache=False).logits.float().pow(2).mean()
+        loss.backward()
+        gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        if on:
+            calls, found, of_kernels = Counter(used), loss, gradients
+            monkeypatch.setattr(kernels, "on", lambda device: None)
+    layers = model.config.num_hidden_layers * (1 + checkpointing)
+    assert calls["norm"] == 2 * layers
+    assert calls["gated"] == layers
+    of_inputs = calls["quantize"] - calls["multiply"]  # each multiplied weight is quantized once
+    assert of_inputs == layers
+    torch.testing.assert_close(found, loss, rtol=1e-3, atol=0)
+    for name, gradient in gradients.items():
+        assert (of_kernels[name] - gradient).norm() <= 0.02 * gradient.norm(), name
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators that compute something."""
+
+    FREE = ("alias", "as_strided", "detach", "empty", "expand", "permute", "reshape", "select", "slice", "split", "t",
+            "transpose", "unsqueeze", "view", "_unsafe_view", "empty_like", "split_with_sizes")  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ not in self.FREE
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_quantized_layer_launches_fewer_kernels_than_full_precision(used, monkeypatch):
+    """Forward and backward of one more decoder layer, in bf16; on an H100 full precision launches as many. The kernels
+    are called, and do nothing."""
+    started = []
+    monkeypatch.setattr(host, "_start", lambda kernel, *args, **options: started.append(kernel))
+
+    def launches(layers: int, quant: QuantConfig) -> int:
+        model = prepare(tiny_model(num_hidden_layers=layers).bfloat16(), quant)
+        row = ids(model)
+        predicting(model, row).sum().backward()
+        model.zero_grad()
+        started.clear()
+        with Launches() as counted:
+            predicting(model, row).sum().backward()
+        return counted.count + len(started)
+
+    full, quantized = (launches(3, quant) - launches(2, quant) for quant in (QuantConfig(16, 16, 16), QuantConfig()))
+    monkeypatch.setattr(producers, "join", lambda *_: None)
+    apart = launches(3, QuantConfig()) - launches(2, QuantConfig())
+    assert (full, quantized, apart) == (113, 96, 142)
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_what_is_not_quantized_or_rotated_before_is_the_models_own(bits, used):
+    """Without codes to make, and where R4 changes what the last layer of the MLP reads."""
+    config = LlamaConfig(**CONFIG)
+    if bits == 8:
+        setattr(config, RECORD, Rotation("hadamard").record())
+    model = causal_lm_class(config)(config)
+    prepare(model, QuantConfig(4, bits, 16)).to(DEVICE)
+    with torch.no_grad():
+        model(ids(model).to(DEVICE), use_cache=False)
+    assert "gated" not in used
+    assert ("norm" in used) == (bits == 8)
+
+
 def test_triton_is_asked_once_for_what_it_compiles_anew(monkeypatch):
     """For other dtypes, alignments, strides and constants, not for other numbers of rows; and what runs is what it
     compiled."""
@@ -253,7 +392,13 @@ def test_cpus_have_none_nor_has_who_wants_none(monkeypatch, caplog):
     assert not caplog.text
 
 
-@pytest.mark.parametrize("name", ["quantize", "round_rows", "quantize_on", "round_rows_on", "dequantize"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("quantize", "round_rows", "quantize_on", "round_rows_on", "dequantize"),
+        *("norm", "norm_gradients", "gated", "gated_gradients"),
+    ],
+)
 @pytest.mark.parametrize("breaks", [RuntimeError("no such GPU"), None])
 def test_kernels_that_do_not_run_or_give_other_codes_are_not_used(name, breaks, monkeypatch, caplog):
     right = getattr(host, name)
@@ -262,13 +407,14 @@ def test_kernels_that_do_not_run_or_give_other_codes_are_not_used(name, breaks, 
         if breaks:
             raise breaks
         result = right(*args)
-        (result[0] if isinstance(result, tuple) else result)[-1, -1] += 1
+        (result[0] if isinstance(result, tuple) else result)[-1] += 1
         return result
 
     monkeypatch.setattr(torch, "device", lambda kind: DEVICE)
     monkeypatch.setattr(host, name, run)
     assert kernels.on.__wrapped__("cuda") is None
-    assert ("no such GPU" if breaks else "is not what torch does") in caplog.text
+    said = "differs from what torch does" if "norm" in name or "gated" in name else "is not what torch does"
+    assert ("no such GPU" if breaks else said) in caplog.text
 
 
 def _nan(result):
@@ -334,9 +480,9 @@ def test_compiled_for_an_h100_no_register_is_spilled(compiled):
 
 def test_compiled_for_an_h100_every_operation_rounds_as_torchs_does(compiled):
     for name, kernel in compiled.items():
-        arithmetic = set(re.findall(r"\b(?:div|mul|add|sub|fma|mad|cvt)\.[\w.]*f(?:32|16)[\w.]*", kernel["ptx"]))
+        arithmetic = set(re.findall(r"\b(?:div|mul|add|sub|fma|mad|cvt|r?sqrt)\.[\w.]*f(?:32|16)[\w.]*", kernel["ptx"]))
         assert not [one for one in arithmetic if "ftz" in one or "approx" in one or "full" in one or "fma" in one], name
-        assert ("div.rn.f32" in arithmetic) == name.startswith("round"), name
+        assert ("div.rn.f32" in arithmetic) == name.startswith(("round", "norm", "gated")), name
         assert ("cvt.rn.bf16" in kernel["ptx"]) == name.endswith("to bf16"), name
 
 
@@ -365,3 +511,6 @@ def test_what_the_gpu_checks_do_with_our_kernels(monkeypatch, tmp_path):
     figures, holds = numerics.product_kernel(bench)
     assert (figures["mismatches"], holds) == (0, {"equal": True})
     assert [*figures["us_by_rows"]] == [1, 17]
+    figures, holds = numerics.norm_and_gate_kernels(bench)
+    assert holds == {"few": True}
+    assert figures["us"].keys() == {"norm", "gate"}

@@ -6,6 +6,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
 from gpu_checks.bench import Bench, device_seconds, seconds
 from qat.infer.integer_cache import IntegerLayer
@@ -92,6 +93,32 @@ def product_kernel(bench: Bench) -> tuple[dict, dict]:
         for rows, few in (("few", True), ("many", False))
     }
     return {**used, "mismatches": mismatches, "us_by_rows": us}, {"equal": not mismatches}
+
+
+def norm_and_gate_kernels(bench: Bench) -> tuple[dict, dict]:
+    """Our kernels for RMSNorm and SwiGLU, which make codes too: how many of these are other than torch's, as both add
+    up in orders of their own; microseconds beside torch's functions and the quantizer's kernel."""
+    own = kernels.on(bench.device.type)
+    if own is None:
+        return {}, {"on a CPU": bench.device.type == "cpu"}
+    s, form, us, off = bench.shapes, Format(8), {}, {}
+    made = {"device": bench.device, "dtype": bench.dtype}
+    x, weight = torch.randn(s.tokens, s.hidden, **made), torch.rand(s.hidden, **made) + 0.5
+    gate, up = (torch.randn(s.tokens, s.intermediate, **made) for _ in range(2))
+
+    def norm() -> Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
+        return quantize(weight * normed.to(x.dtype), form).codes
+
+    for name, by_torch, by_kernel in (
+        ("norm", norm, lambda: own.norm(x, weight, 1e-5, form.by, form.qmax).codes),
+        ("gate", lambda: quantize(silu(gate) * up, form).codes, lambda: own.gated(gate, up, form.by, form.qmax)[1]),
+    ):
+        expected = by_torch()
+        off[name] = _different(by_kernel(), expected) / expected.numel()
+        us[name] = {"torch": 1e6 * device_seconds(by_torch, 50), "kernel": 1e6 * device_seconds(by_kernel, 50)}
+    return {"other_codes": off, "us": us}, {"few": max(off.values()) <= 1e-4}
 
 
 def compiled_quantizers(bench: Bench) -> tuple[dict, dict]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from qat.quant import kv_cache
+from qat.quant import kv_cache, producers
 from qat.quant.architecture import (
     architecture_of,
     check_supported,
@@ -56,6 +56,8 @@ def prepare(model: PreTrainedModel, config: QuantConfig) -> PreTrainedModel:
         for names in architecture.shared_inputs:
             own = [settings[architecture.prefix(number) + name] for name in names]
             _quantize_linears({name: linear_in(layer, name) for name in names}, own)
+        if architecture.block:
+            producers.join(layer, architecture.block, model.config)
         kv = caches[architecture.prefix(number) + architecture.attention]
         if kv.kv.quantizes:
             _quantize_kv(layer, model, kv)

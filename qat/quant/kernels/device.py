@@ -1,10 +1,11 @@
 """Triton kernels; qat.quant.kernels.host launches them.
 
 A program takes one row, or up to 32 short ones, and keeps it in registers: it is read once. Sizes of rows are compiled
-in; how many there are is not.
+in; how many there are is not. Those of the MLP are the longest, and two are read: they are taken in pieces.
 
 Every operation is rounded as torch rounds it: division is IEEE's (Triton's ``/`` is not), and no product is followed by
-a sum, which would be fused. Extremes are found among integers in the order of the floats whose bits they are; NaN is
+a sum, which would be fused; norms and activations, whose sums and exponentials torch computes otherwise anyway, are
+compiled without fusing them. Extremes are found among integers in the order of the floats whose bits they are; NaN is
 the largest of them, or the smallest, and so it goes through, which it would not in Triton's maximum of floats.
 """
 
@@ -55,21 +56,35 @@ def _usable(scale):
 
 
 @triton.jit
-def _minmax(x, qmax: tl.constexpr):
-    """The scales [rows] of ``MinMax`` for x [rows, n]."""
-    largest = _float(tl.max(_bits(tl.abs(x)), 1))
-    return _usable(tl.div_rn(largest, tl.full(largest.shape, qmax, tl.float32)))
+def _extremes(x, SYMMETRIC: tl.constexpr):
+    """The least and the largest of x [rows, n] and 0, in the order of ``_ordered``; of its magnitudes if
+    ``SYMMETRIC``."""
+    order = _bits(tl.abs(x)) if SYMMETRIC else _ordered(_bits(x))
+    return tl.minimum(tl.min(order, 1), 0), tl.maximum(tl.max(order, 1), 0)
 
 
 @triton.jit
-def _minmax_asymmetric(x, qmax: tl.constexpr):
-    """The scales and zero points [rows] of ``MinMaxAsymmetric`` for x [rows, n]."""
-    order = _ordered(_bits(x))
-    low = _float(_ordered(tl.minimum(tl.min(order, 1), 0)))
-    high = _float(tl.maximum(tl.max(order, 1), 0))
-    levels = tl.full(low.shape, 2 * qmax + 1, tl.float32)
-    scale = _usable(tl.div_rn(high, levels) - tl.div_rn(low, levels))
-    return scale, _whole_number(tl.div_rn(-low, scale)) - (qmax + 1)
+def _grid(low, high, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr):
+    """The scales and zero points [rows] of ``MinMax``, or of ``MinMaxAsymmetric``, for rows with these extremes."""
+    if SYMMETRIC:
+        largest = _float(high)
+        scale = _usable(tl.div_rn(largest, tl.full(largest.shape, QMAX, tl.float32)))
+        zero = tl.zeros(scale.shape, tl.float32)
+    else:
+        low, high = _float(_ordered(low)), _float(high)
+        levels = tl.full(low.shape, 2 * QMAX + 1, tl.float32)
+        scale = _usable(tl.div_rn(high, levels) - tl.div_rn(low, levels))
+        zero = _whole_number(tl.div_rn(-low, scale)) - (QMAX + 1)
+    return scale, zero
+
+
+@triton.jit
+def _codes(x, scale, zero, SYMMETRIC: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """The codes, as floats, of x [rows, n] on the grid of its rows [rows]."""
+    code = _whole_number(tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)))
+    if not SYMMETRIC:
+        code = code + zero[:, None]
+    return _between(code, LOW, HIGH)
 
 
 @triton.jit
@@ -98,25 +113,20 @@ def round(
         if not SYMMETRIC:
             zero = tl.load(zeros + row, mask=row < rows, other=0.0)
     else:
-        if SYMMETRIC:
-            scale = _minmax(value, QMAX)
-        else:
-            scale, zero = _minmax_asymmetric(value, QMAX)
+        low, high = _extremes(value, SYMMETRIC)
+        scale, zero = _grid(low, high, QMAX, SYMMETRIC)
+        if not SYMMETRIC:
             tl.store(zeros + row, zero, mask=row < rows)
         scale = scale.to(SCALE).to(tl.float32)
         scale = tl.where(scale == 0, 1.0, scale)
         tl.store(scales + row, scale, mask=row < rows)
-    scale, zero = scale[:, None], zero[:, None]
-    code = _whole_number(tl.div_rn(value, tl.broadcast_to(scale, [ROWS, BLOCK])))
-    if not SYMMETRIC:
-        code = code + zero
-    code = _between(code, LOW, HIGH)
+    code = _codes(value, scale, zero, SYMMETRIC, LOW, HIGH)
     if result.dtype.element_ty == tl.int8:
         tl.store(result + target, code.to(tl.int8), mask=there)
     else:
         if not SYMMETRIC:
-            code = code - zero
-        tl.store(result + target, (code * scale).to(result.dtype.element_ty), mask=there)
+            code = code - zero[:, None]
+        tl.store(result + target, (code * scale[:, None]).to(result.dtype.element_ty), mask=there)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -168,3 +178,108 @@ def multiply(
     value = value * tl.load(weight_scales + out % OUT)[None, :]
     target = row.to(tl.int64)[:, None] * OUT + out[None, :]
     tl.store(result + target, value.to(result.dtype.element_ty), mask=(row < rows)[:, None] & (out < OUT)[None, :])
+
+
+@triton.jit(do_not_specialize=["rows"])
+def norm(
+    x, weight, result, roots, codes, scales, zeros, rows, stride, EPS: tl.constexpr, SYMMETRIC: tl.constexpr,
+    QMAX: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """RMSNorm of rows, and the codes and grid of what it gives, which is rounded to its dtype before; ``roots`` are the
+    inverses of the root mean squares, for ``norm_gradients``."""
+    row, source, target, there = _tile(rows, stride, COLUMNS, ROWS, BLOCK)
+    kind = result.dtype.element_ty
+    value = tl.load(x + source, mask=there, other=0.0).to(tl.float32)
+    mean = tl.div_rn(tl.sum(value * value, 1), tl.full([ROWS], COLUMNS, tl.float32))
+    root = tl.div_rn(tl.full([ROWS], 1.0, tl.float32), tl.sqrt_rn(mean + EPS))
+    tl.store(roots + row, root, mask=row < rows)
+    column = tl.arange(0, BLOCK)
+    factor = tl.load(weight + column, mask=column < COLUMNS, other=0.0).to(tl.float32)
+    value = (value * root[:, None]).to(kind).to(tl.float32)
+    value = (value * factor[None, :]).to(kind)
+    tl.store(result + target, value, mask=there)
+    value = value.to(tl.float32)
+    low, high = _extremes(value, SYMMETRIC)
+    scale, zero = _grid(low, high, QMAX, SYMMETRIC)
+    tl.store(scales + row, scale, mask=row < rows)
+    if not SYMMETRIC:
+        tl.store(zeros + row, zero, mask=row < rows)
+    code = _codes(value, scale, zero, SYMMETRIC, LOW, HIGH)
+    tl.store(codes + target, code.to(tl.int8), mask=there)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def norm_gradients(
+    x, grad, weight, roots, result, of_weight, rows, stride,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the rows that ``norm`` was given, and this program's part [programs, n] of the weight's: of the
+    tiles that it takes, one after another."""
+    column = tl.arange(0, BLOCK)
+    factor = tl.load(weight + column, mask=column < COLUMNS, other=0.0).to(tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        there = (row < rows)[:, None] & (column < COLUMNS)[None, :]
+        target = row[:, None] * COLUMNS + column[None, :]
+        slope = tl.load(grad + target, mask=there, other=0.0).to(tl.float32)
+        value = tl.load(x + row[:, None] * stride + column[None, :], mask=there, other=0.0).to(tl.float32)
+        root = tl.load(roots + row, mask=row < rows, other=0.0)[:, None]
+        value = value * root
+        total += tl.sum(slope * value.to(x.dtype.element_ty).to(tl.float32), 0)
+        slope = slope * factor[None, :]
+        mean = tl.div_rn(tl.sum(slope * value, 1), tl.full([ROWS], COLUMNS, tl.float32))[:, None]
+        slope = (slope - value * mean) * root
+        tl.store(result + target, slope.to(result.dtype.element_ty), mask=there)
+    tl.store(of_weight + tl.program_id(0) * COLUMNS + column, total, mask=column < COLUMNS)
+
+
+@triton.jit
+def _sigmoid(x):
+    return tl.div_rn(tl.full(x.shape, 1.0, tl.float32), 1.0 + tl.exp(-x))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def gated(
+    gate, up, result, codes, scales, zeros, rows, SYMMETRIC: tl.constexpr,
+    QMAX: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """SwiGLU, silu(gate) * up, each rounded to its dtype, of one row, and the codes and grid of what it gives."""
+    start = tl.program_id(0).to(tl.int64) * COLUMNS
+    kind = result.dtype.element_ty
+    low, high = tl.zeros([1], tl.int32), tl.zeros([1], tl.int32)
+    for first in range(0, COLUMNS, BLOCK):
+        column = first + tl.arange(0, BLOCK)[None, :]
+        there = column < COLUMNS
+        x = tl.load(gate + start + column, mask=there, other=0.0).to(tl.float32)
+        value = (x * _sigmoid(x)).to(kind).to(tl.float32)
+        value = (value * tl.load(up + start + column, mask=there, other=0.0).to(tl.float32)).to(kind)
+        tl.store(result + start + column, value, mask=there)
+        lowest, highest = _extremes(value.to(tl.float32), SYMMETRIC)
+        low, high = tl.minimum(low, lowest), tl.maximum(high, highest)
+    scale, zero = _grid(low, high, QMAX, SYMMETRIC)
+    row = tl.program_id(0) + tl.arange(0, 1)
+    tl.store(scales + row, scale)
+    if not SYMMETRIC:
+        tl.store(zeros + row, zero)
+    tl.debug_barrier()  # the values are read again, maybe by other threads than those that wrote them
+    for first in range(0, COLUMNS, BLOCK):
+        column = first + tl.arange(0, BLOCK)[None, :]
+        value = tl.load(result + start + column, mask=column < COLUMNS, other=0.0).to(tl.float32)
+        code = _codes(value, scale, zero, SYMMETRIC, LOW, HIGH)
+        tl.store(codes + start + column, code.to(tl.int8), mask=column < COLUMNS)
+
+
+@triton.jit(do_not_specialize=["count"])
+def gated_gradients(grad, gate, up, of_gate, of_up, count, BLOCK: tl.constexpr):
+    """The gradients of ``gated``'s inputs, all contiguous with ``count`` elements; what torch rounds, is rounded."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = at < count
+    kind = of_gate.dtype.element_ty
+    x = tl.load(gate + at, mask=there, other=0.0).to(tl.float32)
+    slope = tl.load(grad + at, mask=there, other=0.0).to(tl.float32)
+    sigmoid = _sigmoid(x)
+    tl.store(of_up + at, (slope * (x * sigmoid).to(kind).to(tl.float32)).to(kind), mask=there)
+    slope = (slope * tl.load(up + at, mask=there, other=0.0).to(tl.float32)).to(kind).to(tl.float32)
+    tl.store(of_gate + at, (slope * sigmoid * (1.0 + x * (1.0 - sigmoid))).to(kind), mask=there)

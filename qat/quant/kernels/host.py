@@ -1,6 +1,7 @@
 """Starting the kernels: functions of tensors, with the arguments of the torch functions in whose place they run.
 
-They return the same bits, or None for arguments that there is no kernel for.
+They return the same bits, or None for arguments that there is no kernel for. Norms and SwiGLU add up, and take
+exponentials, in their own way: their codes are those of torch, but for a few that differ by one.
 """
 
 import functools
@@ -12,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import rms_norm, silu
 
 from qat.quant.kernels import device
 from qat.quant.kernels.sizes import FEW_ROWS
@@ -22,8 +24,20 @@ from qat.quant.quantizers.minmax_asymmetric import MinMaxAsymmetric
 _LONGEST = 32768
 """Elements of the longest row that fits into a program's registers."""
 
+_LONGEST_NORM = 8192
+"""The same for norms, whose programs keep several rows."""
+
+_NORM_PROGRAMS = 256
+"""Programs that share a norm's gradient: each adds up its own part of the weight's."""
+
+_PIECE = 4096
+"""Elements that a program of SwiGLU, and of its gradient, takes at a time."""
+
 _ALIGNED = 16
 """Bytes: Triton recompiles a kernel for tensors that do not begin at a multiple of them."""
+
+UNFUSED = {"enable_fp_fusion": False}
+"""Option by which a product and the sum after it are rounded one by one, as torch does."""
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -48,6 +62,22 @@ def tile(columns: int) -> Tile:
     block = triton.next_power_of_2(columns)
     rows = max(1, min(32, 4096 // block))
     return Tile(rows, block, min(32, max(4, rows * block // 1024)))
+
+
+class Normed(NamedTuple):
+    """What ``norm`` gives.
+
+    Attributes:
+        values: [rows, n], of the dtype of its input
+        roots: [rows], fp32: inverses of the root mean squares
+        codes, scale, zero_point: of the values; as ``quantize`` gives them
+    """
+
+    values: Tensor
+    roots: Tensor
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
 
 
 class ProductTile(NamedTuple):
@@ -114,6 +144,57 @@ def multiply(
     return result
 
 
+def norm(rows: Tensor, weight: Tensor, eps: float, by: Quantizer, qmax: int) -> Normed | None:
+    """Return the RMSNorm of rows [rows, n] with the weight [n], and its codes; None if no kernel takes them."""
+    if not _makes_codes(rows, by) or weight.dtype != rows.dtype or rows.shape[1] > _LONGEST_NORM:
+        return None
+    rows = _in_order(rows)
+    (count, columns), (height, block, warps) = rows.shape, tile(rows.shape[1])
+    values, roots = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device), _floats(rows, count)
+    codes, scale, zero_point = _empty(rows, by)
+    tensors = rows, weight.contiguous(), values, roots, codes, scale, zero_point
+    rest = rows.stride(0), eps, by.symmetric, qmax, *by.code_range(qmax), columns, height, block
+    _start(device.norm, -(-count // height), tensors, count, rest, num_warps=warps, **UNFUSED)
+    return Normed(values, roots, codes, scale, zero_point)
+
+
+def norm_gradients(grad: Tensor, rows: Tensor, weight: Tensor, roots: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the rows [rows, n] and of the weight [n] of ``norm``, given that of its values."""
+    rows, grad = _in_order(rows), grad.contiguous()
+    (count, columns), (height, block, warps) = rows.shape, tile(rows.shape[1])
+    programs = min(_NORM_PROGRAMS, -(-count // height))
+    result = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+    parts = _floats(rows, programs, columns)
+    tensors = rows, grad, weight.contiguous(), roots, result, parts
+    rest = rows.stride(0), columns, height, block
+    _start(device.norm_gradients, programs, tensors, count, rest, num_warps=warps, **UNFUSED)
+    return result, parts.sum(0).to(weight.dtype)
+
+
+def gated(gate: Tensor, up: Tensor, by: Quantizer, qmax: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
+    """Return silu(gate) * up [rows, n], of the dtype of both, and its codes, scale and zero point, as ``quantize``
+    gives them; None if no kernel takes them."""
+    if not _makes_codes(gate, by) or up.dtype != gate.dtype:
+        return None
+    gate, up = gate.contiguous(), up.contiguous()
+    codes, scale, zero_point = _empty(gate, by)
+    values = torch.empty_like(gate)
+    block = piece(gate.shape[1])
+    tensors = gate, up, values, codes, scale, zero_point
+    rest = by.symmetric, qmax, *by.code_range(qmax), gate.shape[1], block
+    _start(device.gated, len(gate), tensors, len(gate), rest, num_warps=warps(block), **UNFUSED)
+    return values, codes, scale, zero_point
+
+
+def gated_gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of both inputs of ``gated``, given that of its values; all [..., n]."""
+    grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
+    of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
+    tensors, count = (grad, gate, up, of_gate, of_up), gate.numel()
+    _start(device.gated_gradients, -(-count // _PIECE), tensors, count, (_PIECE,), num_warps=warps(_PIECE), **UNFUSED)
+    return of_gate, of_up
+
+
 def check(place: torch.device) -> None:
     """Raise RuntimeError if a kernel cannot run on this device, or gives other codes than torch does."""
     qmax = 7
@@ -137,11 +218,51 @@ def check(place: torch.device) -> None:
                 assert found is not None
                 if not all(_same(*parts) for parts in zip(found, expected, strict=True)):
                     raise RuntimeError(f"what they {kernel} by {type(by).__name__} is not what torch does")
+        for dtype, columns in ((torch.float32, 96), (torch.bfloat16, 4096)):
+            _check_producers(
+                torch.randn(4, 33, columns, generator=_generator(), device="cpu").to(place, dtype), by, qmax
+            )
+
+
+def _check_producers(inputs: Tensor, by: Quantizer, qmax: int) -> None:
+    """Raise RuntimeError if ``norm`` or ``gated``, or a gradient, is not what torch computes from inputs
+    [4, rows, n], but for rounding."""
+    rows, up, grad, (weight, *_) = inputs
+    x, factor = rows.clone().requires_grad_(), weight.clone().requires_grad_()
+    expected = rms_norm(x, (x.shape[1],), factor, 1e-5)
+    expected.backward(grad)
+    normed = norm(rows, weight, 1e-5, by, qmax)
+    assert normed is not None
+    gradients = norm_gradients(grad, rows, weight, normed.roots)
+    for found, by_torch in zip((normed.values, *gradients), (expected, x.grad, factor.grad), strict=True):
+        _check_close("normalize", found, by_torch)
+    x, y = rows.clone().requires_grad_(), up.clone().requires_grad_()
+    expected = silu(x) * y
+    expected.backward(grad)
+    product = gated(rows, up, by, qmax)
+    assert product is not None
+    for found, by_torch in zip((product[0], *gated_gradients(grad, rows, up)), (expected, x.grad, y.grad), strict=True):
+        _check_close("gate", found, by_torch)
+    for values, codes, *_ in (normed[:1] + normed[2:], product):
+        if not _same(codes, by.encode(values, qmax)[0]):
+            raise RuntimeError("their codes are not those of the values beside them")
+
+
+def _check_close(name: str, found: Tensor, expected: Tensor | None) -> None:
+    """Raise RuntimeError for a relative error of more than a hundredth."""
+    assert expected is not None
+    error, size = (found.float() - expected.float()).norm(), expected.float().norm()
+    if not error <= 0.01 * size:
+        raise RuntimeError(f"what they {name} differs from what torch does by {error / size:.2g} of it")
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
 
 
 def _rows_to_try(rows: int, columns: int) -> Tensor:
     """Return fp32 rows with all that is special: zeros, halves between codes, NaN, infinity, one sign alone."""
-    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0), device="cpu")
+    x = torch.randn(rows, columns, generator=_generator(), device="cpu")
     x[0], x[1] = 0, torch.arange(columns) % 29 / 2 - 7
     x[2, 3], x[3, 1], x[4, 0], x[5], x[6] = math.nan, math.inf, -math.inf, x[5].abs(), -x[6].abs()
     return x
@@ -153,6 +274,31 @@ def _same(found: Tensor | None, expected: Tensor | None) -> bool:
         return found is expected
     equal = (found == expected) | (expected.isnan() & (found.isnan() | (found.dtype == torch.int8)))
     return bool(equal.all())
+
+
+def _makes_codes(rows: Tensor, by: Quantizer) -> bool:
+    """Return whether the kernels that compute what they quantize can find the grid of this quantizer."""
+    return type(by) in (MinMax, MinMaxAsymmetric) and by.scale_dtype == torch.float32 and rows.dtype in _TYPES
+
+
+def _empty(rows: Tensor, by: Quantizer) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return room for the codes [rows, n] of rows, and for their scales and zero points [rows, 1]."""
+    codes = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
+    return codes, _floats(rows, len(rows), 1), None if by.symmetric else _floats(rows, len(rows), 1)
+
+
+def _floats(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def piece(columns: int) -> int:
+    """Return how many elements of a row of so many a program of SwiGLU takes at a time."""
+    return min(_PIECE, triton.next_power_of_2(columns))
+
+
+def warps(block: int) -> int:
+    """Return the number of warps for so many elements at a time, 16 or fewer per thread."""
+    return max(1, block // 512)
 
 
 def _found(rows: Tensor, by: Quantizer, qmax: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None] | None:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from datagen.decoder import Decoder
 from datagen.generate import GenerateConfig, Vocabulary, write_sequences
-from datagen.sampling import Truncation, uniform
+from datagen.sampling import uniform
 from launch import cli
 from qat.quant import products
 from qat.runtime import machine
@@ -167,8 +167,7 @@ def write_statically(model: PreTrainedModel, vocabulary: Vocabulary, config: Gen
         ended = torch.zeros_like(numbers, dtype=torch.bool)
         while not ended.all() and position[0] < config.max_length - 1:
             draw = uniform(config.seed, numbers, position + 1)
-            logits = decoder.step(tokens, position)
-            tokens, _ = decoder.choose(logits, torch.zeros_like(ended), draw, Truncation())
+            tokens = decoder.step(tokens, position, torch.zeros_like(ended), draw).tokens
             position += 1
             ended |= torch.isin(tokens, stop)
 

@@ -1,8 +1,9 @@
 """Attention of a decoding step: one new token per slot, each at its own position of a static KV cache.
 
-On CPUs, in fp32, a kernel of our own reads each cached key and value once, and none beyond a slot's position; it is
-compiled on first use, in about a second. Where there is no compiler, and on GPUs, torch's scaled_dot_product_attention
-computes the same, reading all slots up to the position of the longest one.
+Kernels of our own read each cached key and value once, and none beyond a slot's position: on CPUs, in fp32, one that is
+compiled on first use, in about a second; on GPUs one in Triton (datagen.attention_triton). Where there is no compiler,
+and for heads of other sizes, torch's scaled_dot_product_attention computes the same, reading all slots up to the
+position of the longest one.
 """
 
 import ctypes
@@ -13,10 +14,13 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from qat.runtime.errors import first_line
 
 _logger = logging.getLogger("qat.attention")
 
@@ -51,6 +55,7 @@ class Attention:
         self.groups, self.window = groups, window
         possible = like.device.type == "cpu" and like.dtype == torch.float32 and head_dim % _LANES == 0
         self.kernel = kernel(head_dim, groups) if possible else None
+        self.on_gpu = kernel_on_gpu(like.device, like.dtype, head_dim, groups)
         if self.kernel:  # it needs complete blocks, with the tokens of a block of keys side by side
             max_length = -(-max_length // _LANES) * _LANES
         self.values = torch.zeros(slots, kv_heads, max_length, head_dim, dtype=like.dtype, device=like.device)
@@ -81,23 +86,79 @@ class Attention:
             window = max_length if self.window is None else self.window
             self.kernel(*(tensor.data_ptr() for tensor in tensors), slots, kv_heads, max_length, window)
             return out
-        heads = qkv.view(slots, -1, head_dim)
-        rotated, value = heads[:, :-kv_heads], heads[:, -kv_heads:]
-        left, right = rotated.chunk(2, -1)
-        rotated = rotated * cos[:, None] + torch.cat((-right, left), -1) * sin[:, None]
-        query, key = rotated[:, :-kv_heads], rotated[:, -kv_heads:]
-        at = (torch.arange(slots, device=qkv.device), slice(None), position)
-        self.keys[at], self.values[at] = key, value
-        column = torch.arange(columns, device=qkv.device)
-        mask = column <= position[:, None]
-        if self.window is not None:
-            mask &= column > position[:, None] - self.window
-        # The query heads of a KV head are stacked as its rows, so nothing is repeated.
-        grouped = query.reshape(slots, kv_heads, self.groups, head_dim)
-        out = scaled_dot_product_attention(
-            grouped, self.keys[:, :, :columns], self.values[:, :, :columns], attn_mask=mask[:, None, None]
+        if self.on_gpu:
+            return self.on_gpu.attend(qkv, cos, sin, position, self.keys, self.values, self.window)
+        return by_torch(qkv, cos, sin, position, self.keys, self.values, columns, self.window)
+
+
+def by_torch(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    columns: int,
+    window: int | None,
+) -> Tensor:
+    """Compute ``Attention`` over caches [slots, kv_heads, max_length, head_dim] by torch's attention."""
+    slots, kv_heads, _, head_dim = values.shape
+    heads = qkv.view(slots, -1, head_dim)
+    rotated, value = heads[:, :-kv_heads], heads[:, -kv_heads:]
+    left, right = rotated.chunk(2, -1)
+    rotated = rotated * cos[:, None] + torch.cat((-right, left), -1) * sin[:, None]
+    query, key = rotated[:, :-kv_heads], rotated[:, -kv_heads:]
+    at = (torch.arange(slots, device=qkv.device), slice(None), position)
+    keys[at], values[at] = key, value
+    column = torch.arange(columns, device=qkv.device)
+    mask = column <= position[:, None]
+    if window is not None:
+        mask &= column > position[:, None] - window
+    # The query heads of a KV head are stacked as its rows, so nothing is repeated.
+    grouped = query.reshape(slots, kv_heads, -1, head_dim)
+    out = scaled_dot_product_attention(
+        grouped, keys[:, :, :columns], values[:, :, :columns], attn_mask=mask[:, None, None]
+    )
+    return out.reshape(slots, -1)
+
+
+@functools.cache
+def kernel_on_gpu(device: torch.device, dtype: torch.dtype, head_dim: int, groups: int) -> ModuleType | None:
+    """Return datagen.attention_triton if ``device`` is a GPU on which its kernel works for such heads, with ``groups``
+    query heads per KV head; None elsewhere, and with ``QAT_KERNELS=0`` in the environment."""
+    if device.type != "cuda" or os.environ.get("QAT_KERNELS") == "0":
+        return None
+    try:
+        from datagen import attention_triton
+
+        if head_dim not in attention_triton.SIZES or dtype not in attention_triton.DTYPES:
+            return None
+        _check(attention_triton, device, dtype, head_dim, groups)
+    except Exception as error:  # whatever is missing or broken, torch's attention does the work
+        _logger.warning(
+            "no kernel of our own for attention (%s): torch's is used, which reads more of the cache", first_line(error)
         )
-        return out.reshape(slots, -1)
+        return None
+    return attention_triton
+
+
+def _check(own: ModuleType, device: torch.device, dtype: torch.dtype, head_dim: int, groups: int) -> None:
+    """Raise RuntimeError if ``own``, with a short cache, computes or writes something else than torch."""
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 3, 2, 300, head_dim, generator=generator, device="cpu").to(device, dtype)
+    qkv = torch.randn(3, (2 * groups + 4) * head_dim, generator=generator, device="cpu").to(device, dtype)
+    angles = torch.randn(3, head_dim // 2, generator=generator, device="cpu").repeat(1, 2)
+    cos, sin = (turn.to(device, dtype) for turn in (angles.cos(), angles.sin()))
+    position = torch.tensor([0, 70, 299], device=device)
+    for window in (None, 100):
+        own_keys, own_values = keys.clone(), values.clone()
+        found = own.attend(qkv, cos, sin, position, own_keys, own_values, window)
+        expected = by_torch(qkv, cos, sin, position, keys, values, 300, window)
+        off = ((found.float() - expected.float()).norm() / expected.float().norm()).item()
+        if not off < 0.01:
+            raise RuntimeError(f"its result differs from torch's by {off:.2g} of it")
+        if not torch.equal(own_keys, keys) or not torch.equal(own_values, values):
+            raise RuntimeError("it writes other keys or values than torch does")
 
 
 @functools.cache

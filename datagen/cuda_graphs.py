@@ -1,8 +1,8 @@
 """A decoding step as CUDA graphs: the GPU gets one launch per step, where eager code needs hundreds.
 
-A graph replays fixed kernels on fixed memory. A step's tokens, positions, weights and KV cache stay at fixed addresses;
-only the number of columns that attention reads varies, so there is one graph for each multiple of ``COLUMNS``, captured
-when a sequence first reaches that length.
+A graph replays fixed kernels on fixed memory. A step's inputs, weights and KV cache stay at fixed addresses; only the
+number of columns that torch's attention reads varies, so there is one graph for each multiple of ``COLUMNS``, captured
+when a sequence first reaches that length. With our attention, which finds each slot's columns itself, there is one.
 """
 
 import logging
@@ -16,8 +16,9 @@ _logger = logging.getLogger("qat.cuda_graphs")
 COLUMNS = 128
 """Step, in columns of the KV cache, from one graph to the next: attention reads at most this many unneeded columns."""
 
-Step = Callable[[Tensor, Tensor, int], Tensor]
-"""Tokens [slots], positions [slots] and how many columns attention reads -> logits, all on the device."""
+Step = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""Inputs [4, slots] and how many columns attention reads -> what was chosen [2, slots], and the logits; all on the
+device."""
 
 
 def rounded_up(columns: int, max_length: int) -> int:
@@ -34,16 +35,15 @@ class CudaGraphs:
 
     def __init__(self, slots: int, max_length: int, device: torch.device):
         self._max_length = max_length
-        self._tokens, self._position = torch.zeros(2, slots, dtype=torch.int64, device=device)
-        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._inputs = torch.zeros(4, slots, dtype=torch.float64, device=device)
+        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]] = {}
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
         self._works = True
 
-    def __call__(self, step: Step, tokens: Tensor, position: Tensor, columns: int) -> Tensor:
+    def __call__(self, step: Step, inputs: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+        self._inputs.copy_(inputs)
         if not self._works:
-            return step(tokens, position, columns)
-        self._tokens.copy_(tokens)
-        self._position.copy_(position)
+            return step(self._inputs, columns)
         columns = rounded_up(columns, self._max_length)
         if columns not in self._captured:
             try:
@@ -51,18 +51,18 @@ class CudaGraphs:
             except RuntimeError as error:
                 _logger.warning("decoding steps cannot be captured as CUDA graphs (%s): they run eagerly", error)
                 self._works = False
-                return step(tokens, position, columns)
-        graph, logits = self._captured[columns]
+                return step(self._inputs, columns)
+        graph, results = self._captured[columns]
         graph.replay()
-        return logits
+        return results
 
-    def _capture(self, step: Step, columns: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        with torch.cuda.device(self._tokens.device):  # a stream belongs to the current device
+    def _capture(self, step: Step, columns: int) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]:
+        with torch.cuda.device(self._inputs.device):  # a stream belongs to the current device
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):  # libraries' set-up at a first call cannot be captured
-                step(self._tokens, self._position, columns)
+                step(self._inputs, columns)
             torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-                logits = step(self._tokens, self._position, columns)
-        return graph, logits
+                results = step(self._inputs, columns)
+        return graph, results

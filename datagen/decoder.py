@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -59,15 +59,38 @@ def check(config: PreTrainedConfig, max_length: int) -> None:
         )
 
 
+class Chosen(NamedTuple):
+    """The result of a step.
+
+    Attributes:
+        tokens, surprisal: [slots], int64 and fp64, on the CPU: each slot's next token and its -log probability in nats
+        logits: fp32 [slots, vocabulary], on the device; the next step may overwrite them
+    """
+
+    tokens: Tensor
+    surprisal: Tensor
+    logits: Tensor
+
+
 class Decoder:
     """Runs the model on one token per slot; raises UserError for a model that ``check`` rejects.
 
     A model that transformers has distributed over the ranks of the default process group is run by all of them
-    together: every rank gets the same logits.
+    together: every rank gets the same logits and tokens.
+
+    Args:
+        truncation: the part of the distribution that tokens are drawn from
     """
 
-    def __init__(self, model: PreTrainedModel, slots: int, max_length: int):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        slots: int,
+        max_length: int,
+        truncation: sampling.Truncation = sampling.Truncation(),  # noqa: B008  # frozen
+    ):
         config = model.config
+        self.truncation = truncation
         check(config, max_length)
         block, layers = architecture_of(config).block, decoder_layers(model)
         assert block is not None
@@ -106,19 +129,41 @@ class Decoder:
         self.graphs = self._new_graphs()
 
     @torch.inference_mode()
-    def step(self, tokens: Tensor, position: Tensor) -> Tensor:
-        """Compute fp32 logits [slots, vocabulary] of tokens [slots] at their positions [slots], both int64 on the CPU.
+    def step(
+        self, tokens: Tensor, position: Tensor, greedy: Tensor | None = None, draw: Tensor | None = None
+    ) -> Chosen:
+        """Choose the tokens that follow ``tokens`` [slots] at their positions [slots], both int64.
 
-        The next call may overwrite them.
+        All are on the CPU: four numbers per slot go to the device, and two come back.
+
+        Args:
+            greedy, draw: [slots]; see ``sampling.choose``. Without them, the most likely tokens are taken
         """
+        greedy = torch.ones_like(tokens) if greedy is None else greedy
+        draw = torch.zeros(len(tokens), dtype=torch.float64) if draw is None else draw
+        inputs = torch.stack([tokens.double(), position.double(), greedy.double(), draw])
         columns = int(position.max()) + 1
-        tokens, position = tokens.to(self.device), position.to(self.device)
         if self.graphs is None:
-            return self.logits(tokens, position, columns)
-        return self.graphs(self.logits, tokens, position, columns)
+            chosen, logits = self._step(inputs.to(self.device), columns)
+        else:
+            finds_columns = all(layer.attention.on_gpu for layer in self.layers)
+            chosen, logits = self.graphs(self._step, inputs, self.max_length if finds_columns else columns)
+        if self.parallel:
+            dist.broadcast(chosen, src=0)
+        chosen = chosen.cpu()
+        return Chosen(chosen[0].long(), chosen[1], logits)
+
+    def _step(self, inputs: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+        """Compute ``step`` from its arguments, stacked to fp64 [4, slots] on the device: return tokens and surprisal
+        [2, slots], and the logits."""
+        tokens, position = inputs[:2].long()
+        logits = self.logits(tokens, position, columns)
+        chosen, surprisal = sampling.choose(logits, inputs[2] > 0, inputs[3], self.truncation)
+        return torch.stack([chosen.double(), surprisal]), logits
 
     def logits(self, tokens: Tensor, position: Tensor, columns: int) -> Tensor:
-        """Compute ``step`` from tensors [slots] on the device; attention reads ``columns`` columns of the cache."""
+        """Compute fp32 logits [slots, vocabulary] of tokens at their positions, both int64 [slots] on the device;
+        torch's attention reads ``columns`` columns of the cache."""
         cos, sin = self.cos[position], self.sin[position]
         x = self._embedded(tokens)
         for layer in self.layers:
@@ -134,21 +179,6 @@ class Decoder:
             dist.all_gather(parts, logits)
             logits = torch.cat(parts, -1)
         return logits.float()
-
-    def choose(
-        self, logits: Tensor, greedy: Tensor, draw: Tensor, truncation: sampling.Truncation
-    ) -> tuple[Tensor, Tensor]:
-        """Apply ``sampling.choose`` to the logits of ``step``; all ranks that hold the model together choose the same
-        tokens.
-
-        All other tensors are [slots], on the CPU.
-        """
-        chosen, surprisal = sampling.choose(logits, greedy, draw.to(self.device), truncation)
-        both = torch.stack([chosen.double(), surprisal])
-        if self.parallel:
-            dist.broadcast(both, src=0)
-        both = both.cpu()
-        return both[0].long(), both[1]
 
     def keep(self, slots: Tensor) -> None:
         """Keep only the given slots [kept] and drop all others."""

@@ -307,9 +307,9 @@ def write_sequences(
     lengths, surprisal = torch.zeros_like(numbers), torch.zeros(len(indices), dtype=torch.float64)
     has_ended = torch.zeros(len(indices), dtype=torch.bool)
 
-    # All of this is on the CPU: per step, two numbers per slot go to the device, and two come back.
+    # All of this is on the CPU.
     slots = min(config.batch_size, len(indices))
-    decoder = Decoder(model, slots, config.max_length)
+    decoder = Decoder(model, slots, config.max_length, config.truncation)
     row = torch.arange(slots)  # the sequence that each slot decodes
     position = torch.zeros_like(row)  # of the input token
     busy = torch.ones_like(row, dtype=torch.bool)
@@ -319,12 +319,11 @@ def write_sequences(
         at = position + 1
         is_greedy = at - text.until[row] < greedy[row]
         draw = sampling.uniform(config.seed, numbers[row], at)
-        logits = decoder.step(text.tokens[row, position], position)
+        chosen, information, logits = decoder.step(text.tokens[row, position], position, is_greedy, draw)
         active = busy.nonzero()[:, 0]
         rows = row[active]
         if watch:
             watch(logits[active.to(logits.device)], rows, position[active])
-        chosen, information = decoder.choose(logits, is_greedy, draw, config.truncation)
         has_ended[rows], is_given = text.put(rows, at[active], chosen[active])
         surprisal[rows] += torch.where(is_greedy[active] | is_given, 0.0, information[active])
         ended = busy & (has_ended[row] | (at + 1 == config.max_length))

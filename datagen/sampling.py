@@ -81,7 +81,7 @@ def choose(
     """Choose the next token of each row of fp32 logits [rows, vocabulary]; return it and its -log probability in nats.
 
     Args:
-        greedy: [rows], on the CPU, True where the most likely token is taken
+        greedy: [rows], True where the most likely token is taken
         draw: [rows], fp64 in [0, 1): where the softmax's cumulative distribution passes it, a token is sampled
         truncation: truncation of the distribution that is sampled from, and whose probabilities are reported
     """
@@ -97,9 +97,8 @@ def choose(
     inside = blocks.take_along_dim(block[:, :, None], 1)[:, 0].double().cumsum(-1)
     share = ((target - before) / sums.gather(1, block)).clamp(0, _BELOW_ONE)
     chosen = block * _BLOCK + torch.searchsorted(inside, share * inside[:, -1:], right=True)
-    if greedy.any():
-        greedy = greedy.to(logits.device)
-        chosen[greedy] = logits[greedy].argmax(-1, keepdim=True)
+    if greedy.is_cuda or greedy.any():  # to look at a GPU's is to wait for it, and cannot be captured as a graph
+        chosen = torch.where(greedy[:, None], logits.argmax(-1, keepdim=True), chosen)
     surprisal = cumulative[:, -1:].log() - weights.gather(1, chosen).double().log()
     return chosen[:, 0], surprisal[:, 0]
 

@@ -15,6 +15,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from datagen import attention_triton
 from qat.quant.kernels import device, host
 
 LENGTHS = (64, 128, 4096, 11008, 32768)
@@ -26,7 +27,7 @@ KINDS = (
 )
 """What is rounded, to what, whether without zero points, and whether on a grid that is given."""
 
-INT32S = ("rows", "count", "stride", "x_stride", "weight_stride")
+INT32S = ("rows", "count", "stride", "x_stride", "weight_stride", "max_length")
 
 WIDTHS = ((64, 96), (4096, 11008), (8192, 28672))
 """Those of a model, and of its MLP."""
@@ -80,6 +81,17 @@ def main() -> None:
             found[f"gated_gradients to {kind}"] = compiled(
                 device.gated_gradients, pointers, {"BLOCK": block}, host.warps(block), unfused=True
             )
+    attend, together = attention_triton._attend, attention_triton._together
+    for size, groups in ((64, 3), (128, 1), (128, 8), (256, 1)):
+        values = dict.fromkeys(("qkv", "cos", "sin", "keys", "values"), "bf16")
+        pointers = values | {"position": "i64"} | dict.fromkeys(("sums", "largest", "totals"), "fp32")
+        sizes = {"KV_HEADS": 8, "GROUPS": groups, "ROWS": 16, "HALF": size // 2, "CHUNK": 256, "BLOCK": 64}
+        for window in (0, 4096):
+            constants = sizes | {"WINDOW": window}
+            found[f"attend {size} {groups} {window} to bf16"] = compiled(attend, pointers, constants, 4, unfused=True)
+    pointers = {"position": "i64", "out": "bf16"} | dict.fromkeys(("sums", "largest", "totals"), "fp32")
+    constants = {"HEADS": 32, "SIZE": 128, "CHUNK": 256}
+    found["together to bf16"] = compiled(together, pointers, constants, 1, unfused=True)
     print(json.dumps(found))
 
 
@@ -87,7 +99,8 @@ def compiled(
     kernel: triton.JITFunction, pointers: dict, constants: dict, warps: int, stages: int = 3, unfused: bool = False
 ) -> dict:
     """As host.py would have it, for tensors that begin at multiples of 16 bytes."""
-    signature = {name: f"*{kind}" for name, kind in pointers.items()} | dict.fromkeys(INT32S, "i32")
+    signature = {name: f"*{kind}" for name, kind in pointers.items()}
+    signature |= dict.fromkeys(INT32S, "i32") | {"scale": "fp32"}
     kinds = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kinds) if name in pointers or "stride" in name}
     missing = {name: None for name, kind in kinds.items() if kind == "constexpr"}

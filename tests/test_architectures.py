@@ -151,7 +151,7 @@ OTHER = {
 def decoded(folder: Path) -> bytes:
     models.resolve(str(folder))
     decoder = Decoder(models.load(str(folder), torch.float32), slots=1, max_length=LENGTH)
-    return decoder.step(torch.tensor([30]), torch.tensor([0])).numpy().tobytes()
+    return decoder.step(torch.tensor([30]), torch.tensor([0])).logits.numpy().tobytes()
 
 
 def as_gguf(folder: Path) -> bytes:

@@ -199,7 +199,7 @@ def generate(folder: Path) -> torch.Tensor:
     decoder.check(read_config(str(checked(folder))), length)
     Vocabulary.of(models.load_tokenizer(str(folder)), str(folder))
     slot = decoder.Decoder(models.load(str(folder), torch.float32), 1, length)
-    return torch.stack([slot.step(IDS[0, i : i + 1], torch.tensor([i])).clone() for i in range(length)], 1)
+    return torch.stack([slot.step(IDS[0, i : i + 1], torch.tensor([i])).logits.clone() for i in range(length)], 1)
 
 
 def quantized(folder: Path) -> torch.Tensor:

@@ -57,7 +57,7 @@ def test_a_decoding_step_equals_the_models_own_forward(kernel, family, heads, mo
     rows = torch.arange(5)
     for step in range(-20, 20):
         position = (start + step).clamp(0)
-        logits = decoder.step(tokens[rows, position], position)
+        logits = decoder.step(tokens[rows, position], position).logits
         torch.testing.assert_close(logits, expected[rows, position], rtol=0, atol=2e-5 * expected.abs().max())
 
 
@@ -81,7 +81,7 @@ def test_cuda_graphs_decode_what_eager_steps_decode():
     tokens = torch.tensor([5, 6, 7, 8])
     for place in (0, 1, 5, 127, 128, 130, 299):
         position = torch.full_like(tokens, place)
-        captured, replayed = (decoder.step(tokens, position).clone() for _ in range(2))
+        captured, replayed = (decoder.step(tokens, position).logits.clone() for _ in range(2))
         assert torch.equal(captured, replayed)
         with torch.inference_mode():
             eager = decoder.logits(tokens.cuda(), position.cuda(), rounded_up(place + 1, 300))

@@ -22,8 +22,11 @@ from transformers import LlamaConfig, Qwen3Config
 if sys.platform != "linux":
     pytest.skip("Triton is for Linux alone", allow_module_level=True)
 
+import triton.language as tl
 from triton.runtime import interpreter  # without it this fails: it is in requirements-dev.txt
 
+from datagen import attention, attention_triton
+from datagen.decoder import Decoder
 from qat.quant import kernels, number_format, producers, products
 from qat.quant.config import QuantConfig
 from qat.quant.forward import predicting
@@ -48,7 +51,8 @@ INTEGERS = {4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 @pytest.fixture(autouse=True)
 def rounding(monkeypatch) -> None:
-    """The interpreter cuts bits off where a GPU rounds; torch rounds as a GPU does."""
+    """The interpreter cuts bits off where a GPU rounds; torch rounds as a GPU does. And it multiplies the bits of bf16
+    as if they were integers."""
     theirs = interpreter._convert_float
 
     def convert(x, source, target, mode):
@@ -59,7 +63,19 @@ def rounding(monkeypatch) -> None:
         bits = floats.view(INTEGERS[floats.element_size()]).numpy()
         return bits.view(f"uint{8 * floats.element_size()}")
 
+    multiply = interpreter.InterpreterBuilder.create_dot
+
+    def widened(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return interpreter.TensorHandle(convert(x.data, x.dtype, tl.float32, None).view("float32"), tl.float32)
+
     monkeypatch.setattr(interpreter, "_convert_float", convert)
+    monkeypatch.setattr(
+        interpreter.InterpreterBuilder,
+        "create_dot",
+        lambda self, a, b, *more: multiply(self, widened(a), widened(b), *more),
+    )
 
 
 @pytest.fixture
@@ -272,6 +288,78 @@ def test_layers_read_the_codes_of_the_norms_and_the_gate_before_them(
         assert (of_kernels[name] - gradient).norm() <= 0.02 * gradient.norm(), name
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("window", [None, 60, 300])
+@pytest.mark.parametrize(("size", "kv_heads", "groups"), [(32, 2, 1), (64, 1, 3), (128, 1, 8)])
+def test_decoding_attention_is_torchs(size, kv_heads, groups, window, dtype):
+    """Slots at the ends of chunks and in between; the same keys and values are written, and none behind them is
+    read."""
+    position = torch.tensor([0, 1, 63, 64, 255, 256, 257, 511, 520, 599])
+    generator, slots = torch.Generator().manual_seed(size), len(position)
+    keys, values = torch.randn(2, slots, kv_heads, 600, size, generator=generator).to(DEVICE, dtype)
+    qkv = torch.randn(slots, kv_heads * (groups + 2) * size, generator=generator).to(DEVICE, dtype)
+    angles = torch.randn(slots, size // 2, generator=generator).repeat(1, 2)
+    cos, sin, position = angles.cos().to(DEVICE, dtype), angles.sin().to(DEVICE, dtype), position.to(DEVICE)
+    own_keys, own_values = keys.clone(), values.clone()
+    for slot, at in enumerate(position):
+        own_keys[slot, :, at:] = own_values[slot, :, at:] = math.nan
+    found = attention_triton.attend(qkv, cos, sin, position, own_keys, own_values, window)
+    expected = attention.by_torch(qkv, cos, sin, position, keys, values, 600, window)
+    assert (found.double() - expected.double()).norm() <= 2 * torch.finfo(dtype).eps * expected.double().norm()
+    for own, wanted in ((own_keys, keys), (own_values, values)):
+        assert same(own[range(slots), :, position], wanted[range(slots), :, position])
+
+
+@pytest.mark.parametrize("config_class", [LlamaConfig, Qwen3Config], ids=lambda kind: kind.model_type)
+def test_decoding_by_our_attention_equals_the_full_forward(config_class, monkeypatch):
+    """As far as bf16 tells."""
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    model = tiny_model(config_class, **heads).to(DEVICE, torch.bfloat16)
+    tokens = ids(model, batch=3, tokens=12).cpu()
+    monkeypatch.setattr(attention, "kernel_on_gpu", lambda *sizes: attention_triton)
+    decoder = Decoder(model, 3, 12)
+    assert all(layer.attention.on_gpu for layer in decoder.layers)
+    steps = [decoder.step(tokens[:, i], torch.full((3,), i)).logits.cpu() for i in range(12)]
+    with torch.no_grad():
+        full = model(tokens.to(DEVICE)).logits.float().cpu()
+    assert (torch.stack(steps, 1) - full).norm() < 0.02 * full.norm()
+
+
+def test_attention_that_is_wrong_or_missing_is_not_used(monkeypatch, caplog):
+    """The device is a CPU that says it is a GPU."""
+
+    class Gpu:
+        type = "cuda"
+
+    find = attention.kernel_on_gpu.__wrapped__
+    monkeypatch.setattr(
+        attention, "_check", lambda own, device, *more, check=attention._check: check(own, DEVICE, *more)
+    )
+    assert find(Gpu(), torch.bfloat16, 32, 3) is attention_triton
+    assert find(torch.device("cpu"), torch.bfloat16, 32, 3) is None
+    assert find(Gpu(), torch.bfloat16, 96, 1) is None
+    assert find(Gpu(), torch.float32, 32, 3) is None
+    assert not caplog.text
+    right = attention_triton.attend
+
+    def wrong(qkv, cos, sin, position, keys, values, window):
+        result = right(qkv, cos, sin, position, keys, values, window)
+        keys[0, 0, 0, 0] += 1
+        return result
+
+    for breaks, said in (
+        (wrong, "it writes other keys or values"),
+        (lambda *args: right(*args) * 1.1, "its result differs from torch's by 0.1"),
+        (lambda *_: _raises(None), "out of shared memory"),
+    ):
+        monkeypatch.setattr(attention_triton, "attend", breaks)
+        assert find(Gpu(), torch.bfloat16, 32, 3) is None
+        assert said in caplog.text
+    monkeypatch.setattr(attention_triton, "attend", right)
+    monkeypatch.setenv("QAT_KERNELS", "0")
+    assert find(Gpu(), torch.bfloat16, 32, 3) is None
+
+
 class Launches(TorchDispatchMode):
     """Counts the operators that compute something."""
 
@@ -482,7 +570,7 @@ def test_compiled_for_an_h100_every_operation_rounds_as_torchs_does(compiled):
     for name, kernel in compiled.items():
         arithmetic = set(re.findall(r"\b(?:div|mul|add|sub|fma|mad|cvt|r?sqrt)\.[\w.]*f(?:32|16)[\w.]*", kernel["ptx"]))
         assert not [one for one in arithmetic if "ftz" in one or "approx" in one or "full" in one or "fma" in one], name
-        assert ("div.rn.f32" in arithmetic) == name.startswith(("round", "norm", "gated")), name
+        assert ("div.rn.f32" in arithmetic) == name.startswith(("round", "norm", "gated", "together")), name
         assert ("cvt.rn.bf16" in kernel["ptx"]) == name.endswith("to bf16"), name
 
 

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, MistralConfig
 
-from datagen import sampling
+from datagen import attention, sampling
 from datagen.decoder import Decoder
 from qat.evaluate.perplexity import score_windows
 from qat.infer import packed
@@ -440,23 +440,41 @@ def test_architectures_as_students_and_in_the_decoder(family, gpu):
     more = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0, "attention_bias": True}
     student, teacher = (model_on_gpu(family=family, hidden_act="gelu", **more) for _ in range(2))
     check(prepared(student, QuantConfig(kv_rotation="hadamard"))(tokens_on_gpu()).logits, torch.bfloat16)
-    decoder = Decoder(teacher, 4, 40)
+    decoder = Decoder(teacher, 4, 40, sampling.Truncation(0.7, 20, 0.9))
     on_host = torch.zeros(4, dtype=torch.int64)
     with torch.inference_mode():
         check(decoder.logits(on_host.to(GPU), on_host.to(GPU), 8), torch.float32, (4, 300))
     decoder.keep(torch.tensor([0, 2]))
     two = on_host[:2]
-    chosen, surprisal = decoder.choose(
-        decoder.step(two, two), two == 0, two.double(), sampling.Truncation(0.7, 20, 0.9)
-    )
+    chosen, surprisal, logits = decoder.step(two, two, two == 0, two.double())
+    check(logits, torch.float32, (2, 300))
     assert (chosen.device.type, chosen.dtype) == ("cpu", torch.int64)
     assert (surprisal.device.type, surprisal.dtype) == ("cpu", torch.float64)
+
+
+def test_the_decoders_attention_kernel(gpu, monkeypatch):
+    """What it is given lies on the GPU, in memory as it reads it."""
+    own = pytest.importorskip("datagen.attention_triton", reason="needs Triton (requirements-dev.txt)")
+    calls = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **how: calls.append([x for x in args if isinstance(x, Tensor)])
+
+    monkeypatch.setattr(own, "_attend", Kernel())
+    monkeypatch.setattr(own, "_together", Kernel())
+    monkeypatch.setattr(attention, "kernel_on_gpu", lambda *sizes: own)
+    decoder = Decoder(model_on_gpu(), 4, 600)
+    four = torch.arange(4)
+    check(decoder.step(four, four).logits, torch.float32, (4, 300))
+    assert len(calls) == 2 * len(decoder.layers)
+    assert all(x.device == GPU and x.is_contiguous() for call in calls for x in call)
 
 
 def test_sampling(gpu):
     logits, draw = torch.randn(4, 3000, device=GPU), torch.zeros(4, dtype=torch.float64, device=GPU)
     for truncation in (sampling.Truncation(), sampling.Truncation(0.7, 20, 0.9)):
-        chosen, surprisal = sampling.choose(logits, torch.zeros(4, dtype=torch.bool), draw, truncation)
+        chosen, surprisal = sampling.choose(logits, draw > 0, draw, truncation)
         check(chosen, torch.int64, (4,))
         check(surprisal, torch.float64, (4,))
 

@@ -54,7 +54,21 @@ def _ours(bench: Bench, model: PreTrainedModel) -> dict:
             "eager_over_graph": device_seconds(partial(_eager, decoder, place)) / step,
             **profiled(_step(bench, decoder, place), 8),
         }
-    return figures
+    return figures | {"mixed_tokens_per_second": _mixed(bench, decoder)}
+
+
+def _mixed(bench: Bench, decoder: Decoder) -> dict[str, float]:
+    """Tokens per second with slots at all positions, as while a shard is written: by our attention, which reads each
+    slot as far as it has come, and by torch's."""
+    position = torch.arange(decoder.slots) * decoder.max_length // decoder.slots
+    own = [layer.attention.on_gpu for layer in decoder.layers]
+    rates = {}
+    for name, kernels in (("ours", own), ("torch's", [None] * len(own))):
+        for layer, kernel in zip(decoder.layers, kernels, strict=True):
+            layer.attention.on_gpu = kernel
+        decoder.graphs = decoder._new_graphs()
+        rates[name] = decoder.slots / seconds(_step(bench, decoder, position), 20)
+    return rates
 
 
 def _graphs(bench: Bench, decoder: Decoder) -> dict:
@@ -68,7 +82,7 @@ def _graphs(bench: Bench, decoder: Decoder) -> dict:
     for place in (0, 1, 5, 130):
         tokens = bench.ids(decoder.slots, place)[0]
         position = torch.full_like(tokens, place)
-        graph, replayed = (decoder.step(tokens, position).clone() for _ in range(2))
+        graph, replayed = (decoder.step(tokens, position).logits.clone() for _ in range(2))
         columns = cuda_graphs.rounded_up(place + 1, decoder.max_length)
         with torch.inference_mode():
             eager = decoder.logits(tokens.to(decoder.device), position.to(decoder.device), columns)
@@ -78,12 +92,12 @@ def _graphs(bench: Bench, decoder: Decoder) -> dict:
     return {"graphs_off_by": worst, "replay_off_by": again, "same_tokens": sum(same) / len(same)}
 
 
-def _step(bench: Bench, decoder: Decoder, place: int):
-    """A step as ``write_sequences`` takes it: two numbers per slot to the device, two back."""
+def _step(bench: Bench, decoder: Decoder, place: int | torch.Tensor):
+    """A step as ``write_sequences`` takes it."""
     tokens = bench.ids(decoder.slots)[0]
-    position, greedy = torch.full_like(tokens, place), torch.zeros_like(tokens, dtype=torch.bool)
-    draw = sampling.uniform(0, tokens, place)
-    return lambda: decoder.choose(decoder.step(tokens, position), greedy, draw, sampling.Truncation())
+    position, greedy = torch.zeros_like(tokens) + place, torch.zeros_like(tokens, dtype=torch.bool)
+    draw = sampling.uniform(0, tokens, position)
+    return lambda: decoder.step(tokens, position, greedy, draw)
 
 
 def _eager(decoder: Decoder, place: int) -> None:

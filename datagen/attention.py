@@ -38,6 +38,9 @@ _FLAGS = [
 ]
 
 
+TRITON_SIZES = (32, 64, 128, 256)
+"""Sizes of heads that the kernel for GPUs is written for: the halves that RoPE rotates are powers of two."""
+
 _LANES = 16
 """Tokens of a block of keys in our kernel's cache."""
 
@@ -47,6 +50,10 @@ class Attention:
 
     Args:
         window: a token attends to this many of the last tokens, itself included; None for all
+
+    Attributes:
+        kernel: our compiled kernel on CPUs, where it can be used
+        triton: the module of our kernel on GPUs, where it can be used
     """
 
     def __init__(
@@ -55,7 +62,7 @@ class Attention:
         self.groups, self.window = groups, window
         possible = like.device.type == "cpu" and like.dtype == torch.float32 and head_dim % _LANES == 0
         self.kernel = kernel(head_dim, groups) if possible else None
-        self.on_gpu = kernel_on_gpu(like.device, like.dtype, head_dim, groups)
+        self.triton = kernel_on_gpu(like.device, like.dtype, head_dim, groups)
         if self.kernel:  # it needs complete blocks, with the tokens of a block of keys side by side
             max_length = -(-max_length // _LANES) * _LANES
         self.values = torch.zeros(slots, kv_heads, max_length, head_dim, dtype=like.dtype, device=like.device)
@@ -86,8 +93,8 @@ class Attention:
             window = max_length if self.window is None else self.window
             self.kernel(*(tensor.data_ptr() for tensor in tensors), slots, kv_heads, max_length, window)
             return out
-        if self.on_gpu:
-            return self.on_gpu.attend(qkv, cos, sin, position, self.keys, self.values, self.window)
+        if self.triton:
+            return self.triton.attend(qkv, cos, sin, position, self.keys, self.values, self.window)
         return by_torch(qkv, cos, sin, position, self.keys, self.values, columns, self.window)
 
 
@@ -128,11 +135,11 @@ def kernel_on_gpu(device: torch.device, dtype: torch.dtype, head_dim: int, group
     query heads per KV head; None elsewhere, and with ``QAT_KERNELS=0`` in the environment."""
     if device.type != "cuda" or os.environ.get("QAT_KERNELS") == "0":
         return None
+    if head_dim not in TRITON_SIZES or dtype not in (torch.bfloat16, torch.float16):
+        return None
     try:
         from datagen import attention_triton
 
-        if head_dim not in attention_triton.SIZES or dtype not in attention_triton.DTYPES:
-            return None
         _check(attention_triton, device, dtype, head_dim, groups)
     except Exception as error:  # whatever is missing or broken, torch's attention does the work
         _logger.warning(

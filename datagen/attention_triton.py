@@ -17,8 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qat.runtime.machine import current
+
 CHUNK = 256
-"""Columns that a program reads at most: enough programs for all of a GPU, at 64 slots or at 1000 columns."""
+"""Columns that a program reads at most: a long slot has several, so that few slots fill a GPU too."""
 
 _BLOCK = 64
 """Columns that are in registers at a time."""
@@ -27,12 +29,6 @@ _LEAST_ROWS = 16
 """Rows of the smallest product of tensor cores: the query heads of a KV head are padded to them."""
 
 _UNFUSED = {"enable_fp_fusion": False}
-
-SIZES = (32, 64, 128, 256)
-"""Sizes of heads that the kernel is written for: the halves that RoPE rotates are powers of two."""
-
-DTYPES = (torch.bfloat16, torch.float16)
-"""Dtypes that it is written for."""
 
 
 @triton.jit
@@ -152,9 +148,11 @@ def attend(
     out = torch.empty(slots, heads * size, dtype=qkv.dtype, device=qkv.device)
     groups = heads // kv_heads
     rows = max(_LEAST_ROWS, triton.next_power_of_2(groups))
-    _attend[slots * kv_heads, chunks](
-        qkv, cos, sin, position, keys, values, sums, largest, totals, math.log2(math.e) / math.sqrt(size), max_length,
-        kv_heads, groups, rows, size // 2, window or 0, CHUNK, _BLOCK, num_warps=4, **_UNFUSED,
-    )  # fmt: skip
-    _together[slots * heads,](sums, largest, totals, position, out, heads, size, CHUNK, num_warps=1, **_UNFUSED)
+    scale = math.log2(math.e) / math.sqrt(size)
+    with current(qkv):
+        _attend[slots * kv_heads, chunks](
+            qkv, cos, sin, position, keys, values, sums, largest, totals, scale, max_length,
+            kv_heads, groups, rows, size // 2, window or 0, CHUNK, _BLOCK, num_warps=4, **_UNFUSED,
+        )  # fmt: skip
+        _together[slots * heads,](sums, largest, totals, position, out, heads, size, CHUNK, num_warps=1, **_UNFUSED)
     return out

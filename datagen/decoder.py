@@ -146,7 +146,7 @@ class Decoder:
         if self.graphs is None:
             chosen, logits = self._step(inputs.to(self.device), columns)
         else:
-            finds_columns = all(layer.attention.on_gpu for layer in self.layers)
+            finds_columns = all(layer.attention.triton for layer in self.layers)
             chosen, logits = self.graphs(self._step, inputs, self.max_length if finds_columns else columns)
         if self.parallel:
             dist.broadcast(chosen, src=0)

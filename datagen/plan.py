@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from datagen.attention import TRITON_SIZES
 from datagen.cuda_graphs import COLUMNS
 from datagen.generate import GenerateConfig
 from datagen.sampling import Truncation
@@ -40,8 +41,9 @@ def needs(config: PretrainedConfig, settings: GenerateConfig, device: str) -> Ma
     if device == "cpu":  # a copy of the products' weights in oneDNN's layout
         weights += sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     cached = 2 * config.num_key_value_heads * head_dim(config) * config.num_hidden_layers  # cached numbers per token
-    # Each CUDA graph keeps its own logits.
-    graphs = -(-settings.max_length // COLUMNS) if device == "cuda" and ranks == 1 else 1
+    # Each CUDA graph keeps its own logits. With our attention one serves all lengths.
+    many = device == "cuda" and ranks == 1 and head_dim(config) not in TRITON_SIZES
+    graphs = -(-settings.max_length // COLUMNS) if many else 1
     kept = min(settings.sequences_per_shard, settings.sequences) * (settings.max_length - 1) * settings.teacher_cache
     choosing = _CHOOSING if settings.truncation == Truncation() else _CHOOSING_TRUNCATED
     return {

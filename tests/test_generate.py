@@ -13,6 +13,7 @@ from datagen import attention
 from datagen.cuda_graphs import rounded_up
 from datagen.decoder import Decoder
 from datagen.generate import GenerateConfig, Vocabulary, write_sequences
+from datagen.sampling import Truncation, choose
 from qat.data.shards import ShardFolder
 from qat.runtime.errors import UserError
 
@@ -73,19 +74,28 @@ def test_attention_may_read_further_than_it_must(monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and QAT_TEST_GPU=1")
-def test_cuda_graphs_decode_what_eager_steps_decode():
-    """As far as bf16 tells: while a graph is captured, cuBLAS may take other algorithms. A replay gives the same
-    bits."""
-    decoder = Decoder(tiny_model(max_position_embeddings=512).to("cuda", torch.bfloat16), 4, 300)
+@pytest.mark.parametrize("head_dim", [16, 64])
+def test_cuda_graphs_decode_what_eager_steps_decode(head_dim):
+    """As far as bf16 tells: while a graph is captured, cuBLAS may take other algorithms. A replay gives the same bits,
+    and the tokens are those of its logits. With our attention, for heads of 64, there is one graph."""
+    model = tiny_model(max_position_embeddings=512, head_dim=head_dim).to("cuda", torch.bfloat16)
+    decoder = Decoder(model, 4, 300, Truncation(0.8, 50, 0.9))
     assert decoder.graphs is not None
+    assert all(bool(layer.attention.triton) == (head_dim == 64) for layer in decoder.layers)
+    greedy, draw = torch.tensor([True, False, False, False]), torch.rand(4, dtype=torch.float64)
     tokens = torch.tensor([5, 6, 7, 8])
     for place in (0, 1, 5, 127, 128, 130, 299):
         position = torch.full_like(tokens, place)
-        captured, replayed = (decoder.step(tokens, position).logits.clone() for _ in range(2))
+        captured = decoder.step(tokens, position).logits.clone()
+        chosen, surprisal, replayed = decoder.step(tokens, position, greedy, draw)
         assert torch.equal(captured, replayed)
+        expected = choose(replayed, greedy.cuda(), draw.cuda(), decoder.truncation)
+        assert torch.equal(chosen, expected[0].cpu())
+        assert torch.equal(surprisal, expected[1].cpu())
         with torch.inference_mode():
             eager = decoder.logits(tokens.cuda(), position.cuda(), rounded_up(place + 1, 300))
         assert (captured - eager).norm() < 0.05 * eager.norm()
+    assert len(decoder.graphs._captured) == (1 if head_dim == 64 else 3)
 
 
 @pytest.mark.parametrize("prefix", [[], [0]])

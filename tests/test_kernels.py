@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -318,7 +319,7 @@ def test_decoding_by_our_attention_equals_the_full_forward(config_class, monkeyp
     tokens = ids(model, batch=3, tokens=12).cpu()
     monkeypatch.setattr(attention, "kernel_on_gpu", lambda *sizes: attention_triton)
     decoder = Decoder(model, 3, 12)
-    assert all(layer.attention.on_gpu for layer in decoder.layers)
+    assert all(layer.attention.triton for layer in decoder.layers)
     steps = [decoder.step(tokens[:, i], torch.full((3,), i)).logits.cpu() for i in range(12)]
     with torch.no_grad():
         full = model(tokens.to(DEVICE)).logits.float().cpu()
@@ -471,10 +472,12 @@ def test_what_they_cannot_do_torch_does(used, monkeypatch):
         assert torch.equal(codes.float(), quantize(x, form).codes.float())
 
 
-def test_cpus_have_none_nor_has_who_wants_none(monkeypatch, caplog):
+@pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
+def test_cpus_have_none_nor_has_who_wants_none(mode, monkeypatch, caplog):
     assert kernels.on("cpu") is None
     monkeypatch.setattr(torch, "device", lambda kind: DEVICE)
-    assert kernels.on.__wrapped__("cuda") is host
+    with mode():
+        assert kernels.on.__wrapped__("cuda") is host
     monkeypatch.setenv("QAT_KERNELS", "0")
     assert kernels.on.__wrapped__("cuda") is None
     assert not caplog.text
@@ -600,5 +603,5 @@ def test_what_the_gpu_checks_do_with_our_kernels(monkeypatch, tmp_path):
     assert (figures["mismatches"], holds) == (0, {"equal": True})
     assert [*figures["us_by_rows"]] == [1, 17]
     figures, holds = numerics.norm_and_gate_kernels(bench)
-    assert holds == {"few": True}
+    assert holds == {"few": True, "by one": True}
     assert figures["us"].keys() == {"norm", "gate"}

@@ -182,7 +182,7 @@ def started(gpu, monkeypatch) -> list:
 
     for name in ("round", "values", "multiply", "norm", "norm_gradients", "gated", "gated_gradients"):
         monkeypatch.setattr(host.device, name, Kernel())
-    monkeypatch.setattr(host, "_on_device", lambda x: nullcontext())
+    monkeypatch.setattr(host, "current", lambda x: nullcontext())
     monkeypatch.setattr(kernels, "on", {"cuda": host}.get)
     monkeypatch.setattr(products, "own_is_faster", lambda *trial: True)
     return calls
@@ -463,6 +463,7 @@ def test_the_decoders_attention_kernel(gpu, monkeypatch):
 
     monkeypatch.setattr(own, "_attend", Kernel())
     monkeypatch.setattr(own, "_together", Kernel())
+    monkeypatch.setattr(own, "current", lambda x: nullcontext())
     monkeypatch.setattr(attention, "kernel_on_gpu", lambda *sizes: own)
     decoder = Decoder(model_on_gpu(), 4, 600)
     four = torch.arange(4)

@@ -34,7 +34,12 @@ def decoding(bench: Bench) -> tuple[dict, dict]:
     alone = new / seconds(lambda: hf_generate(model, 1, new), 1)
     figures["hf_batch1_tokens_per_second"] = alone
     figures["over_hf_batch1"] = figures["early"]["tokens_per_second"] / alone
-    return figures, {"graphs = eager": figures["graphs_off_by"] < 0.05, "replayed": figures["replay_off_by"] == 0}
+    return figures, {
+        "graphs = eager": figures["graphs_off_by"] < 0.05,
+        "replayed": figures["replay_off_by"] == 0,
+        "own attention": figures["own_attention"] == (bench.device.type == "cuda"),
+        "as torch's": figures["attention_off_by"] < 0.05,
+    }
 
 
 def _ours(bench: Bench, model: PreTrainedModel) -> dict:
@@ -54,21 +59,24 @@ def _ours(bench: Bench, model: PreTrainedModel) -> dict:
             "eager_over_graph": device_seconds(partial(_eager, decoder, place)) / step,
             **profiled(_step(bench, decoder, place), 8),
         }
-    return figures | {"mixed_tokens_per_second": _mixed(bench, decoder)}
+    return figures | _mixed(bench, decoder)
 
 
-def _mixed(bench: Bench, decoder: Decoder) -> dict[str, float]:
+def _mixed(bench: Bench, decoder: Decoder) -> dict:
     """Tokens per second with slots at all positions, as while a shard is written: by our attention, which reads each
-    slot as far as it has come, and by torch's."""
+    slot as far as it has come, and by torch's; and how far their logits are apart."""
     position = torch.arange(decoder.slots) * decoder.max_length // decoder.slots
-    own = [layer.attention.on_gpu for layer in decoder.layers]
-    rates = {}
+    own = [layer.attention.triton for layer in decoder.layers]
+    rates, logits = {}, []
     for name, kernels in (("ours", own), ("torch's", [None] * len(own))):
         for layer, kernel in zip(decoder.layers, kernels, strict=True):
-            layer.attention.on_gpu = kernel
+            layer.attention.triton = kernel
         decoder.graphs = decoder._new_graphs()
-        rates[name] = decoder.slots / seconds(_step(bench, decoder, position), 20)
-    return rates
+        step = _step(bench, decoder, position)
+        logits.append(step().logits.clone())
+        rates[name] = decoder.slots / seconds(step, 20)
+    off = ((logits[0] - logits[1]).norm() / logits[1].norm()).item()
+    return {"own_attention": own[0] is not None, "attention_off_by": off, "mixed_tokens_per_second": rates}
 
 
 def _graphs(bench: Bench, decoder: Decoder) -> dict:

@@ -101,7 +101,8 @@ def norm_and_gate_kernels(bench: Bench) -> tuple[dict, dict]:
     own = kernels.on(bench.device.type)
     if own is None:
         return {}, {"on a CPU": bench.device.type == "cpu"}
-    s, form, us, off = bench.shapes, Format(8), {}, {}
+    s, form = bench.shapes, Format(8)
+    us, off, most = {}, {}, {}
     made = {"device": bench.device, "dtype": bench.dtype}
     x, weight = torch.randn(s.tokens, s.hidden, **made), torch.rand(s.hidden, **made) + 0.5
     gate, up = (torch.randn(s.tokens, s.intermediate, **made) for _ in range(2))
@@ -116,9 +117,12 @@ def norm_and_gate_kernels(bench: Bench) -> tuple[dict, dict]:
         ("gate", lambda: quantize(silu(gate) * up, form).codes, lambda: own.gated(gate, up, form.by, form.qmax)[1]),
     ):
         expected = by_torch()
-        off[name] = _different(by_kernel(), expected) / expected.numel()
+        distance = (by_kernel().int() - expected.int()).abs()
+        off[name] = distance.count_nonzero().item() / expected.numel()
+        most[name] = distance.max().item()
         us[name] = {"torch": 1e6 * device_seconds(by_torch, 50), "kernel": 1e6 * device_seconds(by_kernel, 50)}
-    return {"other_codes": off, "us": us}, {"few": max(off.values()) <= 1e-4}
+    # A scale that is rounded otherwise changes an eighth of its row's codes.
+    return {"other_codes": off, "us": us}, {"few": max(off.values()) <= 1e-3, "by one": max(most.values()) <= 1}
 
 
 def compiled_quantizers(bench: Bench) -> tuple[dict, dict]:

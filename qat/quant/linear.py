@@ -36,7 +36,7 @@ from qat.quant.quantizers.base import Grid, divided
 
 ARITHMETIC = "products of codes"
 """The arithmetic of quantized models. It is recorded with runs and results, and changes whenever the same settings
-would give other numbers."""
+would give other numbers, but for the order of sums in floats, which depends on the device and its kernels too."""
 
 WITH_ZERO_POINTS = "products of codes less zero points"
 """The arithmetic of models whose integer matmuls have zero points. Earlier versions multiplied floats there, and

@@ -40,7 +40,7 @@ def join(layer: nn.Module, block: Block, config: PretrainedConfig) -> None:
     quantizer, rotation = _quantizer_of(layer, block.down), rotation_of(config)
     if rotation and rotation.down != "none":  # R4 changes what the last layer reads
         return
-    if quantizer and getattr(config, "hidden_act", None) in ("silu", "swish") and "." not in gate + up:
+    if place and quantizer and getattr(config, "hidden_act", None) in ("silu", "swish") and "." not in gate + up:
         mlp = layer.get_submodule(place)
         mlp.__class__ = _mixed(Gated, type(mlp))  # type: ignore[arg-type]
         mlp.reader, mlp.parts = quantizer, (gate, up, down)  # type: ignore[assignment]

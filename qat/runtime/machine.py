@@ -3,6 +3,7 @@
 import os
 import platform
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -30,6 +31,12 @@ def take_gpu() -> None:
     if torch.cuda.device_count() == 1:
         os.environ["LOCAL_RANK"] = "0"
     torch.cuda.set_device(device())
+
+
+def current(x: Tensor) -> AbstractContextManager:
+    """Make the GPU of x the current one in this context: Triton starts kernels on that."""
+    other = x.device.type == "cuda" and x.device.index != torch.cuda.current_device()
+    return torch.cuda.device(x.device) if other else nullcontext()
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

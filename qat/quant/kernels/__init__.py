@@ -25,7 +25,8 @@ def on(device: str) -> ModuleType | None:
     try:
         from qat.quant.kernels import host
 
-        host.check(torch.device(device))
+        with torch.inference_mode(False), torch.enable_grad():  # whoever is the first may be in another mode
+            host.check(torch.device(device))
     except Exception as error:  # whatever is missing or broken, compiled functions do the work
         _logger.warning(
             "our kernels cannot be used here (%s): torch.compile makes others. QAT_KERNELS=0 does not try.",

@@ -240,9 +240,9 @@ def _sigmoid(x):
     return tl.div_rn(tl.full(x.shape, 1.0, tl.float32), 1.0 + tl.exp(-x))
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def gated(
-    gate, up, result, codes, scales, zeros, rows, SYMMETRIC: tl.constexpr,
+    gate, up, result, codes, scales, zeros, SYMMETRIC: tl.constexpr,
     QMAX: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """SwiGLU, silu(gate) * up, each rounded to its dtype, of one row, and the codes and grid of what it gives."""

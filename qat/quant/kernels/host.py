@@ -1,12 +1,11 @@
 """Starting the kernels: functions of tensors, with the arguments of the torch functions in whose place they run.
 
-They return the same bits, or None for arguments that there is no kernel for. Norms and SwiGLU add up, and take
-exponentials, in their own way: their codes are those of torch, but for a few that differ by one.
+They return None for arguments that there is no kernel for. What is only rounded has the same bits. Norms and SwiGLU add
+up, and take exponentials, in their own way: their codes are those of torch, but for a few that differ by one.
 """
 
 import functools
 import math
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -20,12 +19,13 @@ from qat.quant.kernels.sizes import FEW_ROWS
 from qat.quant.quantizers.base import Grid, Quantizer, values_of
 from qat.quant.quantizers.minmax import MinMax
 from qat.quant.quantizers.minmax_asymmetric import MinMaxAsymmetric
+from qat.runtime.machine import current
 
 _LONGEST = 32768
 """Elements of the longest row that fits into a program's registers."""
 
 _LONGEST_NORM = 8192
-"""The same for norms, whose programs keep several rows."""
+"""The same for norms, whose gradient keeps several arrays of that length."""
 
 _NORM_PROGRAMS = 256
 """Programs that share a norm's gradient: each adds up its own part of the weight's."""
@@ -140,7 +140,7 @@ def multiply(
     tensors = (codes, weight, result, x_scale.contiguous(), weight_scale.contiguous(), *(zeros or (None,) * 4))
     rest = codes.stride(0), weight.stride(0), zeros is not None, columns, out, height, width, inner
     programs = -(-rows // height) * -(-out // width)
-    _start(device.multiply, programs, tensors, rows, rest, num_warps=warps, num_stages=stages)
+    _start(device.multiply, programs, tensors, (rows,), rest, num_warps=warps, num_stages=stages)
     return result
 
 
@@ -154,7 +154,7 @@ def norm(rows: Tensor, weight: Tensor, eps: float, by: Quantizer, qmax: int) -> 
     codes, scale, zero_point = _empty(rows, by)
     tensors = rows, weight.contiguous(), values, roots, codes, scale, zero_point
     rest = rows.stride(0), eps, by.symmetric, qmax, *by.code_range(qmax), columns, height, block
-    _start(device.norm, -(-count // height), tensors, count, rest, num_warps=warps, **UNFUSED)
+    _start(device.norm, -(-count // height), tensors, (count,), rest, num_warps=warps, **UNFUSED)
     return Normed(values, roots, codes, scale, zero_point)
 
 
@@ -167,7 +167,7 @@ def norm_gradients(grad: Tensor, rows: Tensor, weight: Tensor, roots: Tensor) ->
     parts = _floats(rows, programs, columns)
     tensors = rows, grad, weight.contiguous(), roots, result, parts
     rest = rows.stride(0), columns, height, block
-    _start(device.norm_gradients, programs, tensors, count, rest, num_warps=warps, **UNFUSED)
+    _start(device.norm_gradients, programs, tensors, (count,), rest, num_warps=warps, **UNFUSED)
     return result, parts.sum(0).to(weight.dtype)
 
 
@@ -182,7 +182,7 @@ def gated(gate: Tensor, up: Tensor, by: Quantizer, qmax: int) -> tuple[Tensor, T
     block = piece(gate.shape[1])
     tensors = gate, up, values, codes, scale, zero_point
     rest = by.symmetric, qmax, *by.code_range(qmax), gate.shape[1], block
-    _start(device.gated, len(gate), tensors, len(gate), rest, num_warps=warps(block), **UNFUSED)
+    _start(device.gated, len(gate), tensors, (), rest, num_warps=warps(block), **UNFUSED)
     return values, codes, scale, zero_point
 
 
@@ -191,7 +191,8 @@ def gated_gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
     grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
     of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
     tensors, count = (grad, gate, up, of_gate, of_up), gate.numel()
-    _start(device.gated_gradients, -(-count // _PIECE), tensors, count, (_PIECE,), num_warps=warps(_PIECE), **UNFUSED)
+    programs, warped = -(-count // _PIECE), warps(_PIECE)
+    _start(device.gated_gradients, programs, tensors, (count,), (_PIECE,), num_warps=warped, **UNFUSED)
     return of_gate, of_up
 
 
@@ -333,7 +334,7 @@ def _run(kernel: Any, rows: Tensor, dtype: torch.dtype, scale: Tensor, zero_poin
     (count, columns), (height, block, warps) = rows.shape, tile(rows.shape[1])
     tensors = rows, result, scale.contiguous(), zero_point
     rest = rows.stride(0), *args, columns, height, block
-    _start(kernel, -(-count // height), tensors, count, rest, num_warps=warps)
+    _start(kernel, -(-count // height), tensors, (count,), rest, num_warps=warps)
     return result
 
 
@@ -342,30 +343,29 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 
 
 def _start(
-    kernel: Any, programs: int, tensors: tuple[Tensor | None, ...], rows: int, rest: tuple[Any, ...], **options: int
+    kernel: Any,
+    programs: int,
+    tensors: tuple[Tensor | None, ...],
+    counts: tuple[int, ...],
+    rest: tuple[Any, ...],
+    **options: int,
 ) -> None:
-    """Start a kernel of so many programs, whose parameters are ``tensors``, ``rows`` and the ``rest``.
+    """Start a kernel of so many programs, whose parameters are ``tensors``, ``counts`` and the ``rest``.
 
     Triton would find out at each call what it has to be compiled for, which costs the host more than the start itself.
-    Here this is the dtypes of tensors, whether they are aligned, and the rest as it is; the rows do not count.
+    Here this is the dtypes of tensors, whether they are aligned, whether a count fits 32 bits, and the rest as it is.
     """
     first = tensors[0]
     assert first is not None
     kinds = [None if x is None else (x.dtype, x.data_ptr() % _ALIGNED == 0) for x in tensors]
-    key = kernel.fn.__name__, first.device.index, *kinds, *rest
-    with _on_device(first):
+    key = kernel.fn.__name__, first.device.index, *kinds, *(count < 2**31 for count in counts), *rest
+    with current(first):
         if compiled := _compiled.get(key):
-            compiled[programs, 1, 1](*tensors, rows, *rest)
-        elif compiled := kernel[programs, 1, 1](*tensors, rows, *rest, **options):
+            compiled[programs, 1, 1](*tensors, *counts, *rest)
+        elif compiled := kernel[programs, 1, 1](*tensors, *counts, *rest, **options):
             _compiled[key] = compiled  # Triton's interpreter compiles none
 
 
 def _in_order(rows: Tensor) -> Tensor:
     """Return rows whose elements are neighbours in memory."""
     return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
-def _on_device(x: Tensor) -> Any:
-    """Make x's GPU the current one, on which Triton starts kernels."""
-    other = x.device.type == "cuda" and x.device.index != torch.cuda.current_device()
-    return torch.cuda.device(x.device) if other else nullcontext()

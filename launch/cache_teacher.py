@@ -18,7 +18,7 @@ from qat.runtime.errors import UserError, check_least
 from qat.runtime.machine import device
 from qat.store import models
 from qat.store.model_folder import read_config
-from qat.train import deepspeed_json
+from qat.train import deepspeed_json, plan
 from qat.train.teacher_cache import SEQUENCES_PER_FILE, TeacherCache, entry_of
 
 
@@ -32,7 +32,7 @@ class CacheConfig:
         output: folder of the cache
         top_k: how many of the most likely tokens to keep for every position (6 bytes each); 0 for the final hidden
             states, which are lossless
-        deepspeed: DeepSpeed configuration of the teacher
+        deepspeed: DeepSpeed configuration of the teacher, by which it is sharded if a rank cannot hold all of it
     """
 
     model: str
@@ -70,8 +70,10 @@ def main() -> None:
     if not missing[0]:
         cli.say(f"{config.output} is already complete: predictions of {config.model} for {len(data)} sequences")
         return
+    room = engines.least(memory.of_rank())
+    whole = plan.holds_teacher(config_of_model, ds_config, data.longest, device().type, room)
     with ranks.doing("loading the teacher"):
-        teacher = engines.Teacher(model, deepspeed_json.for_teacher(ds_config))
+        teacher = engines.Teacher(model, deepspeed_json.for_teacher(ds_config), whole=whole)
     with ranks.doing("writing the settings of the cache"):
         if cli.is_first_rank():
             cache.record(made_with)
@@ -85,7 +87,7 @@ def main() -> None:
             number = turn[cli.rank()]
             sequences = range(0) if number is None else sequences_of(number, len(data))
             entries = []
-            for place in range(steps_of(turn, len(data))):  # in lockstep with the other ranks, which share the teacher
+            for place in range(steps_of(turn, len(data))):  # in lockstep: ranks may share the teacher
                 ranks.announce("the teacher's forward pass")
                 busy = place < len(sequences)
                 sample = data.sequence(sequences[place]) if busy else Sample(-1, torch.zeros(1, 2, dtype=torch.long))

@@ -168,6 +168,8 @@ def main() -> None:
         llama_cpp.library()
         if cli.ranks() > 1:
             raise UserError("engine=llama.cpp runs in one process: start it without a launcher.")
+    if evaluation.engine == "vllm" and cli.ranks() > 1:
+        raise UserError("engine=vllm starts processes of its own: start it without a launcher.")
     subject = _subject(evaluation)
     name, tokenizer = subject.name, subject.tokenizer
     tasks = task_names(evaluation.tasks)

@@ -246,8 +246,7 @@ def writer(
         each_its_part = DistributedConfig(tp_size=group.size)
         model = models.load(directory, machine.inference_dtype(), distributed_config=each_its_part)
     else:
-        model = models.load(directory, machine.inference_dtype())
-        machine.place(model)
+        model = models.load_here(directory, machine.inference_dtype())
     return lambda indices, watch: write_sequences(model, vocabulary, config, indices, progress, given, watch)
 
 

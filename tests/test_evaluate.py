@@ -91,6 +91,14 @@ def test_the_built_in_dialogues_are_questions_with_answers():
     assert heldout.dialogues("encyclopedia") is None
 
 
+@pytest.mark.parametrize("engine", ["vllm", "llama.cpp"])
+def test_engines_that_start_processes_of_their_own_need_no_launcher(engine, tiny_directory, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(launch.evaluate.ranks, "join", lambda *_: None)
+    message = error_of(monkeypatch, "evaluate", f"--model={tiny_directory}", f"--engine={engine}")
+    assert "start it without a launcher" in message
+
+
 def test_a_file_of_dialogues_is_evaluated(tmp_path, monkeypatch):
     """vLLM is asked for running text alone."""
     talks = tmp_path / "model"

@@ -117,6 +117,15 @@ def test_no_teacher_and_no_checkpointing_are_counted():
     assert alone.peak < usual.peak < all_kept.peak
 
 
+def test_a_teacher_alone_is_whole_where_it_fits():
+    """As launch/cache_teacher.py runs it."""
+    ds_config = deepspeed_json.read(ROOT / "ds_configs" / "zero3.json")
+    for model, fits in (("llama-7b", True), ("llama-30b", True), ("llama-30b", False)):
+        memory = 80e9 if fits else 70e9
+        assert plan.holds_teacher(config_of(model), ds_config, 1024, "cuda", memory) == fits
+    assert not plan.holds_teacher(config_of("llama-7b"), ds_config, 1024, "cuda", 16e9)
+
+
 def test_the_teacher_is_whole_where_it_fits_and_then_nothing_of_it_is_received(monkeypatch, capsys):
     ds_config = deepspeed_json.read(ROOT / "ds_configs" / "zero3.json")
     for model, fits in (("llama-7b", True), ("llama-13b", True), ("llama-30b", False)):

@@ -28,13 +28,14 @@ Weights = Iterator[tuple[str, Tensor | Quantized]]
 
 
 def load(directory: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Load the model at ``directory``, ready for inference: full precision, a student, or an integer export.
+    """Load the model at ``directory``, ready for inference: full precision, a student, or an integer export. Full
+    precision is on this process's device already, the others are on the CPU.
 
     Weights are quantized once, here; activations and KV cache as ``quant_config.json`` specifies.
     """
     path = Path(directory)
     if not (path / CONFIG_FILE).is_file():
-        model = models.load(directory, dtype)
+        model = models.load_here(directory, dtype)
         speed_up(model)
         return model
     quant, trained_dtype, weights = read(path)

@@ -12,9 +12,10 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from qat.quant.architecture import architecture_of, new_rotation
+from qat.quant.architecture import ARCHITECTURES, architecture_of, new_rotation, rotation
 from qat.quant.config import CONFIG_FILE
 from qat.quant.rotated import causal_lm_class
+from qat.runtime import machine
 from qat.runtime.errors import UserError, in_one_line
 from qat.store import compressed_tensors
 from qat.store.model_folder import ModelFolder, TensorSpec, check_complete, check_finite, quantization_of, read_config
@@ -122,6 +123,19 @@ def load(
     for weight, parameter in model.named_parameters():
         check_finite(weight, _local(own_part(parameter)), name)
     return model.eval()
+
+
+def load_here(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """``load`` the model onto this process's device; at once onto a GPU, since the host may have no room for a copy of
+    each rank."""
+    if quantization_of(Path(name)) or read_config(name).model_type not in ARCHITECTURES:
+        model = load(name, dtype)
+        machine.place(model)
+        return model
+    model = load(name, dtype, device_map=machine.device())
+    renew_rope(model)
+    machine.place(rotation(model))
+    return model
 
 
 def _load_quantized(name: str, dtype: torch.dtype | str) -> PreTrainedModel:

@@ -66,8 +66,8 @@ def init_distributed() -> None:
         deepspeed_internals.without_shared_memory()
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks()))
     ranks.join(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    deepspeed.init_distributed(timeout=ranks.TIMEOUT)
     with ranks.doing("the first collective", patience=300):  # ranks with a misconfigured network hang in it
+        deepspeed.init_distributed(timeout=ranks.TIMEOUT)  # connects GPUs at once
         dist.barrier()
 
 
@@ -298,12 +298,8 @@ def _read_partitioned(model: str, ds_config: dict[str, Any]) -> PreTrainedModel:
 
 
 def _read_whole(model: str, ds_config: dict[str, Any]) -> PreTrainedModel:
-    """Load the whole model at ``model`` onto each rank's device; at once onto a GPU, since the host may have no room
-    for one copy of each rank."""
-    language_model = models.load(model, deepspeed_json.dtype(ds_config), device_map=machine.device())
-    models.renew_rope(language_model)
-    machine.place(architecture.rotation(language_model))
-    return language_model
+    """Load the whole model at ``model`` onto each rank's device."""
+    return models.load_here(model, deepspeed_json.dtype(ds_config))
 
 
 def _check_rope(model: PreTrainedModel) -> None:

@@ -30,7 +30,6 @@ GROUPS = "4-8-4_w_group_size=64_kv_rotation=hadamard"
         ("RTN, the paper's quantizers", "rtn_4-8-4_kv_granularity=token"),
         ("LLM-QAT, one scale per token and head of the KV cache", "qat_4-8-4"),
         ("LLM-QAT, rotated KV cache (`--kv_rotation hadamard`)", "qat_4-8-4_kv_rotation=hadamard"),
-        ("the same after 400 steps", "qat_4-8-4_kv_rotation=hadamard_steps=400"),
         ("GPTQ, rotated cache, weights in groups of 64", "gptq_4-8-4_w_group_size=64_kv_rotation=hadamard"),
         (
             "**LLM-QAT, rotated cache, groups (`--w_group_size 64`)**",

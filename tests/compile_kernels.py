@@ -27,7 +27,7 @@ KINDS = (
 )
 """What is rounded, to what, whether without zero points, and whether on a grid that is given."""
 
-INT32S = ("rows", "count", "stride", "x_stride", "weight_stride", "max_length")
+INT32S = ("rows", "count", "blocks", "stride", "x_stride", "weight_stride", "max_length")
 
 WIDTHS = ((64, 96), (4096, 11008), (8192, 28672))
 """Those of a model, and of its MLP."""
@@ -53,6 +53,7 @@ def main() -> None:
         sizes = {"COLUMNS": 4096, "OUT": 11008, "ROWS": tile.rows, "OUTS": tile.outs, "INNER": tile.inner}
         name = f"multiply {rows}{' with zeros' if more else ''} to {result}"
         found[name] = compiled(device.multiply, pointers, {"ZEROS": bool(more)} | sizes, tile.warps, tile.stages)
+    found["unpair"] = compiled(device.unpair, {"pairs": "u8", "result": "i8"}, {"BLOCK": 4096}, 4)
     for width, of_mlp in WIDTHS:
         for kind, symmetric in (("bf16", True), ("fp32", False)):
             rows, block, warps = host.tile(width)

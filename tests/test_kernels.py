@@ -28,7 +28,7 @@ from triton.runtime import interpreter  # without it this fails: it is in requir
 
 from datagen import attention, attention_triton
 from datagen.decoder import Decoder
-from qat.quant import kernels, number_format, producers, products
+from qat.quant import kernels, number_format, packing, producers, products
 from qat.quant.config import QuantConfig
 from qat.quant.forward import predicting
 from qat.quant.kernels import host
@@ -412,6 +412,16 @@ def test_what_is_not_quantized_or_rotated_before_is_the_models_own(bits, used):
     assert ("norm" in used) == (bits == 8)
 
 
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize(("rows", "columns"), [(7, 5), (300, 40)])
+def test_pairs_of_codes_are_unpacked_as_by_torch(rows, columns, parts):
+    """Also where each part has more behind its codes, as gathered weights have."""
+    generator = torch.Generator().manual_seed(0)
+    stored = torch.randint(0, 256, (parts, rows * columns + 12), generator=generator, dtype=torch.uint8).to(DEVICE)
+    pairs = stored[:, : rows * columns].unflatten(1, (rows, columns)).squeeze(0)
+    assert same(host.unpair(pairs), packing._unpaired(pairs))
+
+
 def test_triton_is_asked_once_for_what_it_compiles_anew(monkeypatch):
     """For other dtypes, alignments, strides and constants, not for other numbers of rows; and what runs is what it
     compiled."""
@@ -487,7 +497,7 @@ def test_cpus_have_none_nor_has_who_wants_none(mode, monkeypatch, caplog):
     "name",
     [
         *("quantize", "round_rows", "quantize_on", "round_rows_on", "dequantize"),
-        *("norm", "norm_gradients", "gated", "gated_gradients"),
+        *("norm", "norm_gradients", "gated", "gated_gradients", "unpair"),
     ],
 )
 @pytest.mark.parametrize("breaks", [RuntimeError("no such GPU"), None])

@@ -70,7 +70,7 @@ def stand_in(weight: Tensor, form: Format) -> Quantized | None:
     if not _has_stand_in(weight):
         return None
     codes, scale, *zero_point = _split(weight, form)
-    by, out = form.by_on(codes.device), len(weight)
+    by, out = form.by_on(codes.device), weight.shape[0]
     if form.bits <= 4:
         codes = (_fused_unpaired if codes.is_cuda else _unpaired)(codes.squeeze(0))
     grid = Grid(by.scale_from_bits(scale.reshape(out, -1)), *(part.reshape(out, -1).float() for part in zero_point))
@@ -98,11 +98,12 @@ def _has_stand_in(weight: Tensor) -> bool:
 
 def _split(weight: Tensor, form: Format) -> list[Tensor]:
     """Return what stands in for a weight: codes, scales and, if there are any, zero points, [parts, rows, bytes]."""
-    packed = getattr(weight, STAND_IN)
-    (out, columns), parts = weight.shape, len(packed)
-    split = packed.split([out // parts * size for size in _row(form, columns)], 1)
-    codes, scale, *zero_point = (part.unflatten(1, (out // parts, -1)) for part in split)
-    return [codes, scale, *(part.view(torch.int8) for part in zero_point)]
+    packed, (out, columns) = getattr(weight, STAND_IN), weight.shape
+    (parts, width), begin, split = packed.shape, packed.storage_offset(), []
+    for size in _row(form, columns):  # of all ways to make a view, this one costs the host least, by far
+        split.append(packed.as_strided((parts, out // parts, size), (width, size, 1), begin))
+        begin += out // parts * size
+    return split if form.symmetric else [*split[:2], split[2].view(torch.int8)]
 
 
 def _row(form: Format, columns: int) -> list[int]:
@@ -119,5 +120,5 @@ def _unpaired(pairs: Tensor) -> Tensor:
     return wide.bitwise_or_((wide & 0x0808).mul_(30)).view(torch.int8)  # 8 * 30 = 0xF0: the sign in the upper half
 
 
-_fused_unpaired = fused(_unpaired)
+_fused_unpaired = fused(_unpaired, kernel="unpair")
 """For GPUs: on CPUs the compiler's code for 16-bit integers is slower than torch's own."""

@@ -143,6 +143,16 @@ def values(
     tl.store(result + target, (code * scale[:, None]).to(result.dtype.element_ty), mask=there)
 
 
+@triton.jit(do_not_specialize=["count", "blocks"])
+def unpair(pairs, result, count, blocks, stride, BLOCK: tl.constexpr):
+    """Write the ``count`` codes of each part's pairs, the one in a byte's low bits first. A part has ``blocks``
+    programs."""
+    part, at = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    byte = tl.load(pairs + part * stride + at // 2, mask=at < count, other=0).to(tl.int32)
+    code = (byte >> (at % 2 * 4)) & 15
+    tl.store(result + part * count + at, ((code ^ 8) - 8).to(tl.int8), mask=at < count)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def multiply(
     x, weight, result, x_scales, weight_scales, x_zeros, weight_zeros, x_sums, weight_sums, rows, x_stride,

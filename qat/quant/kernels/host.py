@@ -31,7 +31,7 @@ _NORM_PROGRAMS = 256
 """Programs that share a norm's gradient: each adds up its own part of the weight's."""
 
 _PIECE = 4096
-"""Elements that a program of SwiGLU, and of its gradient, takes at a time."""
+"""Elements that a program of SwiGLU and its gradient, and of ``unpair``, takes at a time."""
 
 _ALIGNED = 16
 """Bytes: Triton recompiles a kernel for tensors that do not begin at a multiple of them."""
@@ -122,6 +122,17 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: t
     return _run(device.values, codes, dtype, scale, zero_point, zero_point is None)
 
 
+def unpair(pairs: Tensor) -> Tensor:
+    """Return the codes [..., 2n], int8, of pairs, uint8 [..., n]: rows [rows, n], or those of several parts [parts,
+    rows, n], which may lie apart."""
+    parts = pairs.flatten(1) if pairs.dim() == 3 else pairs.reshape(1, -1)
+    result = torch.empty(*pairs.shape[:-1], 2 * pairs.shape[-1], dtype=torch.int8, device=pairs.device)
+    count = 2 * parts.shape[1]
+    blocks = -(-count // _PIECE)
+    _start(device.unpair, len(parts) * blocks, (parts, result), (count, blocks), (parts.stride(0), _PIECE), num_warps=4)
+    return result
+
+
 def multiply(
     codes: Tensor,
     weight: Tensor,
@@ -199,6 +210,10 @@ def gated_gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
 def check(place: torch.device) -> None:
     """Raise RuntimeError if a kernel cannot run on this device, or gives other codes than torch does."""
     qmax = 7
+    pairs = torch.arange(256, device=place).view(2, 8, 16).to(torch.uint8)
+    nibbles = torch.stack([pairs & 15, pairs >> 4], -1).flatten(-2).int()
+    if not torch.equal(unpair(pairs).int(), (nibbles ^ 8) - 8):
+        raise RuntimeError("what they unpack is not what torch does")
     for by in (MinMax(), MinMaxAsymmetric()):
         for rows in (_rows_to_try(33, 96).to(place), _rows_to_try(9, 4096).to(place, torch.bfloat16)):
             codes, grid = by.encode(rows, qmax)

@@ -186,7 +186,7 @@ def test_the_logs_figures_are_those_of_the_cells():
         f"{kls[f'qat_4-8-16_{clipping}'] - kls['qat_4-8-16']:.1f}"
         for clipping in ("w_quantizer=statsq", "a_quantizer=lsq", "w_quantizer=statsq_a_quantizer=lsq")
     ]
-    per_token = "qat_4-8-4_kv_granularity=token"
+    per_token, nvfp4 = "qat_4-8-4_kv_granularity=token", "4-4-16_w_quantizer=nvfp4_a_quantizer=nvfp4"
     rotated = [kls[cell] - kls[f"{cell}_kv_rotation=hadamard"] for cell in ("rtn_16-16-4", "qat_4-8-4")]
     assert_says(
         "docs/log.md",
@@ -198,6 +198,8 @@ def test_the_logs_figures_are_those_of_the_cells():
         f"{closed('qat_4-8-4')[0]} % instead of {closed(per_token)[0]} % of the distance",
         "KL of 16-16-4 lower by {:.2f}, of trained 4-8-4 by {:.2f}".format(*rotated),
         "with the rotation {} % and {} % of the distance".format(*closed(f"qat_{GROUPS}")),
+        "rounded to nearest KL {}, GPTQ {}, 100 steps".format(*(kl(f"{method}_{nvfp4}") for method in ("rtn", "gptq"))),
+        f"{kl(f'qat_{nvfp4}')} ([floats](results/README.md); one seed)",
         "**Four times the steps**: {} % and {} %".format(*closed(f"qat_{ROTATED}_steps=400")),
     )
 

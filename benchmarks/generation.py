@@ -63,8 +63,7 @@ def main() -> None:
     name = models.resolve_full_precision(config.model)
     dtype = machine.inference_dtype()
     print(f"{common.machine()}; {config.model}, {dtype}, batch {config.batch_size}, {config.length} tokens")
-    model = models.load(name, dtype)
-    machine.place(model)
+    model = models.load_here(name, dtype)
     new = config.length - 1
     batch = GenerateConfig(
         sequences=config.batch_size, max_length=config.length, strategy="sample", batch_size=config.batch_size

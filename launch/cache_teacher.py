@@ -17,7 +17,7 @@ from qat.runtime import memory, progress, ranks
 from qat.runtime.errors import UserError, check_least
 from qat.runtime.machine import device
 from qat.store import models
-from qat.store.model_folder import read_config
+from qat.store.model_folder import read_config, skeleton
 from qat.train import deepspeed_json, plan
 from qat.train.teacher_cache import SEQUENCES_PER_FILE, TeacherCache, entry_of
 
@@ -71,7 +71,7 @@ def main() -> None:
         cli.say(f"{config.output} is already complete: predictions of {config.model} for {len(data)} sequences")
         return
     room = engines.least(memory.of_rank())
-    whole = plan.holds_teacher(config_of_model, ds_config, data.longest, device().type, room)
+    whole = plan.holds_teacher(skeleton(Path(model)), ds_config, data.longest, device().type, room)
     with ranks.doing("loading the teacher"):
         teacher = engines.Teacher(model, deepspeed_json.for_teacher(ds_config), whole=whole)
     with ranks.doing("writing the settings of the cache"):

@@ -7,6 +7,7 @@ import re
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from launch.plan import config_of
 from qat.quant.config import QuantConfig
 from qat.runtime import memory
 from qat.store import models, smollm2
+from qat.store.model_folder import without_weights
 from qat.train import deepspeed_json, plan
 from qat.train.config import TrainConfig
 from qat.train.plan import Machine
@@ -120,10 +122,10 @@ def test_no_teacher_and_no_checkpointing_are_counted():
 def test_a_teacher_alone_is_whole_where_it_fits():
     """As launch/cache_teacher.py runs it."""
     ds_config = deepspeed_json.read(ROOT / "ds_configs" / "zero3.json")
-    for model, fits in (("llama-7b", True), ("llama-30b", True), ("llama-30b", False)):
-        memory = 80e9 if fits else 70e9
-        assert plan.holds_teacher(config_of(model), ds_config, 1024, "cuda", memory) == fits
-    assert not plan.holds_teacher(config_of("llama-7b"), ds_config, 1024, "cuda", 16e9)
+    cases = ("llama-7b", 80e9, True), ("llama-7b", 16e9, False), ("llama-30b", 80e9, True), ("llama-30b", 70e9, False)
+    for name, room, fits in cases:
+        model = without_weights(config_of(name), Path(name))
+        assert plan.holds_teacher(model, ds_config, 1024, "cuda", room) == fits
 
 
 def test_the_teacher_is_whole_where_it_fits_and_then_nothing_of_it_is_received(monkeypatch, capsys):

@@ -137,19 +137,14 @@ def at_once(passing: Mapping[str, float]) -> float:
     return sum(passing.values()) - min(passing["activations"] + passing["logits"], passing["optimizer step"])
 
 
-def holds_teacher(
-    config: "PretrainedConfig", ds_config: dict[str, Any], tokens: int, device: str, memory: float
-) -> bool:
-    """Return whether a rank with ``memory`` bytes can hold all of ``config``'s model, which only runs forward, in the
-    dtype of its DeepSpeed JSON, on sequences of ``tokens``; a tenth is left, since plans are estimates."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+def holds_teacher(model: "PreTrainedModel", ds_config: dict[str, Any], tokens: int, device: str, memory: float) -> bool:
+    """Return whether a rank with ``memory`` bytes can hold all of ``model``, given without weights, which only runs
+    forward, in the dtype of its DeepSpeed JSON, on sequences of ``tokens``; a tenth is left, since plans are
+    estimates."""
     width = deepspeed_json.dtype(ds_config).itemsize
-    logits = min(tokens, CHUNK_TOKENS[device]) * config.vocab_size * (width + 3 * 4)
+    logits = min(tokens, CHUNK_TOKENS[device]) * model.config.vocab_size * (width + 3 * 4)
     weights = width * sum(parameter.numel() for parameter in model.parameters())
-    return PROCESS[device] + weights + _activations(config, tokens, width, True) + logits <= _FILLED * memory
+    return PROCESS[device] + weights + _activations(model.config, tokens, width, True) + logits <= _FILLED * memory
 
 
 def with_whole_teacher(memory: float, planned: Callable[..., Plan]) -> Plan:

@@ -96,8 +96,7 @@ class Rotating:
 
     def __init__(self, folder: ModelFolder, rotation: Rotation, quant: QuantConfig):
         self._rotation = rotation
-        self._teacher = models.load(str(folder.directory), machine.inference_dtype()).requires_grad_(False)
-        machine.place(self._teacher)
+        self._teacher = models.load_here(str(folder.directory), machine.inference_dtype()).requires_grad_(False)
         self._config = folder.config
         weights = dict(self._teacher.named_parameters())
         self._norms = {name: weights[name].float() for name in rotate.norms_of(self._config)}

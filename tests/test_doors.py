@@ -38,7 +38,7 @@ from qat.store.compressed_tensors import PACK_QUANTIZED
 from qat.store.model_folder import BASE_MODEL, ModelFolder, read_config
 from qat.store.sidecars import GRIDS_FILE, STEPS_FILE, save_grids, save_steps
 from qat.store.weight_files import BIN, BIN_INDEX, INDEX
-from qat.train import deepspeed_json
+from qat.train import deepspeed_json, run
 from qat.train.distill import TeacherTargets
 from qat.train.teacher_cache import TeacherCache, entry_of
 
@@ -491,7 +491,7 @@ def test_records_of_runs_and_caches_are_read_or_refused(model, text):
         (folder / name).write_text(text)
     for read in (
         lambda path: student_folder.find(path / "checkpoints" / "step-1", str(model)),
-        lambda path: train.open_folder(path, dict.fromkeys(train.CHANGES_NO_RESULT)),
+        lambda path: run.open_folder(path, dict.fromkeys(run.CHANGES_NO_RESULT)),
         lambda path: train.TrainingData(path, tiny_tokenizer(), 0),
         lambda path: TeacherCache(path).check({"teacher": "x"}),
         lambda path: writer.is_complete(path, {"method": "x"}),

@@ -23,7 +23,6 @@ from transformers import GPTNeoXConfig
 
 from datagen.corpus import Corpus
 from launch import chat, cli
-from launch.train import open_folder, record_settings
 from qat.evaluate import heldout
 from qat.export import model_card
 from qat.quant.config import QuantConfig
@@ -32,6 +31,7 @@ from qat.runtime.errors import UserError
 from qat.runtime.files import lock
 from qat.train import deepspeed_json
 from qat.train.config import TrainConfig
+from qat.train.run import open_folder, record_settings
 
 
 @pytest.mark.parametrize("script", ["train", "generate", "evaluate"])

@@ -11,7 +11,6 @@ from tiny import ids
 from training import log_of, losses
 
 import qat
-from launch.train import starting_grids
 from qat.data.sequences import TrainingData
 from qat.evaluate import heldout
 from qat.evaluate.perplexity import perplexity, text_windows
@@ -30,6 +29,7 @@ from qat.store.model_folder import skeleton
 from qat.store.sidecars import GRIDS_FILE, load_grids
 from qat.train.config import TrainConfig
 from qat.train.distill import Distiller, TeacherTargets
+from qat.train.starting_point import grids_of
 
 FORMS = [
     Format(4),
@@ -160,7 +160,7 @@ def test_a_student_begins_as_gptqs_model_bit_for_bit(dtype, rounded, tmp_path):
     """Codes, grid, logits; where its values lay the grid anew, it does not."""
     student = prepare(models.load(str(rounded), dtype), QUANT)
     anew = student(ids(student)).logits
-    learn_scales(student, starting_grids(rounded, QUANT, TrainConfig(train="all")))
+    learn_scales(student, grids_of(rounded, QUANT, TrainConfig(train="all")))
     stored = dict(student_folder.find(rounded).weights())
     for name, linear in quant_linears(student).items():
         quantized = quantize(linear.weight, linear.weight_format, linear.learned_grid())
@@ -260,7 +260,7 @@ def test_scales_stay_in_fp32_where_the_student_computes_in_bf16(tiny_directory, 
     assert found == pytest.approx(log_of(tmp_path / "run")[-1]["ppl_text"], rel=1e-3)
 
 
-def test_scales_that_cannot_learn_are_refused(monkeypatch, rounded, tiny_directory, tiny_data, tmp_path, capsys):
+def test_scales_that_cannot_learn_are_refused(monkeypatch, rounded, tiny_directory, tiny_data, tmp_path, caplog):
     places = [f"--model={tiny_directory}", f"--data={tiny_data}", f"--output={tmp_path / 'run'}"]
 
     def refusal(*settings):
@@ -277,5 +277,6 @@ def test_scales_that_cannot_learn_are_refused(monkeypatch, rounded, tiny_directo
     (rounded / GRIDS_FILE).rename(tmp_path / GRIDS_FILE)
     assert f"{GRIDS_FILE}" in refusal(*own)
     (tmp_path / GRIDS_FILE).rename(rounded / GRIDS_FILE)
-    assert starting_grids(rounded, QUANT, TrainConfig()) == {}
-    assert "and computes new ones from its rounded weights" in capsys.readouterr().out
+    caplog.set_level("INFO", "qat")
+    assert grids_of(rounded, QUANT, TrainConfig()) == {}
+    assert "and rounded weights give new ones" in caplog.text

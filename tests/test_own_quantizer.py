@@ -8,7 +8,8 @@ from plugin_quantizer import LearnedRange, Squared
 from tiny import tiny_model
 
 import qat
-from launch import quantize, train
+from launch import quantize
+from qat.train import starting_point
 from qat.train.config import TrainConfig
 from qat.train.distill import Distiller, TeacherTargets
 
@@ -34,7 +35,7 @@ def test_what_is_learned_or_measured_is_refused_by_its_name():
         (qat.QuantConfig(overrides=measured), "nvfp4"),
     ):
         with pytest.raises(qat.UserError, match=f"a_quantizer={named} "):
-            train.check_teacher(Path("cache"), quant, TrainConfig())
+            starting_point.check_teacher(Path("cache"), quant, TrainConfig())
         with pytest.raises(qat.UserError, match=f"a_quantizer={named} "):
             quantize.check(quantize.Quantization("model", Path("output")), quant, {})
 

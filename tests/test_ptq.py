@@ -12,7 +12,6 @@ from tiny import FAMILIES, ids, tiny_model
 
 import qat
 from launch import quantize as command
-from launch.train import starting_point
 from qat.export import export
 from qat.infer import simulated
 from qat.ptq import METHODS, gptq, smoothquant, writer
@@ -32,6 +31,7 @@ from qat.store.models import load_tokenizer
 from qat.store.sidecars import GRIDS_FILE, load_grids
 from qat.store.student_folder import find
 from qat.store.weight_files import stored_tensors
+from qat.train.starting_point import directory_of
 
 FORMATS = [
     Format(4),
@@ -478,7 +478,7 @@ def test_a_method_of_a_plug_in(given, clipping, tiny_directory, tmp_path, quanti
     assert (clipped[name] - original[name]).norm() < 0.95 * (nearest[name] - original[name]).norm()
 
     with pytest.raises(UserError, match="already rounded by clipping, and other settings would round them again"):
-        starting_point(output, str(tiny_directory), QuantConfig(4))
+        directory_of(output, str(tiny_directory), QuantConfig(4))
     (output / GRIDS_FILE).unlink()
     with pytest.raises(UserError, match=f"{GRIDS_FILE}, which defines"):
         simulated.load(str(output), torch.float32)

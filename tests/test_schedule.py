@@ -11,10 +11,10 @@ import torch
 from commands import ROOT, error_of, finish, start_training
 from safetensors.torch import load_file
 
-from launch.train import check_schedule
 from qat.runtime.errors import UserError
 from qat.train import plateau
 from qat.train.config import TrainConfig
+from qat.train.run import check_schedule
 
 CONSTANT = "--min_lr_ratio=1"
 

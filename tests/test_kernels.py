@@ -18,6 +18,7 @@ from layers import make
 from tiny import CONFIG, ids, tiny_model
 from torch.nn.functional import silu
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, Qwen3Config
 
 if sys.platform != "linux":
@@ -491,6 +492,24 @@ def test_cpus_have_none_nor_has_who_wants_none(mode, monkeypatch, caplog):
     monkeypatch.setenv("QAT_KERNELS", "0")
     assert kernels.on.__wrapped__("cuda") is None
     assert not caplog.text
+
+
+def test_they_are_tried_in_a_checkpointed_layer_as_well_as_anywhere(monkeypatch, caplog):
+    """The first to ask is the first layer of the first step: what the trial saves is no part of that layer."""
+    tried = []
+
+    def layer(x):
+        if not tried:
+            with monkeypatch.context() as here:
+                here.setattr(torch, "device", lambda kind: DEVICE)
+                tried.append(kernels.on.__wrapped__("cuda"))
+        return x.exp().sin()
+
+    x = torch.linspace(0, 1, 8, requires_grad=True)
+    checkpoint(layer, x, use_reentrant=False).sum().backward()
+    assert tried == [host]
+    assert not caplog.text
+    torch.testing.assert_close(x.grad, x.detach().exp().cos() * x.detach().exp())
 
 
 @pytest.mark.parametrize(

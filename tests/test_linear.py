@@ -1,8 +1,11 @@
+import gc
+
 import pytest
 import torch
 from layers import A8, FULL, W4, make
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
 from qat.quant import products
 from qat.quant.linear import QuantLinear
@@ -177,6 +180,29 @@ def test_saves_codes_and_the_parameter_itself():
     assert len(others) == len(saved) - 1
     expected = 64 * 48 + 64 * 4 + 24 * 4
     assert sum(t.nbytes for t in others) == expected, "int8 codes, and one fp32 scale per token and output channel"
+
+
+def test_gradient_checkpointing_keeps_nothing_of_a_layer_that_clips():
+    """Neither codes nor a mask of what is clipped: they would be as large as what checkpointing saves."""
+    layer, x = make(inputs=Format(4, "mse")), torch.randn(64, 48, requires_grad=True)
+    before = {id(thing) for thing in gc.get_objects() if isinstance(thing, Tensor)}
+    y = checkpoint(layer, x, use_reentrant=False)
+    new = [thing for thing in gc.get_objects() if isinstance(thing, Tensor) and id(thing) not in before]
+    assert not [thing.dtype for thing in new if thing.numel() == x.numel()]
+    y.sum().backward()
+    found, x.grad = x.grad, None
+    layer(x).sum().backward()
+    assert torch.equal(found, x.grad)
+
+
+def test_layers_that_read_one_input_share_its_mask(monkeypatch):
+    masks = []
+    monkeypatch.setattr("qat.quant.linear.inside", lambda *args: masks.append(inside(*args)) or masks[-1])
+    q = make(inputs=Format(4, "mse"), readers=2)
+    k = QuantLinear.convert(nn.Linear(48, 24), W4, Format(4, "mse"), q.input_quantizer)
+    x = torch.randn(3, 48)
+    q(x), k(x)
+    assert len(masks) == 1
 
 
 @pytest.mark.parametrize("inputs", [A8, FULL, Format(8, "ggml_q8_0", 16)])

@@ -75,12 +75,20 @@ class SharedInput:
     def __init__(self, quantized: Quantized):
         self.quantized = quantized
         self._values: dict[torch.dtype, Tensor] = {}
+        self._passes: Tensor | None = None
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """Return the values [..., n] in ``dtype``, computed once."""
         if dtype not in self._values:
             self._values[dtype] = dequantize(self.quantized, dtype)
         return self._values[dtype]
+
+    def passes(self, x: Tensor, form: Format) -> Tensor | None:
+        """Return where x, of which this is made by ``form``, is not clipped, bool [..., n], computed once; None if
+        nothing is clipped."""
+        if self._passes is None and may_clip(form, self.quantized.grid):
+            self._passes = inside(x, form, self.quantized.grid)
+        return self._passes
 
 
 @dataclass
@@ -322,16 +330,14 @@ class _QuantLinear(torch.autograd.Function):
             inputs = x if shared is None else shared.values(x.dtype)
             y = matmul(inputs.flatten(0, -2), values.t()).view(*x.shape[:-1], -1)
         ctx.layer, ctx.input_dtype = layer, x.dtype
+        passes = None if shared is None else shared.passes(x, layer.input_format)
         kept = (x,) if shared is None else (shared.quantized.codes, *shared.quantized.grid)
-        ctx.save_for_backward(weight, *grid, *kept)
-        ctx.passes = None
-        if shared is not None and may_clip(layer.input_format, shared.quantized.grid):
-            ctx.passes = inside(x, layer.input_format, shared.quantized.grid)
+        ctx.save_for_backward(weight, passes, *grid, *kept)  # all of it: gradient checkpointing keeps nothing of this
         return y if bias is None else y.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, scale, zero_point, *kept = ctx.saved_tensors
+        weight, passes, scale, zero_point, *kept = ctx.saved_tensors
         rounds, form, grid = _rounds(ctx.layer), ctx.layer.weight_format, Grid(scale, zero_point)
         needs_x, needs_weight, needs_bias, needs_change, *_ = ctx.needs_input_grad
         grad_x = grad_weight = grad_change = None
@@ -340,8 +346,8 @@ class _QuantLinear(torch.autograd.Function):
             on = grid if form.by.grid_gives_codes else None
             values = ctx.layer.rounded(weight, on)[0] if rounds else weight
             grad_x = matmul(rows, values).view(*grad.shape[:-1], -1)
-            if ctx.passes is not None:
-                grad_x *= ctx.passes
+            if passes is not None:
+                grad_x *= passes
         if needs_weight or needs_change:
             x = kept[0] if len(kept) == 1 else dequantize(Quantized(kept[0], Grid(*kept[1:])), ctx.input_dtype)
             grad_weight = matmul(rows.t(), x.flatten(0, -2))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from qat.data.sequences import Row
-from qat.quant import architecture
+from qat.quant import architecture, kernels
 from qat.quant.config import QuantConfig
 from qat.quant.layer_settings import layer_settings
 from qat.quant.learned_scales import TRAINED, initialise_steps, learn_scales, scales_that_learn, train_only_scales
@@ -116,6 +116,7 @@ def student_engine(
     if not TRAINED[train].weights:
         train_only_scales(student)
     student.train()
+    kernels.on(machine.device().type)  # tries them now, not in the first step
     if gradient_checkpointing:
         # To keep the state of random numbers waits for the GPU, in every layer.
         student.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": _drops_out(student)})

@@ -25,7 +25,10 @@ def on(device: str) -> ModuleType | None:
     try:
         from qat.quant.kernels import host
 
-        with torch.inference_mode(False), torch.enable_grad():  # whoever is the first may be in another mode
+        # Whoever is the first may be in another mode, or in a layer with gradient checkpointing, whose hooks would take
+        # what the check saves for its own backward passes for the layer's.
+        unhooked = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+        with torch.inference_mode(False), torch.enable_grad(), unhooked:
             host.check(torch.device(device))
     except Exception as error:  # whatever is missing or broken, compiled functions do the work
         _logger.warning(

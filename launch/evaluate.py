@@ -25,7 +25,7 @@ from qat.evaluate.perplexity import (
 from qat.evaluate.tasks import task_names
 from qat.infer import simulated
 from qat.quant.config import CONFIG_FILE, QuantConfig
-from qat.quant.prepare import freeze, prepare
+from qat.quant.prepare import drop_values, freeze, prepare
 from qat.runtime import ranks
 from qat.runtime.errors import UserError, check_least, check_one_of, differences
 from qat.runtime.machine import inference_dtype, place, take_gpu
@@ -349,9 +349,10 @@ def _load(name: str, rtn: QuantConfig | None = None, what: str = "the model") ->
     """Load a model, as it is or rounded by ``rtn``; ``what`` it is, for those who wait."""
     with ranks.doing(f"loading {what}"):
         model = simulated.load(name, inference_dtype())
+        drop_values(model)
         place(model)
         if rtn:
-            freeze(prepare(model, rtn))
+            freeze(prepare(model, rtn), keep_values=False)
     return model
 
 

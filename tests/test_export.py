@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -35,6 +36,7 @@ from qat.quant.number_format import Format, Quantized, dequantize, grid_of, quan
 from qat.quant.prepare import prepare
 from qat.quant.quantizers import QUANTIZERS, quantizers_of
 from qat.quant.quantizers.base import Grid
+from qat.runtime import machine
 from qat.runtime.errors import UserError
 from qat.runtime.files import MANIFEST
 from qat.store import compressed_tensors, gguf_files, models, student_folder
@@ -327,6 +329,15 @@ def test_gguf_holds_zero_points_negative_scales_and_odd_codes(quant, tmp_path):
     assert "llama.cpp loads it" in export.verify(student, tmp_path / "export", GGUF, WINDOWS).engine
 
 
+@pytest.mark.parametrize("form", [PACK_QUANTIZED, INT_QUANTIZED, GGUF, FAKE])
+def test_an_export_is_verified_on_the_cpu_wherever_inference_runs(form, monkeypatch, tmp_path):
+    """A GPU, which sums in another order, would not give the student's bits."""
+    student = write_student(tmp_path / "final", QuantConfig(4, 8, 16))
+    export.export(student, tmp_path / "export", form)
+    monkeypatch.setattr(machine, "device", lambda: torch.device("meta"))
+    export.verify(student, tmp_path / "export", form, WINDOWS)
+
+
 def write_sentencepiece(directory: Path, tokens: int, text: str) -> None:
     """A tokenizer.model of ``tokens`` pieces, and a <pad> beyond them, as forks of Llama-2 have it."""
     for file in directory.glob("tokenizer*"):
@@ -349,6 +360,40 @@ def test_llama_cpp_loads_a_tokenizer_with_more_tokens_than_the_model(tmp_path):
     export.export(student, tmp_path / "export", GGUF)
     verified = export.verify(student, tmp_path / "export", GGUF, WINDOWS)
     assert "bit for bit, and llama.cpp loads it." in verified.sentence("random tokens")
+
+
+def test_tokens_of_a_sentencepiece_model_are_typed_as_its_tokenizer_says(tmp_path):
+    """Those that chat templates write must be found whole, and special ones not in a user's text."""
+    student = write_student(tmp_path / "final", QuantConfig(), vocab_size=344, bos_token_id=1, eos_token_id=2)
+    write_sentencepiece(tmp_path / "final", 340, (ROOT / "LICENSE").read_text())
+    file = tmp_path / "final" / "tokenizer_config.json"
+    config = json.loads(file.read_text()) | {"add_prefix_space": False}
+    pad = config["added_tokens_decoder"]["340"]
+    config["added_tokens_decoder"] |= {"341": pad | {"content": "<|im_start|>"}}
+    config["added_tokens_decoder"] |= {"342": pad | {"content": "<tool>", "special": False}}
+    file.write_text(json.dumps(config))
+    (tmp_path / "final" / "added_tokens.json").unlink()
+    export.export(student, tmp_path / "export", GGUF)
+    fields = gguf.GGUFReader(tmp_path / "export" / gguf_files.FILE).fields
+    kinds, texts = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("token_type", "tokens"))
+    kind = gguf.TokenType
+    assert texts[339:] == [texts[339], "<pad>", "<|im_start|>", "<tool>", "[PAD343]"]
+    assert kinds[339:] == [kind.NORMAL, kind.CONTROL, kind.CONTROL, kind.USER_DEFINED, kind.UNUSED]
+    assert kinds[:3] == [kind.UNKNOWN, kind.CONTROL, kind.CONTROL]
+    assert not fields["tokenizer.ggml.add_space_prefix"].contents()
+    assert "llama.cpp loads it" in export.verify(student, tmp_path / "export", GGUF, WINDOWS).engine
+
+
+def test_a_gguf_file_needs_no_room_elsewhere_and_keeps_fp16(monkeypatch, tmp_path):
+    """A model's size may be more than the system's folder for temporary files holds."""
+    student = write_student(tmp_path / "final", QuantConfig(), torch.float16)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    export.export(student, tmp_path / "export", GGUF)
+    assert [path.name for path in (tmp_path / "export").iterdir() if path.suffix != ".json"] == [gguf_files.FILE]
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "export" / gguf_files.FILE).tensors}
+    assert tensors["token_embd.weight"].tensor_type == gguf.GGMLQuantizationType.F16
+    monkeypatch.undo()
+    export.verify(student, tmp_path / "export", GGUF, WINDOWS)
 
 
 def test_how_a_text_is_split_is_found_in_files_that_do_not_say_all_of_it(tmp_path):

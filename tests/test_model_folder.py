@@ -387,6 +387,15 @@ def test_generation_equals_the_full_forward_pass_whatever_the_folder_says_of_cac
     check(generation_config=GenerationConfig(use_cache=False))
 
 
+def test_a_dtype_has_one_name_in_what_is_written(folder):
+    """Hub models of before 2025 have "torch_dtype", which some engines read."""
+    config = json.loads((folder / "config.json").read_text())
+    config["torch_dtype"] = config.pop("dtype")
+    (folder / "config.json").write_text(json.dumps(config))
+    written = json.loads(ModelFolder.read(folder).companions()["config.json"])
+    assert (written["dtype"], "torch_dtype" in written) == (config["torch_dtype"], False)
+
+
 def test_a_student_s_record_is_not_taken_over(folder, tmp_path):
     """What was made by a post-training method, and trained on, is no longer its output."""
     (folder / "ptq.json").write_text('{"method": "gptq"}')

@@ -25,7 +25,7 @@ from qat.ptq.stream import Stream
 from qat.quant.config import QuantConfig
 from qat.quant.embedding import QuantEmbedding
 from qat.quant.number_format import Format, inside, quantize, round_to_grid
-from qat.quant.prepare import freeze, prepare
+from qat.quant.prepare import drop_values, freeze, prepare
 from qat.runtime.errors import UserError
 from qat.store import models, student_folder
 from qat.store.compressed_tensors import INT_QUANTIZED, LAYOUTS, PACK_QUANTIZED
@@ -64,6 +64,23 @@ def test_patterns_are_for_the_decoder_and_16_bits_change_nothing(caplog):
         assert not [module for module in model.modules() if type(module).__name__.startswith("Quant")]
         assert torch.equal(model(ids(model)).logits, tiny_model()(ids(model)).logits)
     assert caplog.messages == ["warning: overrides: '*head' matches no linear layer of the model, whose w_bits it sets"]
+
+
+@TIED
+@pytest.mark.parametrize("overrides", VOCABULARIES.values(), ids=VOCABULARIES)
+def test_inference_needs_no_values_beside_codes(overrides, tied):
+    """Whether they are dropped at once or later, logits stay; a weight of the embedding too keeps its values."""
+    quant = QuantConfig(overrides=overrides)
+    models = [prepare(tiny_model(tie_word_embeddings=tied), quant).eval() for _ in range(3)]
+    freeze(models[0])
+    freeze(models[1], keep_values=False)
+    freeze(models[2])
+    drop_values(models[2])
+    expected, *found = (model(ids(model)).logits for model in models)
+    assert all(torch.equal(logits, expected) for logits in found)
+    for model in models[1:]:
+        left = {name for name, weight in model.named_parameters() if weight.dim() > 1 and weight.numel()}
+        assert left <= {f"{EMBEDDING}.weight", f"{HEAD}.weight"}
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from gguf import GGMLQuantizationType as Type
 from qat.evaluate.llama_cpp import library
 from qat.runtime.errors import UserError
 from qat.runtime.files import writing
-from qat.store.gguf_files import add_tensor
+from qat.store.gguf_files import add_tensor, new_writer
 
 _FALLBACKS = {Type.Q4_K: Type.Q5_0, Type.Q6_K: Type.Q8_0}
 """The type that replaces one with blocks of 256 if these do not divide the rows."""
@@ -55,7 +55,7 @@ def quantize_file(source: Path, output: Path, kind: str) -> None:
     architecture = reader.fields["general.architecture"].contents()
     layers = int(reader.fields[f"{architecture}.block_count"].contents())
     is_tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
-    writer = gguf.GGUFWriter(output, architecture, use_temp_file=True)
+    writer = new_writer(output, architecture)
     for key, field in reader.fields.items():
         if not key.startswith("GGUF.") and key not in ("general.architecture", _FILE_TYPE):
             is_list = field.types[0] == gguf.GGUFValueType.ARRAY

@@ -13,6 +13,7 @@ from qat.evaluate.perplexity import perplexity
 from qat.export.formats import EXPORT_FORMATS, ExportFormat
 from qat.infer import simulated
 from qat.quant.number_format import Quantized
+from qat.quant.prepare import drop_values
 from qat.quant.rotated import rotation_of
 from qat.runtime.errors import UserError
 from qat.runtime.files import writing
@@ -104,6 +105,7 @@ def verify(student: Student, exported: Path, format_name: str, windows: Tensor) 
     model = _in_memory(student)
     trained = expected = perplexity(model, windows)
     if kind.held(student.quant) != student.quant or type(kind).held_weight is not ExportFormat.held_weight:
+        del model  # two have no room on many hosts
         model = _in_memory(student, kind)
         expected = perplexity(model, windows)
     logits = model(windows[:1]).logits
@@ -132,4 +134,6 @@ def _in_memory(student: Student, kind: ExportFormat | None = None) -> PreTrained
     )
     quant = kind.held(student.quant) if kind else student.quant
     scales = student.tensor_scales
-    return simulated.simulate(student.directory, weights, student.dtype, quant, torch.float32, scales)
+    model = simulated.simulate(student.directory, weights, student.dtype, quant, torch.float32, scales)
+    drop_values(model)
+    return model

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -97,13 +98,37 @@ def calibrate(student: PreTrainedModel, teacher: PreTrainedModel, input_ids: Ten
     set_tensor_scales(student, scales_from(student, config, largest))
 
 
-def freeze(model: nn.Module) -> None:
-    """Quantize every weight permanently: for evaluation, never for training."""
+def freeze(model: nn.Module, keep_values: bool = True) -> None:
+    """Quantize every weight permanently: for evaluation, never for training. Without ``keep_values``, ``drop_values``
+    of each weight before the next one is quantized."""
+    shared = _plain_weights(model)
     for first, *others in weight_holders(model).values():
         quantized = first.freeze()
         for other in others:
             assert quantized is not None
             other.hold(quantized)
+        if not keep_values:
+            _drop_values([first, *others], shared)
+
+
+def drop_values(model: nn.Module) -> None:
+    """Free the values of a model's frozen weights where inference reads the codes alone: with 8-bit codes beside bf16
+    values, weights would take half as much again as in full precision. Only forward works afterwards."""
+    shared = _plain_weights(model)
+    for layers in weight_holders(model).values():
+        _drop_values(layers, shared)
+
+
+def _plain_weights(model: nn.Module) -> set[int]:
+    """Return the ids of the Parameters that modules other than QuantLinear read."""
+    others = (module for module in model.modules() if not isinstance(module, QuantLinear))
+    return {id(parameter) for module in others for parameter in module.parameters(recurse=False)}
+
+
+def _drop_values(layers: Iterable[nn.Module], shared: set[int]) -> None:
+    for layer in layers:
+        if isinstance(layer, QuantLinear) and layer.codes is not None and id(layer.weight) not in shared:
+            layer.weight.data = layer.weight.new_empty(0)
 
 
 def _check_cache(model: PreTrainedModel, config: QuantConfig) -> None:

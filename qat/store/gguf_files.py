@@ -51,9 +51,13 @@ _FILE_TYPES = {
     Type.Q5_0: gguf.LlamaFileType.MOSTLY_Q5_0,
     Type.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
 }
-_LARGEST_ERROR = 2.0**-11
-"""Largest relative error of a scale rounded to fp16; above it the scale is too small for fp16's precision, or
-overflows."""
+_FLOAT_FILE_TYPES = {
+    torch.bfloat16: gguf.LlamaFileType.MOSTLY_BF16,
+    torch.float16: gguf.LlamaFileType.MOSTLY_F16,
+}
+_LARGEST_ERROR, _SMALLEST_STEP = 2.0**-11, 2.0**-24
+"""Largest relative error of a scale rounded to fp16, and fp16's smallest step, by half of which the smallest scales may
+be off: those of rows or groups of next to nothing. What is off by more overflows."""
 
 _ARCHITECTURES = {name: architecture for architecture, name in gguf.MODEL_ARCH_NAMES.items()}
 _ROPES = {
@@ -201,7 +205,7 @@ def write(student: Student, output: Path) -> None:
     architecture = _ARCHITECTURES[architecture_of(config).gguf]
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     forms = student.weight_formats
-    writer = gguf.GGUFWriter(output / FILE, gguf.MODEL_ARCH_NAMES[architecture], use_temp_file=True)
+    writer = new_writer(output / FILE, gguf.MODEL_ARCH_NAMES[architecture])
     _add_config(writer, config, _file_type(student))
     for key, value in _tokenizer(student.directory).items():
         getattr(writer, f"add_{key}")(value)
@@ -226,10 +230,13 @@ def write(student: Student, output: Path) -> None:
                 data = blocks(stored._replace(grid=per_block), kind)
         else:
             weight = _as_llama_cpp_rotates(name, weight, config)
+            raw = None
             if weight.dim() > 1 and weight.dtype == torch.bfloat16:
                 data, raw = weight.view(torch.uint16).numpy().view(np.uint8), Type.BF16
+            elif weight.dim() > 1 and weight.dtype == torch.float16:
+                data = weight.numpy()
             else:
-                data, raw = weight.float().numpy(), None
+                data = weight.float().numpy()
         add_tensor(writer, place, data, raw)
     with writing(output):
         writer.write_header_to_file()
@@ -238,10 +245,20 @@ def write(student: Student, output: Path) -> None:
         writer.close()
 
 
+def new_writer(file: Path, architecture: str) -> gguf.GGUFWriter:
+    """Return a writer for ``file`` that keeps the tensors in a temporary file beside it until their places are known,
+    not in the system's folder for such files, which may be small or in memory."""
+    writer = gguf.GGUFWriter(file, architecture, use_temp_file=True)
+    with writing(file.parent):
+        writer.temp_file = tempfile.TemporaryFile(dir=file.parent)  # type: ignore[assignment]  # noqa: SIM115  # it closes it
+    return writer
+
+
 def add_tensor(writer: gguf.GGUFWriter, name: str, data: np.ndarray, kind: Type | None = None) -> None:
     """Add a tensor, in bytes of ``kind`` if that is given, to the temporary file of ``writer``; raise UserError where
     that cannot be written."""
-    with writing(Path(tempfile.gettempdir())):
+    assert writer.path is not None
+    with writing(writer.path.parent):
         writer.add_tensor(name, data, raw_dtype=kind)
 
 
@@ -249,8 +266,7 @@ def _file_type(student: Student) -> gguf.LlamaFileType:
     """Return the type of most of the weights."""
     if student.quant.weights.quantizes:
         return _FILE_TYPES[type_of(student.quant.weights)]
-    in_bf16 = student.dtype == torch.bfloat16
-    return gguf.LlamaFileType.MOSTLY_BF16 if in_bf16 else gguf.LlamaFileType.ALL_F32
+    return _FLOAT_FILE_TYPES.get(student.dtype, gguf.LlamaFileType.ALL_F32)
 
 
 def blocks(quantized: Quantized, kind: Type) -> np.ndarray:
@@ -364,7 +380,7 @@ def _per_block(columns: int, part: Tensor) -> Tensor:
 
 def _check_scale(name: str, scale: Tensor) -> None:
     errors = (scale.half().float() - scale).abs()
-    wrong = ~(errors <= _LARGEST_ERROR * scale.abs())  # a scale may be 0, or negative
+    wrong = ~(errors <= (_LARGEST_ERROR * scale.abs()).clamp(min=_SMALLEST_STEP / 2))  # it may be 0, or negative
     if wrong.any():
         raise Unsupported(
             f"GGUF stores scales in fp16, which cannot represent {scale[wrong][0]:.3g}, a scale of {name}."
@@ -448,8 +464,16 @@ def _tokenizer(directory: Path) -> dict[str, object]:
         # tokenizer's further ones.
         with using(directory / "tokenizer.model"):
             tokens = list(gguf.SentencePieceVocab(directory).all_tokens())[:vocabulary_size]
+            file = directory / "tokenizer_config.json"
+            described = read_json(file) if file.is_file() else {}
         tokens += [(f"[PAD{i}]".encode(), -1000.0, gguf.TokenType.UNUSED) for i in range(len(tokens), vocabulary_size)]
-        return {
+        # The model's own file does not say which tokens are added, nor which of them a text cannot contain.
+        for number, token in load_tokenizer(str(directory)).added_tokens_decoder.items():
+            if number < vocabulary_size and tokens[number][2] != gguf.TokenType.UNKNOWN:
+                kind = gguf.TokenType.CONTROL if token.special else gguf.TokenType.USER_DEFINED
+                tokens[number] = (token.content.encode(), -1000.0, kind)
+        space = described.get("add_prefix_space")
+        return ({} if space is None else {"add_space_prefix": space}) | {
             "tokenizer_model": "llama",
             "token_list": [text for text, _, _ in tokens],
             "token_scores": [score for _, score, _ in tokens],

@@ -200,6 +200,8 @@ class ModelFolder:
         settings = json.loads(contents["config.json"])
         for of_the_weights in ("transformers_weights", STUDENT):
             settings.pop(of_the_weights, None)
+        if (old_name := settings.pop("torch_dtype", None)) is not None:  # beside "dtype" it might contradict it
+            settings.setdefault("dtype", old_name)
         settings["tie_word_embeddings"] = self.config.tie_word_embeddings
         return contents | {"config.json": (json.dumps(settings, indent=2) + "\n").encode()}
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError
 from torch import Tensor
 
 from qat.quant.architecture import ARCHITECTURES, architecture_of, new_rotation, rotation
@@ -98,10 +99,15 @@ def _download(name: str) -> str:
         if not any(Path(found).glob("*.safetensors")):  # older models have PyTorch's format alone, others both
             found = snapshot_download(name, allow_patterns=[*_PATTERNS, "pytorch_model*.bin"])
         return found
-    except (OSError, ValueError) as error:  # invalid name, no such model, or the hub cannot be reached
+    except GatedRepoError as error:
+        raise UserError(
+            f"{name!r} is a model whose licence must be accepted: accept it on its page of the hub, log in with hf "
+            "auth login, and run the same command again."
+        ) from error
+    except (OSError, ValueError) as error:  # invalid name, no such model, a full disk, or the hub cannot be reached
         raise UserError(
             f"There is no model at {name!r}, nor can it be fetched from the hub: give a Hugging Face directory, a "
-            f"hub name (owner/model) or {EMBEDDED!r}, which needs no download."
+            f"hub name (owner/model) or {EMBEDDED!r}, which needs no download. ({in_one_line(error)})"
         ) from error
 
 

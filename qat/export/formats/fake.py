@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from qat.export.formats.base import ExportFormat, write_folder
-from qat.infer import simulated
 from qat.quant.number_format import Quantized, dequantize
+from qat.quant.products import speed_up
+from qat.store import models
 from qat.store.student_folder import Student
 
 if TYPE_CHECKING:
@@ -27,7 +28,9 @@ class Fake(ExportFormat):
         write_folder(student, output, values, file_bytes)
 
     def load(self, exported: Path) -> PreTrainedModel:
-        return simulated.load(str(exported), torch.float32)
+        model = models.load(str(exported), torch.float32)  # on the CPU, as the student that it is compared with
+        speed_up(model)
+        return model
 
     def serve(self, name: str) -> list[str]:
         return [f"vllm serve {name}"]

@@ -5,6 +5,7 @@ number of columns that torch's attention reads varies, so there is one graph for
 when a sequence first reaches that length. With our attention, which finds each slot's columns itself, there is one.
 """
 
+import functools
 import logging
 from collections.abc import Callable
 
@@ -26,6 +27,12 @@ def rounded_up(columns: int, max_length: int) -> int:
     return min(-(-columns // COLUMNS) * COLUMNS, max_length)
 
 
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream on which all graphs are captured: cuBLAS keeps 32 MiB for each that it has seen."""
+    return torch.cuda.Stream(device)
+
+
 class CudaGraphs:
     """Captures a ``Step`` as CUDA graphs and replays them. The next call overwrites its result.
 
@@ -33,12 +40,14 @@ class CudaGraphs:
     collection.
     """
 
+    _works = True
+    """Whether steps can be captured here; once they could not, no other graph of this process tries again."""
+
     def __init__(self, slots: int, max_length: int, device: torch.device):
         self._max_length = max_length
         self._inputs = torch.zeros(4, slots, dtype=torch.float64, device=device)
         self._captured: dict[int, tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]] = {}
-        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
-        self._works = True
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), _stream(device)
 
     def __call__(self, step: Step, inputs: Tensor, columns: int) -> tuple[Tensor, Tensor]:
         self._inputs.copy_(inputs)
@@ -48,16 +57,20 @@ class CudaGraphs:
         if columns not in self._captured:
             try:
                 self._captured[columns] = self._capture(step, columns)
+            except torch.OutOfMemoryError:  # a graph takes little: eager steps would meet it too, later
+                raise
             except RuntimeError as error:
                 _logger.warning("decoding steps cannot be captured as CUDA graphs (%s): they run eagerly", error)
-                self._works = False
+                CudaGraphs._works = False
                 return step(self._inputs, columns)
         graph, results = self._captured[columns]
         graph.replay()
         return results
 
     def _capture(self, step: Step, columns: int) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]:
-        with torch.cuda.device(self._inputs.device):  # a stream belongs to the current device
+        device = self._inputs.device
+        # A stream belongs to the current device; and a capture that fails would leave its own as the current one.
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):  # libraries' set-up at a first call cannot be captured
                 step(self._inputs, columns)

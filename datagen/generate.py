@@ -322,6 +322,11 @@ def write_sequences(
         chosen, information, logits = decoder.step(text.tokens[row, position], position, is_greedy, draw)
         active = busy.nonzero()[:, 0]
         rows = row[active]
+        if information[active].isnan().any():
+            raise UserError(
+                "The model predicts NaN: its weights are damaged, or its activations overflow in "
+                f"{str(model.dtype).removeprefix('torch.')}. Give another model."
+            )
         if watch:
             watch(logits[active.to(logits.device)], rows, position[active])
         has_ended[rows], is_given = text.put(rows, at[active], chosen[active])

@@ -72,14 +72,22 @@ class Group:
         have left.
         """
         turn = {offset: (self.number + offset) % self.count for offset in range(self.count)}
+        damaged = {index for index in missing if folder.path(index).is_file()}
         for index in [index for offset in turn for index in missing if index % self.count == turn[offset]]:
             if not self.leads:
                 if self.agree(False):
                     yield index
                 continue
             with folder.claimed(index) as ours:  # another group may have made it since ``missing`` was listed
-                if self.agree(ours and folder.missing(index)):
+                made = folder.missing(index) if index in damaged else not folder.path(index).is_file()
+                if self.agree(ours and made):
                     yield index
+
+    def lacks(self, folder: ShardFolder, index: int) -> bool:
+        """Return whether shard ``index`` has to be made. Only a group's own shards are read, by its leader: all of
+        them, and the teacher's predictions with them, would be read by each rank."""
+        own = index % self.count == self.number
+        return self.agree(self.leads and (folder.missing(index) if own else not folder.path(index).is_file()))
 
     def init(self) -> None:
         """Take this rank's GPU, and set up communication between the ranks of the group, if there is more than one."""

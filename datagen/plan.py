@@ -12,7 +12,7 @@ from datagen.attention import TRITON_SIZES
 from datagen.cuda_graphs import COLUMNS
 from datagen.generate import GenerateConfig
 from datagen.sampling import Truncation
-from qat.quant.architecture import head_dim
+from qat.quant.architecture import head_dim, input_embedding, is_tied
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -38,6 +38,9 @@ def needs(config: PretrainedConfig, settings: GenerateConfig, device: str) -> Ma
     width = 2 if device == "cuda" else 4
     ranks, slots = settings.tensor_parallel, min(settings.batch_size, settings.sequences_per_shard, settings.sequences)
     weights = sum(parameter.numel() for parameter in model.parameters())
+    whole = (
+        0 if is_tied(model) else input_embedding(model).get_parameter("weight").numel()
+    )  # on each rank; a tied one is divided
     if device == "cpu":  # a copy of the products' weights in oneDNN's layout
         weights += sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     cached = 2 * config.num_key_value_heads * head_dim(config) * config.num_hidden_layers  # cached numbers per token
@@ -48,7 +51,7 @@ def needs(config: PretrainedConfig, settings: GenerateConfig, device: str) -> Ma
     choosing = _CHOOSING if settings.truncation == Truncation() else _CHOOSING_TRUNCATED
     return {
         "KV cache": width * slots * settings.max_length * cached / ranks,
-        "weights": width * weights / ranks,
+        "weights": width * (weights - whole) / ranks + width * whole,
         # Of a shard, until it is written; on the host, which for a GPU is other memory.
         **({"teacher's predictions": _PREDICTION * kept} if kept and device == "cpu" else {}),
         "logits and sampling": slots * config.vocab_size * (width + 4 * graphs + choosing),

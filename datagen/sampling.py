@@ -92,11 +92,13 @@ def choose(
     cumulative = sums.cumsum(-1)
     # The total is 1 only up to rounding: scaling the draw by it keeps the target below the last entry.
     target = draw[:, None] * cumulative[:, -1:]
-    block = torch.searchsorted(cumulative, target, right=True)
+    # Of NaNs none passes the target: the limits keep the indices valid, so that the surprisal can tell of them.
+    block = torch.searchsorted(cumulative, target, right=True).clamp(max=sums.shape[1] - 1)
     before = (cumulative - sums).gather(1, block)
     inside = blocks.take_along_dim(block[:, :, None], 1)[:, 0].double().cumsum(-1)
     share = ((target - before) / sums.gather(1, block)).clamp(0, _BELOW_ONE)
     chosen = block * _BLOCK + torch.searchsorted(inside, share * inside[:, -1:], right=True)
+    chosen = chosen.clamp(max=logits.shape[1] - 1)
     if greedy.is_cuda or greedy.any():  # to look at a GPU's is to wait for it, and cannot be captured as a graph
         chosen = torch.where(greedy[:, None], logits.argmax(-1, keepdim=True), chosen)
     surprisal = cumulative[:, -1:].log() - weights.gather(1, chosen).double().log()

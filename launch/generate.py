@@ -113,7 +113,10 @@ def main() -> int:
         if paths.corpus:
             write_corpus(Corpus(paths.corpus), folder, directory, tokenizer, config)
         else:
-            write_generated(folder, directory, tokenizer, config, paths.prompts)
+            group = group_of(config)
+            if group.number >= config.shards:
+                return 0  # no shard is left for it, and the others decide whether the folder gets these settings
+            write_generated(folder, directory, tokenizer, config, paths.prompts, group)
     except Stopped:
         cli.say(f"stopped by a signal: the same command resumes {paths.output}")
         return RESUMABLE_EXIT
@@ -126,13 +129,23 @@ def main() -> int:
     return 0
 
 
-def write_generated(
-    folder: ShardFolder, directory: str, tokenizer: "Tokenizer", config: GenerateConfig, prompts: Path | None
-) -> None:
+def group_of(config: GenerateConfig) -> Group:
+    """Return the ranks that hold one copy of the model with this one."""
     vllm = config.engine == "vllm"
     if vllm and cli.ranks() > 1:
         raise UserError("engine=vllm starts its own ranks (--tensor_parallel): start it with plain python.")
-    group = Group.of(cli.rank(), cli.ranks(), 1 if vllm else config.tensor_parallel)
+    return Group.of(cli.rank(), cli.ranks(), 1 if vllm else config.tensor_parallel)
+
+
+def write_generated(
+    folder: ShardFolder,
+    directory: str,
+    tokenizer: "Tokenizer",
+    config: GenerateConfig,
+    prompts: Path | None,
+    group: Group,
+) -> None:
+    vllm = config.engine == "vllm"
     given = dialogues_of(tokenizer, config, prompts)
     check(directory, tokenizer, config, given, group.size)
     if not vllm:  # whose own ranks take the GPUs
@@ -157,9 +170,8 @@ def write_generated(
         advance(tokens, spared)
 
     stop = StopSignal()
-    # A new folder gets its settings when the model is loaded: one that is refused must not decide them. A group without
-    # a shard loads none.
-    write = loaded() if group.agree(folder.is_new and group.number < config.shards) else None
+    # A new folder gets its settings when the model is loaded: one that is refused must not decide them.
+    write = loaded() if group.agree(folder.is_new) else None
     teacher = models.weights_fingerprint(directory)
     folder.begin(
         {
@@ -173,7 +185,7 @@ def write_generated(
     if isinstance(folder, TaughtShards):
         with folder.alone():
             folder.cache.record({"teacher": teacher, "data": folder.fingerprint(), "top_k": config.teacher_cache})
-    missing = [index for index in range(config.shards) if group.agree(folder.missing(index))]
+    missing = [index for index in range(config.shards) if group.lacks(folder, index)]
     longest = sum(len(config.shard_range(index)) for index in missing) * (config.max_length - 1) // group.count
     unseen = not missing or not cli.is_first_rank()
     with progress.bar(desc="generate", total=longest, unit="tok", disable=unseen) as bar:
@@ -242,11 +254,12 @@ def writer(
 
         engine = VllmEngine(directory, machine.inference_dtype(), config)
         return lambda indices, watch: engine.write_sequences(vocabulary, config, indices, progress)
-    if group.size > 1:
-        each_its_part = DistributedConfig(tp_size=group.size)
-        model = models.load(directory, machine.inference_dtype(), distributed_config=each_its_part)
-    else:
-        model = models.load_here(directory, machine.inference_dtype())
+    with ranks.doing("loading the model"):
+        if group.size > 1:
+            each_its_part = DistributedConfig(tp_size=group.size)
+            model = models.load(directory, machine.inference_dtype(), distributed_config=each_its_part)
+        else:
+            model = models.load_here(directory, machine.inference_dtype())
     return lambda indices, watch: write_sequences(model, vocabulary, config, indices, progress, given, watch)
 
 

@@ -105,6 +105,7 @@ def test_batches_shards_and_neighbours_change_no_dialogue():
         (TEMPLATE.replace("{{ m['content'] }}", "x"), "does not render messages in order"),
         (TEMPLATE.replace("{{ m['role'] }}", "{{ loop.length }}"), "changes earlier turns"),
         ("{{ raise_exception('no') }}", "refuses the messages: no"),
+        ("{% for m in messages %}{{ m.content }}</s>{% endfor %}", "puts nothing before the user's turn"),
         (None, "has no chat template"),
     ],
 )

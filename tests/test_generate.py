@@ -150,6 +150,15 @@ def test_sampling_from_one_token_is_greedy():
     assert [s.input_ids for s in write(one)] == [s.input_ids for s in write(top1)]
 
 
+@pytest.mark.parametrize("strategy", ["hybrid", "top1"])
+def test_a_model_that_predicts_nan_is_refused(strategy):
+    model = tiny_model()
+    model.model.norm.weight.data.fill_(torch.inf)
+    config = GenerateConfig(sequences=4, max_length=20, strategy=strategy)
+    with pytest.raises(UserError, match=r"predicts NaN: .* overflow in float32"):
+        write_sequences(model, VOCABULARY, config, range(4))
+
+
 def test_surprisal_is_that_of_the_sampled_tokens():
     model = tiny_model()
     for sequence in write():

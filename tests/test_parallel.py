@@ -159,6 +159,26 @@ def test_every_shard_is_made_once_whatever_is_claimed(tmp_path):
     assert sorted(made) == list(range(10))
 
 
+def test_shards_are_read_once_by_the_group_that_they_belong_to(tmp_path, monkeypatch):
+    """With the teacher's predictions they are tens of GB. One that another group has damaged, or not made, is seen."""
+    folder = ShardFolder(tmp_path)
+    folder.begin({"sequences": 6, "sequences_per_shard": 1})
+    for index in range(5):
+        folder.write(index, [Sequence([1], 1, 0, "eos", None)])
+    folder.path(3).write_bytes(b"")
+    read, check = [], folder.missing
+    monkeypatch.setattr(folder, "missing", lambda index: read.append(index) or check(index))
+    group = Group(1, 2, 1, 0)
+    missing = [index for index in range(6) if group.lacks(folder, index)]
+    assert (missing, read) == ([3, 5], [1, 3, 5])
+    read.clear()
+    mine = group.shards(folder, missing)
+    assert next(mine) == 3
+    folder.write(5, [Sequence([1], 1, 0, "eos", None)])  # by another group
+    assert list(mine) == []
+    assert read == [3]
+
+
 def test_a_claim_keeps_other_processes_out_until_its_process_ends(tmp_path):
     folder = ShardFolder(tmp_path)
     folder.begin({})

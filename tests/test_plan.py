@@ -155,6 +155,10 @@ def test_generation_holds_what_the_decoder_makes():
     assert needs["weights"] == sum(parameter.nbytes for parameter in model.parameters())
     halves = datagen.plan.needs(model.config, replace(settings, tensor_parallel=2), "cuda")
     assert all(2 * halves[name] == needs[name] for name in ("KV cache", "weights"))
+    untied = tiny_model(tie_word_embeddings=False).to(torch.bfloat16)
+    of_all, halves = (datagen.plan.needs(untied.config, replace(settings, tensor_parallel=n), "cuda") for n in (1, 2))
+    whole = untied.get_input_embeddings().weight.nbytes  # transformers divides an embedding only if it is tied
+    assert 2 * (halves["weights"] - whole) == of_all["weights"] - whole
 
 
 @pytest.mark.parametrize("truncation", [Truncation(), Truncation(0.8, 50, 0.9)])

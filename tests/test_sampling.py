@@ -1,3 +1,4 @@
+import pytest
 import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
@@ -98,3 +99,12 @@ def test_a_draw_lands_where_the_truncated_distribution_passes_it(logits, truncat
     assert end - expected[token] - 1e-5 <= draw <= end + 1e-5
     assert expected[token] > 0
     torch.testing.assert_close(surprisal, -expected[token].log(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [100, 512, 1300])
+def test_nan_is_reported_and_breaks_no_index(size):
+    """An index out of range would end a GPU's process with an error that names neither the model nor the step."""
+    logits = torch.full((2, size), torch.nan)
+    chosen, surprisal = sampling.choose(logits, torch.tensor([False, True]), torch.tensor([0.3, 0.9]).double())
+    assert ((chosen >= 0) & (chosen < size)).all()
+    assert surprisal.isnan().all()

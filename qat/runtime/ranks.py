@@ -44,6 +44,8 @@ _FIRST_TIME = 10
 """Factor on the patience for work that a rank does for the first time, when it may compile."""
 _SLOWEST = 5
 """Factor on the longest time that the same work has taken, if the result exceeds the patience."""
+_SECOND_TIME = 2
+"""The same for work that was done once, which may have compiled."""
 _ENOUGH = 2**26
 """Bytes that count as progress of work that moves many, for each 128 ranks: more than what the first rank's store moves
 in ``LONG`` while so many ranks poll it."""
@@ -110,8 +112,8 @@ def announce(what: str, step: int | None = None) -> None:
     """Announce the work that this rank does from now on. All ranks of a group must announce the same, in the same
     order.
 
-    The time it may take: the patience, or 5 times the longest that it has taken, and 10 times the patience when it is
-    done for the first time.
+    The time it may take: the patience, or 5 times the longest that it has taken (2 times, if it was done once), and 10
+    times the patience when it is done for the first time.
 
     Args:
         what: the work, in the same words whenever it is the same
@@ -199,8 +201,10 @@ class _Self:
 
     def enter(self, phase: _Phase) -> None:
         now, what = time.monotonic(), self.phase.what
-        # The first time does not count, as it may have included a compilation.
-        self._longest[what] = max(self._longest[what], now - self._began) if what in self._longest else 0.0
+        took = now - self._began
+        self._longest[what] = (
+            max(self._longest[what], took) if what in self._longest else took * _SECOND_TIME / _SLOWEST
+        )
         self._began = now
         self._beat += 1  # before the phase: or the other thread would blame the new phase for the time
         self.phase = phase

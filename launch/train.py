@@ -138,7 +138,7 @@ def main() -> int:
     inputs, config = read_inputs(paths, held_out, quant, config)
     student_json, teacher_json = read_deepspeed(paths, quant, config, inputs)
     settings, trunk = settings_of(paths, quant, config, inputs, student_json)
-    run.open_folder(paths.output, settings, cli.is_first_rank())
+    run.open_folder(paths.output, settings, student_json, cli.is_first_rank())
     final = paths.output / FINAL
     if final.exists():
         cli.say(f"{final} already exists: the run is complete.")
@@ -152,6 +152,9 @@ def main() -> int:
     from qat.train.loop import train
 
     engines.init_distributed()
+    engines.check_shared(paths.output)
+    on_nvme = {folder for config in (student_json, teacher_json) for folder in deepspeed_json.nvme_folders(config)}
+    engines.empty(on_nvme)
     planned = plan_with_others(paths, quant, config, inputs, student_json, teacher_json)
     scales, steps = scales_of_run(trunk or paths.output, inputs.start.directory, quant), None
     if not runs_teacher(config, inputs):
@@ -195,6 +198,7 @@ def main() -> int:
         print(memory.beside_plan(planned.needs), flush=True)
     if complete:
         engines.save_student(student, final, quant, companions)
+        engines.empty(on_nvme)
     stopped = f"stopped by a signal and saved: the same command resumes {paths.output}"
     cli.say(f"{final}: the trained student, {quant}" if complete else stopped)
     return 0 if complete else RESUMABLE_EXIT
@@ -246,6 +250,7 @@ def read_deepspeed(
     if not config.trained.weights:
         check_codes_last(prepare(inputs.start.skeleton(), quant), deepspeed_json.dtype(student))
     student.setdefault("tensorboard", {"enabled": True, "output_path": str(paths.output), "job_name": TENSORBOARD})
+    student, teacher = (deepspeed_json.with_own_folders(config, paths.output) for config in (student, teacher))
     return student, teacher
 
 

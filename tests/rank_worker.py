@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -96,6 +97,17 @@ def write(then: Callable[[], None] = lambda: None) -> None:
         print("all have come", flush=True)
 
 
+def share(folder: str) -> None:
+    """Check whether all see one folder."""
+    from qat.train import engines
+
+    join()
+    engines._OF_NFS = 1.0
+    engines.check_shared(Path(os.environ["FOLDER"]) / folder)
+    if cli.rank() == 1:
+        print("all have come", flush=True)
+
+
 def stop(last: int) -> int:
     """As after a signal; rank ``last`` takes its time."""
     join()
@@ -114,6 +126,8 @@ PARTS: dict[str, Callable[[], int | None]] = {
     "wait": wait,
     "write": write,
     "hang while writing": lambda: write(hang),
+    "share": lambda: share("one"),
+    "share nothing": lambda: share(str(cli.rank())),
     "stop, first rank last": lambda: stop(0),
     "stop, second rank last": lambda: stop(1),
 }

@@ -281,14 +281,19 @@ def test_size_and_duration_are_written_down(trained):
 
 
 @pytest.mark.parametrize(
-    ("there", "newest", "keep", "deleted"),
+    ("there", "half", "newest", "keep", "deleted"),
     [
-        ([5, 10, 15], 15, 2, [5]),
-        ([5, 10, 15], 15, 1, [5, 10]),
-        ([10, 15, 20], 15, 1, [20, 10]),  # 20 is what a killed run left behind: it must not count
-        ([5], 5, 2, []),
+        ([5, 10, 15], [], 15, 2, [5]),
+        ([5, 10, 15], [], 15, 1, [5, 10]),
+        ([10, 15, 20], [], 15, 1, [10, 20]),  # 20 is damaged, or the run would not have taken step 15 again
+        ([10, 15, 20], [15], 20, 2, [15]),  # 15 was being written when a run was killed: it does not count
+        ([5], [], 5, 2, []),
     ],
 )
-def test_what_latest_names_is_never_deleted(there, newest, keep, deleted):
-    paths = {step: Path(f"step-{step:06d}") for step in there}
+def test_the_newest_complete_checkpoints_are_kept(there, half, newest, keep, deleted, tmp_path):
+    paths = {step: tmp_path / f"step-{step:06d}" for step in there}
+    for step, path in paths.items():
+        path.mkdir()
+        if step not in half:
+            (path / MANIFEST).touch()
     assert _superseded(list(paths.values()), paths[newest], keep) == [paths[step] for step in deleted]

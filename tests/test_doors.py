@@ -491,7 +491,7 @@ def test_records_of_runs_and_caches_are_read_or_refused(model, text):
         (folder / name).write_text(text)
     for read in (
         lambda path: student_folder.find(path / "checkpoints" / "step-1", str(model)),
-        lambda path: run.open_folder(path, dict.fromkeys(run.CHANGES_NO_RESULT)),
+        lambda path: run.open_folder(path, dict.fromkeys(run.CHANGES_NO_RESULT), {}),
         lambda path: train.TrainingData(path, tiny_tokenizer(), 0),
         lambda path: TeacherCache(path).check({"teacher": "x"}),
         lambda path: writer.is_complete(path, {"method": "x"}),

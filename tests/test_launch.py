@@ -83,11 +83,41 @@ def test_a_resume_with_other_settings_names_those_alone(tmp_path):
     record_settings(tmp_path, settings, {}, {})
     changed = settings | {"lr": 3e-4, "optimizer": optimizer | {"params": params | {"lr": 3e-4}}}
     with pytest.raises(UserError, match=re.escape("other settings (lr was 2e-05, now 0.0003): give the same")):
-        open_folder(tmp_path, changed)
+        open_folder(tmp_path, changed, {})
     (tmp_path / "lock").unlink()  # which this process holds to its end
     changed = settings | {"optimizer": optimizer | {"params": params | {"betas": [0.9, 0.95]}}}
     with pytest.raises(UserError, match=re.escape("(optimizer.params.betas was [0.9, 0.999], now [0.9, 0.95])")):
-        open_folder(tmp_path, changed)
+        open_folder(tmp_path, changed, {})
+
+
+def test_a_resume_whose_checkpoints_would_be_others_is_refused(tmp_path):
+    """What only moves between GPU and host, or changes the traffic, may change."""
+    settings = {**asdict(QuantConfig()), **asdict(TrainConfig()), "arithmetic": ARITHMETIC}
+    shipped = {path.stem: deepspeed_json.read(path) for path in deepspeed_json.SHIPPED.glob("zero3*.json")}
+    record_settings(tmp_path, settings, shipped["zero3_offload"], {})
+    larger = shipped["zero3_offload"]["zero_optimization"] | {"sub_group_size": 10**7}
+    for now, named in (
+        (shipped["zero3"], ""),
+        (shipped["zero3_nvme"], "optimizer on NVMe was False, now True"),
+        (shipped["zero3_offload"] | {"zero_optimization": larger}, "sub_group_size was "),
+        (
+            shipped["zero3_offload"] | {"data_types": {"grad_accum_dtype": "bf16"}},
+            "grad_accum_dtype was fp32, now bf16",
+        ),
+    ):
+        with pytest.raises(UserError, match=f"another --deepspeed, .*{named}") if named else nullcontext():
+            open_folder(tmp_path, settings, now)
+        (tmp_path / "lock").unlink()
+
+
+def test_runs_on_one_machine_do_not_share_a_folder_on_nvme(tmp_path):
+    ds_config = deepspeed_json.read(deepspeed_json.SHIPPED / "zero3_nvme.json")
+    first, again, second = (
+        deepspeed_json.nvme_folders(deepspeed_json.with_own_folders(ds_config, tmp_path / name)) for name in "aab"
+    )
+    assert first == again
+    assert not {*first} & {*second}
+    assert [folder.parent for folder in first] == [Path("/local_nvme")]
 
 
 def test_a_run_that_multiplied_floats_where_codes_with_zero_points_are_multiplied_now_is_refused(tmp_path):
@@ -101,7 +131,7 @@ def test_a_run_that_multiplied_floats_where_codes_with_zero_points_are_multiplie
             if is_refused
             else nullcontext()
         ):
-            open_folder(tmp_path, now)
+            open_folder(tmp_path, now, {})
         (tmp_path / "lock").unlink()
         (tmp_path / "settings.json").unlink()
     grouped = QuantConfig(w_quantizer="minmax_asymmetric", w_group_size=32)
@@ -116,7 +146,7 @@ def test_a_run_in_bf16_of_the_first_version_which_rounded_rope_is_refused(tmp_pa
         begun = settings | {"bf16": {"enabled": bf16}}
         record_settings(tmp_path, begun, {}, {})
         with outcome:
-            open_folder(tmp_path, begun | {"arithmetic": ARITHMETIC})
+            open_folder(tmp_path, begun | {"arithmetic": ARITHMETIC}, {})
         (tmp_path / "lock").unlink()
         (tmp_path / "settings.json").unlink()
 

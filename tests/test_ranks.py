@@ -32,6 +32,7 @@ class Ranks:
 
     def __init__(self, part: str, log: Path, port: str):
         variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, ranks.PATIENCE: str(PATIENCE)}
+        variables["FOLDER"] = str(log.parent)
         self.log = log
         self.log.touch()
         self.processes = [
@@ -89,6 +90,27 @@ def test_a_stopped_first_rank_ends_the_run_and_is_named(start):
     codes, line = run.end(1)
     assert codes == [1]
     assert re.fullmatch(r"error: rank 0 \(.+\): no sign of life for \d+ s; last seen at step \d+, .+", line)
+
+
+def test_an_output_on_the_nodes_own_disks_is_refused(start, tmp_path):
+    for folder in ("one", "0"):
+        (tmp_path / folder).mkdir()
+    assert start("share").end() == ([0, 0], "all have come")
+    codes, line = start("share nothing").end()
+    assert codes == [2, 2]
+    assert "is not the same folder on all nodes: give an --output" in line
+    assert not list((tmp_path / "one").iterdir())
+
+
+def test_what_took_long_once_may_take_long_again(monkeypatch):
+    """A first time may have compiled: from then on five times the longest count, after it only two."""
+    monkeypatch.setenv("RANK", "0")
+    own = ranks._Self(2, None, 10.0)
+    for expected in (100, 120, 300, 300):
+        own.announce("optimizer step", 1)
+        assert own.sign().patience == pytest.approx(expected, rel=0.01)
+        own._began -= 60
+        own.announce("reading a sample", None)
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -39,7 +39,7 @@ def above() -> list[int]:
     """Return the process ids of the launchers that this process descends from, nearest first."""
     try:
         return [process.pid for process in psutil.Process().parents() if _is_launcher(process.cmdline())]
-    except psutil.NoSuchProcess:  # one has just ended: the processes above it are no longer above this one
+    except psutil.Error:  # one has just ended, and those above it are above this one no more; or /proc hides them
         return []
 
 
@@ -48,7 +48,10 @@ def _is_orphan() -> bool:
     can start ranks with the same variables; they too run in Python."""
     if not any(name in os.environ for name in _STARTED_BY):
         return False
-    commands = [process.cmdline() for process in psutil.Process().parents()]
+    try:
+        commands = [process.cmdline() for process in psutil.Process().parents()]
+    except psutil.Error:
+        return False
     return not any("python" in Path(command[0]).name for command in commands if command)
 
 

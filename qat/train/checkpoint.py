@@ -83,13 +83,16 @@ def save(engine: deepspeed.DeepSpeedEngine, directory: Path, state: TrainState, 
     writer = deepspeed_internals.Writer()
     deepspeed_internals.write_with(engine, writer)
     with ranks.doing("writing a checkpoint"), _meeting(engine, "the checkpoint is written"):
-        engine.save_checkpoint(
-            str(directory),
-            tag=folder.name,
-            client_state=asdict(state),
-            save_latest=False,
-            exclude_frozen_parameters=True,  # they stay what the run began with
-        )
+        try:
+            engine.save_checkpoint(
+                str(directory),
+                tag=folder.name,
+                client_state=asdict(state),
+                save_latest=False,
+                exclude_frozen_parameters=True,  # they stay what the run began with
+            )
+        except OSError as error:  # in copying what is on NVMe; the other ranks may be anywhere, and end with this one
+            raise _unwritten(folder, str(error)) from error
     _agree(writer.failure, folder)
     with ranks.doing("reading the checkpoint back"):
         entries = manifest.entries(folder, dist.get_rank(), dist.get_world_size())
@@ -256,17 +259,21 @@ def _agree(failure: str, folder: Path) -> None:
         return
     if dist.get_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
-    raise UserError(
-        f"{folder} could not be written ({failures[0]}): make room and start again. "
+    raise _unwritten(folder, failures[0])
+
+
+def _unwritten(folder: Path, failure: str) -> UserError:
+    return UserError(
+        f"{folder} could not be written ({failure}): make room and start again. "
         f"The last complete checkpoint is {latest(folder.parent)}."
     )
 
 
 def _superseded(checkpoints: list[Path], newest: Path, keep: int) -> list[Path]:
-    """Return the checkpoints to delete: all but the last ``keep`` up to ``newest``, and later ones, left broken by a
-    killed run."""
-    whole = [path for path in checkpoints if path <= newest]
-    return [path for path in checkpoints if path > newest] + whole[:-keep]
+    """Return the checkpoints to delete: all but the last ``keep`` up to ``newest`` that are complete. Half-written and
+    later ones were left by a killed run, or are damaged."""
+    complete = [path for path in checkpoints if path <= newest and (path / MANIFEST).is_file()]
+    return [path for path in checkpoints if path not in complete[-keep:]]
 
 
 def _delete(checkpoint: Path) -> None:

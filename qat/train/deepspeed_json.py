@@ -2,6 +2,7 @@
 contradict each other."""
 
 import copy
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ _REFUSED = {
     "checkpoint": "checkpoints are managed by this program",
     "scheduler": "the learning rate is set by --lr, --warmup_steps and --min_lr_ratio",
 }
+
+_OFFLOADED = ("offload_optimizer", "offload_param")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -85,11 +88,34 @@ def read_for_here(path: Path) -> dict[str, Any]:
     """Read the JSON as ``read`` does; raise UserError also if it names an NVMe folder that does not exist on this
     machine."""
     ds_config = read(path)
-    for part in ("offload_optimizer", "offload_param"):
+    for part in _OFFLOADED:
         nvme = _get(ds_config, f"zero_optimization.{part}.nvme_path")
         if nvme and not Path(nvme).is_dir():
             raise UserError(f"{path} puts {part} on {nvme}, which does not exist: give a folder on a local NVMe disk.")
     return ds_config
+
+
+def with_own_folders(ds_config: dict[str, Any], output: Path) -> dict[str, Any]:
+    """Return the configuration with a folder in each NVMe folder for the run in ``output`` alone: DeepSpeed names its
+    files there by rank and parameter, and two runs on one machine would write into each other's."""
+    config, own = copy.deepcopy(ds_config), hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:12]
+    for part in _OFFLOADED:
+        if nvme := _get(config, f"zero_optimization.{part}.nvme_path"):
+            _set(config, f"zero_optimization.{part}.nvme_path", str(Path(nvme) / f"llm-qat-{own}"))
+    return config
+
+
+def nvme_folders(ds_config: dict[str, Any]) -> list[Path]:
+    """Return the folders on NVMe that a configuration offloads to."""
+    folders = (_get(ds_config, f"zero_optimization.{part}.nvme_path") for part in _OFFLOADED)
+    return [Path(folder) for folder in folders if folder]
+
+
+def layout(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """Return what the files of a checkpoint, or the numbers in them, depend on."""
+    names = ("zero_optimization.sub_group_size", "data_types.grad_accum_dtype")
+    on_nvme = _get(ds_config, "zero_optimization.offload_optimizer.device") == "nvme"
+    return {name: _get(ds_config, name) for name in names} | {"optimizer on NVMe": on_nvme}
 
 
 def resolve(path: Path, learning: dict[str, Any]) -> dict[str, Any]:

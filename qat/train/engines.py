@@ -7,8 +7,11 @@ it fits, each rank holds all of the teacher, and receives nothing of it.
 from __future__ import annotations
 
 import os
+import secrets
+import shutil
 import socket
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +34,7 @@ from qat.quant.quantizers.base import Grid
 from qat.quant.tensor_scales import largest_magnitudes, scales_from, set_tensor_scales
 from qat.runtime import machine, ranks
 from qat.runtime.errors import UserError
+from qat.runtime.files import writing
 from qat.runtime.machine import local_ranks, take_gpu
 from qat.store import models, student_folder
 from qat.store.run_folder import STUDENT_PREFIX
@@ -41,6 +45,13 @@ from qat.train.losses import LOSSES, Loss, Records
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+_TOKEN = ".shared"
+"""A file in the folder of a run, with which the ranks find out whether they all see it."""
+
+_OF_NFS = 60.0
+"""Seconds after which a file that another node has written is seen on NFS."""
 
 
 def init_distributed() -> None:
@@ -69,6 +80,40 @@ def init_distributed() -> None:
     with ranks.doing("the first collective", patience=300):  # ranks with a misconfigured network hang in it
         deepspeed.init_distributed(timeout=ranks.TIMEOUT)  # connects GPUs at once
         dist.barrier()
+
+
+def check_shared(directory: Path) -> None:
+    """Raise UserError if a rank sees another folder ``directory`` than the first: no checkpoint would be complete that
+    is spread over the nodes' own disks."""
+    (token,) = _from_first_rank(secrets.token_hex(8))
+    file = directory / _TOKEN
+    if dist.get_rank() == 0:
+        with writing(directory):
+            file.write_text(token)
+    ranks.meet("the output folder is marked")
+    until = time.monotonic() + _OF_NFS
+    while not (seen := file.is_file() and file.read_text() == token) and time.monotonic() < until:
+        time.sleep(1)
+    everywhere = least(float(seen)) == 1
+    if dist.get_rank() == 0:
+        file.unlink(missing_ok=True)
+    if not everywhere:
+        raise UserError(
+            f"{directory} is not the same folder on all nodes: give an --output on a file system that they share."
+        )
+
+
+def _from_first_rank(value: Any) -> list[Any]:
+    values = [value]
+    dist.broadcast_object_list(values, 0)
+    return values
+
+
+def empty(folders: Iterable[Path]) -> None:
+    """Delete folders on each node's own disks: what an earlier start has left there would get into checkpoints."""
+    for folder in folders if os.environ.get("LOCAL_RANK", "0") == "0" else ():
+        shutil.rmtree(folder, ignore_errors=True)
+    ranks.meet("folders on NVMe are empty")
 
 
 def least(value: float) -> float:

@@ -13,6 +13,7 @@ from qat.runtime.errors import UserError, differences
 from qat.runtime.files import MANIFEST, check_partial, lock, using, write_atomically, writing
 from qat.store import student_folder
 from qat.store.run_folder import CHECKPOINTS, FINAL, SETTINGS
+from qat.train import deepspeed_json
 from qat.train.checkpoint import checkpoints
 from qat.train.config import TrainConfig, arithmetic_of
 
@@ -102,9 +103,9 @@ def check_arithmetic(run: Path, settings: dict[str, Any], consequence: str, advi
         )
 
 
-def open_folder(output: Path, settings: dict[str, Any], is_first_rank: bool = True) -> None:
+def open_folder(output: Path, settings: dict[str, Any], ds_config: dict[str, Any], is_first_rank: bool = True) -> None:
     """Check that the folder can be written to, and that a run in it is resumed with the settings that it was started
-    with.
+    with, and with a student's DeepSpeed JSON whose checkpoints are the same.
 
     The first rank holds a lock on the folder until it ends, so that no two runs work in one.
     """
@@ -113,12 +114,19 @@ def open_folder(output: Path, settings: dict[str, Any], is_first_rank: bool = Tr
         check_partial(output / FINAL)
     path = output / SETTINGS
     if path.exists():
-        started = student_folder.run_settings(output)["settings"]
+        record = student_folder.run_settings(output)
+        started = record["settings"]
         check_arithmetic(output, started, "would not resume with the same losses", "give another --output")
         free = {name: settings[name] for name in CHANGES_NO_RESULT}
         began = _defaults() | started | free
         if listed := differences(_compared(began), _compared(settings)):
             raise UserError(f"{output} was started with other settings ({listed}): give the same, or another --output.")
+        before, now = (deepspeed_json.layout(given) for given in (record.get("deepspeed", ds_config), ds_config))
+        if listed := differences(before, now):
+            raise UserError(
+                f"{output} was started with another --deepspeed, whose checkpoints this one cannot continue from "
+                f"({listed}): give the same, or another --output."
+            )
     elif (output / FINAL).exists() or checkpoints(output / CHECKPOINTS):
         raise UserError(f"{output} holds a run without its {SETTINGS}: restore it, or give another --output.")
 

@@ -102,7 +102,7 @@ def test_a_resume_whose_checkpoints_would_be_others_is_refused(tmp_path):
         (shipped["zero3_offload"] | {"zero_optimization": larger}, "sub_group_size was "),
         (
             shipped["zero3_offload"] | {"data_types": {"grad_accum_dtype": "bf16"}},
-            "grad_accum_dtype was fp32, now bf16",
+            "grad_accum_dtype was 'fp32', now 'bf16'",
         ),
     ):
         with pytest.raises(UserError, match=f"another --deepspeed, .*{named}") if named else nullcontext():

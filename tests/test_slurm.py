@@ -100,6 +100,33 @@ def test_a_signalled_job_saves_requeues_itself_and_ends_as_if_nothing_had_been(
     assert weights(output) == weights(whole)
 
 
+def test_a_cancelled_job_ends(cluster, tiny_directory, tiny_data, tmp_path):
+    """SLURM tells it by the signal that preemption has."""
+    output = tmp_path / "run"
+    places = {"MODEL": tiny_directory, "DATA": tiny_data, "OUTPUT": output}
+    job = Job("train.sbatch", cluster, tmp_path / "log", TRAINING, **places)
+    job.wait(lambda: steps_of(output) >= 3)
+    job.slurm("scancel", job.number)
+    until = time.monotonic() + 120
+    while "was cancelled; submit it again" not in job.log.read_text():
+        assert time.monotonic() < until, job.log.read_text()
+        time.sleep(0.2)
+    assert job.state() == "CANCELLED"
+    assert job.field("Restarts") == "0"
+
+
+def test_a_job_whose_time_is_up_before_it_can_save_does_not_begin_again(cluster, tiny_directory, tiny_data, tmp_path):
+    """The signal comes ten minutes before the end: at once, of a job of ten minutes."""
+    places = {"MODEL": tiny_directory, "DATA": tiny_data, "OUTPUT": tmp_path / "run"}
+    job = Job("train.sbatch", cluster, tmp_path / "log", TRAINING, [*FEWER, "--time=10"], **places)
+    until = time.monotonic() + 200
+    while job.state() != "FAILED":
+        assert time.monotonic() < until, job.log.read_text()
+        time.sleep(0.2)
+    assert "Give --time some minutes more than the seconds of --signal" in job.log.read_text()
+    assert job.field("Restarts") == "0"
+
+
 def test_four_nodes_take_the_same_batches(whole, cluster, tiny_directory, tiny_data, tmp_path):
     """One rank on each of 4 nodes, each with two sequences of a step."""
     one_rank_each = ["--ntasks-per-node=1", "--gpus-per-node=1"]
@@ -125,7 +152,7 @@ def test_a_signalled_evaluation_goes_on_with_what_is_missing(whole, cluster, tmp
     assert len(both["texts"]) == 2
     assert both["seconds"].items() > first["seconds"].items(), "what was measured is not measured again"
     again = run_python("evaluate", f"--model={whole / 'final'}", *texts, f"--output={result}")
-    assert "already exists" in again.stdout
+    assert "already in" in again.stdout
 
 
 def test_two_generations_one_of_them_signalled_share_the_shards(cluster, tiny_directory, tmp_path):

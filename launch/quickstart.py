@@ -77,7 +77,7 @@ def main() -> None:
         ["--model", model, "--data", out / "data", "--output", run],
     )
     quant = QuantConfig.load(run / FINAL)
-    bits = [f"--{name}={getattr(quant, name)}" for name in ("w_bits", "a_bits", "kv_bits")]  # the paper's quantizers
+    bits = [f"--{name}={getattr(quant, name)}" for name in ("w_bits", "a_bits", "kv_bits")]  # with symmetric grids
     evaluate = [python, _LAUNCH / "evaluate.py", "--window", "512", "--windows", str(settings.windows)]
     stages.run("evaluate teacher", evaluate, ["--model", model, "--output", out / "teacher.json"])
     rtn = ["--method", "rtn", *bits]
@@ -116,7 +116,7 @@ def _report(settings: Quickstart, model: str, stages: Stages) -> None:
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")},
         "seed": train["seed"],
     }
-    labels = {"teacher": "teacher\n(full precision)", "rtn": "RTN\n(the paper's grids,\nuntrained)", "qat": "LLM-QAT"}
+    labels = {"teacher": "teacher\n(full precision)", "rtn": "RTN\n(symmetric grids,\nuntrained)", "qat": "LLM-QAT"}
     with writing(out):
         write_atomically(out / "results.json", json.dumps(results, indent=2) + "\n")
         plots.plot_training(log, out / "training.png")
@@ -126,7 +126,7 @@ def _report(settings: Quickstart, model: str, stages: Stages) -> None:
     for column in ("", "perplexity", "weights on disk"):
         table.add_column(column, justify="left" if not column else "right")
     table.add_row("teacher", f"{results['teacher_ppl']:.2f}", f"{full_size / 1e6:.0f} MB")
-    table.add_row("RTN, the paper's grids", f"{results['rtn_ppl']:.2f}", "")
+    table.add_row("RTN, symmetric grids", f"{results['rtn_ppl']:.2f}", "")
     table.add_row("LLM-QAT", f"{results['qat_ppl']:.2f}", f"{low_size / 1e6:.0f} MB")
     Console().print(table)
     print(

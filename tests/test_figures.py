@@ -78,14 +78,13 @@ def test_the_quickstarts_figures_are_those_of_its_results():
     assert_says(
         "README.md",
         f"| teacher, full precision | {teacher:.2f} | {found['teacher_bytes'] / 1e6:.0f} MB (fp32) |",
-        f"| RTN: the paper's grids, untrained | {rtn:.2f} | |",
+        f"| RTN: symmetric grids, untrained | {rtn:.2f} | |",
         f"| **LLM-QAT** | **{qat:.2f}** | {found['export_bytes'] / 1e6:.0f} MB |",
-        f"LLM-QAT closes {found['gap_closed']:.0%} of the distance from RTN to the teacher in log-perplexity, after "
+        f"In log-perplexity, training removes {found['gap_closed']:.0%} of what RTN loses against the teacher, after "
         f"{found['steps']} steps on {found['train_tokens']:,} tokens",
         f"Perplexity is on {found['evaluated_tokens']:,} tokens of encyclopedic prose",
-        f"full precision {teacher:.1f}, rounded to nearest {rtn:.1f}, after",
+        f"full precision {teacher:.1f}; each number rounded to the nearest, without training (*RTN*), {rtn:.1f}; after",
         f"training on 2 CPU cores {qat:.1f}",
-        f"the best recipe so far {CELLS[f'qat_{GROUPS}']['texts']['encyclopedia']['perplexity']:.1f}",
         f'alt="Perplexity: teacher {teacher:.1f}, RTN {rtn:.1f}, LLM-QAT {qat:.1f}"',
     )
     assert_says("docs/log.md", f"the quickstart's {found['steps']} steps end at perplexity {qat:.2f}")
@@ -98,7 +97,7 @@ def test_the_readmes_sentences_have_the_figures_of_the_cells():
     assert Claim("", pairs).check(CELLS).verdict == "holds"
     assert_says(
         "README.md",
-        f"{len(pairs)} of {len(pairs)} pairs",
+        f"{len(pairs)} of {len(pairs)} comparisons",
         f"RTN {kl('rtn_8-8-8')}, SmoothQuant {kl('smoothquant_8-8-8')}; LLM-QAT {kl('qat_8-8-8')} at the learning rate "
         f"of the other cells (2e-4), {kl('qat_8-8-8_lr=2e-05')} at 2e-5, and {kl(best)} at 2e-5 when initialized",
         "closes {}% and {}% of RTN's distance".format(*closed(best, "rtn_8-8-8")),
@@ -150,7 +149,9 @@ def test_accuracies_and_flips_are_those_of_the_cells():
         "README.md",
         f"by {full} points from full precision, by {ptq[0]} from RTN, {ptq[1]} from GPTQ and {ptq[2]} from SmoothQuant",
         "At 4-8-4 LLM-QAT flips {} of them, RTN {}, GPTQ {}, SmoothQuant {}.".format(*flipped("4-8-4")),
-        "fewer, by {}, {} and {} points".format(*(f"{-one.mean:.1f} ± {one.stderr:.1f}" for one in fewer)),
+        "flips {} points fewer than RTN, {} fewer than GPTQ and {} fewer than SmoothQuant".format(
+            *(f"{-one.mean:.1f} ± {one.stderr:.1f}" for one in fewer)
+        ),
     )
     shares = [share.replace("%", " %") for share in flipped("4-8-4")]
     assert_says("docs/log.md", "LLM-QAT {} at 4-8-4, RTN {}, GPTQ {}, SmoothQuant {}".format(*shares))

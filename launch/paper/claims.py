@@ -462,9 +462,9 @@ _INTRODUCTION = """# Results
 Written by `python launch/reproduce.py`, which adds the cells that are missing; each cell with all its settings,
 seeds, versions, times and the machine is a JSON in [cells/](cells). How to read it: perplexity and mean KL(teacher ‖
 student) in nats per token, ± its standard error over the windows, on two texts that we did not train on; *closed* is
-the share of RTN's distance to full precision, in log-perplexity, that is gone (both texts); a difference counts if it
-is larger than two standard errors of the paired differences (window by window) and, if one of the two was trained,
-larger than the change by another seed at the same bits (if none was tried, in any of the paper's settings)."""
+the share of RTN's distance to full precision, in log-perplexity, that is gone (both texts). A difference counts if it
+exceeds two standard errors of the paired differences, window by window. If one of the two was trained, it must also
+exceed the change by another seed at the same bits (if none was tried, in any of the paper's settings)."""
 
 
 def _budget(cells: Mapping[str, Cell]) -> str:

@@ -54,6 +54,11 @@ def main() -> None:
         name = f"multiply {rows}{' with zeros' if more else ''} to {result}"
         found[name] = compiled(device.multiply, pointers, {"ZEROS": bool(more)} | sizes, tile.warps, tile.stages)
     found["unpair"] = compiled(device.unpair, {"pairs": "u8", "result": "i8"}, {"BLOCK": 4096}, 4)
+    for pairs, more, group in ((True, {}, 4096), (True, {"zeros": "i8"}, 64), (False, {}, 4096)):
+        pointers = {"codes": "u8", "scales": "u8", "result": "bf16"} | more
+        constants = {"PAIRS": pairs, "SYMMETRIC": not more, "COLUMNS": 4096, "GROUP": group, "BLOCK": 4096}
+        name = f"stored_values {'pairs' if pairs else 'bytes'} in groups of {group} to bf16"
+        found[name] = compiled(device.stored_values, pointers, constants, host.warps(4096))
     for width, of_mlp in WIDTHS:
         for kind, symmetric in (("bf16", True), ("fp32", False)):
             rows, block, warps = host.tile(width)

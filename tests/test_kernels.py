@@ -423,6 +423,31 @@ def test_pairs_of_codes_are_unpacked_as_by_torch(rows, columns, parts):
     assert same(host.unpair(pairs), packing._unpaired(pairs))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize(
+    "form",
+    [
+        *(Format(4, name, group) for name in METHODS for group in (0, 32)),
+        *(Format(8, name, group) for name in METHODS for group in (0, 32)),
+        Format(2, "seq"),
+        Format(3, "minmax_full", 16),
+        Format(4, scale_dtype="float16"),
+    ],
+    ids=str,
+)
+def test_values_of_gathered_codes_are_those_of_torch(form, parts, dtype, used):
+    """Also where a part, which may have an odd number of bytes, puts the next one's scales at odd addresses."""
+    weight = torch.randn(15, 96, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    weight[:, :2] = torch.tensor([0, 7])
+    packed = torch.stack([packing.pack_rows(quantize(part, form), form) for part in weight.chunk(parts)])
+    gathered = torch.nn.Parameter(torch.full((), torch.nan, device=DEVICE).expand(15, 96))
+    setattr(gathered, packing.STAND_IN, packed)
+    values = packing.stand_in_values(gathered, form, dtype)
+    assert "stored_values" in used
+    assert same(values, dequantize(packing.stand_in(gathered, form), dtype))
+
+
 def test_triton_is_asked_once_for_what_it_compiles_anew(monkeypatch):
     """For other dtypes, alignments, strides and constants, not for other numbers of rows; and what runs is what it
     compiled."""
@@ -516,7 +541,7 @@ def test_they_are_tried_in_a_checkpointed_layer_as_well_as_anywhere(monkeypatch,
     "name",
     [
         *("quantize", "round_rows", "quantize_on", "round_rows_on", "dequantize"),
-        *("norm", "norm_gradients", "gated", "gated_gradients", "unpair"),
+        *("norm", "norm_gradients", "gated", "gated_gradients", "unpair", "stored_values"),
     ],
 )
 @pytest.mark.parametrize("breaks", [RuntimeError("no such GPU"), None])

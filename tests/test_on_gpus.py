@@ -180,7 +180,17 @@ def started(gpu, monkeypatch) -> list:
         def __getitem__(self, grid):
             return lambda *args, **how: calls.append([x for x in args if isinstance(x, Tensor)])
 
-    for name in ("round", "values", "multiply", "norm", "norm_gradients", "gated", "gated_gradients", "unpair"):
+    for name in (
+        "round",
+        "values",
+        "multiply",
+        "norm",
+        "norm_gradients",
+        "gated",
+        "gated_gradients",
+        "unpair",
+        "stored_values",
+    ):
         monkeypatch.setattr(host.device, name, Kernel())
     monkeypatch.setattr(host, "current", lambda x: nullcontext())
     monkeypatch.setattr(kernels, "on", {"cuda": host}.get)

@@ -30,7 +30,7 @@ from qat.quant.number_format import (
     quantize,
     round_to_grid,
 )
-from qat.quant.packing import stand_in
+from qat.quant.packing import stand_in, stand_in_values
 from qat.quant.products import block_dtype, matmul, matmul_blocks, matmul_codes
 from qat.quant.quantizers.base import Grid, divided
 
@@ -222,9 +222,10 @@ class QuantLinear(nn.Linear):
         return Quantized(quantize(weight, self.weight_format, self._start(weight.device)).codes, grid)
 
     def rounded(self, weight: Tensor, grid: Grid | None) -> tuple[Tensor, Grid]:
-        """Return the values [out, in] of ``quantized``, of the weight's dtype, and their grid [out, groups]."""
-        if (codes := stand_in(self.weight, self.weight_format)) is not None:
-            return dequantize(codes, weight.dtype), codes.grid
+        """Return the values [out, in] of ``quantized``, of the weight's dtype, and their grid [out, groups]; of codes
+        that stand in for them, which pass all gradients, no grid."""
+        if (values := stand_in_values(self.weight, self.weight_format, weight.dtype)) is not None:
+            return values, Grid(None, None)  # type: ignore[arg-type]
         if not self.keeps_codes or grid is None:
             return round_to_grid(weight, self.weight_format, grid)
         return dequantize(self.quantized(weight, grid), weight.dtype), grid

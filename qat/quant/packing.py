@@ -4,8 +4,9 @@ codes (qat.train.code_gather) hold."""
 import torch
 from torch import Tensor
 
+from qat.quant import kernels
 from qat.quant.fused import fused
-from qat.quant.number_format import Format, Quantized
+from qat.quant.number_format import Format, Quantized, dequantize
 from qat.quant.quantizers.base import Grid
 
 STAND_IN = "packed_codes"
@@ -75,6 +76,22 @@ def stand_in(weight: Tensor, form: Format) -> Quantized | None:
         codes = (_fused_unpaired if codes.is_cuda else _unpaired)(codes.squeeze(0))
     grid = Grid(by.scale_from_bits(scale.reshape(out, -1)), *(part.reshape(out, -1).float() for part in zero_point))
     return Quantized(by.from_bits(codes.view(torch.int8).reshape(out, -1)), grid)
+
+
+def stand_in_values(weight: Tensor, form: Format, dtype: torch.dtype) -> Tensor | None:
+    """Return the values [out, in] of ``stand_in``, of ``dtype``; None where the Parameter's own are here."""
+    if not _has_stand_in(weight):
+        return None
+    own = kernels.on(weight.device.type)
+    if own and not form.by.is_float and form.by.scale_bytes == 4:
+        codes, scale, *zero_point = _split(weight, form)
+        group = form.group_size or weight.shape[1]
+        values = own.stored_values(codes, scale, *(zero_point or (None,)), form.bits <= 4, group, dtype)
+        if values is not None:
+            return values
+    quantized = stand_in(weight, form)
+    assert quantized is not None
+    return dequantize(quantized, dtype)
 
 
 def stand_in_rows(weight: Tensor, form: Format, rows: Tensor) -> Quantized | None:

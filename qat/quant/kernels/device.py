@@ -154,6 +154,32 @@ def unpair(pairs, result, count, blocks, stride, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows"])
+def stored_values(
+    codes, scales, zeros, result, rows, stride, PAIRS: tl.constexpr, SYMMETRIC: tl.constexpr,
+    COLUMNS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the values of packed rows, of which each part has ``rows``. Parts are ``stride`` bytes apart. Scales are
+    fp32, in bytes that need not be aligned."""
+    blocks: tl.constexpr = (COLUMNS + BLOCK - 1) // BLOCK
+    row, at = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    there, part, own = at < COLUMNS, (row // rows).to(tl.int64) * stride, (row % rows).to(tl.int64)
+    if PAIRS:
+        byte = tl.load(codes + part + own * (COLUMNS // 2) + at // 2, mask=there, other=0).to(tl.int32)
+        code = ((byte >> (at % 2 * 4) & 15) ^ 8) - 8
+    else:
+        code = (tl.load(codes + part + own * COLUMNS + at, mask=there, other=0).to(tl.int32) ^ 128) - 128
+    group = own * (COLUMNS // GROUP) + at // GROUP
+    place, bits = scales + part + 4 * group, tl.zeros([BLOCK], tl.int32)
+    for byte in tl.static_range(4):
+        bits = bits | (tl.load(place + byte, mask=there, other=0).to(tl.int32) << (8 * byte))
+    value = code.to(tl.float32)
+    if not SYMMETRIC:
+        value = value - tl.load(zeros + part + group, mask=there, other=0).to(tl.float32)
+    value = value * bits.to(tl.float32, bitcast=True)
+    tl.store(result + row.to(tl.int64) * COLUMNS + at, value.to(result.dtype.element_ty), mask=there)
+
+
+@triton.jit(do_not_specialize=["rows"])
 def multiply(
     x, weight, result, x_scales, weight_scales, x_zeros, weight_zeros, x_sums, weight_sums, rows, x_stride,
     weight_stride, ZEROS: tl.constexpr, COLUMNS: tl.constexpr, OUT: tl.constexpr,

@@ -133,6 +133,25 @@ def unpair(pairs: Tensor) -> Tensor:
     return result
 
 
+def stored_values(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, pairs: bool, group: int, dtype: torch.dtype
+) -> Tensor | None:
+    """Return the values [parts * rows, n], of ``dtype``, of packed rows: the bytes of codes, two to a byte if they are
+    ``pairs``, and of fp32 scales, uint8 [parts, rows, bytes], and zero points, int8 [parts, rows, groups]; ``group``
+    codes share a scale. All are of one memory, in which parts lie apart. None if no kernel makes ``dtype``."""
+    if dtype not in _TYPES:
+        return None
+    parts, rows, width = codes.shape
+    columns = 2 * width if pairs else width
+    block = piece(columns)
+    result = torch.empty(parts * rows, columns, dtype=dtype, device=codes.device)
+    rest = codes.stride(0), pairs, zero_point is None, columns, group, block
+    programs = parts * rows * -(-columns // block)
+    tensors = codes, scale, zero_point, result
+    _start(device.stored_values, programs, tensors, (rows,), rest, num_warps=warps(block))
+    return result
+
+
 def multiply(
     codes: Tensor,
     weight: Tensor,
@@ -214,6 +233,13 @@ def check(place: torch.device) -> None:
     nibbles = torch.stack([pairs & 15, pairs >> 4], -1).flatten(-2).int()
     if not torch.equal(unpair(pairs).int(), (nibbles ^ 8) - 8):
         raise RuntimeError("what they unpack is not what torch does")
+    scale = torch.linspace(-1, 1, 16, device=place).view(2, 8, 1)
+    bytes_of_scale, columns = scale.view(torch.uint8), nibbles.shape[-1]
+    stored = torch.cat([pairs.flatten(1), bytes_of_scale.flatten(1)], 1)
+    parts = stored[:, : pairs[0].numel()].view(pairs.shape), stored[:, pairs[0].numel() :].view(bytes_of_scale.shape)
+    values = stored_values(*parts, None, True, columns, torch.bfloat16)
+    if values is None or not torch.equal(values, (((nibbles ^ 8) - 8) * scale).bfloat16().view(-1, columns)):
+        raise RuntimeError("what values they unpack is not what torch does")
     for by in (MinMax(), MinMaxAsymmetric()):
         for rows in (_rows_to_try(33, 96).to(place), _rows_to_try(9, 4096).to(place, torch.bfloat16)):
             codes, grid = by.encode(rows, qmax)

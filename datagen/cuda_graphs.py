@@ -57,7 +57,7 @@ class CudaGraphs:
         if columns not in self._captured:
             try:
                 self._captured[columns] = self._capture(step, columns)
-            except torch.OutOfMemoryError:  # a graph takes little: eager steps would meet it too, later
+            except torch.OutOfMemoryError:  # a graph takes little: eager steps would run out too, only later
                 raise
             except RuntimeError as error:
                 _logger.warning("decoding steps cannot be captured as CUDA graphs (%s): they run eagerly", error)

@@ -52,6 +52,11 @@ class Dialogues:
                 f"max_length={max_length} is too short: with turns={turns} the chat template alone takes "
                 f"{needed - 2 * turns} tokens: give {needed} or more."
             )
+        if not opening:
+            raise UserError(
+                "The tokenizer's chat template puts nothing before the user's turn, so the model cannot begin one: "
+                "give --prompts FILE."
+            )
         return cls([opening], between)
 
     @classmethod
@@ -111,11 +116,6 @@ def _texts(tokenizer: Tokenizer, turns: int, system: str) -> tuple[list[int], li
                 "dialogue cannot be written turn by turn: give --turns 1."
             )
     texts = [encoded(tokenizer, text) for text in (opening, to_answer, to_question)]
-    if not texts[0]:
-        raise UserError(
-            "The tokenizer's chat template puts nothing before the user's turn, so the model cannot begin one: give "
-            "--prompts FILE with --turns 1."
-        )
     special = special_ids(tokenizer)
     for text, ids in ((to_answer, texts[1]), *([(to_question, texts[2])] if turns > 1 else [])):
         if not ids or ids[0] not in special:

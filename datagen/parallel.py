@@ -79,8 +79,8 @@ class Group:
                     yield index
                 continue
             with folder.claimed(index) as ours:  # another group may have made it since ``missing`` was listed
-                made = folder.missing(index) if index in damaged else not folder.path(index).is_file()
-                if self.agree(ours and made):
+                lacking = folder.missing(index) if index in damaged else not folder.path(index).is_file()
+                if self.agree(ours and lacking):
                     yield index
 
     def lacks(self, folder: ShardFolder, index: int) -> bool:

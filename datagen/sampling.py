@@ -92,7 +92,7 @@ def choose(
     cumulative = sums.cumsum(-1)
     # The total is 1 only up to rounding: scaling the draw by it keeps the target below the last entry.
     target = draw[:, None] * cumulative[:, -1:]
-    # Of NaNs none passes the target: the limits keep the indices valid, so that the surprisal can tell of them.
+    # NaN never passes the target: the clamps keep the indices valid, and the surprisal is NaN, which tells the caller.
     block = torch.searchsorted(cumulative, target, right=True).clamp(max=sums.shape[1] - 1)
     before = (cumulative - sums).gather(1, block)
     inside = blocks.take_along_dim(block[:, :, None], 1)[:, 0].double().cumsum(-1)

@@ -51,5 +51,9 @@ arguments = TrainingArguments(
     save_strategy="no",
     report_to="none",
 )
-Distillation(teacher, model=qat.Distiller(student), args=arguments, train_dataset=pieces).train()
-qat.save(student.cpu(), settings.output, source=settings.model)
+if arguments.n_gpu > 1:
+    parser.error("start it with torchrun, or with one GPU in CUDA_VISIBLE_DEVICES")
+trainer = Distillation(teacher, model=qat.Distiller(student), args=arguments, train_dataset=pieces)
+trainer.train()
+if trainer.is_world_process_zero():
+    qat.save(student.cpu(), settings.output, source=settings.model)

@@ -200,6 +200,7 @@ def main() -> None:
         **{key: value for key, value in recorded(evaluation).items() if key not in _NOT_RECORDED},
         "window": window,
         "quant": rounded.record() if rounded else None,
+        "dtype": str(inference_dtype()).removeprefix("torch."),
         "weights": subject.weights,
         "teacher_weights": models.weights_fingerprint(teacher_name) if teacher_name else None,
     }
@@ -336,6 +337,11 @@ def tasks_of_baseline(tasks: list[str], evaluation: Evaluation) -> dict[str, Any
     if listed := differences(theirs, {name: getattr(evaluation, name) for name in theirs}):
         raise UserError(
             f"{evaluation.baseline} was measured on other documents ({listed}): give the same --limit and --task_data."
+        )
+    if "triviaqa" in tasks and (theirs_ranks := found.get("ranks", 1)) != cli.ranks():
+        raise UserError(
+            f"{evaluation.baseline} was measured by {theirs_ranks} ranks, which give triviaqa other examples than "
+            f"{cli.ranks()} do: use as many ranks, or leave triviaqa out."
         )
     if not (shared := {task: found["tasks"][task] for task in tasks if task in found["tasks"]}):
         raise UserError(

@@ -114,8 +114,8 @@ def main() -> int:
             write_corpus(Corpus(paths.corpus), folder, directory, tokenizer, config)
         else:
             group = group_of(config)
-            if group.number >= config.shards:
-                return 0  # no shard is left for it, and the others decide whether the folder gets these settings
+            if group.number >= config.shards and folder.is_new:
+                return 0  # there is no shard for it, and the others decide whether the folder gets these settings
             write_generated(folder, directory, tokenizer, config, paths.prompts, group)
     except Stopped:
         cli.say(f"stopped by a signal: the same command resumes {paths.output}")

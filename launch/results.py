@@ -122,6 +122,7 @@ def read(path: Path, flag: str) -> dict[str, Any]:
 def _check_same(content: dict[str, Any], settings: dict[str, Any], path: Path) -> None:
     """Raise UserError if the results in the file ``path`` were measured with other settings: they would be lost."""
     before, now = ({**given, **(given.get("quant") or {})} for given in (content["settings"], settings))
+    before.setdefault("dtype", now.get("dtype"))  # files of earlier versions lack it
     for given in (before, now):
         given.pop("quant", None)
     if listed := differences(before, now):

@@ -153,7 +153,7 @@ def main() -> int:
 
     engines.init_distributed()
     engines.check_shared(paths.output)
-    on_nvme = {folder for config in (student_json, teacher_json) for folder in deepspeed_json.nvme_folders(config)}
+    on_nvme = {folder for each in (student_json, teacher_json) for folder in deepspeed_json.nvme_folders(each)}
     engines.empty(on_nvme)
     planned = plan_with_others(paths, quant, config, inputs, student_json, teacher_json)
     scales, steps = scales_of_run(trunk or paths.output, inputs.start.directory, quant), None
@@ -250,7 +250,7 @@ def read_deepspeed(
     if not config.trained.weights:
         check_codes_last(prepare(inputs.start.skeleton(), quant), deepspeed_json.dtype(student))
     student.setdefault("tensorboard", {"enabled": True, "output_path": str(paths.output), "job_name": TENSORBOARD})
-    student, teacher = (deepspeed_json.with_own_folders(config, paths.output) for config in (student, teacher))
+    student, teacher = (deepspeed_json.with_own_folders(each, paths.output) for each in (student, teacher))
     return student, teacher
 
 
@@ -273,7 +273,8 @@ def settings_of(
         return settings, None
     if begun := run.continued_before(paths.continue_from, paths.output):
         return settings | {"continues": begun}, None
-    return settings | {"continues": run.check_continues(paths.continue_from, settings)}, run.of(paths.continue_from)
+    continues = run.check_continues(paths.continue_from, settings, student_json)
+    return settings | {"continues": continues}, run.of(paths.continue_from)
 
 
 def runs_teacher(config: TrainConfig, inputs: Inputs) -> bool:

@@ -79,3 +79,36 @@ def test_what_is_not_prepared_or_is_so_already_is_refused(tiny_directory, tmp_pa
     qat.prepare(model, qat.QuantConfig())
     with pytest.raises(UserError, match="already prepared"):
         qat.prepare(model, qat.QuantConfig())
+
+
+def test_what_would_train_something_else_in_silence_is_refused():
+    """A second row, autocast's dtypes, and the fp16 that older models come in."""
+    teacher, student = tiny_model(), qat.Distiller(qat.prepare(tiny_model(), qat.QuantConfig()))
+    ids = torch.randint(2, 300, (2, 12))
+    with pytest.raises(UserError, match=r"2 rows: give one sequence \[1, tokens\]"):
+        qat.TeacherTargets.of(teacher, ids)
+    targets = qat.TeacherTargets.of(teacher, ids[:1])
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(UserError, match="Autocast would change"):
+        student(ids[:1], targets)
+    with pytest.raises(UserError, match="in fp16, whose range is too small"):
+        qat.Distiller(tiny_model().half())
+
+
+def test_a_distiller_takes_gradient_checkpointing_as_a_model_does():
+    teacher, ids = tiny_model(), torch.randint(2, 300, (1, 12))
+    gradients = []
+    for checkpointing in (False, True):
+        distiller = qat.Distiller(qat.prepare(tiny_model(), qat.QuantConfig())).train()
+        if checkpointing:
+            distiller.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        distiller(ids, qat.TeacherTargets.of(teacher, ids))[0].backward()
+        gradients.append(distiller.student.model.layers[0].mlp.up_proj.weight.grad)
+    assert torch.equal(*gradients)
+
+
+def test_a_model_that_was_frozen_for_inference_alone_is_not_saved(tiny_directory, tmp_path):
+    student = qat.prepare(tiny_model(tie_word_embeddings=False), qat.QuantConfig())
+    qat.freeze(student, keep_values=False)
+    with pytest.raises(UserError, match="frozen without its values"):
+        qat.save(student, tmp_path / "student", source=tiny_directory)
+    assert not (tmp_path / "student").exists()

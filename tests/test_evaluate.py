@@ -195,6 +195,7 @@ def test_two_ranks_find_what_one_finds_and_nothing_is_measured_twice(tiny_direct
         (["--tasks=piqa", "--limit=5"], "has no results for piqa: give --tasks that it has (arc_easy, openbookqa)"),
         (["--tasks=arc_easy"], "was measured on other documents (limit was 5, now 0)"),
         ([], "needs --tasks"),
+        (["--tasks=triviaqa", "--limit=5"], "by 2 ranks, which give triviaqa other examples than 1 do"),
         (
             ["--tasks=arc_easy", "--limit=5", f"--baseline={text}"],
             "not a result of launch/evaluate.py: give another --b",

@@ -1,10 +1,12 @@
 """The offline tasks are those of the harness: whole, with the right answers."""
 
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from lm_eval.models.huggingface import HFLM
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
+from transformers.cache_utils import DynamicLayer
 
 from qat.evaluate import harness, taskdata, tasks
 from qat.runtime.errors import UserError
@@ -129,3 +131,19 @@ def test_flips_count_what_accuracies_hide():
 @pytest.fixture(scope="module")
 def model_and_tokenizer(tokenizer):
     return tiny_model(), tokenizer
+
+
+def test_answers_likelihoods_are_not_rounded_to_the_models_bf16_nor_decoded_by_its_folder(monkeypatch):
+    """Nor does a batch of long prompts fill a KV cache, which nothing reads."""
+    model = tiny_model().bfloat16()
+    model.generation_config.repetition_penalty = 1.3
+    lm = harness._RankedLM(model, tiny_tokenizer())
+    assert model.generation_config.repetition_penalty in (None, 1.0)
+    context, answer = [5, 6, 7], list(range(8, 28))
+    with torch.no_grad():
+        logits = model(torch.tensor([context + answer])).logits[0, 2:-1]
+    expected = logits.float().log_softmax(-1)[torch.arange(20), answer].sum().item()
+    monkeypatch.setattr(DynamicLayer, "update", None)
+    ((found, _),) = lm._loglikelihood_tokens([(("", ""), context, answer)], disable_tqdm=True)
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert found != float(torch.tensor(found).bfloat16())

@@ -279,4 +279,4 @@ def test_scales_that_cannot_learn_are_refused(monkeypatch, rounded, tiny_directo
     (tmp_path / GRIDS_FILE).rename(rounded / GRIDS_FILE)
     caplog.set_level("INFO", "qat")
     assert grids_of(rounded, QUANT, TrainConfig()) == {}
-    assert "and rounded weights give new ones" in caplog.text
+    assert "and computes new ones from its rounded weights" in caplog.text

@@ -108,7 +108,7 @@ def test_a_cancelled_job_ends(cluster, tiny_directory, tiny_data, tmp_path):
     job.wait(lambda: steps_of(output) >= 3)
     job.slurm("scancel", job.number)
     until = time.monotonic() + 120
-    while "was cancelled; submit it again" not in job.log.read_text():
+    while "was cancelled, or SLURM has requeued it" not in job.log.read_text():
         assert time.monotonic() < until, job.log.read_text()
         time.sleep(0.2)
     assert job.state() == "CANCELLED"
@@ -123,7 +123,7 @@ def test_a_job_whose_time_is_up_before_it_can_save_does_not_begin_again(cluster,
     while job.state() != "FAILED":
         assert time.monotonic() < until, job.log.read_text()
         time.sleep(0.2)
-    assert "Give --time some minutes more than the seconds of --signal" in job.log.read_text()
+    assert "Make --time at least some minutes longer than the seconds in --signal" in job.log.read_text()
     assert job.field("Restarts") == "0"
 
 

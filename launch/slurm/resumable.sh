@@ -7,7 +7,7 @@
 
 run_ranks() {
     set +o posix # in POSIX mode, bash forgets the exit code of a process after the first wait
-    local told='' code=0 first ranks job=$SLURM_JOB_ID state preempted
+    local told=0 time_is_up=0 code=0 first ranks job=$SLURM_JOB_ID state preempted
     if [ -n "$SLURM_ARRAY_TASK_ID" ]; then # the number of one task is that of the whole array
         job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
     fi
@@ -18,28 +18,28 @@ run_ranks() {
     srun --kill-on-bad-exit=1 bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID \
         WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE; exec "$@"' rank "$@" &
     ranks=$!
-    trap 'told=USR1; kill -USR1 $ranks' USR1 # srun forwards it to all tasks
-    trap 'told=TERM; kill -USR1 $ranks' TERM
+    trap 'time_is_up=1; told=1; kill -USR1 $ranks' USR1 # srun forwards it to all tasks
+    trap 'told=1; kill -USR1 $ranks' TERM
     while kill -0 $ranks 2>/dev/null; do # a signal interrupts the wait, not the ranks
         wait $ranks
     done
     wait $ranks || code=$?
-    trap - USR1 TERM
+    trap '' USR1 TERM
     state=$(scontrol show job "$job")
     preempted=$(sed -n 's/.* PreemptTime=\([0-9][^ ]*\).*/\1/p' <<<"$state")
     if [[ $preempted > $(sed -n 's/.*StartTime=\([0-9][^ ]*\).*/\1/p' <<<"$state") ]]; then
-        told=TERM # with a grace time SLURM tells the ranks alone, not this script
+        told=1 # with a grace time SLURM tells the ranks alone, not this script
     fi
-    if [ -z "$told" ] || { [ $code != 85 ] && [ $code -le 128 ]; }; then # 85: saved; above 128: ended by a signal
+    if [ $told = 0 ] || { [ $code != 85 ] && [ $code -le 128 ]; }; then # 85: saved; above 128: ended by a signal
         return $code
     fi
-    if [[ $state != *JobState=RUNNING* ]]; then # scancel sends SIGTERM too
-        echo "stopped: job $job was cancelled; submit it again to resume"
+    if [ $time_is_up = 0 ] && [[ $state == *JobState=* && $state != *JobState=RUNNING* ]]; then
+        echo "stopped: job $job was cancelled, or SLURM has requeued it; if it is gone, submit it again to resume"
         return $code
     fi
-    if [ $told = USR1 ] && [ $code != 85 ] && [ $SECONDS -lt 120 ]; then
-        echo "error: job $job was told to stop $SECONDS s after its start, before it could save: it would be requeued" \
-            "for ever. Give --time some minutes more than the seconds of --signal."
+    if [ $time_is_up = 1 ] && [ $code != 85 ] && [ $SECONDS -lt 120 ]; then
+        echo "error: job $job was told to stop $SECONDS s after its start, before it could save; requeued, it would" \
+            "never get further. Make --time at least some minutes longer than the seconds in --signal."
         return $code
     fi
     echo "stopped: job $job goes back into the queue"

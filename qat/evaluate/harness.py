@@ -22,6 +22,7 @@ from lm_eval.models import huggingface
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import Tensor
+from transformers import GenerationConfig
 
 from qat.evaluate.perplexity import standard_error
 from qat.evaluate.tasks import FEW_SHOT, METRICS
@@ -116,7 +117,11 @@ class _RankedLM(HFLM):
     """A model in memory, on every rank that the launcher started."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer):
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH[model.device.type])
+        # All decode alike: not by what the folder of a full-precision model says of sampling and penalties.
+        model.generation_config = GenerationConfig.from_model_config(model.config)
+        # Log-probabilities and their sums in bf16 would be off by up to half a nat.
+        how: dict[str, Any] = {"batch_size": _BATCH[model.device.type], "softmax_dtype": torch.float32}
+        super().__init__(pretrained=model, tokenizer=tokenizer, **how)
         if dist.is_initialized():
             self._rank, self._world_size = dist.get_rank(), ranks.count()
         self._longest = 0
@@ -131,14 +136,14 @@ class _RankedLM(HFLM):
 
     def _model_call(self, inps: Tensor, *_: Any, **__: Any) -> Tensor:
         """Compute logits of the last positions only, [batch, positions, vocabulary], from which the harness takes the
-        answers': those of a batch's complete 5-shot prompts take gigabytes."""
+        answers': those of a batch's complete 5-shot prompts take gigabytes, as a KV cache would."""
         ranks.progress()
         models.check_ids(self.model.config, int(inps.max()), "A task")
         positions = torch.arange(1, inps.shape[1] + 1, device=inps.device)
         shortest = int((positions * (inps != 0)).amax(dim=1).min())  # the harness pads with zeros, on the right
         needed = self._longest + inps.shape[1] - shortest
         with torch.no_grad():
-            return self.model(inps, logits_to_keep=needed).logits
+            return self.model(inps, logits_to_keep=needed, use_cache=False).logits
 
     def _model_generate(self, context: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         ranks.progress()

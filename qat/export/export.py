@@ -105,7 +105,7 @@ def verify(student: Student, exported: Path, format_name: str, windows: Tensor) 
     model = _in_memory(student)
     trained = expected = perplexity(model, windows)
     if kind.held(student.quant) != student.quant or type(kind).held_weight is not ExportFormat.held_weight:
-        del model  # two have no room on many hosts
+        del model  # many hosts have no room for two
         model = _in_memory(student, kind)
         expected = perplexity(model, windows)
     logits = model(windows[:1]).logits

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qat.quant.kv_cache import AttentionRecord, attend
+from qat.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,6 +34,10 @@ def run(
         the final hidden states [tokens - 1 of each sequence, hidden] that predict a token of it, and, if
         ``all_layers``, the hidden states [1, tokens, hidden] of every layer
     """
+    if len(input_ids) != 1:
+        raise UserError(
+            f"input_ids has {len(input_ids)} rows: give one sequence [1, tokens], or several packed into one row."
+        )
     lengths = lengths or (input_ids.shape[1],)
     attend(model)  # only qat's attention records, and keeps packed sequences apart
     positions = torch.cat([torch.arange(length, device=input_ids.device) for length in lengths])

@@ -165,7 +165,7 @@ def quantized_attention(
     kv: KVQuantizer | None = getattr(module, "kv_quantizer", None)
     if kv is not None:
         query, key, value = kv.query(query), kv.key(key), kv.value(value)
-    if attention_record is not None and module.layer_idx not in attention_record.layers:  # nor when it is recomputed
+    if attention_record is not None and module.layer_idx not in attention_record.layers:  # not again in a recomputation
         attention_record.layers[module.layer_idx] = query, key, scaling, kwargs.get("sliding_window")  # type: ignore[index]
     if sequence_lengths:
         window = kwargs.get("sliding_window")

@@ -333,7 +333,7 @@ class _QuantLinear(torch.autograd.Function):
         ctx.layer, ctx.input_dtype = layer, x.dtype
         passes = None if shared is None else shared.passes(x, layer.input_format)
         kept = (x,) if shared is None else (shared.quantized.codes, *shared.quantized.grid)
-        ctx.save_for_backward(weight, passes, *grid, *kept)  # all of it: gradient checkpointing keeps nothing of this
+        ctx.save_for_backward(weight, passes, *grid, *kept)  # so that checkpointing keeps none of it
         return y if bias is None else y.add_(bias)
 
     @staticmethod

@@ -99,8 +99,8 @@ def calibrate(student: PreTrainedModel, teacher: PreTrainedModel, input_ids: Ten
 
 
 def freeze(model: nn.Module, keep_values: bool = True) -> None:
-    """Quantize every weight permanently: for evaluation, never for training. Without ``keep_values``, ``drop_values``
-    of each weight before the next one is quantized."""
+    """Quantize every weight permanently: for evaluation, never for training. Unless ``keep_values``, each weight's
+    values are freed, as by ``drop_values``, before the next one is quantized."""
     shared = _plain_weights(model)
     for first, *others in weight_holders(model).values():
         quantized = first.freeze()

@@ -39,7 +39,7 @@ def above() -> list[int]:
     """Return the process ids of the launchers that this process descends from, nearest first."""
     try:
         return [process.pid for process in psutil.Process().parents() if _is_launcher(process.cmdline())]
-    except psutil.Error:  # one has just ended, and those above it are above this one no more; or /proc hides them
+    except psutil.Error:  # one has just ended, and what is above it no longer counts; or /proc hides them
         return []
 
 

@@ -45,7 +45,7 @@ _FIRST_TIME = 10
 _SLOWEST = 5
 """Factor on the longest time that the same work has taken, if the result exceeds the patience."""
 _SECOND_TIME = 2
-"""The same for work that was done once, which may have compiled."""
+"""Factor on the first time that work took, which may have included a compilation."""
 _ENOUGH = 2**26
 """Bytes that count as progress of work that moves many, for each 128 ranks: more than what the first rank's store moves
 in ``LONG`` while so many ranks poll it."""
@@ -105,6 +105,13 @@ def gather(value: T) -> list[T]:
         return [value]
     values: list[Any] = [None] * count()
     dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast(value: T) -> list[T]:
+    """Return the first rank's value, in a list."""
+    values = [value]
+    dist.broadcast_object_list(values, 0)
     return values
 
 
@@ -191,7 +198,7 @@ class _Self:
         self._rank, self._host = int(os.environ["RANK"]), socket.gethostname()
         self._step: int | None = None
         self._place = self._beat = self._meetings = self._moved = 0
-        self._began, self._longest = time.monotonic(), dict[str, float]()
+        self._began, self._longest, self._once = time.monotonic(), dict[str, float](), frozenset[str]()
 
     def announce(self, what: str, step: int | None) -> None:
         if step is not None:
@@ -202,9 +209,12 @@ class _Self:
     def enter(self, phase: _Phase) -> None:
         now, what = time.monotonic(), self.phase.what
         took = now - self._began
-        self._longest[what] = (
-            max(self._longest[what], took) if what in self._longest else took * _SECOND_TIME / _SLOWEST
-        )
+        if what not in self._longest:  # the first time
+            self._longest[what], self._once = took * _SECOND_TIME / _SLOWEST, self._once | {what}
+        elif what in self._once:
+            self._longest[what], self._once = took, self._once - {what}
+        else:
+            self._longest[what] = max(self._longest[what], took)
         self._began = now
         self._beat += 1  # before the phase: or the other thread would blame the new phase for the time
         self.phase = phase

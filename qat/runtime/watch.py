@@ -114,7 +114,7 @@ def hanging(ranks: list[Seen], now: float) -> str | None:
     named = [seen for seen in last if not seen.sign.in_collective] or last
     who, sign = ", ".join(str(seen.sign) for seen in named), named[0].sign
     seconds = min(now - seen.changed for seen in named)
-    more = "give QAT_PATIENCE more seconds if it only takes longer"
+    more = "if the work only takes longer, set QAT_PATIENCE to more seconds"
     return f"error: {who}: no progress for {seconds:.0f} s at {sign.what} ({sign.at}); {more}"
 
 

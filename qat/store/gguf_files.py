@@ -2,9 +2,10 @@
 
 Its block types store 32 codes and an fp16 scale: Q4_0 holds every symmetric code of 2 to 4 bits, Q5_0 of 5, Q8_0 of 6
 to 8. So the codes are stored without loss, the scale of a longer group repeated in each of its blocks. A scale that was
-trained in fp16, as those of ggml_q4_0 are, is stored as it is; others are rounded, by at most 1 part in 2048. Q4_1
-holds codes with a zero point, of 2 to 4 bits, as a scale and a minimum, both in fp16. Types with a finer structure
-(Q4_K, Q6_K, IQ4_XS: blocks of 256 with scales of their own) need a rounding of the weights that was not trained.
+trained in fp16, as those of ggml_q4_0 are, is stored as it is; others are rounded, by at most 1 part in 2048 (below
+6e-5, by at most 3e-8). Q4_1 holds codes with a zero point, of 2 to 4 bits, as a scale and a minimum, both in fp16.
+Types with a finer structure (Q4_K, Q6_K, IQ4_XS: blocks of 256 with scales of their own) need a rounding of the weights
+that was not trained.
 
 MXFP4 and NVFP4 have types of their own, without any loss. The scale of an NVFP4 tensor stands beside it, as
 ``blk.0.ffn_gate.scale``; llama.cpp multiplies the product by it.
@@ -56,8 +57,9 @@ _FLOAT_FILE_TYPES = {
     torch.float16: gguf.LlamaFileType.MOSTLY_F16,
 }
 _LARGEST_ERROR, _SMALLEST_STEP = 2.0**-11, 2.0**-24
-"""Largest relative error of a scale rounded to fp16, and fp16's smallest step, by half of which the smallest scales may
-be off: those of rows or groups of next to nothing. What is off by more overflows."""
+"""Largest relative error of a scale rounded to fp16, and fp16's smallest step. Scales so small that half a step is more
+than that error may be off by half a step: their rows or groups are next to nothing. A scale that is off by more
+overflows."""
 
 _ARCHITECTURES = {name: architecture for architecture, name in gguf.MODEL_ARCH_NAMES.items()}
 _ROPES = {
@@ -250,7 +252,7 @@ def new_writer(file: Path, architecture: str) -> gguf.GGUFWriter:
     not in the system's folder for such files, which may be small or in memory."""
     writer = gguf.GGUFWriter(file, architecture, use_temp_file=True)
     with writing(file.parent):
-        writer.temp_file = tempfile.TemporaryFile(dir=file.parent)  # type: ignore[assignment]  # noqa: SIM115  # it closes it
+        writer.temp_file = tempfile.TemporaryFile(dir=file.parent)  # type: ignore[assignment]  # noqa: SIM115  # the writer closes it
     return writer
 
 

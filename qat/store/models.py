@@ -101,8 +101,8 @@ def _download(name: str) -> str:
         return found
     except GatedRepoError as error:
         raise UserError(
-            f"{name!r} is a model whose licence must be accepted: accept it on its page of the hub, log in with hf "
-            "auth login, and run the same command again."
+            f"{name!r} is a model whose licence must be accepted: accept it on the model's page on the hub, log in (hf "
+            "auth login), and run the same command again."
         ) from error
     except (OSError, ValueError) as error:  # invalid name, no such model, a full disk, or the hub cannot be reached
         raise UserError(

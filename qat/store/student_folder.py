@@ -83,6 +83,8 @@ def save(model: PreTrainedModel, directory: str | Path, source: str | Path) -> N
     if Path(directory).exists():
         raise UserError(f"{directory} exists already: choose another folder.")
     quant, folder = prepared_with(model), ModelFolder.read(Path(models.resolve(str(source))))
+    if not all(parameter.numel() for parameter in model.parameters()):
+        raise UserError("The model was frozen without its values: freeze it with keep_values, or save it before.")
     if rotation_of(folder.config) != rotation_of(model.config):
         raise UserError(f"{source} is rotated differently from the model: give the one that the model was made from.")
     write(Path(directory), model, model.state_dict(), quant, folder.companions())
@@ -120,7 +122,7 @@ def _as_stored(name: str, weight: Tensor, model: PreTrainedModel, grids: Mapping
 
     Raises UserError if its values would lose their codes.
     """
-    layer = name.removesuffix(".weight")
+    layer, weight = name.removesuffix(".weight"), weight.cpu()
     if layer not in grids or not (linear := quant_linears(model)[layer]).keeps_codes:
         return weight
     codes, grid = linear.quantized(weight, grids[layer])

@@ -22,12 +22,12 @@ import time
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from qat.runtime import ranks
-from qat.runtime.errors import UserError
+from qat.runtime.errors import UserError, first_line
 from qat.runtime.files import MANIFEST, appearing_folder, write_atomically
 from qat.store import manifest
 from qat.store.pickles import as_data
@@ -92,7 +92,7 @@ def save(engine: deepspeed.DeepSpeedEngine, directory: Path, state: TrainState, 
                 exclude_frozen_parameters=True,  # they stay what the run began with
             )
         except OSError as error:  # in copying what is on NVMe; the other ranks may be anywhere, and end with this one
-            raise _unwritten(folder, str(error)) from error
+            raise _unwritten(folder, first_line(error)[:200]) from error
     _agree(writer.failure, folder)
     with ranks.doing("reading the checkpoint back"):
         entries = manifest.entries(folder, dist.get_rank(), dist.get_world_size())
@@ -124,7 +124,7 @@ def resume(engine: deepspeed.DeepSpeedEngine, directory: Path, begin: Path | Non
 
     Raises UserError if there was a complete one, and none is left, or if ``begin`` is damaged.
     """
-    (names,) = _broadcast([path.name for path in reversed(checkpoints(directory))])
+    (names,) = ranks.broadcast([path.name for path in reversed(checkpoints(directory))])
     for name in names:
         if damage := _damage(directory / name):
             _log.warning("warning: the checkpoint %s is skipped: %s", directory / name, damage)
@@ -244,12 +244,6 @@ def _meeting(engine: deepspeed.DeepSpeedEngine, what: str) -> AbstractContextMan
     from qat.train import deepspeed_internals
 
     return deepspeed_internals.before_the_gathering(engine, lambda: ranks.meet(what))
-
-
-def _broadcast(value: Any) -> list[Any]:
-    values = [value]
-    dist.broadcast_object_list(values, 0)
-    return values
 
 
 def _agree(failure: str, folder: Path) -> None:

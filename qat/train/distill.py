@@ -184,12 +184,23 @@ class Distiller(nn.Module):
 
     def __init__(self, student: PreTrainedModel):
         super().__init__()
+        if student.dtype == torch.float16:
+            raise UserError("The student is in fp16, whose range is too small for gradients: load it in fp32 or bf16.")
         self.student = student
         DistillationHead.convert(output_layer(student))
 
+    def gradient_checkpointing_enable(self, *args: Any, **how: Any) -> None:
+        """Enable gradient checkpointing of the student, as the Trainer of Hugging Face does with a model."""
+        self.student.gradient_checkpointing_enable(*args, **how)
+
     def forward(self, input_ids: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
         """Compute (loss, KL), each the mean over the predicted tokens, of input_ids [1, tokens]; of several packed
-        sequences, the mean over the sequences."""
+        sequences, the mean over the sequences. Raises UserError under autocast."""
+        if torch.is_autocast_enabled(input_ids.device.type):
+            raise UserError(
+                "Autocast would change the dtypes of what is quantized: leave out bf16, fp16 and mixed_precision, and "
+                "load the student in the dtype in which it is to compute."
+            )
         lengths = tuple(length + 1 for length in targets.lengths)
         hidden, records = targets.loss.run(self.student, input_ids, lengths)
         loss, kl = output_layer(self.student)(hidden, targets=targets)

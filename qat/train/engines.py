@@ -83,17 +83,18 @@ def init_distributed() -> None:
 
 
 def check_shared(directory: Path) -> None:
-    """Raise UserError if a rank sees another folder ``directory`` than the first: no checkpoint would be complete that
-    is spread over the nodes' own disks."""
-    (token,) = _from_first_rank(secrets.token_hex(8))
+    """Raise UserError if a rank sees another folder ``directory`` than the first: a checkpoint
+    that is spread over the nodes' own disks would never be complete."""
+    (token,) = ranks.broadcast(secrets.token_hex(8))
     file = directory / _TOKEN
     if dist.get_rank() == 0:
         with writing(directory):
             file.write_text(token)
     ranks.meet("the output folder is marked")
     until = time.monotonic() + _OF_NFS
-    while not (seen := file.is_file() and file.read_text() == token) and time.monotonic() < until:
-        time.sleep(1)
+    with ranks.doing("looking for the output folder"):
+        while not (seen := file.is_file() and file.read_text() == token) and time.monotonic() < until:
+            time.sleep(1)
     everywhere = least(float(seen)) == 1
     if dist.get_rank() == 0:
         file.unlink(missing_ok=True)
@@ -103,16 +104,11 @@ def check_shared(directory: Path) -> None:
         )
 
 
-def _from_first_rank(value: Any) -> list[Any]:
-    values = [value]
-    dist.broadcast_object_list(values, 0)
-    return values
-
-
 def empty(folders: Iterable[Path]) -> None:
     """Delete folders on each node's own disks: what an earlier start has left there would get into checkpoints."""
-    for folder in folders if os.environ.get("LOCAL_RANK", "0") == "0" else ():
-        shutil.rmtree(folder, ignore_errors=True)
+    with ranks.doing("emptying folders on NVMe"):
+        for folder in folders if os.environ.get("LOCAL_RANK", "0") == "0" else ():
+            shutil.rmtree(folder, ignore_errors=True)
     ranks.meet("folders on NVMe are empty")
 
 

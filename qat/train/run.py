@@ -60,13 +60,14 @@ def continued_before(checkpoint: Path, output: Path) -> str | None:
     return student_folder.run_settings(output).get("settings", {}).get("continues")
 
 
-def check_continues(folder: Path, settings: dict[str, Any]) -> str:
+def check_continues(folder: Path, settings: dict[str, Any], ds_config: dict[str, Any]) -> str:
     """Return what identifies the checkpoint in ``folder``; raise UserError if there is none, or if a run with
-    ``settings`` cannot continue from it."""
+    ``settings`` and the student's DeepSpeed JSON cannot continue from it."""
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder} is not a checkpoint: give RUN/checkpoints/step-N, of a run that kept it.")
     run = of(folder)
-    theirs = student_folder.run_settings(run).get("settings")
+    record = student_folder.run_settings(run)
+    theirs = record.get("settings")
     if theirs is None:
         raise UserError(f"{run} holds a checkpoint without its {SETTINGS}: restore it.")
     check_arithmetic(run, theirs, "its checkpoint does not continue here", "give another checkpoint")
@@ -76,6 +77,11 @@ def check_continues(folder: Path, settings: dict[str, Any]) -> str:
         raise UserError(
             f"{folder} is of a run with other settings ({listed}): give the same, except for "
             f"{', '.join(CHANGES_FROM_A_CHECKPOINT)}."
+        )
+    if listed := _other_layout(record, ds_config):
+        raise UserError(
+            f"{folder} is of a run with another --deepspeed, whose checkpoints cannot be loaded with this one "
+            f"({listed}): give the same."
         )
     taken = int(folder.resolve().name.removeprefix("step-"))
     if taken >= settings["steps"]:
@@ -89,6 +95,12 @@ def check_continues(folder: Path, settings: dict[str, Any]) -> str:
             f"{ours.steps - taken} or fewer and a checkpoint of constant learning rate, or the schedule of its run."
         )
     return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()[:16]
+
+
+def _other_layout(record: dict[str, Any], ds_config: dict[str, Any]) -> str:
+    """Return the differences between a run's DeepSpeed JSON and ``ds_config`` that its checkpoints depend on."""
+    before, now = (deepspeed_json.layout(given) for given in (record.get("deepspeed", ds_config), ds_config))
+    return differences(before, now)
 
 
 def check_arithmetic(run: Path, settings: dict[str, Any], consequence: str, advice: str) -> None:
@@ -121,10 +133,9 @@ def open_folder(output: Path, settings: dict[str, Any], ds_config: dict[str, Any
         began = _defaults() | started | free
         if listed := differences(_compared(began), _compared(settings)):
             raise UserError(f"{output} was started with other settings ({listed}): give the same, or another --output.")
-        before, now = (deepspeed_json.layout(given) for given in (record.get("deepspeed", ds_config), ds_config))
-        if listed := differences(before, now):
+        if not (output / FINAL).exists() and (listed := _other_layout(record, ds_config)):
             raise UserError(
-                f"{output} was started with another --deepspeed, whose checkpoints this one cannot continue from "
+                f"{output} was started with another --deepspeed, whose checkpoints cannot be loaded with this one "
                 f"({listed}): give the same, or another --output."
             )
     elif (output / FINAL).exists() or checkpoints(output / CHECKPOINTS):

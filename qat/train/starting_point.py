@@ -54,7 +54,8 @@ def grids_of(student: Path, quant: QuantConfig, config: TrainConfig) -> dict[str
     if _is_rotated_model(student) or not (found := student_folder.find(student)).has_grids:
         return {}
     if not config.trained.scales:
-        _log.info("train=weights ignores the weight grids of %s, and rounded weights give new ones.", student)
+        grids = "train=weights ignores the weight grids of %s and computes new ones from its rounded weights."
+        _log.info(grids, student)
         return {}
     if found.quant.overrides != quant.overrides:
         raise UserError(

@@ -64,7 +64,9 @@ class Gguf(ExportFormat):
         elif not quant.weights.symmetric:
             sentences.append("Weights: codes are as trained; scale and minimum of each group are rounded to fp16.")
         elif quant.weights.by.scale_dtype != torch.float16:
-            sentences.append("Weights: codes are as trained; each scale is rounded to fp16, by at most 1 part in 2048.")
+            sentences.append(
+                "Weights: codes are as trained; each scale is rounded to fp16, by at most 1 part in 2048, or 3e-8."
+            )
         if flags := self.cache_flags(quant):
             sentences.append(
                 f"{trained_cache(quant)}. llama.cpp stores it like this, in all layers, with {flags}; without, it "

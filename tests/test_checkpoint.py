@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
 import pytest
 import torch
+import torch.distributed as dist
 from commands import ROOT
 from faults import flip, full_disk
 from make_fixtures import FIXTURES
@@ -23,7 +25,7 @@ from qat.runtime.errors import UserError
 from qat.runtime.files import MANIFEST
 from qat.store import manifest, student_folder
 from qat.store.run_folder import LATEST
-from qat.train import checkpoint, engines, universal
+from qat.train import checkpoint, deepspeed_internals, engines, universal
 from qat.train.checkpoint import TrainState, _superseded
 from qat.train.log import RunLog
 
@@ -297,3 +299,11 @@ def test_the_newest_complete_checkpoints_are_kept(there, half, newest, keep, del
         if step not in half:
             (path / MANIFEST).touch()
     assert _superseded(list(paths.values()), paths[newest], keep) == [paths[step] for step in deleted]
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(0, 4), (1, 4), (2, 2), (3, 0)])
+def test_a_ranks_part_is_read_without_its_padding(rank, expected, monkeypatch):
+    """Which is memory that nothing was written to: 10 elements, by fours."""
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    part = SimpleNamespace(ds_tensor=torch.zeros(4), ds_numel=10)
+    assert len(deepspeed_internals.own_part(part)) == expected

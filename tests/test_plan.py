@@ -215,7 +215,7 @@ def test_segments_of_gpu_memory_grow_unless_the_user_says_otherwise(monkeypatch)
     importer, ours = multiprocessing.Pipe()
     process = processes().Process(target=_send_settings, args=(importer,))
     process.start()
-    assert ours.recv() == "expandable_segments:True"
+    assert ours.recv() == "expandable_segments:True,pinned_max_round_threshold_mb:1"
     process.join()
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)

@@ -1,4 +1,5 @@
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import gguf
 import pytest
@@ -367,3 +368,15 @@ def test_a_gpu_eager_and_compiled_gives_the_bits_of_the_cpu(by):
 def test_zero_rows_give_zeros_with_scales_of_16_bits_too(name, dtype):
     form = Format(QUANTIZERS[name].allowed_bits[-1], name, scale_dtype=dtype)
     assert dequantize(quantize(torch.zeros(3, 32), form), torch.float32).abs().max() < 1e-6
+
+
+def test_every_thread_may_compile_as_many_variants():
+    """torch's limit is the thread's own, and on GPUs backward runs in another one."""
+    needs_compiler()
+
+    def limit() -> int:
+        quantize(torch.randn(4, 32), Format(4))
+        return torch._dynamo.config.recompile_limit
+
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(limit).result() == limit() == fused._VARIANTS

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 
 from gpu_checks.bench import Bench, profiled, seconds, whereabouts
 from gpu_checks.waits import ours, waits
@@ -194,7 +195,7 @@ def _compiling_anew() -> Iterator[None]:
     """Forget, as a new process has, what was compiled: the compiler chooses how it reduces by the first shape that it
     meets, and another way adds in another order."""
     torch._dynamo.reset()
-    with torch._inductor.config.patch(force_disable_caches=True):
+    with fresh_cache():
         yield
 
 

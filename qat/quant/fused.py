@@ -8,6 +8,7 @@ them on CPUs; it needs a C++ compiler there, and Triton on GPUs. Where either is
 import functools
 import logging
 import os
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -28,6 +29,10 @@ _CASTS = "emulate_precision_casts"
 """Without it the compiler drops the rounding of x.half().float(), and on GPUs fuses products with sums."""
 
 _VARIANTS = 64
+"""Dtypes, strides and modes make variants of a function, more than the eight after which torch would give up
+permanently."""
+
+_thread = threading.local()
 
 
 def fused(function: F, kernel: str = "") -> F:
@@ -45,9 +50,9 @@ def fused(function: F, kernel: str = "") -> F:
             return function(*args)
         if not compiles(device.type) or (_has_float8(args) and not _compiles_float8(device)):
             return function(*args)
+        if not hasattr(_thread, "limit"):  # torch has a limit in each thread, and on GPUs backward has its own
+            torch._dynamo.config.recompile_limit = _thread.limit = _VARIANTS
         if compiled is None:
-            # Dtypes, strides and modes make variants, more than the eight after which torch would give up permanently.
-            torch._dynamo.config.recompile_limit = _VARIANTS
             compiled = torch.compile(function, dynamic=True, options=options())
         with torch.no_grad():  # none of these is differentiated, and the grad mode would make two variants of each
             try:

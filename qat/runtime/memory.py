@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import psutil
 import torch
+from torch.torch_version import TorchVersion
 
 from qat.runtime.machine import device, local_ranks
 
@@ -77,9 +78,20 @@ def _check(work: str, place: str, needs: Mapping[str, float], there: float, advi
 
 def let_segments_grow() -> None:
     """Let the caching allocator enlarge its segments of GPU memory instead of reserving new ones, as sequences of many
-    lengths fragment it.
+    lengths fragment it; and let it not round large blocks of the host's pinned memory up to powers of two, which would
+    take up to twice as much where weights or optimizer are offloaded.
 
     Call it before CUDA is first used, when torch reads the variable. A user's own setting is left alone.
     """
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name, which torch reads first
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        settings = ["expandable_segments:True"]
+        if TorchVersion(torch.__version__) >= "2.13":  # older ones refuse what they do not know
+            settings.append("pinned_max_round_threshold_mb:1")
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", ",".join(settings))
+
+
+def free_unused_pinned() -> None:
+    """Return pinned memory that torch keeps for later use to the host: DeepSpeed pins weights one by one, and then
+    all of them once more in one piece."""
+    if torch.cuda.is_available():
+        torch.accelerator.empty_host_cache()

@@ -160,8 +160,13 @@ class Fetcher(ABC):
 
 
 def own_part(parameter: Sharded) -> Tensor:
-    """Return this rank's part of a Parameter, flat; all of it if it is not partitioned."""
-    return (parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter).detach()
+    """Return this rank's part of a Parameter, flat, without the padding of the last parts, which has no values; all of
+    it if it is not partitioned."""
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter.detach()
+    part = parameter.ds_tensor.detach()
+    begin = dist.get_rank() * part.numel() if part.numel() < parameter.ds_numel else 0
+    return part[: max(0, parameter.ds_numel - begin)]
 
 
 def elements(parameter: Sharded) -> int:

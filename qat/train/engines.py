@@ -32,7 +32,7 @@ from qat.quant.prepare import prepare
 from qat.quant.products import speed_up
 from qat.quant.quantizers.base import Grid
 from qat.quant.tensor_scales import largest_magnitudes, scales_from, set_tensor_scales
-from qat.runtime import machine, ranks
+from qat.runtime import machine, memory, ranks
 from qat.runtime.errors import UserError
 from qat.runtime.files import writing
 from qat.runtime.machine import local_ranks, take_gpu
@@ -58,7 +58,7 @@ def init_distributed() -> None:
     """Join the other ranks that the launcher started, and watch them; without a launcher, be the only one.
 
     DeepSpeed's shared-memory op is switched off: on CPUs it needs a compiler at start-up and fails under torchrun.
-    Without a GPU the ranks divide the cores among them.
+    The ranks divide the host's cores among them, for what they compute there.
     """
     if "RANK" not in os.environ:
         with socket.socket() as free:
@@ -73,9 +73,12 @@ def init_distributed() -> None:
         }
         os.environ.update(alone)
     take_gpu()
-    if not torch.cuda.is_available():
+    threads = max(1, len(os.sched_getaffinity(0)) // local_ranks())
+    if torch.cuda.is_available():
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # of an offloaded optimizer's; torchrun sets 1
+    else:
         deepspeed_internals.without_shared_memory()
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks()))
+    torch.set_num_threads(threads)
     ranks.join(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     with ranks.doing("the first collective", patience=300):  # ranks with a misconfigured network hang in it
         deepspeed.init_distributed(timeout=ranks.TIMEOUT)  # connects GPUs at once
@@ -168,6 +171,7 @@ def student_engine(
         config=_fetching_layers(student, ds_config),
         lr_scheduler=lambda optimizer: LambdaLR(optimizer, lr_factor),
     )
+    memory.free_unused_pinned()
     if engine.zero_nvme_offload_optimizer():
         _check_nvme_parts(engine)
     _check_rope(student)
@@ -260,6 +264,7 @@ class Teacher:
         if not whole:
             ds_config = _fetching_layers(self.language_model, ds_config)
             self._run, *_ = deepspeed.initialize(model=self._run, config=ds_config)
+            memory.free_unused_pinned()
         self._run.eval()
         _check_rope(self.language_model)
 

@@ -231,14 +231,17 @@ def check(place: torch.device) -> None:
     qmax = 7
     pairs = torch.arange(256, device=place).view(2, 8, 16).to(torch.uint8)
     nibbles = torch.stack([pairs & 15, pairs >> 4], -1).flatten(-2).int()
-    if not torch.equal(unpair(pairs).int(), (nibbles ^ 8) - 8):
+    unpacked_codes = (nibbles ^ 8) - 8
+    if not torch.equal(unpair(pairs).int(), unpacked_codes):
         raise RuntimeError("what they unpack is not what torch does")
     scale = torch.linspace(-1, 1, 16, device=place).view(2, 8, 1)
     bytes_of_scale, columns = scale.view(torch.uint8), nibbles.shape[-1]
     stored = torch.cat([pairs.flatten(1), bytes_of_scale.flatten(1)], 1)
     parts = stored[:, : pairs[0].numel()].view(pairs.shape), stored[:, pairs[0].numel() :].view(bytes_of_scale.shape)
     values = stored_values(*parts, None, True, columns, torch.bfloat16)
-    if values is None or not torch.equal(values, (((nibbles ^ 8) - 8) * scale).bfloat16().view(-1, columns)):
+    if not torch.equal(unpair(parts[0]), unpacked_codes.to(torch.int8)):
+        raise RuntimeError("what they unpack of parts that lie apart is not what torch does")
+    if values is None or not torch.equal(values, (unpacked_codes * scale).bfloat16().view(-1, columns)):
         raise RuntimeError("what values they unpack is not what torch does")
     for by in (MinMax(), MinMaxAsymmetric()):
         for rows in (_rows_to_try(33, 96).to(place), _rows_to_try(9, 4096).to(place, torch.bfloat16)):
@@ -260,7 +263,7 @@ def check(place: torch.device) -> None:
                 assert found is not None
                 if not all(_same(*parts) for parts in zip(found, expected, strict=True)):
                     raise RuntimeError(f"what they {kernel} by {type(by).__name__} is not what torch does")
-        for dtype, columns in ((torch.float32, 96), (torch.bfloat16, 4096)):
+        for dtype, columns in ((torch.float32, 96), (torch.bfloat16, 2 * _PIECE)):
             _check_producers(
                 torch.randn(4, 33, columns, generator=_generator(), device="cpu").to(place, dtype), by, qmax
             )

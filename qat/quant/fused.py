@@ -8,7 +8,6 @@ them on CPUs; it needs a C++ compiler there, and Triton on GPUs. Where either is
 import functools
 import logging
 import os
-import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -32,8 +31,6 @@ _VARIANTS = 64
 """Dtypes, strides and modes make variants of a function, more than the eight after which torch would give up
 permanently."""
 
-_thread = threading.local()
-
 
 def fused(function: F, kernel: str = "") -> F:
     """Return ``function`` of tensors [rows, ...], compiled at its first call; unchanged, if it cannot be compiled. The
@@ -50,8 +47,8 @@ def fused(function: F, kernel: str = "") -> F:
             return function(*args)
         if not compiles(device.type) or (_has_float8(args) and not _compiles_float8(device)):
             return function(*args)
-        if not hasattr(_thread, "limit"):  # torch has a limit in each thread, and on GPUs backward has its own
-            torch._dynamo.config.recompile_limit = _thread.limit = _VARIANTS
+        if torch._dynamo.config.recompile_limit != _VARIANTS:  # each thread has a limit, and on GPUs backward its own
+            torch._dynamo.config.recompile_limit = _VARIANTS
         if compiled is None:
             compiled = torch.compile(function, dynamic=True, options=options())
         with torch.no_grad():  # none of these is differentiated, and the grad mode would make two variants of each

@@ -25,10 +25,10 @@ from qat.evaluate.perplexity import (
 from qat.evaluate.tasks import task_names
 from qat.infer import simulated
 from qat.quant.config import CONFIG_FILE, QuantConfig
-from qat.quant.prepare import drop_values, freeze, prepare
+from qat.quant.prepare import freeze, prepare
 from qat.runtime import ranks
 from qat.runtime.errors import UserError, check_least, check_one_of, differences
-from qat.runtime.machine import inference_dtype, place, take_gpu
+from qat.runtime.machine import inference_dtype, take_gpu
 from qat.runtime.settings import recorded
 from qat.store import gguf_files, models
 from qat.store.model_folder import read_config
@@ -354,9 +354,7 @@ def tasks_of_baseline(tasks: list[str], evaluation: Evaluation) -> dict[str, Any
 def _load(name: str, rtn: QuantConfig | None = None, what: str = "the model") -> "PreTrainedModel":
     """Load a model, as it is or rounded by ``rtn``; ``what`` it is, for those who wait."""
     with ranks.doing(f"loading {what}"):
-        model = simulated.load(name, inference_dtype())
-        drop_values(model)
-        place(model)
+        model = simulated.load(name, inference_dtype(), here=True)
         if rtn:
             freeze(prepare(model, rtn), keep_values=False)
     return model

@@ -13,7 +13,6 @@ from qat.evaluate.perplexity import perplexity
 from qat.export.formats import EXPORT_FORMATS, ExportFormat
 from qat.infer import simulated
 from qat.quant.number_format import Quantized
-from qat.quant.prepare import drop_values
 from qat.quant.rotated import rotation_of
 from qat.runtime.errors import UserError
 from qat.runtime.files import writing
@@ -133,7 +132,5 @@ def _in_memory(student: Student, kind: ExportFormat | None = None) -> PreTrained
         for name, weight in student.weights()
     )
     quant = kind.held(student.quant) if kind else student.quant
-    scales = student.tensor_scales
-    model = simulated.simulate(student.directory, weights, student.dtype, quant, torch.float32, scales)
-    drop_values(model)
-    return model
+    given = (student.directory, weights, student.dtype, quant, torch.float32, student.tensor_scales)
+    return simulated.simulate(*given, keep_values=False)

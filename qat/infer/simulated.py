@@ -11,13 +11,13 @@ from torch import Tensor
 
 from qat.quant.config import CONFIG_FILE, QuantConfig
 from qat.quant.number_format import Quantized, dequantize
-from qat.quant.prepare import prepare, weight_holders
+from qat.quant.prepare import free_values, prepare, read_as_codes, weight_holders
 from qat.quant.products import speed_up
-from qat.quant.rotated import causal_lm_class
 from qat.quant.tensor_scales import set_tensor_scales
+from qat.runtime import machine
 from qat.runtime.errors import UserError
 from qat.store import compressed_tensors, models, student_folder
-from qat.store.model_folder import ModelFolder, quantization_of, shapes
+from qat.store.model_folder import ModelFolder, quantization_of, shapes, skeleton
 from qat.store.sidecars import load_steps
 
 if TYPE_CHECKING:
@@ -27,11 +27,14 @@ Weights = Iterator[tuple[str, Tensor | Quantized]]
 """The weights of a complete model, by name, one at a time."""
 
 
-def load(directory: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Load the model at ``directory``, ready for inference: full precision, a student, or an integer export. Full
-    precision is on this process's device already, the others are on the CPU.
+def load(directory: str, dtype: torch.dtype, here: bool = False) -> PreTrainedModel:
+    """Load the model at ``directory``, ready for inference: full precision, a student, or an integer export.
 
     Weights are quantized once, here; activations and KV cache as ``quant_config.json`` specifies.
+
+    Args:
+        here: on this process's device, and without values where only codes are read; else on the CPU, but for a model
+            in full precision
     """
     path = Path(directory)
     if not (path / CONFIG_FILE).is_file():
@@ -39,7 +42,12 @@ def load(directory: str, dtype: torch.dtype) -> PreTrainedModel:
         speed_up(model)
         return model
     quant, trained_dtype, weights = read(path)
-    return simulate(path, weights, trained_dtype, quant, dtype, student_folder.scales_of(path, path, quant))
+    scales = student_folder.scales_of(path, path, quant)
+    place = machine.device() if here else torch.device("cpu")
+    model = simulate(path, weights, trained_dtype, quant, dtype, scales, keep_values=not here, place=place)
+    if here:
+        machine.place(model)  # what is no weight
+    return model
 
 
 def simulate(
@@ -49,30 +57,37 @@ def simulate(
     quant: QuantConfig,
     dtype: torch.dtype,
     scales: Mapping[str, float] | None = None,
+    keep_values: bool = True,
+    place: torch.device = torch.device("cpu"),  # noqa: B008  # immutable
 ) -> PreTrainedModel:
     """Build a model that computes in ``dtype`` with ``weights``; activations and KV cache are quantized by ``quant``.
+
+    The weights are read one at a time.
 
     Args:
         config: folder with config.json, and the learned steps if there are any
         trained_dtype: the dtype in which weights were rounded to their grid: another one rounds differently
         scales: scales of inputs, if their format needs any, see ``Student.tensor_scales``
+        keep_values: keep the values of weights of which inference reads the codes alone
+        place: where the weights go
     """
-    values: dict[str, Tensor] = {}
-    integers: dict[str, Quantized] = {}
+    model = prepare(skeleton(config), quant)
+    set_tensor_scales(model, scales or {})
+    holders, values = weight_holders(model), dict[str, Tensor]()
+    codes_alone = set() if keep_values else read_as_codes(model)
     for name, weight in weights:
         if isinstance(weight, Quantized):
-            integers[name] = weight
+            weight = Quantized(weight.codes.to(place), weight.grid.map(lambda part: part.to(place)))
+            for layer in holders[name]:
+                layer.hold(weight)
+            if name in codes_alone:
+                free_values(holders[name], torch.empty(0, dtype=dtype, device=place))
+                continue
             weight = dequantize(weight, trained_dtype)
-        values[name] = weight.to(dtype)
-    settings = ModelFolder.read(config).config
-    model = causal_lm_class(settings).from_pretrained(
-        None, config=settings, state_dict=values, dtype=dtype, attn_implementation="sdpa"
-    )
-    holders = weight_holders(prepare(model, quant))
-    set_tensor_scales(model, scales or {})
-    for name, quantized in integers.items():
-        for layer in holders[name]:
-            layer.hold(quantized)
+        values[name] = weight.to(place, dtype)
+    model.load_state_dict(values, strict=False, assign=True)
+    model.tie_weights()
+    models.renew_rope(model)
     load_steps(model, config)
     speed_up(model)
     return model.eval()

@@ -99,36 +99,36 @@ def calibrate(student: PreTrainedModel, teacher: PreTrainedModel, input_ids: Ten
 
 
 def freeze(model: nn.Module, keep_values: bool = True) -> None:
-    """Quantize every weight permanently: for evaluation, never for training. Unless ``keep_values``, each weight's
-    values are freed, as by ``drop_values``, before the next one is quantized."""
-    shared = _plain_weights(model)
-    for first, *others in weight_holders(model).values():
+    """Quantize every weight permanently: for evaluation, never for training. Unless ``keep_values``, the values of
+    those that are ``read_as_codes`` are freed, each before the next one is quantized: only forward works then."""
+    codes_alone = set() if keep_values else read_as_codes(model)
+    for name, (first, *others) in weight_holders(model).items():
         quantized = first.freeze()
         for other in others:
             assert quantized is not None
             other.hold(quantized)
-        if not keep_values:
-            _drop_values([first, *others], shared)
+        if name in codes_alone:
+            free_values([first, *others], first.weight[:0])
 
 
-def drop_values(model: nn.Module) -> None:
-    """Free the values of a model's frozen weights where inference reads the codes alone: with 8-bit codes beside bf16
-    values, weights would take half as much again as in full precision. Only forward works afterwards."""
-    shared = _plain_weights(model)
-    for layers in weight_holders(model).values():
-        _drop_values(layers, shared)
-
-
-def _plain_weights(model: nn.Module) -> set[int]:
-    """Return the ids of the Parameters that modules other than QuantLinear read."""
+def read_as_codes(model: nn.Module) -> set[str]:
+    """Return the names of the weights of which inference reads the codes alone: all modules that share one multiply
+    codes, or blocks."""
     others = (module for module in model.modules() if not isinstance(module, QuantLinear))
-    return {id(parameter) for module in others for parameter in module.parameters(recurse=False)}
+    read_as_values = {id(parameter) for module in others for parameter in module.parameters(recurse=False)}
+    return {
+        name
+        for name, layers in weight_holders(model).items()
+        if not {id(layer.weight) for layer in layers} & read_as_values
+        and all(layer.multiplies_codes or layer.multiplies_blocks for layer in layers)
+    }
 
 
-def _drop_values(layers: Iterable[nn.Module], shared: set[int]) -> None:
+def free_values(layers: Iterable[nn.Module], nothing: Tensor) -> None:
+    """Put ``nothing``, an empty tensor, in the place of the weight of layers that hold its codes: 8-bit codes beside
+    bf16 values would take half as much again as full precision."""
     for layer in layers:
-        if isinstance(layer, QuantLinear) and layer.codes is not None and id(layer.weight) not in shared:
-            layer.weight.data = layer.weight.new_empty(0)
+        layer.weight = nn.Parameter(nothing.clone(), requires_grad=False)
 
 
 def _check_cache(model: PreTrainedModel, config: QuantConfig) -> None:

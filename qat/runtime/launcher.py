@@ -21,6 +21,8 @@ _PROGRAMS = {
     "torch.distributed.launch",
 }
 
+_TRIES = 100
+
 _STARTED_BY = ("CROSS_SIZE", "TORCHELASTIC_RUN_ID")
 """Variables that deepspeed.launcher.launch and torchrun set for their ranks."""
 
@@ -37,10 +39,14 @@ def stop_with_launcher() -> None:
 
 def above() -> list[int]:
     """Return the process ids of the launchers that this process descends from, nearest first."""
-    try:
-        return [process.pid for process in psutil.Process().parents() if _is_launcher(process.cmdline())]
-    except psutil.Error:  # one has just ended, and what is above it no longer counts; or /proc hides them
-        return []
+    for _ in range(_TRIES):
+        try:
+            return [process.pid for process in psutil.Process().parents() if _is_launcher(process.cmdline())]
+        except psutil.NoSuchProcess:  # one has just ended: others are above this process now
+            time.sleep(0.01)
+        except psutil.AccessDenied:  # /proc hides those of other users
+            break
+    return []
 
 
 def _is_orphan() -> bool:

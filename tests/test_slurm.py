@@ -107,24 +107,28 @@ def test_a_cancelled_job_ends(cluster, tiny_directory, tiny_data, tmp_path):
     job = Job("train.sbatch", cluster, tmp_path / "log", TRAINING, **places)
     job.wait(lambda: steps_of(output) >= 3)
     job.slurm("scancel", job.number)
-    until = time.monotonic() + 120
-    while "was cancelled, or SLURM has requeued it" not in job.log.read_text():
-        assert time.monotonic() < until, job.log.read_text()
-        time.sleep(0.2)
-    assert job.state() == "CANCELLED"
+    until(lambda: job.state() == "CANCELLED", job)
+    assert "was cancelled, or SLURM has requeued it" in job.log.read_text()
     assert job.field("Restarts") == "0"
 
 
-def test_a_job_whose_time_is_up_before_it_can_save_does_not_begin_again(cluster, tiny_directory, tiny_data, tmp_path):
-    """The signal comes ten minutes before the end: at once, of a job of ten minutes."""
-    places = {"MODEL": tiny_directory, "DATA": tiny_data, "OUTPUT": tmp_path / "run"}
-    job = Job("train.sbatch", cluster, tmp_path / "log", TRAINING, [*FEWER, "--time=10"], **places)
-    until = time.monotonic() + 200
-    while job.state() != "FAILED":
-        assert time.monotonic() < until, job.log.read_text()
-        time.sleep(0.2)
+def test_a_job_whose_time_is_up_again_and_again_before_it_can_save_ends(cluster, tiny_directory, tiny_data, tmp_path):
+    """With a --time that is hardly longer than the seconds of --signal. It has begun twice already."""
+    places = {"MODEL": tiny_directory, "DATA": tiny_data, "OUTPUT": tmp_path / "run", "SLURM_RESTART_COUNT": 2}
+    job = Job("train.sbatch", cluster, tmp_path / "log", TRAINING, **places)
+    until(lambda: job.state() == "RUNNING", job)
+    time.sleep(1)
+    job.slurm("scancel", "--batch", "--signal=USR1", job.number)
+    until(lambda: job.state() == "FAILED", job)
     assert "Make --time at least some minutes longer than the seconds in --signal" in job.log.read_text()
     assert job.field("Restarts") == "0"
+
+
+def until(what: Callable[[], bool], job: Job) -> None:
+    deadline = time.monotonic() + 200
+    while not what():
+        assert time.monotonic() < deadline, job.log.read_text()
+        time.sleep(0.2)
 
 
 def test_four_nodes_take_the_same_batches(whole, cluster, tiny_directory, tiny_data, tmp_path):

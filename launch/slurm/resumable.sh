@@ -37,9 +37,9 @@ run_ranks() {
         echo "stopped: job $job was cancelled, or SLURM has requeued it; if it is gone, submit it again to resume"
         return $code
     fi
-    if [ $time_is_up = 1 ] && [ $code != 85 ] && [ $SECONDS -lt 120 ]; then
-        echo "error: job $job was told to stop $SECONDS s after its start, before it could save; requeued, it would" \
-            "never get further. Make --time at least some minutes longer than the seconds in --signal."
+    if [ $time_is_up = 1 ] && [ $code != 85 ] && [ $SECONDS -lt 120 ] && [ "${SLURM_RESTART_COUNT:-0}" -ge 2 ]; then
+        echo "error: job $job was told to stop $SECONDS s after its start, again before it could save. Make --time at" \
+            "least some minutes longer than the seconds in --signal."
         return $code
     fi
     echo "stopped: job $job goes back into the queue"

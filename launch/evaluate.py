@@ -200,7 +200,7 @@ def main() -> None:
         **{key: value for key, value in recorded(evaluation).items() if key not in _NOT_RECORDED},
         "window": window,
         "quant": rounded.record() if rounded else None,
-        "dtype": str(inference_dtype()).removeprefix("torch."),
+        "dtype": None if evaluation.engine == "vllm" else str(inference_dtype()).removeprefix("torch."),
         "weights": subject.weights,
         "teacher_weights": models.weights_fingerprint(teacher_name) if teacher_name else None,
     }
@@ -338,7 +338,7 @@ def tasks_of_baseline(tasks: list[str], evaluation: Evaluation) -> dict[str, Any
         raise UserError(
             f"{evaluation.baseline} was measured on other documents ({listed}): give the same --limit and --task_data."
         )
-    if "triviaqa" in tasks and (theirs_ranks := found.get("ranks", 1)) != cli.ranks():
+    if "triviaqa" in {*tasks} & found["tasks"].keys() and (theirs_ranks := found.get("ranks", 1)) != cli.ranks():
         raise UserError(
             f"{evaluation.baseline} was measured by {theirs_ranks} ranks, which give triviaqa other examples than "
             f"{cli.ranks()} do: use as many ranks, or leave triviaqa out."

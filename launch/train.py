@@ -25,7 +25,7 @@ from qat.quant.rotated import rotation_of
 from qat.runtime import memory, ranks
 from qat.runtime.errors import UserError, check_least
 from qat.runtime.files import writing
-from qat.runtime.machine import be_deterministic, device, has_cuda_toolkit, local_ranks
+from qat.runtime.machine import be_deterministic, device, local_ranks
 from qat.runtime.preemption import RESUMABLE_EXIT, StopSignal
 from qat.store import models, student_folder
 from qat.store.model_folder import ModelFolder, read_config
@@ -250,11 +250,14 @@ def read_deepspeed(
     if not config.trained.weights:
         check_codes_last(prepare(inputs.start.skeleton(), quant), deepspeed_json.dtype(student))
     student.setdefault("tensorboard", {"enabled": True, "output_path": str(paths.output), "job_name": TENSORBOARD})
-    if deepspeed_json.nvme_folders(student) and torch.cuda.is_available() and not has_cuda_toolkit():
-        raise UserError(
-            f"{paths.deepspeed} offloads to NVMe, and DeepSpeed compiles what it needs for that with the CUDA toolkit: "
-            "install nvcc, set CUDA_HOME, or choose ds_configs/zero3_offload.json."
-        )
+    if deepspeed_json.nvme_folders(student):
+        from qat.train.deepspeed_internals import nvme_is_available
+
+        if not nvme_is_available():
+            raise UserError(
+                f"{paths.deepspeed} offloads to NVMe, and DeepSpeed compiles what it needs for that with the CUDA "
+                "toolkit: install nvcc, set CUDA_HOME, or choose ds_configs/zero3_offload.json."
+            )
     student, teacher = (deepspeed_json.with_own_folders(each, paths.output) for each in (student, teacher))
     return student, teacher
 

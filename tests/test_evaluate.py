@@ -195,13 +195,20 @@ def test_two_ranks_find_what_one_finds_and_nothing_is_measured_twice(tiny_direct
         (["--tasks=piqa", "--limit=5"], "has no results for piqa: give --tasks that it has (arc_easy, openbookqa)"),
         (["--tasks=arc_easy"], "was measured on other documents (limit was 5, now 0)"),
         ([], "needs --tasks"),
-        (["--tasks=triviaqa", "--limit=5"], "by 2 ranks, which give triviaqa other examples than 1 do"),
         (
             ["--tasks=arc_easy", "--limit=5", f"--baseline={text}"],
             "not a result of launch/evaluate.py: give another --b",
         ),
     ):
         assert refusal in error_of(monkeypatch, "evaluate", *where, f"--text={text}", f"--baseline={two}", *flags)
+    of_triviaqa = json.loads(two.read_text())
+    of_triviaqa["tasks"]["triviaqa"] = of_triviaqa["tasks"]["arc_easy"]
+    (tmp_path / "triviaqa.json").write_text(json.dumps(of_triviaqa))
+    message = error_of(
+        monkeypatch, "evaluate", *where, "--text=none", "--tasks=triviaqa", "--limit=5",
+        f"--baseline={tmp_path / 'triviaqa.json'}",
+    )  # fmt: skip
+    assert "by 2 ranks, which give triviaqa other examples than 1 do" in message
     text.write_text(TEXT[::-1])  # under the same name
     digests = [result["texts"][str(text)]["digest"] for result in (found, evaluate(f"--text={text}", "--limit=5"))]
     assert digests[0] != digests[1]

@@ -79,6 +79,7 @@ PARTS = {
         ("deepspeed.utils.zero_to_fp32", "tqdm", "draws the bars of that, which would fill a log file"),
     ],
     "qat/train/deepspeed_internals.py": [
+        ("deepspeed.git_version_info", "installed_ops", "names the extensions that were installed with DeepSpeed"),
         ("deepspeed.ops", "__compatible_ops__", "switches off the shared-memory op, which wants a compiler on CPUs"),
         ("deepspeed", "DeepSpeedEngine._consolidated_16bit_state_dict", "gathers the trained student"),
         ("deepspeed", "DeepSpeedEngine._copy_recovery_script", "would fail on one rank alone on a full disk"),

@@ -83,7 +83,7 @@ def stand_in_values(weight: Tensor, form: Format, dtype: torch.dtype) -> Tensor 
     if not _has_stand_in(weight):
         return None
     own = kernels.on(weight.device.type)
-    if own and not form.by.is_float and form.by.scale_bytes == 4:
+    if own and form.by.code_dtype == torch.int8 and form.by.scale_bytes == 4:
         codes, scale, *zero_point = _split(weight, form)
         group = form.group_size or weight.shape[1]
         values = own.stored_values(codes, scale, *(zero_point or (None,)), form.bits <= 4, group, dtype)

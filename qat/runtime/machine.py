@@ -100,13 +100,6 @@ def _processor() -> str:
     return " ".join(filter(None, [names[0] if names else platform.machine(), isa]))
 
 
-def has_cuda_toolkit() -> bool:
-    """Return whether the CUDA toolkit is installed, with which extensions for GPUs are compiled."""
-    from torch.utils.cpp_extension import CUDA_HOME
-
-    return CUDA_HOME is not None
-
-
 def place(model: torch.nn.Module) -> None:
     """Move a model to this process's GPU, if there is one."""
     model.to(device())

@@ -93,5 +93,5 @@ def let_segments_grow() -> None:
 def free_unused_pinned() -> None:
     """Return pinned memory that torch keeps for later use to the host: DeepSpeed pins weights one by one, and then
     all of them once more in one piece."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and hasattr(torch.accelerator, "empty_host_cache"):  # torch 2.11 has none
         torch.accelerator.empty_host_cache()

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.git_version_info import installed_ops
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils.cpp_extension import CUDA_HOME
 from transformers.integrations import HfDeepSpeedConfig
 
 if TYPE_CHECKING:
@@ -159,13 +161,19 @@ class Fetcher(ABC):
         """Called when the weights have changed."""
 
 
+def nvme_is_available() -> bool:
+    """Return whether DeepSpeed has its extension for NVMe, or can compile it on this host: with GPUs that takes the
+    CUDA toolkit."""
+    return bool(installed_ops.get("async_io")) or CUDA_HOME is not None or not torch.cuda.is_available()
+
+
 def own_part(parameter: Sharded) -> Tensor:
     """Return this rank's part of a Parameter, flat, without the padding of the last parts, which has no values; all of
     it if it is not partitioned."""
     if not hasattr(parameter, "ds_tensor"):
         return parameter.detach()
     part = parameter.ds_tensor.detach()
-    begin = dist.get_rank() * part.numel() if part.numel() < parameter.ds_numel else 0
+    begin = dist.get_rank() * part.numel() if dist.get_world_size() > 1 else 0
     return part[: max(0, parameter.ds_numel - begin)]
 
 

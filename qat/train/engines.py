@@ -35,7 +35,7 @@ from qat.quant.tensor_scales import largest_magnitudes, scales_from, set_tensor_
 from qat.runtime import machine, memory, ranks
 from qat.runtime.errors import UserError
 from qat.runtime.files import writing
-from qat.runtime.machine import local_ranks, take_gpu
+from qat.runtime.machine import take_gpu
 from qat.store import models, student_folder
 from qat.store.run_folder import STUDENT_PREFIX
 from qat.train import code_gather, deepspeed_internals, deepspeed_json
@@ -73,16 +73,22 @@ def init_distributed() -> None:
         }
         os.environ.update(alone)
     take_gpu()
-    threads = max(1, len(os.sched_getaffinity(0)) // local_ranks())
-    if torch.cuda.is_available():
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # of an offloaded optimizer's; torchrun sets 1
-    else:
+    if not torch.cuda.is_available():
         deepspeed_internals.without_shared_memory()
-    torch.set_num_threads(threads)
     ranks.join(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     with ranks.doing("the first collective", patience=300):  # ranks with a misconfigured network hang in it
         deepspeed.init_distributed(timeout=ranks.TIMEOUT)  # connects GPUs at once
         dist.barrier()
+    _share_cores()
+
+
+def _share_cores() -> None:
+    """Divide the cores among the ranks that may use the same ones: some launchers give each rank its own."""
+    own, host = frozenset(os.sched_getaffinity(0)), socket.gethostname()
+    sharing = sum(host == other and bool(own & cores) for other, cores in ranks.gather((host, own)))
+    threads = max(1, len(own) // sharing)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # for an offloaded optimizer's library, which is loaded later
+    torch.set_num_threads(threads)
 
 
 def check_shared(directory: Path) -> None:

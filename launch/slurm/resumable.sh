@@ -33,7 +33,7 @@ run_ranks() {
     if [ $told = 0 ] || { [ $code != 85 ] && [ $code -le 128 ]; }; then # 85: saved; above 128: ended by a signal
         return $code
     fi
-    if [ $time_is_up = 0 ] && [[ $state == *JobState=* && $state != *JobState=RUNNING* ]]; then
+    if [[ $state == *JobState=* && $state != *JobState=RUNNING* && $state != *Reason=TimeLimit* ]]; then
         echo "stopped: job $job was cancelled, or SLURM has requeued it; if it is gone, submit it again to resume"
         return $code
     fi

@@ -69,7 +69,7 @@ def markdown(cells: Sequence[Cell], of: int) -> str:
             *(f"ppl {t}" for t in texts),
             *(f"KL {t}" for t in texts),
         ]
-        head += ["same top token, %", "the cache costs", "tokens/s"]
+        head += ["same top token, %", "the cache costs"]
         lines = []
         settings = {cell["name"]: settings_of(cell) for cell in cells}
         for row in rows(cells):
@@ -86,7 +86,7 @@ def markdown(cells: Sequence[Cell], of: int) -> str:
             line += [
                 f"{row['cache_costs']:+.4f} ± {row['cache_costs_stderr']:.4f}" if row["cache_costs_stderr"] else ""
             ]
-            lines.append([*line, f"{row['tokens_per_second']:.0f}"])
+            lines.append(line)
         parts += [table(head, lines)]
     parts += [f"{len(cells)} of {of} models."]
     parts += [f"![{TITLE}](served.png)"] if cells else []
@@ -98,5 +98,6 @@ q8_0 keys with q4_0 values, q4_0. *W-A-KV* and *settings* are what was trained o
 not trained for any cache. *The cache costs* is its KL less that of the same file with an f16 cache, nats per token, by
 pairs of windows. llama.cpp's own Q4_0 and Q4_K_M are made of the same full-precision model, without an importance
 matrix. This model's weights were published as Q4_1, from which 4-bit types in blocks of 32 lose less than they would
-from a model in bf16. Tokens/s are of one sequence, token by token: the median; compare them only where the machine did
-nothing else."""
+from a model in bf16.
+Tokens/s, which depend on the types alone, are in [evaluation.md](../evaluation.md#what-llamacpp-serves); those in the
+JSON were measured beside other work."""

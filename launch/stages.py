@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import shlex
 import signal
 import socket
@@ -67,10 +68,13 @@ def interrupt() -> None:
 
 
 def free_port() -> str:
-    """Return a port that no process listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
+    """Return a port that no process uses, below those that the kernel gives to connections: one of them might have it
+    before the ranks do."""
+    while True:
+        port = random.SystemRandom().randint(20000, 32000)  # two processes must not draw the same
+        with socket.socket() as trial, contextlib.suppress(OSError):
+            trial.bind(("127.0.0.1", port))
+            return str(port)
 
 
 def _stop(process: subprocess.Popen) -> None:

@@ -79,15 +79,13 @@ class Group:
                     yield index
                 continue
             with folder.claimed(index) as ours:  # another group may have made it since ``missing`` was listed
-                lacking = folder.missing(index) if index in damaged else not folder.path(index).is_file()
-                if self.agree(ours and lacking):
+                if self.agree(ours and _lacks(folder, index, read=index in damaged)):
                     yield index
 
     def lacks(self, folder: ShardFolder, index: int) -> bool:
         """Return whether shard ``index`` has to be made. Only a group's own shards are read, by its leader: all of
         them, and the teacher's predictions with them, would be read by each rank."""
-        own = index % self.count == self.number
-        return self.agree(self.leads and (folder.missing(index) if own else not folder.path(index).is_file()))
+        return self.agree(self.leads and _lacks(folder, index, read=index % self.count == self.number))
 
     def init(self) -> None:
         """Take this rank's GPU, and set up communication between the ranks of the group, if there is more than one."""
@@ -107,6 +105,11 @@ class Group:
             world_size=self.size,
             timeout=TIMEOUT,
         )
+
+
+def _lacks(folder: ShardFolder, index: int, read: bool) -> bool:
+    """Return whether a shard has to be made: by its content if it is ``read``, else by whether it is there."""
+    return folder.missing(index) if read else not folder.path(index).is_file()
 
 
 _ALONE = {"ID": "0", "COUNT": "1"}

@@ -38,9 +38,8 @@ def needs(config: PretrainedConfig, settings: GenerateConfig, device: str) -> Ma
     width = 2 if device == "cuda" else 4
     ranks, slots = settings.tensor_parallel, min(settings.batch_size, settings.sequences_per_shard, settings.sequences)
     weights = sum(parameter.numel() for parameter in model.parameters())
-    whole = (
-        0 if is_tied(model) else input_embedding(model).get_parameter("weight").numel()
-    )  # on each rank; a tied one is divided
+    embedding = input_embedding(model).get_parameter("weight").numel()
+    whole = 0 if is_tied(model) else embedding  # of those on each rank: only a tied embedding is divided
     if device == "cpu":  # a copy of the products' weights in oneDNN's layout
         weights += sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     cached = 2 * config.num_key_value_heads * head_dim(config) * config.num_hidden_layers  # cached numbers per token

@@ -40,7 +40,7 @@ from qat.train.teacher_cache import TeacherCache
 from qat.train.validation import Texts
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
@@ -115,6 +115,7 @@ class Inputs:
     Attributes:
         model: directory of the teacher
         start: the model with the student's initial weights
+        prepared: that model, quantized and without weights
         is_rotated: whether those are of a rotation that the teacher does not have
         grids: initial grids of scales that learn, by layer, if they are stored with the initial weights
         data: the training sequences
@@ -124,6 +125,7 @@ class Inputs:
 
     model: str
     start: ModelFolder
+    prepared: "PreTrainedModel"
     is_rotated: bool
     grids: dict[str, Grid]
     data: TrainingData
@@ -136,7 +138,7 @@ def main() -> int:
     memory.let_segments_grow()
     paths, held_out, quant, config = cli.parse(__doc__, Paths, HeldOut, QuantConfig, TrainConfig)
     inputs, config = read_inputs(paths, held_out, quant, config)
-    student_json, teacher_json = read_deepspeed(paths, quant, config, inputs)
+    student_json, teacher_json = read_deepspeed(paths, config, inputs)
     settings, trunk = settings_of(paths, quant, config, inputs, student_json)
     run.open_folder(paths.output, settings, student_json, cli.is_first_rank())
     final = paths.output / FINAL
@@ -237,18 +239,16 @@ def read_inputs(paths: Paths, held_out: HeldOut, quant: QuantConfig, config: Tra
         cache.check({"teacher": models.weights_fingerprint(model), "data": data.fingerprint})
         cache.check_complete(len(data), cli.rank(), cli.ranks())
         cache.check_loss()
-    return Inputs(model, start, is_rotated, grids, data, texts, cache), config
+    return Inputs(model, start, prepared, is_rotated, grids, data, texts, cache), config
 
 
-def read_deepspeed(
-    paths: Paths, quant: QuantConfig, config: TrainConfig, inputs: Inputs
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_deepspeed(paths: Paths, config: TrainConfig, inputs: Inputs) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the DeepSpeed JSONs of the student and of a sharded teacher, with the run's settings."""
     settings = config.ds_settings(cli.ranks())
     student = deepspeed_json.resolve(paths.deepspeed, settings)
     teacher = deepspeed_json.resolve(paths.teacher_deepspeed or paths.deepspeed, settings)
     if not config.trained.weights:
-        check_codes_last(prepare(inputs.start.skeleton(), quant), deepspeed_json.dtype(student))
+        check_codes_last(inputs.prepared, deepspeed_json.dtype(student))
     student.setdefault("tensorboard", {"enabled": True, "output_path": str(paths.output), "job_name": TENSORBOARD})
     if deepspeed_json.nvme_folders(student):
         from qat.train.deepspeed_internals import nvme_is_available

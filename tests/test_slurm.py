@@ -22,6 +22,8 @@ FEWER = [] if RANKS == 8 else [f"--ntasks-per-node={RANKS}", f"--gpus-per-node={
 STEPS = 24
 TRAINING = [f"--steps={STEPS}", "--lr=1e-3", "--w_bits=3", "--save_every=7"]
 
+ENDED = ("FAILED", "CANCELLED")
+
 pytestmark = pytest.mark.slurm
 
 
@@ -58,11 +60,11 @@ class Job:
         assert found
         return found[1]
 
-    def wait(self, what: Callable[[], bool], seconds: int = 900) -> None:
+    def wait(self, what: Callable[[], bool], seconds: int = 900, never: tuple[str, ...] = ENDED) -> None:
         until = time.monotonic() + seconds
         while not what():
             assert time.monotonic() < until, self.log.read_text()
-            assert self.state() not in ("FAILED", "CANCELLED"), self.log.read_text()
+            assert self.state() not in never, self.log.read_text()
             time.sleep(0.2)
 
     def finish(self) -> None:
@@ -107,7 +109,7 @@ def test_a_cancelled_job_ends(cluster, tiny_directory, tiny_data, tmp_path):
     job = Job("train.sbatch", cluster, tmp_path / "log", TRAINING, **places)
     job.wait(lambda: steps_of(output) >= 3)
     job.slurm("scancel", job.number)
-    until(lambda: job.state() == "CANCELLED", job)
+    job.wait(lambda: job.state() == "CANCELLED", 200, never=())
     assert "was cancelled, or SLURM has requeued it" in job.log.read_text()
     assert job.field("Restarts") == "0"
 
@@ -116,19 +118,12 @@ def test_a_job_whose_time_is_up_again_and_again_before_it_can_save_ends(cluster,
     """With a --time that is hardly longer than the seconds of --signal. It has begun twice already."""
     places = {"MODEL": tiny_directory, "DATA": tiny_data, "OUTPUT": tmp_path / "run", "SLURM_RESTART_COUNT": 2}
     job = Job("train.sbatch", cluster, tmp_path / "log", TRAINING, **places)
-    until(lambda: job.state() == "RUNNING", job)
+    job.wait(lambda: job.state() == "RUNNING", 200)
     time.sleep(1)
     job.slurm("scancel", "--batch", "--signal=USR1", job.number)
-    until(lambda: job.state() == "FAILED", job)
+    job.wait(lambda: job.state() == "FAILED", 200, never=())
     assert "Make --time at least some minutes longer than the seconds in --signal" in job.log.read_text()
     assert job.field("Restarts") == "0"
-
-
-def until(what: Callable[[], bool], job: Job) -> None:
-    deadline = time.monotonic() + 200
-    while not what():
-        assert time.monotonic() < deadline, job.log.read_text()
-        time.sleep(0.2)
 
 
 def test_four_nodes_take_the_same_batches(whole, cluster, tiny_directory, tiny_data, tmp_path):

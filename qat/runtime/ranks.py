@@ -198,7 +198,8 @@ class _Self:
         self._rank, self._host = int(os.environ["RANK"]), socket.gethostname()
         self._step: int | None = None
         self._place = self._beat = self._meetings = self._moved = 0
-        self._began, self._longest, self._once = time.monotonic(), dict[str, float](), frozenset[str]()
+        self._began = time.monotonic()
+        self._first, self._longest = dict[str, float](), dict[str, float]()  # times of work; the longest but the first
 
     def announce(self, what: str, step: int | None) -> None:
         if step is not None:
@@ -208,13 +209,10 @@ class _Self:
 
     def enter(self, phase: _Phase) -> None:
         now, what = time.monotonic(), self.phase.what
-        took = now - self._began
-        if what not in self._longest:  # the first time
-            self._longest[what], self._once = took * _SECOND_TIME / _SLOWEST, self._once | {what}
-        elif what in self._once:
-            self._longest[what], self._once = took, self._once - {what}
+        if what in self._first:
+            self._longest[what] = max(self._longest.get(what, 0.0), now - self._began)
         else:
-            self._longest[what] = max(self._longest[what], took)
+            self._first[what] = now - self._began
         self._began = now
         self._beat += 1  # before the phase: or the other thread would blame the new phase for the time
         self.phase = phase
@@ -232,9 +230,13 @@ class _Self:
 
     def sign(self) -> Sign:
         phase, main = self.phase, sys._current_frames().get(threading.main_thread().ident or 0)
-        patience, slowest = phase.patience, self._longest.get(phase.what)
-        if patience is None:
-            patience = self.patience * _FIRST_TIME if slowest is None else max(self.patience, slowest * _SLOWEST)
+        patience = phase.patience
+        if patience is None and phase.what not in self._first:
+            patience = self.patience * _FIRST_TIME
+        elif patience is None:
+            usual = self._longest.get(phase.what)
+            expected = _SECOND_TIME * self._first[phase.what] if usual is None else _SLOWEST * usual
+            patience = max(self.patience, expected)
         what = phase.what if self._step is None else f"step {self._step}, {phase.what}"
         if phase.moves and (moved := _moved() or 0) - self._moved >= _ENOUGH * -(-self._size // 128):
             self._moved = moved

@@ -113,6 +113,15 @@ def test_what_took_long_once_may_take_long_again(monkeypatch):
         own.announce("reading a sample", None)
 
 
+def test_a_launcher_that_ends_all_ranks_after_the_first_does_not_cut_off_the_reason(start):
+    """As deepspeed's and torchrun do; the first rank prints it, and ends last."""
+    run = start("refuse")
+    run.wait_until(lambda: not run.processes[1].is_alive())
+    with suppress(ProcessLookupError):
+        run.signal(0, signal.SIGTERM)
+    assert run.end() == ([2, 2], "error: of all ranks")
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_ends_the_run_at_once_and_is_named(victim, start):
     run = start("train")

@@ -19,6 +19,7 @@ import json
 import os
 import secrets
 import selectors
+import signal
 import socket
 import threading
 import time
@@ -158,6 +159,8 @@ class Watch(threading.Thread):
 
         Returns the text that this rank has to print, as one rank reports for all, and its exit code.
         """
+        # Launchers send it to all ranks when one has ended: it must not cut off the rank that prints.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._line, self._code, self._failing = message, code, True
         self._report(message, code)
         self._all_end.wait(_GRACE + 10)  # if the first rank hangs, this one reports for itself
